@@ -1,0 +1,40 @@
+# Everything a user types. `make repro` and `make test` need Python 3.11 or later, git and make, nothing else.
+PYTHON ?= python3
+ENV := .venv/bin
+export PATH := $(CURDIR)/$(ENV):$(PATH)
+export DO_NOT_TRACK := true
+export MLFLOW_DISABLE_TELEMETRY := true
+export PREFECT_SERVER_ANALYTICS_ENABLED := false
+export DVC_NO_ANALYTICS := true
+export HF_HUB_DISABLE_TELEMETRY := 1
+
+.PHONY: setup repro test check mlflow prefect report
+
+setup: .venv/installed
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(ENV)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+# `make repro SET="-S dpo.epochs=2"` changes parameters on the way.
+repro: setup
+	$(if $(SET),dvc exp run $(SET),dvc repro)
+	@python -m tasks.results
+
+test: setup
+	python -m pytest
+
+check: setup
+	ruff check .
+	ruff format --check .
+	mypy
+
+mlflow: setup
+	mlflow ui --backend-store-uri $(or $(MLFLOW_TRACKING_URI),sqlite:///mlflow.db) --host 127.0.0.1 --port 5000
+
+prefect: setup
+	prefect server start --host 127.0.0.1 --port 4200
+
+report:
+	@$(PYTHON) -m webbrowser file://$(CURDIR)/reports/index.html

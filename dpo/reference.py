@@ -1,0 +1,77 @@
+"""Reference log-probs, computed once and kept with a manifest of everything that they depend on.
+
+A cache is a folder with `logps.parquet` (id, chosen, rejected) and `manifest.json`. It is used only if every
+entry of its manifest equals what the reader expects; otherwise it is refused with the entry named.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from dpo.batching import TokenRow
+from dpo.errors import InputError
+from dpo.files import sha256, write_json, written_whole
+from dpo.logps import ENGINE_VERSION
+
+
+def cache_key(
+    model: Path, tokenizer: PreTrainedTokenizerBase, rows: Sequence[TokenRow], max_length: int
+) -> dict[str, object]:
+    """What reference log-probs depend on, by content.
+
+    Args:
+        model: the reference policy's folder; weights, config and tokenizer files are hashed.
+        tokenizer: its chat template is hashed too.
+        rows: the token rows; ids, prompt and completion tokens and their order are hashed.
+        max_length: most tokens of prompt and completion.
+    """
+    tokens = hashlib.sha256()
+    for row in rows:
+        tokens.update(json.dumps([row.id, row.prompt, row.completions]).encode())
+    return {
+        "engine": ENGINE_VERSION,
+        "dtype": "float32",
+        "weights": sha256(*sorted(model.glob("*.safetensors"))),
+        "config": sha256(model / "config.json"),
+        "tokenizer": sha256(*sorted(model.glob("tokenizer*"))),
+        "template": hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest(),
+        "max_length": max_length,
+        "rows": tokens.hexdigest(),
+    }
+
+
+def save_reference(folder: Path, key: dict[str, object], rows: Sequence[TokenRow], logps: Tensor) -> None:
+    """Write log-probs [R, 2] (chosen, rejected) of R rows and their manifest, all or nothing."""
+    chosen, rejected = logps.double().unbind(1)
+    table = pd.DataFrame({"id": [row.id for row in rows], "chosen": chosen.tolist(), "rejected": rejected.tolist()})
+    with written_whole(folder) as aside:
+        aside.mkdir()
+        table.to_parquet(aside / "logps.parquet", index=False)
+        write_json(aside / "manifest.json", {**key, "logps": sha256(aside / "logps.parquet")})
+
+
+def load_reference(folder: Path, key: dict[str, object]) -> dict[str, tuple[float, float]]:
+    """(chosen, rejected) reference log-probs in nats by pair id.
+
+    Raises:
+        InputError: the cache is absent, incomplete, altered, or was computed from other inputs than `key`
+            tells; the message names each input that differs.
+    """
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        logps = sha256(folder / "logps.parquet")
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder}: no whole reference cache here ({error}); run the stage `reference`") from error
+    differing = [name for name, value in {**key, "logps": logps}.items() if manifest.get(name) != value]
+    if differing:
+        raise InputError(
+            f"{folder}: stale reference cache, refused: {', '.join(differing)} differ from those it was computed "
+            "with; run the stage `reference` again"
+        )
+    table = pd.read_parquet(folder / "logps.parquet")
+    return {i: (c, r) for i, c, r in zip(table["id"], table["chosen"], table["rejected"], strict=True)}

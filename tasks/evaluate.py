@@ -1,0 +1,95 @@
+"""Stage `evaluate`: one policy against the reference on held-out pairs and prompts, `python -m tasks.evaluate BETA`."""
+
+from pathlib import Path
+
+import pandas as pd
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from dpo.batching import TokenRow
+from dpo.config import load_params
+from dpo.evaluation.judges import load_judge
+from dpo.evaluation.preferences import judged_metrics, preference_metrics, sample_metrics
+from dpo.evaluation.sampling import sample
+from dpo.files import write_json, written_whole
+from dpo.logps import load_model, sequence_logps
+from dpo.reference import cache_key, load_reference
+from dpo.tokens import encode_pairs, prompt_ids
+from tasks.stage import (
+    EVAL,
+    REFERENCE_EVAL,
+    REFERENCE_SAMPLES,
+    SFT,
+    beta_argument,
+    evaluation,
+    policy_folder,
+    policy_samples,
+    run,
+)
+from tasks.tracking import log_evaluation
+
+
+def main() -> None:
+    """Score, sample, judge, save."""
+    beta = beta_argument()
+    params = load_params()
+    judge = None if params.evaluate.judge is None else load_judge(params.evaluate.judge)
+    tokenizer = AutoTokenizer.from_pretrained(SFT)
+    table = pd.read_parquet(EVAL)
+    rows = encode_pairs(table.to_dict("records"), tokenizer, params.tokens.max_length)
+    cached = load_reference(REFERENCE_EVAL, cache_key(SFT, tokenizer, rows, params.tokens.max_length))
+    reference = torch.tensor([cached[row.id] for row in rows])
+    baseline = pd.read_parquet(REFERENCE_SAMPLES)
+
+    model = load_model(str(policy_folder(beta)))
+    budget = params.tokens.tokens_per_batch
+    policy = sequence_logps(model, rows, budget, "policy log-probs")
+    answers = sample(
+        model,
+        tokenizer,
+        baseline["prompt"].tolist(),
+        max_new_tokens=params.evaluate.max_new_tokens,
+        temperature=params.evaluate.temperature,
+        seed=params.seed,
+    )
+    answered = [
+        TokenRow(str(number), tuple(prompt_ids(tokenizer, prompt)), (tuple(answer),))
+        for number, (prompt, answer) in enumerate(zip(baseline["prompt"], answers, strict=True))
+    ]
+    under_policy = sequence_logps(model, answered, budget, "answers under the policy")[:, 0]
+    del model
+    under_reference = _under_reference(SFT, answered, budget)
+
+    samples = pd.DataFrame(
+        {
+            "prompt": baseline["prompt"],
+            "reference": baseline["answer"],
+            "policy": tokenizer.batch_decode(answers, skip_special_tokens=True),
+            "policy_logp": under_policy.tolist(),
+            "reference_logp": under_reference.tolist(),
+        }
+    )
+    ceiling = table["agreement"].mean()
+    metrics = {
+        "beta": float(beta),
+        "samples": len(samples),
+        "human_ceiling": None if pd.isna(ceiling) else float(ceiling),
+        **preference_metrics(policy, reference, float(beta), params.seed),
+        **sample_metrics(under_policy, under_reference, [len(answer) for answer in answers], params.seed),
+    }
+    if judge is not None:
+        samples["policy_score"], samples["reference_score"] = judge(samples["policy"]), judge(samples["reference"])
+        metrics |= judged_metrics(samples["policy_score"], samples["reference_score"], params.seed)
+    with written_whole(policy_samples(beta)) as aside:
+        samples.to_parquet(aside, index=False)
+    write_json(evaluation(beta), metrics)
+    log_evaluation(params, beta, table, metrics, samples)
+
+
+def _under_reference(folder: Path, rows: list[TokenRow], tokens_per_batch: int) -> Tensor:
+    return sequence_logps(load_model(str(folder)), rows, tokens_per_batch, "answers under the reference")[:, 0]
+
+
+if __name__ == "__main__":
+    run(main)

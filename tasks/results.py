@@ -1,0 +1,40 @@
+"""The results on one screen, `python -m tasks.results`: the comparison's table and how to open the rest."""
+
+import json
+
+from dpo.errors import InputError
+from tasks.stage import COMPARISON, run
+
+COLUMNS = {
+    "reward_accuracy": "reward accuracy",
+    "margin": "margin",
+    "kl": "KL (nats)",
+    "win_rate": "win rate",
+}
+
+
+def main() -> None:
+    """Print."""
+    if not COMPARISON.is_file():
+        raise InputError(f"{COMPARISON}: not there; run `make repro` first")
+    comparison = json.loads(COMPARISON.read_text())
+    print("".join(f"{title:>24}" for title in ("beta", *COLUMNS.values())))
+    for beta, row in comparison.items():
+        print(f"{beta:>24}" + "".join(f"{_with_interval(row, name):>24}" for name in COLUMNS))
+    first = next(iter(comparison.values()))
+    if first["human_ceiling"] is not None:
+        print(f"\nhuman ceiling for reward accuracy on these {first['pairs']} pairs: {first['human_ceiling']:.3f}")
+    print("\nmake mlflow     experiments and sweeps, http://127.0.0.1:5000")
+    print("make prefect    flows and schedules, http://127.0.0.1:4200")
+    print("make report     the comparison, reports/index.html")
+
+
+def _with_interval(row: dict[str, float | list[float]], name: str) -> str:
+    if name not in row:
+        return "-"
+    low, high = row[f"{name}_ci"]  # type: ignore[misc]
+    return f"{row[name]:.3f} [{low:.3f}, {high:.3f}]"
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,43 @@
+"""Stage `sft`: fine-tune the base model on the completions; the result is the reference policy."""
+
+import dataclasses
+
+import pandas as pd
+from transformers import AutoTokenizer
+
+from dpo.config import load_params
+from dpo.files import written_whole
+from dpo.logps import load_model
+from dpo.tokens import encode_pairs
+from dpo.training import save_checkpoint, train_sft
+from tasks.stage import BASE, METRICS, SFT, TRAIN, run
+from tasks.tracking import StepLog, reference_run
+
+
+def main() -> None:
+    """Load, train, save."""
+    params = load_params()
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    table = pd.read_parquet(TRAIN)
+    if params.sft.max_pairs is not None:
+        table = table.sample(min(params.sft.max_pairs, len(table)), random_state=params.seed)
+    rows = encode_pairs(table.to_dict("records"), tokenizer, params.tokens.max_length)
+    if params.sft.completions == "chosen":
+        rows = [dataclasses.replace(row, completions=row.completions[:1]) for row in rows]
+    model = load_model(str(BASE))
+    with reference_run(params, table) as run_id:
+        log = train_sft(
+            model,
+            rows,
+            params.sft,
+            tokens_per_batch=params.tokens.tokens_per_batch,
+            seed=params.seed,
+            callbacks=[StepLog(run_id)],
+        )
+    save_checkpoint(model, tokenizer, SFT)
+    with written_whole(METRICS / "sft.csv") as aside:
+        pd.DataFrame(log).to_csv(aside, index=False)
+
+
+if __name__ == "__main__":
+    run(main)

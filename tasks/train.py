@@ -1,0 +1,43 @@
+"""Stage `train`: DPO from the reference for one beta, `python -m tasks.train BETA`."""
+
+import pandas as pd
+from transformers import AutoTokenizer
+
+from dpo.config import load_params
+from dpo.files import written_whole
+from dpo.logps import load_model
+from dpo.reference import cache_key, load_reference
+from dpo.tokens import encode_pairs
+from dpo.training import save_checkpoint, train_dpo
+from tasks.stage import REFERENCE_TRAIN, SFT, TRAIN, beta_argument, policy_folder, run, train_log
+from tasks.tracking import StepLog, policy_run, tag_checkpoint
+
+
+def main() -> None:
+    """Load, train, save."""
+    beta = beta_argument()
+    params = load_params()
+    tokenizer = AutoTokenizer.from_pretrained(SFT)
+    table = pd.read_parquet(TRAIN)
+    rows = encode_pairs(table.to_dict("records"), tokenizer, params.tokens.max_length)
+    reference = load_reference(REFERENCE_TRAIN, cache_key(SFT, tokenizer, rows, params.tokens.max_length))
+    model = load_model(str(SFT))
+    with policy_run(params, beta, table) as run_id:
+        log = train_dpo(
+            model,
+            rows,
+            reference,
+            params.dpo,
+            float(beta),
+            tokens_per_batch=params.tokens.tokens_per_batch,
+            seed=params.seed,
+            callbacks=[StepLog(run_id)],
+        )
+        save_checkpoint(model, tokenizer, policy_folder(beta))
+        tag_checkpoint(run_id, policy_folder(beta))
+    with written_whole(train_log(beta)) as aside:
+        pd.DataFrame(log).to_csv(aside, index=False)
+
+
+if __name__ == "__main__":
+    run(main)
