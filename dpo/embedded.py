@@ -52,9 +52,9 @@ def load_embedded_model() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         quantised = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         # A model read from GGUF carries a quantisation config that save_pretrained refuses.
-        config = AutoConfig.for_model(**{
-            k: v for k, v in quantised.config.to_dict().items() if k != "quantization_config"
-        })
+        config = AutoConfig.for_model(
+            **{k: v for k, v in quantised.config.to_dict().items() if k != "quantization_config"}
+        )
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         model.load_state_dict(quantised.state_dict())
         model.generation_config.eos_token_id = tokenizer.eos_token_id

@@ -48,7 +48,9 @@ def _packed_attention(
     if groups > 1:
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     # split, not slice: the backward pass of a slice fills a whole stream with zeros for each row.
-    rows = [t.split([prompt + sum(completions) for prompt, completions, _ in layout], 2) for t in (query, key, value)]
+    rows = [
+        t.split([prompt + sum(completions) for prompt, completions, _ in layout], 2) for t in (query, key, value)
+    ]
     outputs = []
     for q, k, v, (prompt, completions, masks) in zip(*rows, layout, strict=True):
         end = prompt + completions[0]

@@ -25,13 +25,13 @@ def load_base(params: ModelParams) -> tuple[PreTrainedModel, PreTrainedTokenizer
     if folder.is_dir():
         if OWN_MODELS.resolve() not in folder.absolute().parents:
             raise InputError(
-                f"params.yaml: model.base: {folder} is outside {OWN_MODELS}/, the folder whose content DVC watches; "
+                f"params.yaml: model.base: {folder} is outside {OWN_MODELS}/, the folder that DVC watches; "
                 f"copy the model there and name it as {OWN_MODELS / folder.name}"
             )
     elif params.revision is None:
         raise InputError(
-            f"params.yaml: model.base: '{params.base}' is neither `embedded` nor a folder, so it is taken for a hub "
-            "id, which needs model.revision: without one nobody can reproduce the run"
+            f"params.yaml: model.base: '{params.base}' is neither `embedded` nor a folder, so it is taken for a "
+            "hub id, which needs model.revision: without one nobody can reproduce the run"
         )
     try:
         tokenizer = AutoTokenizer.from_pretrained(params.base, revision=params.revision or "main")

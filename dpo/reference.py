@@ -48,7 +48,9 @@ def cache_key(
 def save_reference(folder: Path, key: dict[str, object], rows: Sequence[TokenRow], logps: Tensor) -> None:
     """Write log-probs [R, 2] (chosen, rejected) of R rows and their manifest, all or nothing."""
     chosen, rejected = logps.double().unbind(1)
-    table = pd.DataFrame({"id": [row.id for row in rows], "chosen": chosen.tolist(), "rejected": rejected.tolist()})
+    table = pd.DataFrame(
+        {"id": [row.id for row in rows], "chosen": chosen.tolist(), "rejected": rejected.tolist()}
+    )
     with written_whole(folder) as aside:
         aside.mkdir()
         table.to_parquet(aside / "logps.parquet", index=False)
@@ -66,7 +68,9 @@ def load_reference(folder: Path, key: dict[str, object]) -> dict[str, tuple[floa
         manifest = json.loads((folder / "manifest.json").read_text())
         logps = sha256(folder / "logps.parquet")
     except (OSError, ValueError) as error:
-        raise InputError(f"{folder}: no whole reference cache here ({error}); run the stage `reference`") from error
+        raise InputError(
+            f"{folder}: no whole reference cache here ({error}); run the stage `reference`"
+        ) from error
     differing = [name for name, value in {**key, "logps": logps}.items() if manifest.get(name) != value]
     if differing:
         raise InputError(

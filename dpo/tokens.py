@@ -1,6 +1,7 @@
 """From canonical preference pairs to token rows: the one place where text becomes tokens."""
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -62,7 +63,7 @@ def completion_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, completion: 
 
 
 def encode_pairs(
-    pairs: Iterable[Mapping[str, str]], tokenizer: PreTrainedTokenizerBase, max_length: int
+    pairs: Iterable[Mapping[Any, Any]], tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> list[TokenRow]:
     """Token rows (chosen first, rejected second) of pairs with `id`, `prompt`, `chosen` and `rejected`.
 

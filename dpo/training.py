@@ -70,18 +70,18 @@ class PackedTrainer(Trainer):
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
         """`loss_per` is the unit that the mean loss is taken over: `ids` (pairs) or `targets` (tokens)."""
-        super().__init__(model, args, train_dataset=rows, callbacks=callbacks)  # type: ignore[arg-type]
+        super().__init__(model, args, train_dataset=rows, callbacks=callbacks)
         self.sampler, self.objective, self.loss_per = sampler, objective, loss_per
         self.sums: dict[str, float] = defaultdict(float)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Micro-batches of packed rows, in the sampler's order."""
         loader: DataLoader[Any] = DataLoader(
-            self.train_dataset,  # type: ignore[arg-type]
-            batch_sampler=self.sampler,  # type: ignore[arg-type]
+            self.train_dataset,
+            batch_sampler=self.sampler,
             collate_fn=pack,
         )
-        return self.accelerator.prepare(loader)  # type: ignore[no-any-return]
+        return self.accelerator.prepare(loader)
 
     def get_batch_samples(self, *args: Any) -> tuple[list[dict[str, Any]], int]:
         """The micro-batches of one step, with the number of units that its mean loss is taken over."""

@@ -24,13 +24,20 @@ def main() -> None:
     betas = [str(beta) for beta in params.dpo.betas]
     rows = [json.loads(evaluation(beta).read_text()) for beta in betas]
     curves = pd.concat([pd.read_csv(train_log(beta)).assign(beta=beta) for beta in betas])
-    samples = pd.concat([pd.read_parquet(policy_samples(beta)).head(SHOWN_SAMPLES).assign(beta=beta) for beta in betas])
-    figures = [frontier(rows), *(curve(curves, name) for name in ("rewards/margins", "rewards/accuracies", "loss"))]
+    samples = pd.concat(
+        [pd.read_parquet(policy_samples(beta)).head(SHOWN_SAMPLES).assign(beta=beta) for beta in betas]
+    )
+    figures = [
+        frontier(rows),
+        *(curve(curves, name) for name in ("rewards/margins", "rewards/accuracies", "loss")),
+    ]
 
     write_json(COMPARISON, dict(zip(betas, rows, strict=True)))
     with written_whole(METRICS / "frontier.csv") as aside:
         height = "reward" if "reward" in rows[0] else "reward_accuracy"
-        pd.DataFrame([{"beta": r["beta"], "kl": r["kl"], "reward": r[height]} for r in rows]).to_csv(aside, index=False)
+        pd.DataFrame([{"beta": r["beta"], "kl": r["kl"], "reward": r[height]} for r in rows]).to_csv(
+            aside, index=False
+        )
     template = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True).get_template(
         "report.html.jinja"
     )

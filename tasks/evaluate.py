@@ -1,4 +1,4 @@
-"""Stage `evaluate`: one policy against the reference on held-out pairs and prompts, `python -m tasks.evaluate BETA`."""
+"""Stage `evaluate`: one policy against the reference on held-out data, `python -m tasks.evaluate BETA`."""
 
 from pathlib import Path
 
@@ -79,8 +79,9 @@ def main() -> None:
         **sample_metrics(under_policy, under_reference, [len(answer) for answer in answers], params.seed),
     }
     if judge is not None:
-        samples["policy_score"], samples["reference_score"] = judge(samples["policy"]), judge(samples["reference"])
-        metrics |= judged_metrics(samples["policy_score"], samples["reference_score"], params.seed)
+        scores = {side: judge(samples[side].tolist()) for side in ("policy", "reference")}
+        samples = samples.assign(policy_score=scores["policy"], reference_score=scores["reference"])
+        metrics |= judged_metrics(scores["policy"], scores["reference"], params.seed)
     with written_whole(policy_samples(beta)) as aside:
         samples.to_parquet(aside, index=False)
     write_json(evaluation(beta), metrics)

@@ -22,8 +22,11 @@ def main() -> None:
         logps = sequence_logps(model, rows, params.tokens.tokens_per_batch, f"reference log-probs, {source.stem}")
         save_reference(folder, cache_key(SFT, tokenizer, rows, params.tokens.max_length), rows, logps)
     pairs = pd.read_parquet(EVAL)
-    prompts = pairs["prompt"].sample(params.evaluate.samples, replace=len(pairs) < params.evaluate.samples,
-                                     random_state=params.seed).tolist()
+    prompts = (
+        pairs["prompt"]
+        .sample(params.evaluate.samples, replace=len(pairs) < params.evaluate.samples, random_state=params.seed)
+        .tolist()
+    )
     answers = sample(
         model,
         tokenizer,

@@ -56,7 +56,7 @@ class StepLog(TrainerCallback):
 
 
 def connect() -> None:
-    """Use MLFLOW_TRACKING_URI or, without one, `mlflow.db` here. The lock keeps two stages from creating it at once."""
+    """Use MLFLOW_TRACKING_URI or `mlflow.db` here; the lock keeps two stages from creating it at once."""
     mlflow.set_tracking_uri(os.environ.get("MLFLOW_TRACKING_URI", DATABASE))
     with FileLock("mlflow.db.lock"):
         mlflow.set_experiment(EXPERIMENT)
@@ -98,9 +98,10 @@ def sweep_run(params: Params) -> str:
             return str(found[0].info.run_id)
         tags = {**_git_tags(), SWEEP: _sweep(), ROLE: "sweep"}
         run = client.create_run(here[0], run_name=f"sweep {_sweep()[:8]}", tags=tags)
-    client.log_batch(run.info.run_id, params=[
-        Param(k, str(v)) for k, v in _flat({"seed": params.seed, "model": params.model}).items()
-    ])
+    client.log_batch(
+        run.info.run_id,
+        params=[Param(k, str(v)) for k, v in _flat({"seed": params.seed, "model": params.model}).items()],
+    )
     return str(run.info.run_id)
 
 
@@ -157,7 +158,7 @@ def _sweep() -> str:
 
 
 def _flat(groups: dict[str, Any]) -> dict[str, Any]:
-    flat = {}
+    flat: dict[str, Any] = {}
     for name, value in groups.items():
         value = dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value  # type: ignore[arg-type]
         flat |= {f"{name}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {name: value}

@@ -11,7 +11,7 @@ from dpo.losses import dpo_loss
 
 
 def mean_interval(values: Sequence[float], seed: int) -> list[float]:
-    """95% percentile-bootstrap interval [low, high] of the mean; a single or constant value is its own interval."""
+    """95% percentile-bootstrap interval [low, high] of the mean; constant values are their own interval."""
     data = np.asarray(values, dtype=float)
     if np.ptp(data) == 0:
         return [float(data[0])] * 2
@@ -19,7 +19,9 @@ def mean_interval(values: Sequence[float], seed: int) -> list[float]:
     return [float(found.low), float(found.high)]
 
 
-def preference_metrics(policy: Tensor, reference: Tensor, beta: float, seed: int) -> dict[str, float | list[float]]:
+def preference_metrics(
+    policy: Tensor, reference: Tensor, beta: float, seed: int
+) -> dict[str, float | list[float]]:
     """Implicit reward accuracy, margin, rewards and loss on preference pairs.
 
     Args:
@@ -31,7 +33,7 @@ def preference_metrics(policy: Tensor, reference: Tensor, beta: float, seed: int
     Returns:
         Means over pairs; `*_ci` are 95% intervals. A margin of exactly 0 counts half in the accuracy.
     """
-    losses, chosen, rejected = dpo_loss(*policy.unbind(1), *reference.unbind(1), beta)
+    losses, chosen, rejected = dpo_loss(policy[:, 0], policy[:, 1], reference[:, 0], reference[:, 1], beta)
     margins = chosen - rejected
     correct = (margins > 0).double() + (margins == 0).double() / 2
     displaced = (policy - reference)[:, 0]
@@ -69,7 +71,9 @@ def sample_metrics(
     }
 
 
-def judged_metrics(policy: Sequence[float], reference: Sequence[float], seed: int) -> dict[str, float | list[float]]:
+def judged_metrics(
+    policy: Sequence[float], reference: Sequence[float], seed: int
+) -> dict[str, float | list[float]]:
     """Win rate and reward of policy answers against reference answers to the same prompts, ties half.
 
     Args:

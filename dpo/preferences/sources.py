@@ -2,6 +2,7 @@
 
 import hashlib
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
@@ -12,7 +13,11 @@ from dpo.errors import InputError
 from dpo.preferences.human_ratings import rating_pairs, read_ratings
 
 OWN_DATA = Path("data/own")
-READERS = {".jsonl": lambda path: pd.read_json(path, lines=True), ".csv": pd.read_csv, ".parquet": pd.read_parquet}
+READERS: dict[str, Callable[[Path], pd.DataFrame]] = {
+    ".jsonl": lambda path: pd.read_json(path, lines=True),
+    ".csv": pd.read_csv,
+    ".parquet": pd.read_parquet,
+}
 TEXTS = ["prompt", "chosen", "rejected"]
 OPTIONAL = {"source": str, "agreement": float, "chosen_rating": float, "rejected_rating": float}
 
@@ -67,12 +72,11 @@ def _read_hub(name: str, revision: str | None) -> pd.DataFrame:
         splits = datasets.load_dataset(name, revision=revision)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise InputError(f"params.yaml: data.source: cannot load '{name}' at '{revision}': {error}") from error
-    held_out = {"test", "validation", "eval"}
-    named = {split: "eval" if split in held_out else "train" for split in splits if "train" in splits}
-    parts = [
-        data.to_pandas().assign(**({"split": named[split]} if len(named) > 1 else {})) for split, data in splits.items()
-    ]
-    return pd.concat(parts, ignore_index=True)
+    held_out = {"test", "validation", "eval"} & set(splits)
+    tables = {split: data.to_pandas() for split, data in splits.items()}
+    if held_out and held_out != set(splits):
+        tables = {k: table.assign(split="eval" if k in held_out else "train") for k, table in tables.items()}
+    return pd.concat(tables.values(), ignore_index=True)
 
 
 def canonical(raw: pd.DataFrame, origin: str, eval_fraction: float) -> pd.DataFrame:
@@ -87,7 +91,7 @@ def canonical(raw: pd.DataFrame, origin: str, eval_fraction: float) -> pd.DataFr
     missing = [field for field in TEXTS if field not in raw]
     if missing:
         raise InputError(
-            f"{origin}: missing column {', '.join(map(repr, missing))} (found {', '.join(map(repr, raw.columns))}); "
+            f"{origin}: missing column {', '.join(map(repr, missing))} (found {', '.join(map(repr, raw))}); "
             "each row needs the strings 'prompt', 'chosen' and 'rejected'"
         )
     for field in TEXTS:
@@ -100,9 +104,11 @@ def canonical(raw: pd.DataFrame, origin: str, eval_fraction: float) -> pd.DataFr
     table = raw[TEXTS].astype(str)
     texts = list(zip(*(table[field] for field in TEXTS), strict=True))
     table.insert(0, "id", raw["id"].astype(str) if "id" in raw else [_hash("\x1f".join(t))[:16] for t in texts])
-    table["split"] = raw["split"].astype(str) if "split" in raw else [
-        "eval" if int(_hash(prompt)[:8], 16) < eval_fraction * 2**32 else "train" for prompt, *_ in texts
-    ]
+    table["split"] = (
+        raw["split"].astype(str)
+        if "split" in raw
+        else ["eval" if int(_hash(prompt)[:8], 16) < eval_fraction * 2**32 else "train" for prompt, *_ in texts]
+    )
     for field, kind in OPTIONAL.items():
         default = Path(origin).name if kind is str else float("nan")
         try:

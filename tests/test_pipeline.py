@@ -1,0 +1,211 @@
+"""The whole pipeline on a tiny random model, through `dvc repro` as a user runs it."""
+
+import hashlib
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import mlflow
+import pandas as pd
+import pytest
+from ruamel.yaml import YAML
+
+ROOT = Path(__file__).parent.parent
+STAGES = ["base", "preferences", "validate", "sft", "reference"]
+ENV = {
+    **os.environ,
+    "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+    "HF_HUB_OFFLINE": "1",
+}
+ENV.pop("MLFLOW_TRACKING_URI", None)
+
+
+def make_project(folder: Path, model: Path) -> Path:
+    """A checkout of this repository with a tiny model and 40 pairs of its own in place of the embedded ones."""
+    for name in ("dpo", "tasks", "flows"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("dvc.yaml", "params.yaml", "pyproject.toml", ".gitignore", "prefect.toml"):
+        shutil.copy(ROOT / name, folder / name)
+    shutil.copytree(model, folder / "models/own/tiny")
+    (folder / "data/own").mkdir(parents=True)
+    pairs = pd.DataFrame(
+        {
+            "prompt": [f"Say something about film {number}." for number in range(40)],
+            "chosen": [f"Film {number} is a joy and a delight." for number in range(40)],
+            "rejected": [f"Film {number} is a bore." for number in range(40)],
+            "split": ["train"] * 24 + ["eval"] * 16,
+            "agreement": [0.75] * 40,
+        }
+    )
+    pairs.to_json(folder / "data/own/pairs.jsonl", orient="records", lines=True)
+    change(
+        folder,
+        {
+            "model.base": "models/own/tiny",
+            "data.source": "data/own/pairs.jsonl",
+            "data.max_train_pairs": None,
+            "tokens.max_length": 128,
+            "tokens.tokens_per_batch": 400,
+            "sft.learning_rate": 1e-2,
+            "dpo.learning_rate": 1e-2,
+            "dpo.betas": [0.1],
+            "evaluate.samples": 8,
+            "evaluate.max_new_tokens": 6,
+        },
+    )
+    for command in (
+        ["git", "init", "-q"],
+        ["dvc", "init", "-q"],
+        ["git", "add", "-A"],
+        ["git", "-c", "user.name=t", "-c", "user.email=t@example.org", "commit", "-qm", "start"],
+    ):
+        subprocess.run(command, cwd=folder, env=ENV, check=True)
+    return folder
+
+
+def change(folder: Path, values: dict[str, object]) -> None:
+    yaml = YAML()
+    params = yaml.load(folder / "params.yaml")
+    for key, value in values.items():
+        *groups, name = key.split(".")
+        target = params
+        for group in groups:
+            target = target[group]
+        target[name] = value
+    yaml.dump(params, folder / "params.yaml")
+
+
+def execute(folder: Path, *command: str, fails: bool = False) -> str:
+    done = subprocess.run(command, cwd=folder, env=ENV, capture_output=True, text=True)
+    output = done.stdout + done.stderr
+    assert (done.returncode != 0) is fails, output[-3000:]
+    return output
+
+
+def ran(output: str) -> list[str]:
+    return [line.split("'")[1] for line in output.splitlines() if line.startswith("Running stage")]
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> Path:
+    """Run once from nothing through DVC."""
+    folder = make_project(tmp_path_factory.mktemp("project"), tiny_model_dir)
+    output = execute(folder, "dvc", "repro")
+    assert ran(output) == [*STAGES, "train@0.1", "evaluate@0.1", "compare"]
+    return folder
+
+
+def test_training_starts_at_margin_zero_and_loss_log_2_through_the_cache(project):
+    log = pd.read_csv(project / "metrics/train/0.1.csv")
+    assert log["rewards/margins"].iloc[0] == 0.0
+    assert log["rewards/chosen"].iloc[0] == 0.0
+    assert log["loss"].iloc[0] == pytest.approx(math.log(2), abs=1e-7)
+    assert log["rewards/margins"].iloc[-1] > 0.1
+
+
+def test_evaluation_reports_every_headline_figure(project):
+    metrics = json.loads((project / "metrics/evaluate/0.1.json").read_text())
+    assert metrics["pairs"] == 16
+    assert metrics["human_ceiling"] == 0.75
+    assert 0 <= metrics["reward_accuracy"] <= 1
+    assert metrics["margin_ci"][0] <= metrics["margin"] <= metrics["margin_ci"][1]
+    assert metrics["kl"] > 0
+    assert "win_rate" in metrics
+    assert json.loads((project / "metrics/comparison.json").read_text())["0.1"] == metrics
+
+
+def test_the_sft_checkpoint_is_a_plain_transformers_model(project):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    for name in ("sft", "dpo-0.1"):
+        AutoTokenizer.from_pretrained(project / "models" / name)
+        AutoModelForCausalLM.from_pretrained(project / "models" / name)
+
+
+def test_report_and_table_show_the_policy(project):
+    page = (project / "reports/index.html").read_text()
+    assert "Reward against KL" in page
+    assert "Say something about film" in page
+    table = execute(project, sys.executable, "-m", "tasks.results")
+    assert "reward accuracy" in table
+    assert "make mlflow" in table
+
+
+def test_mlflow_holds_the_sweep(project):
+    mlflow.set_tracking_uri(f"sqlite:///{project}/mlflow.db")
+    runs = mlflow.search_runs(experiment_names=["dpo-pipeline"], output_format="list")
+    roles = {run.data.tags["dpo.role"]: run for run in runs}
+    assert sorted(roles) == ["policy", "reference", "sweep"]
+    policy, sweep = roles["policy"], roles["sweep"]
+    assert policy.data.tags["mlflow.parentRunId"] == sweep.info.run_id
+    assert policy.data.params["beta"] == "0.1"
+    assert policy.data.params["dpo.learning_rate"] == "0.01"
+    assert len(policy.data.tags["git_commit"]) == 40
+    evaluated = json.loads((project / "metrics/evaluate/0.1.json").read_text())
+    assert policy.data.metrics["eval/reward_accuracy"] == evaluated["reward_accuracy"]
+    assert sweep.data.metrics["beta=0.1/kl"] == evaluated["kl"]
+    digests = {data.dataset.name: data.dataset.digest for data in policy.inputs.dataset_inputs}
+    md5 = hashlib.md5((project / "data/train.parquet").read_bytes(), usedforsecurity=False).hexdigest()
+    assert digests["train"] == md5
+    assert md5 in (project / "dvc.lock").read_text()
+    curve = mlflow.MlflowClient().get_metric_history(policy.info.run_id, "train/rewards/margins")
+    assert [point.step for point in curve] == list(range(1, len(curve) + 1))
+    assert len(curve) == 3
+
+
+def test_same_seed_gives_the_same_checkpoint(project):
+    weights = project / "models/dpo-0.1/model.safetensors"
+    before = hashlib.sha256(weights.read_bytes()).hexdigest()
+    execute(project, "dvc", "repro", "--force", "--single-item", "train@0.1")
+    assert hashlib.sha256(weights.read_bytes()).hexdigest() == before
+
+
+def test_nothing_runs_twice_and_a_new_beta_runs_its_own_cells_only(project):
+    assert ran(execute(project, "dvc", "repro")) == []
+    change(project, {"dpo.betas": [0.1, 0.5]})
+    assert ran(execute(project, "dvc", "repro")) == ["train@0.5", "evaluate@0.5", "compare"]
+    assert "up to date" in execute(project, "dvc", "status")
+
+
+def test_push_and_pull_bring_a_clean_clone_up_to_date(project, tmp_path):
+    execute(project, "dvc", "remote", "add", "--default", "--local", "store", str(tmp_path / "store"))
+    execute(project, "git", "add", "-A")
+    execute(project, "git", "-c", "user.name=t", "-c", "user.email=t@example.org", "commit", "-qm", "results")
+    execute(project, "dvc", "push")
+    clone = tmp_path / "clone"
+    execute(tmp_path, "git", "clone", "-q", str(project), str(clone))
+    execute(clone, "dvc", "remote", "add", "--default", "--local", "store", str(tmp_path / "store"))
+    execute(clone, "dvc", "pull")
+    assert ran(execute(clone, "dvc", "repro")) == []
+    assert "up to date" in execute(clone, "dvc", "status")
+
+
+def test_a_stale_reference_cache_is_refused(project):
+    manifest = project / "reference/train/manifest.json"
+    original = manifest.read_text()
+    manifest.write_text(original.replace('"max_length": 128', '"max_length": 127'))
+    output = execute(project, sys.executable, "-m", "tasks.train", "0.1", fails=True)
+    manifest.write_text(original)
+    assert "reference/train: stale reference cache, refused: max_length differ" in output
+    assert "Traceback" not in output
+
+
+def test_bad_params_stop_a_stage_with_one_line(project):
+    text = (project / "params.yaml").read_text()
+    (project / "params.yaml").write_text(text.replace("eval_fraction: 0.1", "eval_fractoin: 0.1"))
+    output = execute(project, sys.executable, "-m", "tasks.preferences", fails=True)
+    (project / "params.yaml").write_text(text)
+    assert "params.yaml: data.eval_fractoin: unknown key" in output
+    assert "Traceback" not in output
+
+
+def test_through_prefect(tmp_path, tiny_model_dir):
+    folder = make_project(tmp_path, tiny_model_dir)
+    ENV["PREFECT_HOME"] = str(tmp_path / "prefect")
+    execute(folder, sys.executable, "-m", "flows.pipeline")
+    assert (folder / "reports/index.html").is_file()
+    assert ran(execute(folder, "dvc", "repro")) == []
