@@ -1,0 +1,207 @@
+"""Bring every stage of `dvc.yaml` up to date: `python -m flows.pipeline [--parallel N]`.
+
+DVC decides what is stale, Prefect decides when. The stages and their edges are read from DVC at every run, each stage
+is one task run, and each task run is one `dvc repro --single-item`.
+"""
+
+import argparse
+import codecs
+import logging
+import os
+import re
+import select
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from datetime import datetime
+from graphlib import TopologicalSorter
+from pathlib import Path
+from typing import Any
+
+from dvc.repo import Repo
+from prefect import flow, get_run_logger, task
+from prefect.cache_policies import NO_CACHE
+from prefect.futures import PrefectFuture
+from prefect.states import Cancelled, Completed, State
+from prefect.task_runners import ThreadPoolTaskRunner
+from pydantic import PositiveInt
+
+RAN, RESTORED, UP_TO_DATE, STOPPED = "ran", "restored", "up to date", "stopped"
+VERDICTS = {
+    "Running stage '{}':": RAN,
+    "Stage '{}' is cached - skipping run, checking out outputs": RESTORED,
+    "Stage '{}' didn't change, skipping": UP_TO_DATE,
+    "'{}' didn't change, skipping": UP_TO_DATE,  # a .dvc file
+}
+LEVEL = re.compile(r"\b(ERROR|WARNING)\b|^(error|warning):")
+LEVELS = {"ERROR": logging.ERROR, "WARNING": logging.WARNING}
+ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+BAR_SECONDS = 10.0
+POLL_SECONDS = 0.5
+TAIL_LINES = 15
+
+
+class StageError(Exception):
+    """A stage failed; the message names it and ends with the last lines of its output."""
+
+
+def read_graph() -> dict[str, list[str]]:
+    """What `dvc repro` would visit in this folder: each stage, by DVC's name for it, with the stages it needs.
+
+    Raises DVC's own errors when there is no DVC project here or when `dvc.yaml` is invalid.
+    """
+    with Repo() as repo:
+        graph = repo.index.graph
+        stages = repo.stage.collect("dvc.yaml")
+        for stage in stages:  # grows on the way by what is needed from outside this dvc.yaml
+            stages += [needed for needed in graph.successors(stage) if needed not in stages]
+        return {stage.addressing: [needed.addressing for needed in graph.successors(stage)] for stage in stages}
+
+
+def read_output(process: subprocess.Popen[bytes], stop: threading.Event) -> Iterator[str]:
+    """Text as it comes, "" when none came for a moment; ends with the process, or once `stop` is set."""
+    assert process.stdout is not None
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    while not stop.is_set():
+        if select.select([process.stdout], [], [], POLL_SECONDS)[0]:
+            data = os.read(process.stdout.fileno(), 65536)
+            if not data:
+                return
+            yield decoder.decode(data)
+        elif process.poll() is not None:  # gone, though a child of it still holds the pipe
+            return
+        else:
+            yield ""
+
+
+def split_lines(chunks: Iterable[str], bar_seconds: float = BAR_SECONDS) -> Iterator[str]:
+    """Whole lines without terminal escapes; of a progress bar its last state, and one more every `bar_seconds`."""
+    rest, shown, last_bar = "", time.monotonic(), ""
+    for chunk in chunks:
+        *ended, rest = (rest + chunk).split("\n")
+        yield from (visible(line) for line in ended)
+        if "\r" in rest:
+            bar = visible(rest)
+            rest = "\r".join(rest.split("\r")[-2:])
+            if bar != last_bar and time.monotonic() - shown >= bar_seconds:
+                yield bar
+                shown, last_bar = time.monotonic(), bar
+    if rest:
+        yield visible(rest)
+
+
+def visible(line: str) -> str:
+    """What a terminal would show of a line that carriage returns overwrite."""
+    states = [state.rstrip() for state in ESCAPE.sub("", line).split("\r")]
+    return next((state for state in reversed(states) if state), "")
+
+
+def run_stage(stage: str, stop: threading.Event, logger: "logging.Logger | logging.LoggerAdapter[Any]") -> str:
+    """Bring one stage up to date through DVC; log its output line by line; return what DVC did.
+
+    Nothing that the stage started outlives this call, however it ends. Raises StageError if DVC fails.
+    """
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", "--single-item", stage],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env={
+            **os.environ,
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
+            "PYTHONUNBUFFERED": "1",
+        },
+        start_new_session=True,
+    )
+    verdicts = {line.format(stage): verdict for line, verdict in VERDICTS.items()}
+    verdict = None
+    tail: deque[str] = deque(maxlen=TAIL_LINES)
+    try:
+        for line in filter(None, split_lines(read_output(process, stop))):
+            found = LEVEL.search(line)
+            logger.log(LEVELS[found[0].rstrip(":").upper()] if found else logging.INFO, line)
+            verdict = verdict or verdicts.get(line)  # DVC speaks first: a stage's own output cannot pose as it
+            tail.append(line)
+        if not stop.is_set():
+            process.wait()
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    if process.returncode and stop.is_set():
+        return STOPPED
+    if process.returncode:
+        raise StageError("\n".join([f"{stage} failed; its last output:", *tail]))
+    return verdict or RAN
+
+
+def name_flow_run() -> str:
+    """Which project, and when."""
+    return f"{Path.cwd().name} {datetime.now():%Y-%m-%d %H:%M:%S}"
+
+
+@task(name="stage", task_run_name="{stage}", cache_policy=NO_CACHE)
+def bring_up_to_date(stage: str, stop: threading.Event) -> str | State[str]:
+    """One stage as one task run, whose state tells what DVC did. Raises StageError if the stage fails."""
+    verdict = run_stage(stage, stop, get_run_logger())
+    if verdict == UP_TO_DATE:
+        return Completed(name="UpToDate", message="nothing changed", data=verdict)
+    if verdict == RESTORED:
+        return Completed(name="Restored", message="outputs taken from DVC's run cache", data=verdict)
+    if verdict == STOPPED:
+        return Cancelled(message="the flow stopped")
+    return verdict
+
+
+@flow(name="pipeline", flow_run_name=name_flow_run)
+def pipeline(parallel: PositiveInt = 1) -> dict[str, str]:
+    """Bring all stages up to date, one generation of the graph after the other, `parallel` stages at once.
+
+    Returns what DVC did with each stage. Raises StageError if one failed; what needs a failed stage is not run, all
+    else is.
+    """
+    graph = read_graph()
+    generations = TopologicalSorter(graph)
+    generations.prepare()
+    futures: dict[str, PrefectFuture[Any]] = {}
+    stop = threading.Event()
+    with ThreadPoolTaskRunner[Any](max_workers=parallel) as runner:
+        try:
+            while generations.is_active():
+                generation = generations.get_ready()
+                for stage in generation:
+                    upstream = [futures[needed] for needed in graph[stage]]
+                    futures[stage] = runner.submit(
+                        bring_up_to_date, {"stage": stage, "stop": stop}, wait_for=upstream
+                    )
+                for stage in generation:
+                    futures[stage].wait()
+                generations.done(*generation)
+        finally:
+            stop.set()  # a flow that is interrupted here takes its stages with it
+
+    states = {stage: future.state for stage, future in futures.items()}
+    failures = [str(state.message) for state in states.values() if state.is_failed()]
+    if failures:
+        not_run = [stage for stage, state in states.items() if state.is_pending()]
+        raise StageError("\n".join([*failures, f"not run: {', '.join(not_run) or 'none'}"]))
+    return {stage: future.result() for stage, future in futures.items()}
+
+
+def main() -> int:
+    """Run the flow here and now, on the server of PREFECT_API_URL or else on one of its own; exit code 1 on failure."""
+    parser = argparse.ArgumentParser(prog="python -m flows.pipeline", description=main.__doc__)
+    parser.add_argument(
+        "--parallel", type=int, default=1, metavar="N", help="stages that run at once (default: 1)"
+    )
+    state = pipeline(**vars(parser.parse_args()), return_state=True)
+    return 0 if state.is_completed() else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
