@@ -123,6 +123,7 @@ class StepSampler:
             raise ValueError("there are no rows to train on")
         self.lengths = list(lengths)
         self.rows_per_step = min(rows_per_step, len(self.lengths))
+        self.tokens_per_batch = tokens_per_batch
         self.seed = seed
         self.epoch = 0
         steps = [step for epoch in range(epochs) for step in self._steps(epoch)]

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
@@ -13,7 +13,13 @@ from dpo.errors import InputError
 
 Positive = Annotated[int, Field(gt=0)]
 Rate = Annotated[float, Field(gt=0)]
-STRICT = ConfigDict(extra="forbid", strict=True)
+STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+def _distinct(values: tuple[float, ...]) -> tuple[float, ...]:
+    if len(set(values)) < len(values):
+        raise ValueError("a value stands there twice")
+    return values
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,8 +55,8 @@ class DataParams:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokenParams:
-    """How text becomes batches; shared by every stage that runs the model."""
+class EngineParams:
+    """How text becomes log-probs; shared by every stage that runs the model."""
 
     __pydantic_config__ = STRICT
 
@@ -58,6 +64,8 @@ class TokenParams:
     """Most tokens of prompt and one completion; prompts are cut from the left, completions never."""
     tokens_per_batch: Positive
     """Most tokens in one forward pass; bounds memory and leaves results unchanged."""
+    precision: Literal["fp32", "bf16"]
+    """`fp32` is exact; `bf16` multiplies the layers' matrices in bfloat16, the same in cache and training."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,14 +80,16 @@ class OptimizerParams:
     """Effective batch, in pairs."""
     learning_rate: Rate
     """Peak learning rate."""
-    optimizer: Literal["adamw", "rmsprop"]
-    """The paper's code uses RMSprop; AdamW is the common choice since."""
+    optimizer: Literal["adamw", "rmsprop", "adamw_8bit", "paged_adamw_8bit"]
+    """The paper's code uses RMSprop; AdamW is the common choice since. 8-bit states need a CUDA GPU."""
     schedule: Literal["linear", "cosine", "constant"]
     """Course of the learning rate after warm-up."""
     warmup_steps: Annotated[int, Field(ge=0)]
     """Steps of linear warm-up; 150 in Rafailov et al. 2023, appendix B."""
     max_grad_norm: Rate
     """Gradients are clipped to this norm; 10 in the paper's code."""
+    gradient_checkpointing: bool
+    """Keep fewer activations and compute them again in the backward pass: less memory, about a third more time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,13 +105,45 @@ class SftParams(OptimizerParams):
 
 
 @dataclass(frozen=True, kw_only=True)
+class LoraParams:
+    """Low-rank adapters on every linear layer but the output (Hu et al. 2021); dropout stays off."""
+
+    __pydantic_config__ = STRICT
+
+    rank: Positive
+    """Inner dimension of each update."""
+    alpha: Positive
+    """Updates are scaled by alpha / rank."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EarlyStopParams:
+    """When to stop before the last epoch; the weights with the least validation loss are kept."""
+
+    __pydantic_config__ = STRICT
+
+    validation_share: Annotated[float, Field(gt=0, lt=1)]
+    """Share of the training pairs that is validated on instead; held-out pairs are never used."""
+    every_steps: Positive
+    """Steps between two validations."""
+    patience: Positive
+    """Validations in a row without a new best that end the training."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class DpoParams(OptimizerParams):
     """Preference optimisation; one run for each beta."""
 
     __pydantic_config__ = STRICT
 
-    betas: Annotated[tuple[Annotated[int, Field(gt=0)] | Rate, ...], Field(min_length=1)]
+    betas: Annotated[tuple[Positive | Rate, ...], Field(min_length=1), AfterValidator(_distinct)]
     """Strengths of the KL constraint, eq. 7."""
+    reference: Literal["cached", "online"]
+    """`cached` holds one model; `online` computes reference log-probs in training: a second model, or LoRA off."""
+    lora: LoraParams | None
+    """Train adapters and save them alone; null trains all weights."""
+    early_stop: EarlyStopParams | None
+    """Null trains all epochs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,11 +168,11 @@ class Params:
 
     __pydantic_config__ = STRICT
 
-    seed: Annotated[int, Field(ge=0)]
+    seed: Annotated[int, Field(ge=0, lt=2**32)]
     """Seed of every random choice."""
     model: ModelParams
     data: DataParams
-    tokens: TokenParams
+    engine: EngineParams
     sft: SftParams
     dpo: DpoParams
     evaluate: EvaluateParams
@@ -144,8 +186,8 @@ def load_params(path: Path = Path("params.yaml")) -> Params:
     """
     try:
         values = YAML(typ="safe", pure=True).load(path)
-        return TypeAdapter(Params).validate_json(json.dumps(values))
-    except (YAMLError, OSError) as error:
+        return TypeAdapter(Params).validate_json(json.dumps(values, default=str))
+    except (YAMLError, OSError, TypeError) as error:
         raise InputError(f"{path}: {' '.join(str(error).split())}") from error
     except ValidationError as error:
         faults = [

@@ -11,13 +11,16 @@ from pathlib import Path
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
     """Give a path beside `path` to write a file or a folder to; it takes the place of `path` only on success."""
-    aside = path.with_name(f".{path.name}.partial")
+    aside, previous = (path.with_name(f".{path.name}.{name}.partial") for name in ("new", "old"))
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove(aside)
     try:
         yield aside
-        _remove(path)
-        aside.rename(path)
+        if aside.is_dir() and path.exists():  # no system call puts a folder in the place of another
+            _remove(previous)
+            path.rename(previous)
+        aside.replace(path)
+        _remove(previous)
     finally:
         _remove(aside)
 

@@ -3,11 +3,17 @@
 It runs the transformer on the packed stream of `dpo.batching` (no pads, each prompt once), projects to the
 vocabulary only where a completion token is predicted, in chunks that are recomputed in the backward pass, and
 takes the log-sum-exp in fp32. The full [tokens, vocabulary] matrix never exists.
+
+An architecture for which the packed stream is not exact is found when the model is loaded, and computed row by
+row with its own forward pass instead.
 """
 
-import types
-from collections.abc import Sequence
-from typing import Any
+import functools
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -17,15 +23,23 @@ from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedMod
 
 from dpo.batching import TokenRow, budget_batches, pack
 
-ENGINE_VERSION = 1
+ENGINE_VERSION = 2
 """Part of every reference cache's key; raise it whenever the numbers below could change."""
 
 PACKED_ATTENTION = "dpo_packed"
 HEAD_CHUNK = 256
 """Positions projected to the vocabulary at a time: 50 MB of fp32 logits at a vocabulary of 49,152."""
 
-Layout = list[tuple[int, tuple[int, ...], tuple[Tensor, ...]]]
-"""Each row's prompt length, completion lengths, and the masks of all completions but the first."""
+SELF_CHECK_TOLERANCE = 1e-3
+"""Most nats by which packed and plain log-probs may differ in the self-check; a wrong mask differs by far more."""
+
+Precision = Literal["fp32", "bf16"]
+"""`bf16` multiplies matrices of the transformer's layers in bfloat16; weights and the vocabulary stay fp32."""
+
+Layout = list[tuple[int, tuple[int, ...]]]
+"""Each row's prompt length and completion lengths."""
+
+log = logging.getLogger(__name__)
 
 
 def _packed_attention(
@@ -35,8 +49,9 @@ def _packed_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    scaling: float | None = None,
     layout: Layout,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention row by row: prompt and first completion causally, each further completion on prompt and itself.
@@ -48,47 +63,38 @@ def _packed_attention(
     if groups > 1:
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     # split, not slice: the backward pass of a slice fills a whole stream with zeros for each row.
-    rows = [
-        t.split([prompt + sum(completions) for prompt, completions, _ in layout], 2) for t in (query, key, value)
-    ]
+    rows = [t.split([prompt + sum(completions) for prompt, completions in layout], 2) for t in (query, key, value)]
+    attend = functools.partial(_attend, scaling=scaling, window=sliding_window)
     outputs = []
-    for q, k, v, (prompt, completions, masks) in zip(*rows, layout, strict=True):
+    for q, k, v, (prompt, completions) in zip(*rows, layout, strict=True):
         end = prompt + completions[0]
-        outputs.append(
-            F.scaled_dot_product_attention(
-                q[:, :, :end], k[:, :, :end], v[:, :, :end], is_causal=True, scale=scaling
-            )
-        )
-        for length, mask in zip(completions[1:], masks, strict=True):
+        outputs.append(attend(q[:, :, :end], k[:, :, :end], v[:, :, :end]))
+        for length in completions[1:]:
             own = slice(end, end + length)
             outputs.append(
-                F.scaled_dot_product_attention(
+                attend(
                     q[:, :, own],
                     torch.cat([k[:, :, :prompt], k[:, :, own]], 2),
                     torch.cat([v[:, :, :prompt], v[:, :, own]], 2),
-                    attn_mask=mask,
-                    scale=scaling,
                 )
             )
             end += length
     return torch.cat(outputs, 2).transpose(1, 2), None
 
 
+def _attend(query: Tensor, key: Tensor, value: Tensor, *, scaling: float | None, window: int | None) -> Tensor:
+    """Causal attention of the last Q of K positions; the last query sees the last key."""
+    queries, keys = query.shape[2], key.shape[2]
+    windowed = window is not None and keys > window
+    if queries == keys and not windowed:
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling)
+    mask = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril(keys - queries)
+    if windowed:
+        mask = mask.triu(keys - queries - window + 1)  # type: ignore[operator]
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
+
+
 AttentionInterface.register(PACKED_ATTENTION, _packed_attention)
-
-
-def _layout(spans: Sequence[tuple[int, tuple[int, ...]]], device: torch.device) -> Layout:
-    return [
-        (
-            prompt,
-            completions,
-            tuple(
-                torch.ones(length, prompt + length, dtype=torch.bool, device=device).tril(prompt)
-                for length in completions[1:]
-            ),
-        )
-        for prompt, completions in spans
-    ]
 
 
 class _TokenLogps(torch.autograd.Function):
@@ -123,41 +129,114 @@ class _TokenLogps(torch.autograd.Function):
         return grad_hidden, grad_weight, grad_bias, None
 
 
-def _forward(self: PreTrainedModel, *args: Any, packed: dict[str, Any] | None = None, **kwargs: Any) -> Any:
+def _forward(
+    model: PreTrainedModel,
+    *args: Any,
+    packed: dict[str, Any] | None = None,
+    in_stream: bool,
+    precision: Precision,
+    **kwargs: Any,
+) -> Any:
     """Forward of a causal language model that also answers `model(packed=pack(rows))` with log-probs [C]."""
     if packed is None:
-        return type(self).forward(self, *args, **kwargs)
-    input_ids = packed["input_ids"]
-    hidden = self.get_decoder()(
-        input_ids=input_ids,
-        position_ids=packed["position_ids"],
-        layout=_layout(packed["spans"], input_ids.device),
-        use_cache=False,
-    ).last_hidden_state[0]
-    head = self.get_output_embeddings()
-    hidden = hidden.index_select(0, packed["predict_from"]).to(head.weight.dtype)
-    token_logps = _TokenLogps.apply(hidden, head.weight, getattr(head, "bias", None), packed["targets"])
+        return type(model).forward(model, *args, **kwargs)
+    token_logps = (_stream_logps if in_stream else _plain_logps)(model, packed, precision)
     completions = sum(len(lengths) for _, lengths in packed["spans"])
-    return torch.zeros(completions, device=input_ids.device).index_add(0, packed["owner"], token_logps)
+    return torch.zeros(completions, device=token_logps.device).index_add(0, packed["owner"], token_logps)
 
 
-def load_model(path: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """Load a causal language model ready for `model(packed=...)`, dropout off, in eval mode.
+def _stream_logps(model: PreTrainedModel, packed: dict[str, Any], precision: Precision) -> Tensor:
+    """Log-probs [N] of the N completion tokens, from one pass over the packed stream."""
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=precision == "bf16"):
+        hidden = model.get_decoder()(
+            input_ids=packed["input_ids"],
+            position_ids=packed["position_ids"],
+            layout=packed["spans"],
+            use_cache=False,
+        ).last_hidden_state[0]
+    head = model.get_output_embeddings()
+    hidden = hidden.index_select(0, packed["predict_from"]).to(head.weight.dtype)
+    return _TokenLogps.apply(hidden, head.weight, getattr(head, "bias", None), packed["targets"])
+
+
+def _plain_logps(model: PreTrainedModel, packed: dict[str, Any], precision: Precision) -> Tensor:
+    """The same by the model's own forward pass, one prompt with one completion at a time."""
+    stream, start, parts = packed["input_ids"][0], 0, []
+    for prompt, completions in packed["spans"]:
+        end = start + prompt
+        for length in completions:
+            ids = torch.cat([stream[start : start + prompt], stream[end : end + length]])[None]
+            with torch.autocast(model.device.type, torch.bfloat16, enabled=precision == "bf16"):
+                logits = type(model).forward(model, input_ids=ids, use_cache=False).logits[0, prompt - 1 : -1]
+            parts.append(logits.float().log_softmax(1).gather(1, ids[0, prompt:, None])[:, 0])
+            end += length
+        start = end
+    return torch.cat(parts)
+
+
+def load_model(path: Path, precision: Precision = "fp32") -> PreTrainedModel:
+    """Load a causal language model ready for `model(packed=...)`, weights in fp32, dropout off, in eval mode.
 
     Args:
-        path: a local folder with safetensors weights.
-        dtype: the dtype of the weights.
+        path: a local folder with safetensors weights, or with a LoRA adapter that names its base.
+        precision: of matrix products, wherever this model computes log-probs.
     """
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, use_safetensors=True).eval()
     for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-    model.forward = types.MethodType(_forward, model)
-    model.set_attn_implementation(PACKED_ATTENTION)
-    return model.eval()
+        rates = [name for name, value in vars(module).items() if "drop" in name and isinstance(value, float)]
+        for name in ["p"] if isinstance(module, nn.Dropout) else rates:
+            setattr(module, name, 0.0)
+    fault = _stream_fault(model)
+    if fault:
+        log.warning("%s: %s; log-probs are computed row by row, which is slower", type(model).__name__, fault)
+    else:
+        model.set_attn_implementation(PACKED_ATTENTION)
+    model.forward = functools.partial(_forward, model, in_stream=not fault, precision=precision)
+    return model
 
 
-@torch.inference_mode()
+@torch.no_grad()
+def _stream_fault(model: PreTrainedModel) -> str | None:
+    """Why the packed stream is not exact for this model; None if it is, as a trial on a few tokens tells."""
+    rope = getattr(model.config, "rope_parameters", None) or {}
+    if {p.get("rope_type") for p in (rope, *rope.values()) if isinstance(p, dict)} & {"dynamic", "longrope"}:
+        return "its rotary positions depend on the longest row of a batch"
+    vocabulary = model.get_input_embeddings().num_embeddings
+    ids = torch.randint(vocabulary, (18,), generator=torch.Generator().manual_seed(0)).split([5, 3, 4, 3, 1, 2])
+    first, a, b, second, c, d = (tuple(part.tolist()) for part in ids)
+    packed = to_device(pack([TokenRow("1", first, (a, b)), TokenRow("2", second, (c, d))]), model.device)
+    plain = _plain_logps(model, packed, "fp32")
+    own_attention = model.config._attn_implementation
+    try:
+        model.set_attn_implementation(PACKED_ATTENTION)
+        difference = (_stream_logps(model, packed, "fp32") - plain).abs().max().item()
+    except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        return f"it cannot run the packed stream ({error})"
+    finally:
+        model.set_attn_implementation(own_attention)
+    if difference <= SELF_CHECK_TOLERANCE:
+        return None
+    return f"its packed log-probs differ from plain ones by {difference:.2g} nats"
+
+
+def to_device(packed: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """The tensors of a packed batch on a device."""
+    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in packed.items()}
+
+
+@contextmanager
+def generating(model: PreTrainedModel) -> Iterator[None]:
+    """Give a model from `load_model` the attention that `generate` needs, for the time of the block."""
+    attention = model.config._attn_implementation
+    if attention == PACKED_ATTENTION:
+        model.set_attn_implementation("sdpa")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(attention)
+
+
+@torch.no_grad()
 def sequence_logps(
     model: PreTrainedModel, rows: Sequence[TokenRow], tokens_per_batch: int, title: str = "log-probs"
 ) -> Tensor:
@@ -172,12 +251,10 @@ def sequence_logps(
     Returns:
         fp32 on the CPU, shape [R, K].
     """
-    model.set_attn_implementation(PACKED_ATTENTION)
     parts = []
     with tqdm(total=len(rows), desc=title, unit="row", mininterval=2) as bar:
         for batch in budget_batches([row.tokens for row in rows], tokens_per_batch):
             packed = pack([rows[i] for i in batch])
-            moved = {k: v.to(model.device) if isinstance(v, Tensor) else v for k, v in packed.items()}
-            parts.append(model(packed=moved).cpu())
+            parts.append(model(packed=to_device(packed, model.device)).cpu())
             bar.update(len(batch))
     return torch.cat(parts).view(len(rows), -1)

@@ -55,11 +55,16 @@ def completion_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, completion: 
             completion = completion.removesuffix(end).rstrip()
     head = tokenizer.encode(before, add_special_tokens=False)
     whole_ids = tokenizer.encode(before + completion, add_special_tokens=False)
-    if whole_ids[: len(head)] == head:
-        ids = whole_ids[len(head) :]
-    else:
-        ids = tokenizer.encode(completion, add_special_tokens=False)
+    fits = whole_ids[: len(head)] == head
+    ids = whole_ids[len(head) :] if fits else _encode_apart(tokenizer, completion)
     return ids if tokenizer.eos_token_id is None else [*ids, tokenizer.eos_token_id]
+
+
+def _encode_apart(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of a text that starts in the middle of a line: some tokenizers put a space before a first word."""
+    before = tokenizer.encode("\n", add_special_tokens=False)
+    ids = tokenizer.encode("\n" + text, add_special_tokens=False)
+    return ids[len(before) :] if ids[: len(before)] == before else tokenizer.encode(text, add_special_tokens=False)
 
 
 def encode_pairs(
@@ -82,7 +87,7 @@ def encode_pairs(
             if len(ids) >= max_length:
                 raise InputError(
                     f"pair {pair['id']}: field '{field}' has {len(ids)} tokens; with max_length {max_length} no "
-                    "prompt token fits before it. Raise tokens.max_length or drop the pair."
+                    "prompt token fits before it. Raise engine.max_length or drop the pair."
                 )
             completions.append(tuple(ids))
         room = max_length - max(map(len, completions))

@@ -1,6 +1,9 @@
 """SFT and DPO under `transformers.Trainer`: our batches and our loss, its loop."""
 
+import copy
 import functools
+import hashlib
+import math
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -10,39 +13,57 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import (
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
 
-from dpo.batching import StepSampler, TokenRow, pack
-from dpo.config import DpoParams, OptimizerParams, SftParams
+from dpo.batching import StepSampler, TokenRow, budget_batches, pack
+from dpo.config import DpoParams, EarlyStopParams, LoraParams, OptimizerParams, SftParams
+from dpo.errors import InputError
 from dpo.files import written_whole
+from dpo.logps import to_device
 from dpo.losses import dpo_loss, nll_loss
 
-OPTIMIZERS = {"adamw": "adamw_torch_fused", "rmsprop": "rmsprop"}
+OPTIMIZERS = {
+    "adamw": "adamw_torch_fused",
+    "rmsprop": "rmsprop",
+    "adamw_8bit": "adamw_bnb_8bit",
+    "paged_adamw_8bit": "paged_adamw_8bit",
+}
 
-Objective = Callable[[Tensor, Sequence[str]], tuple[Tensor, dict[str, Tensor]]]
-"""From log-probs [C] of the packed completions and the row ids [R] to the loss summed over the micro-batch and
-metrics summed over its rows."""
+Packed = dict[str, Any]
+Objective = Callable[[torch.nn.Module, Packed], tuple[Tensor, dict[str, Tensor]]]
+"""From the model and a packed micro-batch to the loss summed over it and metrics summed over its rows."""
+
+Reference = Callable[[Packed], Tensor]
+"""From a packed micro-batch of R pairs to the reference log-probs [2R] of its completions, chosen first."""
 
 
-def sft_objective(logps: Tensor, ids: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
+def sft_objective(model: torch.nn.Module, packed: Packed) -> tuple[Tensor, dict[str, Tensor]]:
     """Negative log-likelihood in nats, summed over the completions of the micro-batch."""
-    return nll_loss(logps), {}
+    return nll_loss(model(packed=packed)), {}
 
 
 def dpo_objective(
-    logps: Tensor, ids: Sequence[str], *, beta: float, reference: Mapping[str, tuple[float, float]]
+    model: torch.nn.Module, packed: Packed, *, beta: float, reference: Reference
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """DPO loss (eq. 7) summed over pairs, and the sums behind the metrics that TRL users know by these names.
 
     Args:
-        logps: [2R], chosen and rejected of each pair in turn.
-        ids: the R pair ids.
+        model: the policy.
+        packed: R pairs, chosen first.
         beta: strength of the KL constraint.
-        reference: (chosen, rejected) reference log-probs of each pair id.
+        reference: of the 2R completions, in the order of `packed`.
     """
-    chosen, rejected = logps.view(-1, 2).unbind(1)
-    cached = torch.tensor([reference[i] for i in ids], dtype=torch.float32, device=logps.device)
-    losses, chosen_rewards, rejected_rewards = dpo_loss(chosen, rejected, cached[:, 0], cached[:, 1], beta)
+    chosen, rejected = model(packed=packed).view(-1, 2).unbind(1)
+    reference_chosen, reference_rejected = reference(packed).to(chosen.device).view(-1, 2).unbind(1)
+    losses, chosen_rewards, rejected_rewards = dpo_loss(
+        chosen, rejected, reference_chosen, reference_rejected, beta
+    )
     margins = chosen_rewards - rejected_rewards
     return losses.sum(), {
         "rewards/chosen": chosen_rewards.sum(),
@@ -52,6 +73,73 @@ def dpo_objective(
         "logps/chosen": chosen.detach().sum(),
         "logps/rejected": rejected.detach().sum(),
     }
+
+
+def cached_reference(table: Mapping[str, tuple[float, float]], rows: Sequence[TokenRow]) -> Reference:
+    """Reference log-probs looked up by pair id.
+
+    Raises:
+        KeyError: a row has no reference log-probs.
+    """
+    missing = [row.id for row in rows if row.id not in table]
+    if missing:
+        raise KeyError(f"no reference log-probs for {len(missing)} pairs, the first is {missing[0]!r}")
+    return lambda packed: torch.tensor([table[i] for i in packed["ids"]], dtype=torch.float32).flatten()
+
+
+def online_reference(model: PreTrainedModel, *, lora: bool) -> Reference:
+    """Reference log-probs computed when asked for: by `model` with its adapters off, or by a copy made now."""
+    frozen = model if lora else copy.deepcopy(model).eval()
+
+    @torch.no_grad()
+    def answer(packed: Packed) -> Tensor:
+        if not lora:
+            return frozen(packed=packed)
+        frozen.disable_adapters()
+        try:
+            return frozen(packed=packed)
+        finally:
+            frozen.enable_adapters()
+
+    return answer
+
+
+def add_lora(model: PreTrainedModel, params: LoraParams) -> None:
+    """Freeze `model` and put a trainable low-rank update beside every linear layer but the output, in place."""
+    from peft import LoraConfig
+
+    config = LoraConfig(
+        r=params.rank,
+        lora_alpha=params.alpha,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=model.name_or_path,
+    )
+    model.add_adapter(config)
+    config.target_modules = sorted(config.target_modules or ())  # a set: its order, and the saved file, would vary
+
+
+class EarlyStop(TrainerCallback):
+    """Ends the training after some validations without a new best, and puts the best weights back."""
+
+    def __init__(self, model: PreTrainedModel, patience: int) -> None:
+        self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.patience, self.waited, self.best = patience, 0, math.inf
+        self.weights: list[Tensor] = []
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any) -> None:
+        """Keep the weights if they are the best so far."""
+        self.waited += 1
+        if metrics["eval_loss"] < self.best:
+            self.best, self.waited = metrics["eval_loss"], 0
+            self.weights = [parameter.detach().clone() for parameter in self.trained]
+        control.should_training_stop |= self.waited >= self.patience
+
+    @torch.no_grad()
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Put the best weights back."""
+        for parameter, best in zip(self.trained, self.weights, strict=False):
+            parameter.copy_(best)
 
 
 class PackedTrainer(Trainer):
@@ -67,10 +155,11 @@ class PackedTrainer(Trainer):
         sampler: StepSampler,
         objective: Objective,
         loss_per: str,
-        callbacks: list[TrainerCallback] | None = None,
+        validation: Sequence[TokenRow],
+        callbacks: list[TrainerCallback],
     ) -> None:
         """`loss_per` is the unit that the mean loss is taken over: `ids` (pairs) or `targets` (tokens)."""
-        super().__init__(model, args, train_dataset=rows, callbacks=callbacks)
+        super().__init__(model, args, train_dataset=rows, eval_dataset=validation, callbacks=callbacks)
         self.sampler, self.objective, self.loss_per = sampler, objective, loss_per
         self.sums: dict[str, float] = defaultdict(float)
 
@@ -96,16 +185,29 @@ class PackedTrainer(Trainer):
         num_items_in_batch: Any = None,
     ) -> Tensor:
         """This micro-batch's share of the step's mean loss."""
-        loss, sums = self.objective(model(packed=inputs), inputs["ids"])
+        loss, sums = self.objective(model, inputs)
         for name, value in sums.items():
             self.sums[name] += value.item()
         self.sums["rows"] += len(inputs["ids"])
         return loss / num_items_in_batch
 
+    @torch.no_grad()
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """The mean loss of the validation rows, as `eval_loss`."""
+        total, units = 0.0, 0
+        for batch in budget_batches([row.tokens for row in self.eval_dataset], self.sampler.tokens_per_batch):
+            packed = to_device(pack([self.eval_dataset[i] for i in batch]), self.args.device)
+            total += self.objective(self.model, packed)[0].item()
+            units += len(packed[self.loss_per])
+        metrics = {"eval_loss": total / units}
+        self.log(metrics)
+        self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)  # writes to control
+        return metrics
+
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add the means over the pairs seen since the last entry."""
         rows = self.sums.pop("rows", 0.0)
-        if "loss" in logs and rows:
+        if rows:
             logs |= {name: value / rows for name, value in self.sums.items()}
         self.sums.clear()
         super().log(logs, *args, **kwargs)
@@ -118,7 +220,7 @@ def train_sft(
     *,
     tokens_per_batch: int,
     seed: int,
-    callbacks: list[TrainerCallback] | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> list[dict[str, float]]:
     """Fine-tune `model` in place on the completions of `rows`; returns one log entry a step.
 
@@ -136,14 +238,15 @@ def train_dpo(
     *,
     tokens_per_batch: int,
     seed: int,
-    callbacks: list[TrainerCallback] | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> list[dict[str, float]]:
     """Optimise `model` in place on preference pairs; returns one log entry a step.
 
     Args:
-        model: starts as the reference policy, from `dpo.logps.load_model`.
+        model: starts as the reference policy, from `dpo.logps.load_model`; gets adapters if `params.lora` is set.
         rows: token rows with the chosen completion first.
-        reference: (chosen, rejected) reference log-probs of every row id.
+        reference: (chosen, rejected) reference log-probs of every row id; not read if `params.reference` is
+            `online`.
         params: optimiser settings.
         beta: strength of the KL constraint.
         tokens_per_batch: most tokens in one forward pass.
@@ -152,12 +255,18 @@ def train_dpo(
 
     Raises:
         KeyError: a row has no reference log-probs.
+        InputError: the optimizer needs a GPU that is not there, or early stopping leaves no rows to train on.
     """
-    missing = [row.id for row in rows if row.id not in reference]
-    if missing:
-        raise KeyError(f"no reference log-probs for {len(missing)} pairs, the first is {missing[0]!r}")
-    objective = functools.partial(dpo_objective, beta=beta, reference=reference)
-    return _train(model, rows, params, objective, "ids", tokens_per_batch, seed, callbacks)
+    if params.reference == "online":
+        answer = online_reference(model, lora=params.lora is not None)
+    else:
+        answer = cached_reference(reference, rows)
+    if params.lora is not None:
+        add_lora(model, params.lora)
+    objective = functools.partial(dpo_objective, beta=beta, reference=answer)
+    return _train(
+        model, rows, params, objective, "ids", tokens_per_batch, seed, callbacks, early_stop=params.early_stop
+    )
 
 
 def _train(
@@ -168,9 +277,18 @@ def _train(
     loss_per: str,
     tokens_per_batch: int,
     seed: int,
-    callbacks: list[TrainerCallback] | None,
+    callbacks: Sequence[TrainerCallback],
+    early_stop: EarlyStopParams | None = None,
 ) -> list[dict[str, float]]:
+    if "8bit" in params.optimizer and not torch.cuda.is_available():
+        raise InputError(f"params.yaml: optimizer '{params.optimizer}' needs a CUDA GPU; choose adamw or rmsprop")
     set_seed(seed)
+    validation: list[TokenRow] = []
+    if early_stop is not None:
+        rows, validation = _hold_out(rows, early_stop.validation_share)
+        callbacks = [*callbacks, EarlyStop(model, early_stop.patience)]
+    if params.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     sampler = StepSampler(
         [row.tokens for row in rows],
         rows_per_step=params.pairs_per_step,
@@ -191,20 +309,40 @@ def _train(
             weight_decay=0.0,
             seed=seed,
             save_strategy="no",
+            eval_strategy="no" if early_stop is None else "steps",
+            eval_steps=None if early_stop is None else early_stop.every_steps,
             logging_steps=1,
             logging_nan_inf_filter=False,
             report_to="none",
             remove_unused_columns=False,
             disable_tqdm=False,
         )
-        trainer = PackedTrainer(model, args, rows, sampler, objective, loss_per, callbacks)
+        trainer = PackedTrainer(model, args, rows, sampler, objective, loss_per, validation, list(callbacks))
         trainer.train()
     model.eval()
-    return [entry for entry in trainer.state.log_history if "loss" in entry]
+    steps: dict[float, dict[str, float]] = defaultdict(dict)
+    for entry in trainer.state.log_history:
+        if "loss" in entry or "eval_loss" in entry:
+            steps[entry["step"]] |= entry
+    return list(steps.values())
+
+
+def _hold_out(rows: Sequence[TokenRow], share: float) -> tuple[list[TokenRow], list[TokenRow]]:
+    """Rows to train on and rows to validate on, by a hash of their prompt: no prompt is on both sides."""
+    sides: tuple[list[TokenRow], list[TokenRow]] = ([], [])
+    for row in rows:
+        digest = hashlib.sha256(repr(row.prompt).encode()).digest()
+        sides[int.from_bytes(digest[:4]) < share * 2**32].append(row)
+    if not all(sides):
+        raise InputError(
+            f"params.yaml: dpo.early_stop.validation_share {share} of {len(rows)} pairs leaves no pairs to "
+            f"{'validate' if sides[0] else 'train'} on; change it or bring more prompts"
+        )
+    return sides
 
 
 def save_checkpoint(model: PreTrainedModel, tokenizer: Any, folder: Path) -> None:
-    """Write safetensors weights and tokenizer to `folder`, all or nothing."""
+    """Write safetensors weights (with LoRA, the adapter alone) and tokenizer to `folder`, all or nothing."""
     with written_whole(folder) as aside:
         model.save_pretrained(aside)
         tokenizer.save_pretrained(aside)

@@ -1,7 +1,7 @@
 """Bring every stage of `dvc.yaml` up to date: `python -m flows.pipeline [--parallel N]`.
 
-DVC decides what is stale, Prefect decides when. The stages and their edges are read from DVC at every run, each stage
-is one task run, and each task run is one `dvc repro --single-item`.
+DVC decides what is stale, Prefect decides when. The stages and their edges are read from DVC at every run, each
+stage is one task run, and each task run is one `dvc repro --single-item`.
 """
 
 import argparse
@@ -26,8 +26,9 @@ from typing import Any
 from dvc.repo import Repo
 from prefect import flow, get_run_logger, task
 from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import State
 from prefect.futures import PrefectFuture
-from prefect.states import Cancelled, Completed, State
+from prefect.states import Cancelled, Completed
 from prefect.task_runners import ThreadPoolTaskRunner
 from pydantic import PositiveInt
 
@@ -162,8 +163,8 @@ def bring_up_to_date(stage: str, stop: threading.Event) -> str | State[str]:
 def pipeline(parallel: PositiveInt = 1) -> dict[str, str]:
     """Bring all stages up to date, one generation of the graph after the other, `parallel` stages at once.
 
-    Returns what DVC did with each stage. Raises StageError if one failed; what needs a failed stage is not run, all
-    else is.
+    Returns what DVC did with each stage. Raises StageError if one failed; what needs a failed stage is not run,
+    all else is.
     """
     graph = read_graph()
     generations = TopologicalSorter(graph)
@@ -194,7 +195,7 @@ def pipeline(parallel: PositiveInt = 1) -> dict[str, str]:
 
 
 def main() -> int:
-    """Run the flow here and now, on the server of PREFECT_API_URL or else on one of its own; exit code 1 on failure."""
+    """Run the flow now, on the server of PREFECT_API_URL or else on one of its own; exit code 1 on failure."""
     parser = argparse.ArgumentParser(prog="python -m flows.pipeline", description=main.__doc__)
     parser.add_argument(
         "--parallel", type=int, default=1, metavar="N", help="stages that run at once (default: 1)"

@@ -1,10 +1,7 @@
 """Stage `evaluate`: one policy against the reference on held-out data, `python -m tasks.evaluate BETA`."""
 
-from pathlib import Path
-
 import pandas as pd
 import torch
-from torch import Tensor
 from transformers import AutoTokenizer
 
 from dpo.batching import TokenRow
@@ -37,14 +34,15 @@ def main() -> None:
     judge = None if params.evaluate.judge is None else load_judge(params.evaluate.judge)
     tokenizer = AutoTokenizer.from_pretrained(SFT)
     table = pd.read_parquet(EVAL)
-    rows = encode_pairs(table.to_dict("records"), tokenizer, params.tokens.max_length)
-    cached = load_reference(REFERENCE_EVAL, cache_key(SFT, tokenizer, rows, params.tokens.max_length))
+    engine = params.engine
+    rows = encode_pairs(table.to_dict("records"), tokenizer, engine.max_length)
+    key = cache_key(SFT, tokenizer, rows, engine.max_length, engine.precision)
+    cached = load_reference(REFERENCE_EVAL, key)
     reference = torch.tensor([cached[row.id] for row in rows])
     baseline = pd.read_parquet(REFERENCE_SAMPLES)
 
-    model = load_model(str(policy_folder(beta)))
-    budget = params.tokens.tokens_per_batch
-    policy = sequence_logps(model, rows, budget, "policy log-probs")
+    model = load_model(policy_folder(beta), engine.precision)
+    policy = sequence_logps(model, rows, engine.tokens_per_batch, "policy log-probs")
     answers = sample(
         model,
         tokenizer,
@@ -57,9 +55,10 @@ def main() -> None:
         TokenRow(str(number), tuple(prompt_ids(tokenizer, prompt)), (tuple(answer),))
         for number, (prompt, answer) in enumerate(zip(baseline["prompt"], answers, strict=True))
     ]
-    under_policy = sequence_logps(model, answered, budget, "answers under the policy")[:, 0]
+    under_policy = sequence_logps(model, answered, engine.tokens_per_batch, "answers under the policy")[:, 0]
     del model
-    under_reference = _under_reference(SFT, answered, budget)
+    model = load_model(SFT, engine.precision)
+    under_reference = sequence_logps(model, answered, engine.tokens_per_batch, "answers under the reference")[:, 0]
 
     samples = pd.DataFrame(
         {
@@ -86,10 +85,6 @@ def main() -> None:
         samples.to_parquet(aside, index=False)
     write_json(evaluation(beta), metrics)
     log_evaluation(params, beta, table, metrics, samples)
-
-
-def _under_reference(folder: Path, rows: list[TokenRow], tokens_per_batch: int) -> Tensor:
-    return sequence_logps(load_model(str(folder)), rows, tokens_per_batch, "answers under the reference")[:, 0]
 
 
 if __name__ == "__main__":

@@ -6,21 +6,31 @@ from transformers import AutoTokenizer
 from dpo.config import load_params
 from dpo.evaluation.sampling import sample
 from dpo.files import written_whole
-from dpo.logps import load_model, sequence_logps
-from dpo.reference import cache_key, save_reference
+from dpo.logps import load_model
+from dpo.reference import cache_key, compute_reference
 from dpo.tokens import encode_pairs
-from tasks.stage import EVAL, REFERENCE_EVAL, REFERENCE_SAMPLES, REFERENCE_TRAIN, SFT, TRAIN, run
+from tasks.stage import (
+    EVAL,
+    REFERENCE_EVAL,
+    REFERENCE_PROGRESS,
+    REFERENCE_SAMPLES,
+    REFERENCE_TRAIN,
+    SFT,
+    TRAIN,
+    run,
+)
 
 
 def main() -> None:
     """Score, sample, save."""
     params = load_params()
+    engine = params.engine
     tokenizer = AutoTokenizer.from_pretrained(SFT)
-    model = load_model(str(SFT))
+    model = load_model(SFT, engine.precision)
     for source, folder in ((TRAIN, REFERENCE_TRAIN), (EVAL, REFERENCE_EVAL)):
-        rows = encode_pairs(pd.read_parquet(source).to_dict("records"), tokenizer, params.tokens.max_length)
-        logps = sequence_logps(model, rows, params.tokens.tokens_per_batch, f"reference log-probs, {source.stem}")
-        save_reference(folder, cache_key(SFT, tokenizer, rows, params.tokens.max_length), rows, logps)
+        rows = encode_pairs(pd.read_parquet(source).to_dict("records"), tokenizer, engine.max_length)
+        key = cache_key(SFT, tokenizer, rows, engine.max_length, engine.precision)
+        compute_reference(folder, key, model, rows, engine.tokens_per_batch, REFERENCE_PROGRESS)
     pairs = pd.read_parquet(EVAL)
     prompts = (
         pairs["prompt"]

@@ -21,16 +21,16 @@ def main() -> None:
     table = pd.read_parquet(TRAIN)
     if params.sft.max_pairs is not None:
         table = table.sample(min(params.sft.max_pairs, len(table)), random_state=params.seed)
-    rows = encode_pairs(table.to_dict("records"), tokenizer, params.tokens.max_length)
+    rows = encode_pairs(table.to_dict("records"), tokenizer, params.engine.max_length)
     if params.sft.completions == "chosen":
         rows = [dataclasses.replace(row, completions=row.completions[:1]) for row in rows]
-    model = load_model(str(BASE))
+    model = load_model(BASE, params.engine.precision)
     with reference_run(params, table) as run_id:
         log = train_sft(
             model,
             rows,
             params.sft,
-            tokens_per_batch=params.tokens.tokens_per_batch,
+            tokens_per_batch=params.engine.tokens_per_batch,
             seed=params.seed,
             callbacks=[StepLog(run_id)],
         )

@@ -13,6 +13,7 @@ TRAIN = Path("data/train.parquet")
 EVAL = Path("data/eval.parquet")
 REFERENCE_TRAIN = Path("reference/train")
 REFERENCE_EVAL = Path("reference/eval")
+REFERENCE_PROGRESS = Path(".reference-progress")
 REFERENCE_SAMPLES = Path("samples/reference.parquet")
 METRICS = Path("metrics")
 COMPARISON = METRICS / "comparison.json"

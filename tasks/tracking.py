@@ -80,7 +80,7 @@ def policy_run(params: Params, beta: str, table: pd.DataFrame) -> Iterator[str]:
     tags = {**_git_tags(), SWEEP: _sweep(), ROLE: "policy"}
     with mlflow.start_run(run_name=f"beta={beta}", parent_run_id=parent, nested=True, tags=tags) as run:
         dpo = {k: v for k, v in dataclasses.asdict(params.dpo).items() if k != "betas"}
-        everything = {"seed": params.seed, "model": params.model, "data": params.data, "tokens": params.tokens}
+        everything = {"seed": params.seed, "model": params.model, "data": params.data, "engine": params.engine}
         mlflow.log_params({"beta": beta, **_flat({**everything, "dpo": dpo})})
         _log_data(table, "training")
         yield run.info.run_id
@@ -139,7 +139,7 @@ def log_comparison(params: Params, rows: list[dict[str, Any]], files: list[Path]
     parent = sweep_run(params)
     with mlflow.start_run(run_id=parent):
         for row in rows:
-            mlflow.log_metrics({f"beta={row['beta']:g}/{k}": v for k, v in _numbers(row).items()})
+            mlflow.log_metrics({f"beta_{row['beta']:g}/{k}": v for k, v in _numbers(row).items()})
         for file in files:
             mlflow.log_artifact(str(file))
 

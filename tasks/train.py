@@ -19,9 +19,11 @@ def main() -> None:
     params = load_params()
     tokenizer = AutoTokenizer.from_pretrained(SFT)
     table = pd.read_parquet(TRAIN)
-    rows = encode_pairs(table.to_dict("records"), tokenizer, params.tokens.max_length)
-    reference = load_reference(REFERENCE_TRAIN, cache_key(SFT, tokenizer, rows, params.tokens.max_length))
-    model = load_model(str(SFT))
+    engine = params.engine
+    rows = encode_pairs(table.to_dict("records"), tokenizer, engine.max_length)
+    key = cache_key(SFT, tokenizer, rows, engine.max_length, engine.precision)
+    reference = load_reference(REFERENCE_TRAIN, key)
+    model = load_model(SFT, engine.precision)
     with policy_run(params, beta, table) as run_id:
         log = train_dpo(
             model,
@@ -29,7 +31,7 @@ def main() -> None:
             reference,
             params.dpo,
             float(beta),
-            tokens_per_batch=params.tokens.tokens_per_batch,
+            tokens_per_batch=engine.tokens_per_batch,
             seed=params.seed,
             callbacks=[StepLog(run_id)],
         )

@@ -12,7 +12,7 @@ from tasks.stage import BASE, EVAL, METRICS, PREFERENCES, TRAIN, run
 
 def main() -> None:
     """Check, measure, split."""
-    max_length = load_params().tokens.max_length
+    max_length = load_params().engine.max_length
     table = check(pd.read_parquet(PREFERENCES), str(PREFERENCES))
     rows = encode_pairs(table.to_dict("records"), AutoTokenizer.from_pretrained(BASE), max_length)
     tokens = pd.Series([row.tokens for row in rows])

@@ -48,8 +48,8 @@ def make_project(folder: Path, model: Path) -> Path:
             "model.base": "models/own/tiny",
             "data.source": "data/own/pairs.jsonl",
             "data.max_train_pairs": None,
-            "tokens.max_length": 128,
-            "tokens.tokens_per_batch": 400,
+            "engine.max_length": 128,
+            "engine.tokens_per_batch": 400,
             "sft.learning_rate": 1e-2,
             "dpo.learning_rate": 1e-2,
             "dpo.betas": [0.1],
@@ -147,7 +147,7 @@ def test_mlflow_holds_the_sweep(project):
     assert len(policy.data.tags["git_commit"]) == 40
     evaluated = json.loads((project / "metrics/evaluate/0.1.json").read_text())
     assert policy.data.metrics["eval/reward_accuracy"] == evaluated["reward_accuracy"]
-    assert sweep.data.metrics["beta=0.1/kl"] == evaluated["kl"]
+    assert sweep.data.metrics["beta_0.1/kl"] == evaluated["kl"]
     digests = {data.dataset.name: data.dataset.digest for data in policy.inputs.dataset_inputs}
     md5 = hashlib.md5((project / "data/train.parquet").read_bytes(), usedforsecurity=False).hexdigest()
     assert digests["train"] == md5

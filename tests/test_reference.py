@@ -11,7 +11,8 @@ from transformers import AutoTokenizer
 from dpo import reference
 from dpo.batching import TokenRow
 from dpo.errors import InputError
-from dpo.reference import cache_key, load_reference, save_reference
+from dpo.logps import load_model, sequence_logps
+from dpo.reference import cache_key, compute_reference, load_reference, save_reference
 
 ROWS = [TokenRow("a", (1, 2), ((3, 4), (5,))), TokenRow("b", (1, 2), ((6,), (7, 8)))]
 LOGPS = torch.tensor([[-1.5, -2.25], [-0.1, -30.7]])
@@ -29,12 +30,12 @@ def tokenizer(model):
 
 @pytest.fixture
 def cache(tmp_path, model, tokenizer):
-    save_reference(tmp_path / "cache", cache_key(model, tokenizer, ROWS, 64), ROWS, LOGPS)
+    save_reference(tmp_path / "cache", cache_key(model, tokenizer, ROWS, 64, "fp32"), ROWS, LOGPS)
     return tmp_path / "cache"
 
 
 def test_round_trip_is_exact(cache, model, tokenizer):
-    loaded = load_reference(cache, cache_key(model, tokenizer, ROWS, 64))
+    loaded = load_reference(cache, cache_key(model, tokenizer, ROWS, 64, "fp32"))
     assert list(loaded) == ["a", "b"]
     assert torch.equal(torch.tensor(list(loaded.values())), LOGPS)
 
@@ -69,19 +70,21 @@ def flip_weight(model):
 def test_every_input_of_the_key_is_named_when_it_differs(cache, model, tokenizer, name, alter):
     rows = alter(model, tokenizer, ROWS)
     with pytest.raises(InputError, match=f"refused: {name} differ"):
-        load_reference(cache, cache_key(model, tokenizer, rows, 64))
+        load_reference(cache, cache_key(model, tokenizer, rows, 64, "fp32"))
 
 
-def test_max_length_and_engine_version_are_part_of_the_key(cache, model, tokenizer, monkeypatch):
+def test_max_length_precision_and_engine_version_are_part_of_the_key(cache, model, tokenizer, monkeypatch):
     with pytest.raises(InputError, match="refused: max_length differ"):
-        load_reference(cache, cache_key(model, tokenizer, ROWS, 65))
+        load_reference(cache, cache_key(model, tokenizer, ROWS, 65, "fp32"))
+    with pytest.raises(InputError, match="refused: precision differ"):
+        load_reference(cache, cache_key(model, tokenizer, ROWS, 64, "bf16"))
     monkeypatch.setattr(reference, "ENGINE_VERSION", -1)
     with pytest.raises(InputError, match="refused: engine differ"):
-        load_reference(cache, cache_key(model, tokenizer, ROWS, 64))
+        load_reference(cache, cache_key(model, tokenizer, ROWS, 64, "fp32"))
 
 
 def test_altered_numbers_and_absent_files_are_refused(cache, model, tokenizer):
-    key = cache_key(model, tokenizer, ROWS, 64)
+    key = cache_key(model, tokenizer, ROWS, 64, "fp32")
     manifest = json.loads((cache / "manifest.json").read_text())
     assert set(manifest) == {*key, "logps"}
     content = bytearray((cache / "logps.parquet").read_bytes())
@@ -95,3 +98,45 @@ def test_altered_numbers_and_absent_files_are_refused(cache, model, tokenizer):
     shutil.rmtree(cache)
     with pytest.raises(InputError, match="run the stage `reference`"):
         load_reference(cache, key)
+
+
+def test_an_interrupted_computation_goes_on_where_it_stopped(tmp_path, model, tokenizer, monkeypatch):
+    monkeypatch.setattr(reference, "SHARD_ROWS", 3)
+    rows = [TokenRow(str(i), (1, 2, i), ((3, 4 + i), (5,))) for i in range(8)]
+    key = cache_key(model, tokenizer, rows, 64, "fp32")
+    engine = load_model(model)
+    computed = []
+
+    def until_the_power_fails(model, part, *args):
+        if len(computed) == 6 and not (tmp_path / "power is back").exists():
+            raise KeyboardInterrupt
+        computed.extend(row.id for row in part)
+        return sequence_logps(model, part, *args)
+
+    monkeypatch.setattr(reference, "sequence_logps", until_the_power_fails)
+
+    def compute():
+        compute_reference(tmp_path / "cache", key, engine, rows, 100, tmp_path / "progress")
+
+    with pytest.raises(KeyboardInterrupt):
+        compute()
+    assert not (tmp_path / "cache").exists()
+    (tmp_path / "power is back").touch()
+    compute()
+    assert computed == [row.id for row in rows]
+    expected = sequence_logps(engine, rows, 100)
+    loaded = load_reference(tmp_path / "cache", key)
+    torch.testing.assert_close(torch.tensor(list(loaded.values())), expected, rtol=1e-6, atol=1e-5)
+    assert list((tmp_path / "progress").iterdir()) == []
+
+
+def test_shards_of_other_inputs_are_never_taken(tmp_path, model, tokenizer, monkeypatch):
+    engine, progress = load_model(model), tmp_path / "progress"
+    monkeypatch.setattr(reference.shutil, "rmtree", lambda path: None)
+    for seed in (0, 1):
+        rows = [TokenRow("a", (1, 2), ((3, 4 + seed), (5,)))]
+        key = cache_key(model, tokenizer, rows, 64, "fp32")
+        compute_reference(tmp_path / f"cache {seed}", key, engine, rows, 100, progress)
+        expected = sequence_logps(engine, rows, 100)
+        assert torch.equal(torch.tensor(list(load_reference(tmp_path / f"cache {seed}", key).values())), expected)
+    assert len(list(progress.iterdir())) == 2

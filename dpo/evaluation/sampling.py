@@ -6,6 +6,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from dpo.logps import generating
 from dpo.tokens import prompt_ids
 
 ROWS_AT_ONCE = 48
@@ -27,12 +28,11 @@ def sample(
         Token ids of each answer; an answer that ended holds its end token, one that reached `max_new_tokens`
         does not.
     """
-    model.set_attn_implementation("sdpa")
     end = tokenizer.eos_token_id
     pad = 0 if end is None else end
     answers: list[list[int]] = []
     torch.manual_seed(seed)
-    with tqdm(total=len(prompts), desc="answers", unit="row") as bar:
+    with generating(model), tqdm(total=len(prompts), desc="answers", unit="row") as bar:
         for first in range(0, len(prompts), ROWS_AT_ONCE):
             rows = [prompt_ids(tokenizer, prompt) for prompt in prompts[first : first + ROWS_AT_ONCE]]
             width = max(map(len, rows))

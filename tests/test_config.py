@@ -1,0 +1,173 @@
+"""params.yaml: every key is known, typed and in range, or one line says which is not."""
+
+import dataclasses
+import math
+import typing
+from pathlib import Path
+
+import pytest
+from ruamel.yaml import YAML
+
+from dpo.config import Params, load_params
+from dpo.errors import InputError
+
+PARAMS = Path(__file__).parent.parent / "params.yaml"
+
+
+def keys(value):
+    return {key: keys(inner) for key, inner in value.items()} if isinstance(value, dict) else None
+
+
+def fields(kind):
+    if not dataclasses.is_dataclass(kind):
+        return None
+    hints = typing.get_type_hints(kind)
+    return {field.name: fields(hints[field.name]) for field in dataclasses.fields(kind)}
+
+
+def test_the_keys_of_params_yaml_are_the_fields_of_the_dataclasses():
+    assert keys(YAML(typ="safe").load(PARAMS)) == fields(Params)
+
+
+def test_values_arrive_as_written():
+    params, written = load_params(PARAMS), YAML(typ="safe").load(PARAMS)
+    assert params.seed == written["seed"]
+    assert params.dpo.betas == tuple(written["dpo"]["betas"])
+    assert params.sft.learning_rate == written["sft"]["learning_rate"]
+    assert params.evaluate.judge == written["evaluate"]["judge"]
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        params.seed = 1
+
+
+@pytest.fixture
+def change(tmp_path):
+    """Write a params.yaml that differs from the real one in one key, and give its path."""
+
+    def write(key, value):
+        path = tmp_path / "params.yaml"
+        values = YAML(typ="safe").load(PARAMS)
+        *groups, name = key.split(".")
+        target = values
+        for group in groups:
+            target = target[group]
+        if value is ABSENT:
+            del target[name]
+        else:
+            target[name] = value
+        YAML().dump(values, path)
+        return path
+
+    return write
+
+
+ABSENT = type(None)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("dpo.epoch", 1, "dpo.epoch: unknown key"),
+        ("model.revison", "main", "model.revison: unknown key"),
+        ("extra", {"a": 1}, "extra: unknown key"),
+        ("seed", "17", "seed: input should be a valid integer, got '17'"),
+        ("seed", 1.5, "seed: input should be a valid integer, got 1.5"),
+        ("sft.epochs", True, "sft.epochs: input should be a valid integer, got True"),
+        ("data.min_rating_gap", math.inf, "data.min_rating_gap: input should be a finite number"),
+        ("dpo.betas", [0.1, 0.10], "dpo.betas: value error, a value stands there twice"),
+        ("seed", 2**32, "seed: input should be less than 4294967296"),
+        ("model.base", 3, "model.base: input should be a valid string, got 3"),
+        ("dpo.learning_rate", "fast", "dpo.learning_rate: input should be a valid number, got 'fast'"),
+        (
+            "dpo.optimizer",
+            "adam",
+            "dpo.optimizer: input should be 'adamw', 'rmsprop', 'adamw_8bit' or 'paged_adamw_8bit', got 'adam'",
+        ),
+        ("sft.completions", "rejected", "sft.completions: input should be 'both' or 'chosen'"),
+        ("engine", 512, "engine: "),
+        ("engine.max_length", ABSENT, "engine.max_length: missing; add it"),
+        ("evaluate", ABSENT, "evaluate: missing; add it"),
+        ("seed", -1, "seed: input should be greater than or equal to 0, got -1"),
+        ("engine.tokens_per_batch", 0, "engine.tokens_per_batch: input should be greater than 0, got 0"),
+        ("data.eval_fraction", 1, "data.eval_fraction: input should be less than 1, got 1"),
+        ("data.max_train_pairs", 0, "data.max_train_pairs: input should be greater than 0, got 0"),
+        ("sft.warmup_steps", -1, "sft.warmup_steps: input should be greater than or equal to 0, got -1"),
+        ("dpo.betas", [], "dpo.betas: "),
+        ("evaluate.temperature", 0, "evaluate.temperature: input should be greater than 0, got 0"),
+    ],
+)
+def test_each_fault_is_one_line_with_file_key_and_reason(change, key, value, words):
+    path = change(key, value)
+    with pytest.raises(InputError) as error:
+        load_params(path)
+    assert str(error.value).startswith(f"{path}: {words}")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("beta", [0, -0.1, "0.1", None])
+def test_a_bad_beta_is_named_by_its_place(change, beta):
+    path = change("dpo.betas", [0.1, beta])
+    with pytest.raises(InputError) as error:
+        load_params(path)
+    assert all(line.startswith(f"{path}: dpo.betas.1") for line in str(error.value).splitlines())
+
+
+def test_whole_numbers_are_betas_and_null_lifts_a_limit(change):
+    assert load_params(change("dpo.betas", [1, 0.5])).dpo.betas == (1, 0.5)
+    assert load_params(change("data.max_train_pairs", None)).data.max_train_pairs is None
+
+
+def test_all_faults_are_told_at_once(tmp_path):
+    path = tmp_path / "params.yaml"
+    text = PARAMS.read_text().replace("seed: 17", "seed: x").replace("  samples: ", "  sampels: ")
+    path.write_text(text)
+    with pytest.raises(InputError) as error:
+        load_params(path)
+    assert {line.removeprefix(f"{path}: ").split(":")[0] for line in str(error.value).splitlines()} == {
+        "seed",
+        "evaluate.samples",
+        "evaluate.sampels",
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("seed: [1", "line 1"),
+        ("seed: 1\nseed: 2\n", "seed"),
+        ("", "top level"),
+        ("- 1\n", "top level"),
+    ],
+)
+def test_a_file_that_is_no_set_of_parameters_is_one_line(tmp_path, text, words):
+    path = tmp_path / "params.yaml"
+    path.write_text(text)
+    with pytest.raises(InputError) as error:
+        load_params(path)
+    message = str(error.value)
+    assert message.startswith(f"{path}: ")
+    assert words in message
+    assert "\n" not in message
+
+
+def test_an_absent_file_is_named(tmp_path):
+    with pytest.raises(InputError, match=r"params\.yaml.*No such file"):
+        load_params(tmp_path / "params.yaml")
+
+
+def test_not_a_number_is_no_number(change):
+    path = change("data.min_rating_gap", float("nan"))
+    with pytest.raises(InputError, match=r"data\.min_rating_gap: .* got nan"):
+        load_params(path)
+
+
+def test_a_date_is_read_as_a_word(tmp_path):
+    path = tmp_path / "params.yaml"
+    path.write_text(PARAMS.read_text().replace("revision: null", "revision: 2024-01-01", 1))
+    assert load_params(path).model.revision == "2024-01-01"
+
+
+def test_a_key_that_is_no_word_is_named(tmp_path):
+    path = tmp_path / "params.yaml"
+    path.write_text(PARAMS.read_text() + "? [a, b]\n: 1\n")
+    with pytest.raises(InputError, match=r"params\.yaml: keys must be"):
+        load_params(path)

@@ -1,0 +1,294 @@
+"""The log-prob engine against plain transformers models, one completion and one forward pass at a time."""
+
+import random
+
+import pytest
+import torch
+from conftest import TINY, make_model
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from dpo import logps
+from dpo.batching import TokenRow, pack
+from dpo.logps import load_model, sequence_logps
+
+# Sums of up to 30 token log-probs, some 100 nats in all, where one unit in the last place of fp32 is 8e-6.
+CLOSE = {"rtol": 1e-6, "atol": 1e-5}
+
+ARCHITECTURES = [
+    "llama",
+    "qwen2",
+    "qwen3",
+    "mistral",
+    "gemma",
+    "gemma3",
+    "gpt2",
+    "phi",
+    "phi3",
+    "gpt_neox",
+    "olmo2",
+]
+
+
+def tokens(length, seed):
+    return tuple(random.Random(seed).choices(range(3, TINY["vocab_size"]), k=length))
+
+
+def make_rows():
+    """Pairs of unequal lengths, among them one-token prompts and completions and a prefix of the other one."""
+    long = tokens(12, 1)
+    return [
+        TokenRow("usual", tokens(9, 2), (tokens(7, 3), tokens(4, 4))),
+        TokenRow("short", tokens(1, 5), (tokens(1, 6), tokens(30, 7))),
+        TokenRow("prefix", tokens(5, 8), (long[:4], long)),
+        TokenRow("same", tokens(3, 9), (tokens(6, 10), tokens(6, 10))),
+    ]
+
+
+def naive_logps(model, rows):
+    """log pi(y|x) of each completion: a forward pass of its own, a softmax and a sum token by token."""
+    sums = []
+    for row in rows:
+        for completion in row.completions:
+            table = model(input_ids=torch.tensor([[*row.prompt, *completion]])).logits[0].log_softmax(1)
+            total = torch.zeros(())
+            for place, token in enumerate(completion, start=len(row.prompt)):
+                total = total + table[place - 1, token]
+            sums.append(total)
+    return torch.stack(sums).view(len(rows), -1)
+
+
+def plain_model(folder):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+
+
+def gradients(model, sums):
+    """Of a sum with another weight for each completion, so that no two of them can be mixed up unnoticed."""
+    model.zero_grad()
+    (sums.flatten() * torch.arange(1, sums.numel() + 1)).sum().backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+def assert_same_gradients(ours, expected):
+    """Equal but for rounding, measured against the largest gradient (some are zero but for rounding)."""
+    assert ours.keys() == expected.keys()
+    largest = max(gradient.norm() for gradient in expected.values())
+    for name, gradient in expected.items():
+        assert (ours[name] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-7 * largest, name
+
+
+@pytest.fixture(scope="module")
+def llama_dir(tmp_path_factory):
+    return make_model("llama", tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture
+def llama(llama_dir):
+    return load_model(str(llama_dir))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_logps_and_gradients_equal_the_naive_loop(architecture, tmp_path):
+    folder, rows = make_model(architecture, tmp_path), make_rows()
+    plain, model = plain_model(folder), load_model(str(folder))
+    expected = naive_logps(plain, rows)
+    packed = model(packed=pack(rows)).view(len(rows), 2)
+    torch.testing.assert_close(packed, expected, **CLOSE)
+    assert_same_gradients(gradients(model, packed), gradients(plain, expected))
+
+
+def test_untied_head_with_bias_has_the_right_gradients(tmp_path):
+    folder, rows = make_model("phi", tmp_path, seed=1), make_rows()
+    plain, model = plain_model(folder), load_model(str(folder))
+    assert model.lm_head.bias is not None
+    nn.init.normal_(model.lm_head.bias)
+    plain.lm_head.bias.data = model.lm_head.bias.data.clone()
+    ours, expected = model(packed=pack(rows)), naive_logps(plain, rows)
+    torch.testing.assert_close(ours.view(-1, 2), expected, **CLOSE)
+    assert_same_gradients(gradients(model, ours), gradients(plain, expected))
+
+
+def test_every_completion_token_counts_and_no_prompt_token(llama, llama_dir):
+    end = TINY["eos_token_id"]
+    prompt, text = tokens(6, 1), tokens(5, 2)
+    ended, open_ended = sequence_logps(llama, [TokenRow("a", prompt, ((*text, end), text))], 100)[0]
+    table = plain_model(llama_dir)(input_ids=torch.tensor([prompt + text])).logits[0].log_softmax(1)
+    by_token = [table[len(prompt) - 1 + i, token].item() for i, token in enumerate(text)]
+    assert open_ended.item() == pytest.approx(sum(by_token), rel=1e-6)
+    assert (ended - open_ended).item() == pytest.approx(table[-1, end].item(), abs=2e-5)
+
+
+@pytest.mark.parametrize("tokens_per_batch", [1, 30, 60, 10_000])
+def test_the_token_budget_changes_nothing(llama, llama_dir, tokens_per_batch):
+    rows = make_rows()
+    expected = naive_logps(plain_model(llama_dir), rows)
+    torch.testing.assert_close(sequence_logps(llama, rows, tokens_per_batch), expected, **CLOSE)
+
+
+def test_order_of_rows_changes_nothing(llama):
+    rows = make_rows()
+    order = [2, 0, 3, 1]
+    shuffled = sequence_logps(llama, [rows[i] for i in order], 10_000)
+    torch.testing.assert_close(shuffled, sequence_logps(llama, rows, 10_000)[order], **CLOSE)
+
+
+def test_neighbours_and_the_other_completion_are_never_seen(llama):
+    rows = make_rows()
+    before = llama(packed=pack(rows)).view(-1, 2)
+    other = TokenRow("usual", rows[0].prompt, (tokens(7, 50), rows[0].completions[1]))
+    after = llama(packed=pack([other, TokenRow("short", tokens(1, 51), rows[1].completions), *rows[2:]])).view(
+        -1, 2
+    )
+    torch.testing.assert_close(after[0, 1], before[0, 1], **CLOSE)
+    torch.testing.assert_close(after[2:], before[2:], **CLOSE)
+    assert (after[0, 0] - before[0, 0]).abs() > 1
+    assert ((after[1] - before[1]).abs() > 0.01).all()
+
+
+def test_no_gradient_reaches_a_token_of_a_neighbour_or_of_the_other_completion(llama):
+    rows = make_rows()
+    embeddings = []
+    llama.get_input_embeddings().register_forward_hook(
+        lambda module, inputs, output: (output.retain_grad(), embeddings.append(output))[1]
+    )
+    llama(packed=pack(rows))[1].backward()
+    prompt, (chosen, rejected) = rows[0].prompt, rows[0].completions
+    seen = embeddings[0].grad[0].abs().sum(1) > 0
+    # The prompt, nothing of chosen, rejected but for its last token, which predicts nothing, and nothing after.
+    expected = [True] * len(prompt) + [False] * len(chosen) + [True] * (len(rejected) - 1)
+    assert seen.tolist() == expected + [False] * (sum(row.tokens for row in rows) - len(expected))
+
+
+def test_one_or_three_completions_to_a_prompt(llama, llama_dir):
+    plain = plain_model(llama_dir)
+    for count in (1, 3):
+        rows = [TokenRow("a", tokens(4, 1), tuple(tokens(3 + i, 60 + i) for i in range(count)))] * 2
+        torch.testing.assert_close(sequence_logps(llama, rows, 50), naive_logps(plain, rows), **CLOSE)
+
+
+def test_a_prompt_of_8000_tokens(tmp_path):
+    folder = make_model("llama", tmp_path, max_position_embeddings=8192)
+    rows = [TokenRow("long", tokens(8000, 1), (tokens(5, 2), tokens(8, 3)))]
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa").eval()
+    with torch.inference_mode():
+        expected = naive_logps(plain, rows)
+    torch.testing.assert_close(sequence_logps(load_model(str(folder)), rows, 1024), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_dropout_is_off_even_in_training_mode(tmp_path):
+    folder, rows = make_model("gpt2", tmp_path), make_rows()
+    model = load_model(str(folder)).train()
+    assert model.config.resid_pdrop == model.config.attn_pdrop == model.config.embd_pdrop == 0.1
+    torch.testing.assert_close(
+        model(packed=pack(rows)).view(-1, 2), naive_logps(plain_model(folder), rows), **CLOSE
+    )
+
+
+def test_chunks_of_the_vocabulary_projection_change_nothing_and_bound_its_size(llama, llama_dir, monkeypatch):
+    rows, plain = make_rows(), plain_model(llama_dir)
+    expected = naive_logps(plain, rows)
+    monkeypatch.setattr(logps, "HEAD_CHUNK", 5)
+    shapes = []
+    linear = logps.F.linear
+
+    def watched(hidden, weight, bias=None):
+        if weight.shape[0] == TINY["vocab_size"]:
+            shapes.append(tuple(hidden.shape))
+        return linear(hidden, weight, bias)
+
+    monkeypatch.setattr(logps.F, "linear", watched)
+    packed = llama(packed=pack(rows))
+    torch.testing.assert_close(packed.view(-1, 2), expected, **CLOSE)
+    assert_same_gradients(gradients(llama, packed), gradients(plain, expected))
+    scored = sum(row.completion_tokens for row in rows)
+    assert max(length for length, _ in shapes) == 5
+    assert sum(length for length, _ in shapes) == 2 * scored, "once forward, once backward"
+
+
+def test_no_tensor_over_all_tokens_and_the_whole_vocabulary_is_kept(tmp_path, monkeypatch):
+    folder = make_model("llama", tmp_path, vocab_size=5_000)
+    model = load_model(str(folder))
+    monkeypatch.setattr(logps, "HEAD_CHUNK", 16)
+    rows = [TokenRow(str(i), tokens(3, i), (tokens(40, i + 50), tokens(50, i + 90))) for i in range(4)]
+    weights = model.get_output_embeddings().weight.numel()
+    largest = []
+    pack_hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: (largest.append(t.numel()), t)[1], lambda t: t)
+    with pack_hooks:
+        model(packed=pack(rows)).sum().backward()
+    assert max(largest) == weights < sum(row.completion_tokens for row in rows) * 5_000
+
+
+def test_it_stays_an_ordinary_model(llama, llama_dir, tmp_path):
+    ids = torch.tensor([tokens(10, 1)])
+    llama.set_attn_implementation("sdpa")
+    with torch.inference_mode():
+        torch.testing.assert_close(llama(input_ids=ids).logits, plain_model(llama_dir)(input_ids=ids).logits)
+    llama.save_pretrained(tmp_path)
+    again = plain_model(tmp_path)
+    for name, weight in plain_model(llama_dir).state_dict().items():
+        assert torch.equal(again.state_dict()[name], weight), name
+
+
+def test_sliding_windows_are_kept(tmp_path):
+    # A window of 6 over rows of up to 31 tokens: most positions see less than their whole past.
+    folder = make_model("mistral", tmp_path, sliding_window=6)
+    rows = make_rows()
+    model, plain = load_model(folder), plain_model(folder)
+    assert in_stream(model)
+    ours, naive = sequence_logps(model, rows, 1000), naive_logps(plain, rows).detach()
+    torch.testing.assert_close(ours, naive, **CLOSE)
+    wide = load_model(make_model("mistral", tmp_path / "wide", sliding_window=None))
+    assert (sequence_logps(wide, rows, 1000) - naive).abs().max() > 0.1
+
+
+def in_stream(model):
+    return model.forward.keywords["in_stream"]
+
+
+def test_a_model_that_the_stream_is_wrong_for_is_computed_row_by_row_and_says_so(tmp_path, caplog):
+    # Gemma 2 caps attention scores and logits, which the packed stream does not.
+    folder = make_model("gemma2", tmp_path, initializer_range=0.5)
+    model, plain = load_model(folder), plain_model(folder)
+    assert not in_stream(model)
+    assert "Gemma2ForCausalLM: its packed log-probs differ from plain ones by" in caplog.text
+    rows = make_rows()
+    ours, naive = model(packed=pack(rows)), naive_logps(plain, rows)
+    torch.testing.assert_close(ours.view(-1, 2), naive, **CLOSE)
+    assert_same_gradients(gradients(model, ours), gradients(plain, naive))
+
+
+def test_a_model_that_cannot_run_the_stream_is_computed_row_by_row_and_says_so(tmp_path, caplog):
+    # Bloom adds its positions as a bias to the attention scores and knows no pluggable attention.
+    folder = make_model("bloom", tmp_path)
+    model = load_model(folder)
+    assert not in_stream(model)
+    assert "BloomForCausalLM: " in caplog.text
+    rows = make_rows()
+    naive = naive_logps(plain_model(folder), rows).detach()
+    torch.testing.assert_close(sequence_logps(model, rows, 1000), naive, **CLOSE)
+
+
+def test_rotary_positions_that_depend_on_the_longest_row_are_computed_row_by_row(tmp_path, caplog):
+    rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10_000.0}
+    folder = make_model("llama", tmp_path, max_position_embeddings=16, rope_parameters=rope)
+    model, rows = load_model(folder), make_rows()
+    assert not in_stream(model)
+    naive = naive_logps(plain_model(folder), rows).detach()
+    torch.testing.assert_close(sequence_logps(model, rows, 1000), naive, **CLOSE)
+
+
+def test_dropout_outside_of_dropout_modules_is_off_too(tmp_path):
+    model = load_model(make_model("opt", tmp_path, dropout=0.5, attention_dropout=0.5, layerdrop=0.5))
+    packed = pack(make_rows())
+    torch.testing.assert_close(model.train()(packed=packed), model.eval()(packed=packed), **CLOSE)
+
+
+def test_bf16_multiplies_in_bf16_and_keeps_weights_and_sums_in_fp32(llama_dir):
+    rows = make_rows()
+    exact = sequence_logps(load_model(llama_dir), rows, 1000)
+    model = load_model(llama_dir, "bf16")
+    ours = sequence_logps(model, rows, 1000)
+    assert ours.dtype == torch.float32
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    error = (ours - exact).abs().max().item()
+    assert 1e-4 < error < 0.05 * exact.abs().max().item()

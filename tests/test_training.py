@@ -1,0 +1,393 @@
+"""Training under our Trainer: the start, invariances, metrics, and TRL's DPOTrainer step by step."""
+
+import dataclasses
+import json
+import math
+
+import datasets
+import pytest
+import torch
+from conftest import plain_tokenizer
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import DPOConfig, DPOTrainer
+
+from dpo.batching import StepSampler, TokenRow
+from dpo.config import DpoParams, EarlyStopParams, LoraParams, OptimizerParams, SftParams
+from dpo.errors import InputError
+from dpo.logps import load_model, sequence_logps
+from dpo.losses import dpo_loss
+from dpo.reference import cache_key, load_reference, save_reference
+from dpo.tokens import encode_pairs
+from dpo.training import _hold_out, save_checkpoint, train_dpo, train_sft
+
+SHARED = {field.name for field in dataclasses.fields(OptimizerParams)}
+METRICS = {
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/margins",
+    "rewards/accuracies",
+    "logps/chosen",
+    "logps/rejected",
+}
+
+
+def dpo_params(**changes):
+    defaults = {
+        "betas": (0.1,),
+        "epochs": 1,
+        "pairs_per_step": 4,
+        "learning_rate": 1e-3,
+        "optimizer": "adamw",
+        "schedule": "constant",
+        "warmup_steps": 0,
+        "max_grad_norm": 1.0,
+        "gradient_checkpointing": False,
+        "reference": "cached",
+        "lora": None,
+        "early_stop": None,
+    }
+    return DpoParams(**{**defaults, **changes})
+
+
+def sft_params(**changes):
+    shared = {k: v for k, v in dataclasses.asdict(dpo_params()).items() if k in SHARED}
+    return SftParams(**{**shared, "completions": "both", "max_pairs": None, **changes})
+
+
+def make_pairs(count):
+    joys, bores = (
+        ["a joy", "a delight and a joy", "long, good and moving"],
+        ["a bore", "neither", "not good, alas"],
+    )
+    return [
+        {
+            "id": f"pair {i}",
+            "prompt": f"Say something about film {i * 37 % 50}." + " Short." * (i % 4),
+            "chosen": f" Film {i} is {joys[i % 3]}.",
+            "rejected": f" It is {bores[i // 3 % 3]}" + "!" * (i % 5) + ".",
+        }
+        for i in range(count)
+    ]
+
+
+@pytest.fixture(scope="module")
+def rows(tiny_model_dir):
+    return encode_pairs(make_pairs(18), AutoTokenizer.from_pretrained(tiny_model_dir), 200)
+
+
+@pytest.fixture(scope="module")
+def reference(tiny_model_dir, rows):
+    table = sequence_logps(load_model(tiny_model_dir), rows, 1000)
+    return {row.id: tuple(logps) for row, logps in zip(rows, table.tolist(), strict=True)}
+
+
+def run_dpo(folder, rows, reference, beta=0.1, tokens_per_batch=10_000, seed=3, **changes):
+    model = load_model(folder)
+    params = dpo_params(**changes)
+    log = train_dpo(model, rows, reference, params, beta, tokens_per_batch=tokens_per_batch, seed=seed)
+    return log, {name: weight.detach().clone() for name, weight in model.state_dict().items()}
+
+
+def steps_of(rows, seed, pairs_per_step=4, epochs=1):
+    """The rows of each optimizer step when one micro-batch holds them all."""
+    sampler = StepSampler(
+        [row.tokens for row in rows],
+        rows_per_step=pairs_per_step,
+        tokens_per_batch=10**6,
+        epochs=epochs,
+        seed=seed,
+    )
+    steps = []
+    for epoch in range(epochs):
+        sampler.set_epoch(epoch)
+        steps += [[rows[i] for i in batch] for batch in sampler]
+    return steps
+
+
+@pytest.mark.parametrize("tokens_per_batch", [60, 10_000])
+def test_training_starts_at_margin_zero_and_loss_log_2_and_leaves_them(tiny_model_dir, tmp_path, tokens_per_batch):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
+    rows = encode_pairs(make_pairs(18), tokenizer, 200)
+    logps = sequence_logps(load_model(tiny_model_dir), rows, 1000)
+    key = cache_key(tiny_model_dir, tokenizer, rows, 200, "fp32")
+    save_reference(tmp_path / "cache", key, rows, logps)
+    log, _ = run_dpo(
+        tiny_model_dir, rows, load_reference(tmp_path / "cache", key), tokens_per_batch=tokens_per_batch, epochs=3
+    )
+    first, last = log[0], log[-1]
+    assert first["rewards/margins"] == first["rewards/chosen"] == first["rewards/rejected"] == 0.0
+    assert first["rewards/accuracies"] == 0.0
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-7)
+    assert last["loss"] < math.log(2) - 0.05
+    assert last["rewards/margins"] > 0.1
+
+
+def test_a_log_entry_for_each_step_with_the_names_that_trl_users_know(tiny_model_dir, rows, reference):
+    log, _ = run_dpo(tiny_model_dir, rows, reference, epochs=2)
+    assert [entry["step"] for entry in log] == list(range(1, 11))
+    assert all(entry.keys() >= METRICS | {"loss", "grad_norm", "learning_rate", "epoch"} for entry in log)
+
+
+def test_logged_metrics_are_means_over_the_pairs_of_the_step(tiny_model_dir, rows, reference):
+    shifted = {row.id: (reference[row.id][0] - i, reference[row.id][1] + 2 * i) for i, row in enumerate(rows)}
+    for tokens_per_batch in (60, 10_000):
+        log, _ = run_dpo(
+            tiny_model_dir, rows, shifted, beta=0.5, tokens_per_batch=tokens_per_batch, learning_rate=1e-12
+        )
+        steps = steps_of(rows, 3)
+        assert len(log) == len(steps) == 5
+        for entry, step in zip(log, steps, strict=True):
+            places = [rows.index(row) for row in step]
+            count = len(places)
+            # log-ratios are i and -2i by construction: margin 0.5 * 3i
+            expected = {
+                "rewards/chosen": sum(0.5 * i for i in places) / count,
+                "rewards/rejected": sum(-1.0 * i for i in places) / count,
+                "rewards/margins": sum(1.5 * i for i in places) / count,
+                "logps/chosen": sum(reference[row.id][0] for row in step) / count,
+                "logps/rejected": sum(reference[row.id][1] for row in step) / count,
+                "loss": sum(math.log1p(math.exp(-1.5 * i)) for i in places) / count,
+            }
+            assert {name: entry[name] for name in expected} == pytest.approx(expected, rel=1e-5, abs=1e-5)
+            if 0 not in places:
+                assert entry["rewards/accuracies"] == 1.0
+
+
+def test_the_last_partial_step_is_a_mean_over_its_own_pairs(tiny_model_dir, rows, reference):
+    assert len(steps_of(rows, 3)[-1]) == 2
+    for tokens_per_batch in (60, 10_000):
+        log, _ = run_dpo(tiny_model_dir, rows, reference, tokens_per_batch=tokens_per_batch, learning_rate=1e-12)
+        assert log[-1]["loss"] == pytest.approx(math.log(2), abs=1e-5)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "rmsprop"])
+def test_micro_batches_change_nothing(tiny_model_dir, rows, reference, optimizer):
+    changes = {"optimizer": optimizer, "epochs": 2, "learning_rate": 1e-4, "schedule": "cosine", "warmup_steps": 2}
+    whole, whole_weights = run_dpo(tiny_model_dir, rows, reference, **changes)
+    for tokens_per_batch in (160, 1):
+        parts, parts_weights = run_dpo(
+            tiny_model_dir, rows, reference, tokens_per_batch=tokens_per_batch, **changes
+        )
+        assert len(parts) == len(whole) == 10
+        for name in ("loss", "grad_norm", "learning_rate", *METRICS - {"rewards/accuracies"}):
+            assert [e[name] for e in parts] == pytest.approx([e[name] for e in whole], rel=1e-4, abs=1e-4), name
+        for name, weight in whole_weights.items():
+            torch.testing.assert_close(parts_weights[name], weight, rtol=1e-4, atol=2e-5)
+
+
+def test_same_seed_same_bits_and_another_seed_another_model(tiny_model_dir, rows, reference):
+    first, again, other = (run_dpo(tiny_model_dir, rows, reference, seed=seed)[1] for seed in (3, 3, 4))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert any(not torch.equal(first[name], other[name]) for name in first)
+
+
+def test_a_row_without_reference_is_a_key_error(tiny_model_dir, rows, reference):
+    partial = {name: value for name, value in reference.items() if name != "pair 5"}
+    with pytest.raises(KeyError, match=r"1 pairs.*'pair 5'"):
+        run_dpo(tiny_model_dir, rows, partial)
+
+
+@pytest.mark.parametrize("tokens_per_batch", [60, 10_000])
+@pytest.mark.parametrize("completions", [1, 2])
+def test_sft_loss_is_the_mean_over_the_completion_tokens_of_a_step(
+    tiny_model_dir, rows, tokens_per_batch, completions
+):
+    rows = [dataclasses.replace(row, completions=row.completions[:completions]) for row in rows]
+    log = train_sft(
+        load_model(tiny_model_dir),
+        rows,
+        sft_params(learning_rate=1e-12),
+        tokens_per_batch=tokens_per_batch,
+        seed=3,
+    )
+    plain = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
+    expected = []
+    for step in steps_of(rows, 3):
+        losses = []
+        for row in step:
+            for completion in row.completions:
+                logits = plain(input_ids=torch.tensor([row.prompt + completion])).logits[0]
+                targets = torch.tensor(completion)
+                predicted = logits[len(row.prompt) - 1 : -1]
+                losses += torch.nn.functional.cross_entropy(predicted, targets, reduction="none").tolist()
+        expected.append(sum(losses) / len(losses))
+    assert [entry["loss"] for entry in log] == pytest.approx(expected, rel=1e-5)
+    assert not METRICS & log[0].keys()
+
+
+def test_sft_learns_the_completions(tiny_model_dir, rows):
+    log = train_sft(
+        load_model(tiny_model_dir),
+        rows,
+        sft_params(epochs=4, learning_rate=1e-2),
+        tokens_per_batch=500,
+        seed=3,
+    )
+    assert log[-1]["loss"] < log[0]["loss"] - 0.5
+
+
+def test_a_checkpoint_gives_the_trained_numbers_again(tiny_model_dir, tmp_path, rows, reference):
+    model, tokenizer = load_model(tiny_model_dir), AutoTokenizer.from_pretrained(tiny_model_dir)
+    train_dpo(model, rows, reference, dpo_params(), 0.1, tokens_per_batch=500, seed=3)
+    save_checkpoint(model, tokenizer, tmp_path / "policy")
+    again = load_model(tmp_path / "policy")
+    assert torch.equal(sequence_logps(again, rows, 500), sequence_logps(model, rows, 500))
+    assert AutoTokenizer.from_pretrained(tmp_path / "policy").chat_template == tokenizer.chat_template
+
+
+class OrderedDPOTrainer(DPOTrainer):
+    """TRL's own trainer on the dataset as it stands, not shuffled."""
+
+    def _get_train_sampler(self, dataset=None):
+        return torch.utils.data.SequentialSampler(dataset or self.train_dataset)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"optimizer": "adamw", "schedule": "constant", "warmup_steps": 0, "max_grad_norm": 1.0},
+        {"optimizer": "rmsprop", "schedule": "linear", "warmup_steps": 3, "max_grad_norm": 10.0},
+    ],
+)
+def test_ten_steps_equal_those_of_trl(tiny_model_dir, tmp_path, changes):
+    beta, seed = 0.3, 5
+    tokenizer = plain_tokenizer()
+    pairs = make_pairs(40)
+    rows = encode_pairs(pairs, tokenizer, 400)
+    model = load_model(tiny_model_dir)
+    table = sequence_logps(model, rows, 1000).tolist()
+    reference = {row.id: tuple(logps) for row, logps in zip(rows, table, strict=True)}
+    params = dpo_params(learning_rate=3e-4, **changes)
+    ours = train_dpo(model, rows, reference, params, beta, tokens_per_batch=100, seed=seed)
+
+    by_id = {pair["id"]: pair for pair in pairs}
+    order = [by_id[row.id] for step in steps_of(rows, seed) for row in step]
+    trainer = OrderedDPOTrainer(
+        model=AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32),
+        ref_model=AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32),
+        args=DPOConfig(
+            output_dir=str(tmp_path),
+            beta=beta,
+            per_device_train_batch_size=4,
+            num_train_epochs=1,
+            learning_rate=params.learning_rate,
+            optim={"adamw": "adamw_torch", "rmsprop": "rmsprop"}[params.optimizer],
+            lr_scheduler_type=params.schedule,
+            warmup_steps=params.warmup_steps,
+            max_grad_norm=params.max_grad_norm,
+            weight_decay=0.0,
+            max_length=None,
+            bf16=False,
+            gradient_checkpointing=False,
+            logging_steps=1,
+            save_strategy="no",
+            report_to="none",
+        ),
+        train_dataset=datasets.Dataset.from_list([{k: v for k, v in p.items() if k != "id"} for p in order]),
+        processing_class=tokenizer,
+    )
+    trainer.train()
+    theirs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(theirs) == len(ours) == 10
+    assert abs(ours[-1]["rewards/margins"]) > 0.1
+    for name in ("loss", "rewards/margins", "rewards/chosen", "rewards/rejected", "logps/chosen", "learning_rate"):
+        assert [e[name] for e in ours] == pytest.approx([e[name] for e in theirs], rel=1e-4, abs=1e-4), name
+    for (name, weight), trained in zip(model.named_parameters(), trainer.model.parameters(), strict=True):
+        torch.testing.assert_close(weight, trained, rtol=0, atol=1e-4, msg=name)
+
+
+LORA = LoraParams(rank=4, alpha=8)
+
+
+def test_gradient_checkpointing_changes_nothing(tiny_model_dir, rows, reference):
+    plain, plain_weights = run_dpo(tiny_model_dir, rows, reference)
+    log, weights = run_dpo(tiny_model_dir, rows, reference, gradient_checkpointing=True)
+    assert log == plain
+    assert all(torch.equal(weights[name], plain_weights[name]) for name in weights)
+
+
+@pytest.mark.parametrize("lora", [None, LORA])
+def test_the_reference_computed_online_equals_the_cached_one(tiny_model_dir, rows, reference, lora):
+    logs = {}
+    for mode, table in (("cached", reference), ("online", {})):
+        params = dpo_params(reference=mode, lora=lora, learning_rate=1e-2)
+        model = load_model(tiny_model_dir)
+        logs[mode] = train_dpo(model, rows, table, params, 0.1, tokens_per_batch=500, seed=3)
+    assert logs["cached"][-1]["rewards/margins"] > 0.1
+    for name in ("loss", *METRICS):
+        online, cached = ([entry[name] for entry in logs[mode]] for mode in ("online", "cached"))
+        assert online == pytest.approx(cached, rel=1e-5, abs=1e-5), name
+
+
+def test_lora_trains_and_saves_the_adapter_alone(tiny_model_dir, tmp_path, rows, reference):
+    model, tokenizer = load_model(tiny_model_dir), AutoTokenizer.from_pretrained(tiny_model_dir)
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    params = dpo_params(lora=LORA, learning_rate=1e-2)
+    train_dpo(model, rows, reference, params, 0.1, tokens_per_batch=500, seed=3)
+    after = model.state_dict()
+    assert all(
+        torch.equal(weight, after[name.replace("proj.", "proj.base_layer.")]) for name, weight in before.items()
+    )
+    for folder in ("once", "twice"):
+        save_checkpoint(model, tokenizer, tmp_path / folder)
+    assert not (tmp_path / "once/model.safetensors").exists()
+    trained = {name.replace(".default", "") for name, p in model.named_parameters() if p.requires_grad}
+    saved = load_file(tmp_path / "once/adapter_model.safetensors")
+    assert {name.removeprefix("base_model.model.") for name in saved} == trained
+    config = json.loads((tmp_path / "once/adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(tiny_model_dir)
+    assert config["target_modules"] == sorted(config["target_modules"])
+    ours = sequence_logps(model, rows, 500)
+    assert torch.equal(sequence_logps(load_model(tmp_path / "once"), rows, 500), ours)
+    assert (ours - torch.tensor([reference[row.id] for row in rows])).abs().max() > 0.1
+
+
+def test_early_stop_ends_after_its_patience_and_keeps_the_best_weights(tiny_model_dir, rows, reference):
+    # Validation pairs prefer the other completion: what training learns makes them worse from the first step on.
+    _, held_out = _hold_out(rows, 0.3)
+    flipped = {row.id: dataclasses.replace(row, completions=row.completions[::-1]) for row in held_out}
+    rows = [flipped.get(row.id, row) for row in rows]
+    reference = {key: value[::-1] if key in flipped else value for key, value in reference.items()}
+    early_stop = EarlyStopParams(validation_share=0.3, every_steps=1, patience=2)
+    model = load_model(tiny_model_dir)
+    log = train_dpo(
+        model, rows, reference, dpo_params(early_stop=early_stop, epochs=9), 0.1, tokens_per_batch=500, seed=3
+    )
+    validation = [entry["eval_loss"] for entry in log]
+    assert validation == sorted(validation)
+    assert len(log) == 1 + 2
+    policy = sequence_logps(model, list(flipped.values()), 500)
+    cached = torch.tensor([reference[name] for name in flipped])
+    losses = dpo_loss(policy[:, 0], policy[:, 1], cached[:, 0], cached[:, 1], 0.1)[0]
+    assert losses.mean().item() == pytest.approx(validation[0], rel=1e-6)
+    assert validation[1] > validation[0] * 1.001
+
+
+def test_early_stop_without_validation_pairs_is_refused(tiny_model_dir, rows, reference):
+    early_stop = EarlyStopParams(validation_share=1e-6, every_steps=1, patience=1)
+    with pytest.raises(InputError, match=r"validation_share 1e-06 of 18 pairs leaves no pairs to validate on"):
+        run_dpo(tiny_model_dir, rows, reference, early_stop=early_stop)
+
+
+def test_validation_pairs_share_no_prompt_with_training_pairs():
+    rows = [TokenRow(str(i), (i % 20,), ((1,), (2,))) for i in range(200)]
+    kept, held_out = _hold_out(rows, 0.3)
+    assert len(kept) + len(held_out) == 200
+    assert not {row.prompt for row in kept} & {row.prompt for row in held_out}
+
+
+def test_8_bit_states_without_a_gpu_are_refused(tiny_model_dir, rows, reference, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(InputError, match="'adamw_8bit' needs a CUDA GPU; choose adamw or rmsprop"):
+        run_dpo(tiny_model_dir, rows, reference, optimizer="adamw_8bit")
+
+
+def test_bf16_starts_at_margin_zero_through_its_own_cache_and_learns(tiny_model_dir, rows):
+    model = load_model(tiny_model_dir, "bf16")
+    table = sequence_logps(model, rows, 1000).tolist()
+    cached = {row.id: tuple(logps) for row, logps in zip(rows, table, strict=True)}
+    log = train_dpo(model, rows, cached, dpo_params(epochs=3), 0.1, tokens_per_batch=100, seed=3)
+    assert log[0]["rewards/margins"] == log[0]["rewards/chosen"] == 0.0
+    assert log[-1]["loss"] < math.log(2) - 0.05
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
