@@ -45,7 +45,10 @@ def main() -> None:
         aside.write_text(
             template.render(
                 rows=rows,
-                figures=[figure.to_html(full_html=False, include_plotlyjs=False) for figure in figures],
+                figures=[
+                    figure.to_html(full_html=False, include_plotlyjs=False, config={"responsive": True})
+                    for figure in figures
+                ],
                 plotly=get_plotlyjs(),
                 samples=samples.to_dict("records"),
                 judge=params.evaluate.judge,

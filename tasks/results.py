@@ -24,7 +24,7 @@ def main() -> None:
     first = next(iter(comparison.values()))
     if first["human_ceiling"] is not None:
         print(f"\nhuman ceiling for reward accuracy on these {first['pairs']} pairs: {first['human_ceiling']:.3f}")
-    print("\nmake mlflow     experiments and sweeps, http://127.0.0.1:5000")
+    print("\nmake mlflow     experiments and sweeps, http://127.0.0.1:5000/#/experiments/1/runs")
     print("make prefect    flows and schedules, http://127.0.0.1:4200")
     print("make report     the comparison, reports/index.html")
 

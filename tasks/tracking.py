@@ -60,6 +60,7 @@ def connect() -> None:
     mlflow.set_tracking_uri(os.environ.get("MLFLOW_TRACKING_URI", DATABASE))
     with FileLock("mlflow.db.lock"):
         mlflow.set_experiment(EXPERIMENT)
+        mlflow.set_experiment_tag("mlflow.experimentKind", "custom_model_development")  # runs, not traces
 
 
 @contextmanager
@@ -78,6 +79,9 @@ def policy_run(params: Params, beta: str, table: pd.DataFrame) -> Iterator[str]:
     connect()
     parent = sweep_run(params)
     tags = {**_git_tags(), SWEEP: _sweep(), ROLE: "policy"}
+    cut_off = f"tags.`{SWEEP}` = '{_sweep()}' and params.beta = '{beta}' and attributes.status = 'RUNNING'"
+    for run in mlflow.search_runs(experiment_names=[EXPERIMENT], filter_string=cut_off, output_format="list"):
+        mlflow.MlflowClient().set_terminated(run.info.run_id, "KILLED")
     with mlflow.start_run(run_name=f"beta={beta}", parent_run_id=parent, nested=True, tags=tags) as run:
         dpo = {k: v for k, v in dataclasses.asdict(params.dpo).items() if k != "betas"}
         everything = {"seed": params.seed, "model": params.model, "data": params.data, "engine": params.engine}
