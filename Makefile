@@ -8,7 +8,7 @@ export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export DVC_NO_ANALYTICS := true
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: setup repro test check mlflow prefect report
+.PHONY: setup repro test check bench images mlflow prefect report
 
 setup: .venv/installed
 
@@ -29,6 +29,14 @@ check: setup
 	ruff check .
 	ruff format --check .
 	mypy
+
+# The engine against TRL, needs an idle machine; writes benchmarks/results and the table of docs/benchmarks.md.
+bench: setup
+	python -m benchmarks.engine
+
+# The pictures of the README, needs graphviz and Chromium.
+images: setup
+	python -m docs.images
 
 mlflow: setup
 	mlflow ui --backend-store-uri $(or $(MLFLOW_TRACKING_URI),sqlite:///mlflow.db) --host 127.0.0.1 --port 5000

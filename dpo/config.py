@@ -163,6 +163,16 @@ class EvaluateParams:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CompareParams:
+    """What the comparison points out."""
+
+    __pydantic_config__ = STRICT
+
+    max_displacement: Rate
+    """Nats that the mean log-prob of chosen may fall against the reference before it is called displacement."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Params:
     """The whole of `params.yaml`."""
 
@@ -176,6 +186,7 @@ class Params:
     sft: SftParams
     dpo: DpoParams
     evaluate: EvaluateParams
+    compare: CompareParams
 
 
 def load_params(path: Path = Path("params.yaml")) -> Params:

@@ -16,9 +16,11 @@ def load_base(params: ModelParams) -> tuple[PreTrainedModel, PreTrainedTokenizer
     """The model that `params.base` names, in fp32, with its tokenizer.
 
     Raises:
-        InputError: the folder or hub model is not there or cannot be read, a hub id has no revision, or a
-            folder lies where DVC does not watch it.
+        InputError: the folder or hub model is not there or cannot be read, a hub id has no revision or something
+            else has one, or a folder lies where DVC does not watch it.
     """
+    if params.revision is not None and (params.base == "embedded" or Path(params.base).is_dir()):
+        raise InputError("params.yaml: model.revision has no effect: model.base is no hub id; set it to null")
     if params.base == "embedded":
         return load_embedded_model()
     folder = Path(params.base)

@@ -3,6 +3,7 @@
 import copy
 import functools
 import hashlib
+import logging
 import math
 import tempfile
 from collections import defaultdict
@@ -34,6 +35,11 @@ OPTIMIZERS = {
     "adamw_8bit": "adamw_bnb_8bit",
     "paged_adamw_8bit": "paged_adamw_8bit",
 }
+
+ALARM_NATS = 100.0
+"""Mean change of a completion's log-prob that a sound run does not reach: a factor of e^100 in its probability."""
+
+log = logging.getLogger(__name__)
 
 Packed = dict[str, Any]
 Objective = Callable[[torch.nn.Module, Packed], tuple[Tensor, dict[str, Tensor]]]
@@ -119,6 +125,23 @@ def add_lora(model: PreTrainedModel, params: LoraParams) -> None:
     config.target_modules = sorted(config.target_modules or ())  # a set: its order, and the saved file, would vary
 
 
+class DivergenceAlarm(TrainerCallback):
+    """Warns when the policy runs away from its reference, where a loss near 0 is no success."""
+
+    def __init__(self, beta: float) -> None:
+        self.beta = beta
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
+        """Compare the mean log-ratios of a step with `ALARM_NATS`."""
+        moved = [abs(logs.get(name, 0.0)) / self.beta for name in ("rewards/chosen", "rewards/rejected")]
+        if max(moved) > ALARM_NATS:
+            log.warning(
+                "step %d: the policy runs away from its reference: log-probs of chosen moved by %.0f nats, "
+                "of rejected by %.0f, margin %.3g, loss %.3g; lower dpo.learning_rate or raise beta",
+                *(state.global_step, *moved, logs["rewards/margins"], logs["loss"]),
+            )
+
+
 class EarlyStop(TrainerCallback):
     """Ends the training after some validations without a new best, and puts the best weights back."""
 
@@ -186,6 +209,11 @@ class PackedTrainer(Trainer):
     ) -> Tensor:
         """This micro-batch's share of the step's mean loss."""
         loss, sums = self.objective(model, inputs)
+        if not loss.isfinite():
+            raise FloatingPointError(
+                f"step {self.state.global_step + 1}: the loss is {loss.item()}, in the micro-batch of the pairs "
+                f"{', '.join(inputs['ids'])}; training stops and saves nothing. Lower the learning rate."
+            )
         for name, value in sums.items():
             self.sums[name] += value.item()
         self.sums["rows"] += len(inputs["ids"])
@@ -256,6 +284,7 @@ def train_dpo(
     Raises:
         KeyError: a row has no reference log-probs.
         InputError: the optimizer needs a GPU that is not there, or early stopping leaves no rows to train on.
+        FloatingPointError: the loss is no longer finite; names step and pairs.
     """
     if params.reference == "online":
         answer = online_reference(model, lora=params.lora is not None)
@@ -264,6 +293,7 @@ def train_dpo(
     if params.lora is not None:
         add_lora(model, params.lora)
     objective = functools.partial(dpo_objective, beta=beta, reference=answer)
+    callbacks = [DivergenceAlarm(beta), *callbacks]
     return _train(
         model, rows, params, objective, "ids", tokens_per_batch, seed, callbacks, early_stop=params.early_stop
     )

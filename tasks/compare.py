@@ -52,6 +52,7 @@ def main() -> None:
                 plotly=get_plotlyjs(),
                 samples=samples.to_dict("records"),
                 judge=params.evaluate.judge,
+                max_displacement=params.compare.max_displacement,
             )
         )
     log_comparison(params, rows, [REPORT, COMPARISON])

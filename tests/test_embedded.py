@@ -52,6 +52,9 @@ def test_bad_models_are_named_with_the_mend(tmp_path, monkeypatch, base, words):
     (tmp_path / "models/own/empty").mkdir(parents=True)
     with pytest.raises(InputError) as error:
         load_base(ModelParams(base=base, revision=None))
+    if base != "someone/model":
+        with pytest.raises(InputError, match=r"model\.revision has no effect"):
+            load_base(ModelParams(base=base, revision="main"))
     assert all(word in str(error.value) for word in words), error.value
 
 

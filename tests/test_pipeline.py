@@ -130,6 +130,7 @@ def test_report_and_table_show_the_policy(project):
     page = (project / "reports/index.html").read_text()
     assert "Reward against KL" in page
     assert "Say something about film" in page
+    assert "Likelihood displacement at beta" not in page
     table = execute(project, sys.executable, "-m", "tasks.results")
     assert "reward accuracy" in table
     assert "make mlflow" in table
@@ -184,14 +185,26 @@ def test_push_and_pull_bring_a_clean_clone_up_to_date(project, tmp_path):
     assert "up to date" in execute(clone, "dvc", "status")
 
 
-def test_a_stale_reference_cache_is_refused(project):
-    manifest = project / "reference/train/manifest.json"
+@pytest.mark.parametrize(("stage", "split"), [("train", "train"), ("evaluate", "eval")])
+def test_a_stale_reference_cache_is_refused(project, stage, split):
+    manifest = project / f"reference/{split}/manifest.json"
     original = manifest.read_text()
     manifest.write_text(original.replace('"max_length": 128', '"max_length": 127'))
-    output = execute(project, sys.executable, "-m", "tasks.train", "0.1", fails=True)
+    output = execute(project, sys.executable, "-m", f"tasks.{stage}", "0.1", fails=True)
     manifest.write_text(original)
-    assert "reference/train: stale reference cache, refused: max_length differ" in output
+    assert f"reference/{split}: stale reference cache, refused: max_length differ" in output
     assert "Traceback" not in output
+
+
+def test_a_policy_is_never_its_own_reference(project):
+    weights = project / "models/sft/model.safetensors"
+    original = weights.read_bytes()
+    weights.unlink()
+    shutil.copy(project / "models/dpo-0.1/model.safetensors", weights)
+    output = execute(project, sys.executable, "-m", "tasks.evaluate", "0.1", fails=True)
+    weights.unlink()
+    weights.write_bytes(original)
+    assert "reference/eval: stale reference cache, refused: weights differ" in output
 
 
 def test_bad_params_stop_a_stage_with_one_line(project):

@@ -162,6 +162,8 @@ def test_caps_hold_in_each_split(own):
         ({"source": "data/own/missing.csv"}, ["data/own/missing.csv", "not a file"]),
         ({"source": "../pairs.csv"}, ["outside data/own", "copy the file"]),
         ({"source": "someone/pairs"}, ["someone/pairs", "data.revision"]),
+        ({"source": "embedded", "revision": "main"}, ["data.revision has no effect"]),
+        ({"source": "data/own/columns.csv", "revision": "main"}, ["data.revision has no effect"]),
         ({"source": "data/own/broken.parquet"}, ["broken.parquet", "not a readable"]),
         ({"source": "data/own/columns.csv"}, ["missing column 'rejected'", "'prompt'"]),
         ({"source": "data/own/number.jsonl"}, ["row 1", "field 'chosen'", "got 3"]),

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 
 import datasets
 import pytest
@@ -391,3 +392,18 @@ def test_bf16_starts_at_margin_zero_through_its_own_cache_and_learns(tiny_model_
     assert log[0]["rewards/margins"] == log[0]["rewards/chosen"] == 0.0
     assert log[-1]["loss"] < math.log(2) - 0.05
     assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+def test_a_policy_that_runs_away_raises_an_alarm_with_step_and_margin(tiny_model_dir, rows, reference, caplog):
+    run_dpo(tiny_model_dir, rows, reference)
+    assert "runs away" not in caplog.text
+    run_dpo(tiny_model_dir, rows, reference, learning_rate=1.0)
+    assert re.search(
+        r"step \d+: the policy runs away from its reference: .* nats, .* margin .*, loss", caplog.text
+    )
+
+
+def test_a_loss_that_is_not_finite_stops_the_training_with_step_and_pairs(tiny_model_dir, rows, reference):
+    broken = reference | {"pair 5": (math.nan, 0.0)}
+    with pytest.raises(FloatingPointError, match=r"step \d: the loss is nan, .*pair 5\b"):
+        run_dpo(tiny_model_dir, rows, broken)

@@ -28,6 +28,9 @@ def load_pairs(params: DataParams, seed: int) -> pd.DataFrame:
     Raises:
         InputError: the source is not there, cannot be read, or lacks a column; names it and the mend.
     """
+    local = Path(params.source).suffix in READERS
+    if params.revision is not None and (params.source == "embedded" or local):
+        raise InputError("params.yaml: data.revision has no effect: data.source is no hub id; set it to null")
     if params.source == "embedded":
         with tempfile.TemporaryDirectory() as folder:
             domains = read_ratings(fetch(RATINGS_SDIST, Path(folder), source=True))
@@ -35,7 +38,6 @@ def load_pairs(params: DataParams, seed: int) -> pd.DataFrame:
             domains, min_rating_gap=params.min_rating_gap, eval_fraction=params.eval_fraction, seed=seed
         )
     else:
-        local = Path(params.source).suffix in READERS
         raw = _read_file(Path(params.source)) if local else _read_hub(params.source, params.revision)
         table = canonical(raw, params.source, params.eval_fraction)
     caps = {"train": params.max_train_pairs, "eval": params.max_eval_pairs}

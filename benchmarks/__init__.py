@@ -1,0 +1,1 @@
+"""Measurements of this project against its peers; nothing here is part of a pipeline run."""

@@ -1,0 +1,498 @@
+"""Speed and memory of the engine in `dpo`, side by side with TRL's `DPOTrainer`: `python -m benchmarks.engine`.
+
+Both sides get the same model, the same tokens in the same steps, the same reference log-probs, optimizer, dtype
+and micro-batch. Runs alternate (ours, peer, ours, peer, ...), each in a process of its own, so that its peak
+resident memory is its own. The first step of every run warms up and is not timed.
+
+A `default` case has TRL's default settings and pairs in random order. A `tuned` case has the fastest settings of
+TRL that were found: pairs grouped by length, smaller micro-batches, no gradient checkpointing. Ours runs on the
+same micro-batches each time, so memory ratios compare like with like.
+"""
+
+import argparse
+import functools
+import importlib.metadata
+import json
+import os
+import platform
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
+from transformers.trainer_callback import PrinterCallback, TrainerCallback
+
+try:
+    import peft
+except ImportError:
+    peft = None
+
+from dpo.batching import StepSampler, TokenRow
+from dpo.config import LoraParams
+from dpo.files import write_json, written_whole
+from dpo.logps import Precision, load_model, sequence_logps
+from dpo.tokens import encode_pairs
+from dpo.training import PackedTrainer, add_lora, cached_reference, dpo_objective
+
+MODEL, TRAIN = Path("models/base"), Path("data/train.parquet")
+RESULTS, PAGE = Path("benchmarks/results/engine.json"), Path("docs/benchmarks.md")
+MARKERS = ("<!-- written by python -m benchmarks.engine --table -->", "<!-- end of what it wrote -->")
+PAIRS_PER_STEP, BETA, SEED = 8, 0.1, 17
+LOSS_TOLERANCE, LOGP_TOLERANCE = 1e-3, 1e-5
+"""Largest differences in fp32 between the two sides: of a step's loss, and, relative, of a summed log-prob."""
+LORA = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+TRAINING = {"optim": "adamw_torch_fused", "learning_rate": 2e-5, "lr_scheduler_type": "constant",
+            "weight_decay": 0.0, "max_grad_norm": 1.0, "num_train_epochs": 1, "seed": SEED}  # fmt: skip
+QUIET = {"use_cpu": True, "save_strategy": "no", "logging_steps": 1, "report_to": "none", "disable_tqdm": True,
+         "dataloader_pin_memory": False}  # fmt: skip
+Reference = Mapping[str, tuple[float, float]]
+"""(chosen, rejected) reference log-probs by row id."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One comparison. Targets: `speed` ratio at least, `memory` ratio at most."""
+
+    name: str
+    speed: float | None
+    memory: float | None
+    long: bool = False
+    micro_batch: int = PAIRS_PER_STEP
+    by_length: bool = False
+    checkpointing: bool = False
+    dtype: Precision = "fp32"
+    lora: bool = False
+    train: bool = True
+
+
+CASES = [
+    Case("short_default", 1.8, 0.6, checkpointing=True),
+    Case("short_tuned", 1.5, 0.6, micro_batch=2, by_length=True),
+    Case("long_default", 2.2, 0.5, long=True, checkpointing=True),
+    Case("long_tuned", 2.5, 0.4, long=True, micro_batch=1, by_length=True),
+    Case("reference_short", 2.0, 0.6, train=False),
+    Case("reference_long", 2.5, 0.6, long=True, train=False),
+    Case("lora_short", 1.8, 0.7, micro_batch=2, by_length=True, lora=True),
+    Case("short_bf16", None, None, micro_batch=2, by_length=True, dtype="bf16"),
+]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one run of one side gave; `values` are losses by step or log-probs by completion, warm-up included."""
+
+    pairs_per_second: float
+    peak_gib: float
+    matmul_flops: float
+    values: list[float]
+
+
+# The pairs
+
+
+def short_rows(tokenizer: PreTrainedTokenizerBase, count: int) -> list[TokenRow]:
+    """Film-review pairs of the default data, drawn at random: about 134 tokens each as TRL pads them."""
+    table = pd.read_parquet(TRAIN)
+    films = table[table["source"] == "film review"].sample(count, random_state=SEED)
+    return encode_pairs(films.to_dict("records"), tokenizer, 1024)
+
+
+def long_rows(tokenizer: PreTrainedTokenizerBase, count: int) -> list[TokenRow]:
+    """Pairs of about 300 prompt and twice 60 completion tokens: sentences of the default data in random order."""
+    table = pd.read_parquet(TRAIN)
+    sentences = [*table["chosen"], *table["rejected"]]
+    draw = np.random.default_rng(SEED)
+
+    def text(least_tokens: int) -> str:
+        words = ""
+        while len(tokenizer.encode(words)) < least_tokens:
+            words += " " * bool(words) + sentences[draw.integers(len(sentences))]
+        return words
+
+    fields = {"prompt": 265, "chosen": 48, "rejected": 48}
+    pairs = [{"id": f"long {i}", **{k: text(n) for k, n in fields.items()}} for i in range(count)]
+    return encode_pairs(pairs, tokenizer, 1024)
+
+
+def case_rows(case: Case, tokenizer: PreTrainedTokenizerBase, steps: int) -> list[TokenRow]:
+    """A warm-up step of short pairs, then `steps` steps of the case's pairs.
+
+    By length: as TRL's `group_by_length` orders them at best, the longest first.
+    """
+    timed = steps * PAIRS_PER_STEP
+    rows = short_rows(tokenizer, PAIRS_PER_STEP + (0 if case.long else timed))
+    warm_up, rows = rows[:PAIRS_PER_STEP], long_rows(tokenizer, timed) if case.long else rows[PAIRS_PER_STEP:]
+    return warm_up + (sorted(rows, key=padded_length, reverse=True) if case.by_length else rows)
+
+
+def padded_length(row: TokenRow) -> int:
+    """Tokens of the prompt and the longer completion."""
+    return len(row.prompt) + max(map(len, row.completions))
+
+
+# Both sides
+
+
+def arguments(case: Case) -> dict[str, Any]:
+    """Trainer arguments that both sides share."""
+    return {
+        "per_device_train_batch_size": case.micro_batch,
+        "gradient_accumulation_steps": PAIRS_PER_STEP // case.micro_batch,
+        "bf16": case.dtype == "bf16",
+        **TRAINING,
+    }
+
+
+class Clock(TrainerCallback):
+    """The time at the end of every step."""
+
+    def __init__(self) -> None:
+        self.ends: list[float] = []
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        """Note the time."""
+        self.ends.append(time.perf_counter())
+
+
+def train(trainer: Trainer, case: Case, rows: Sequence[TokenRow]) -> Run:
+    """Run a trainer of either side."""
+    clock = Clock()
+    trainer.add_callback(clock)
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    return close(case, rows, clock.ends, [entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+
+
+def close(case: Case, rows: Sequence[TokenRow], ends: Sequence[float], values: list[float]) -> Run:
+    """Sum a run up; `ends` are times, the first at the end of the warm-up, the last at the end of the run."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    speed = (len(rows) - PAIRS_PER_STEP) / (ends[-1] - ends[0])
+    return Run(
+        speed, peak / 2**30, matmul_flops(torch.bfloat16 if case.dtype == "bf16" else torch.float32), values
+    )
+
+
+def matmul_flops(dtype: torch.dtype, size: int = 2048) -> float:
+    """FLOP/s of the fastest of some square matrix products."""
+    left, right = torch.randn(2, size, size).to(dtype)
+    times = []
+    for _ in range(8):
+        start = time.perf_counter()
+        torch.mm(left, right)
+        times.append(time.perf_counter() - start)
+    return 2 * size**3 / min(times)
+
+
+# Ours
+
+
+class InOrder(StepSampler):
+    """The rows in the order given, every step in `PAIRS_PER_STEP / micro_batch` micro-batches."""
+
+    def __init__(self, rows: Sequence[TokenRow], micro_batch: int) -> None:
+        lengths = [row.tokens for row in rows]
+        super().__init__(lengths, rows_per_step=PAIRS_PER_STEP, tokens_per_batch=sum(lengths), epochs=1, seed=SEED)
+        self.accumulation = PAIRS_PER_STEP // micro_batch
+
+    def _steps(self, epoch: int) -> list[list[int]]:
+        return np.arange(len(self.lengths)).reshape(-1, PAIRS_PER_STEP).tolist()
+
+
+def train_ours(case: Case, model: Path, rows: Sequence[TokenRow], reference: Reference) -> Run:
+    """DPO with `dpo.training`'s trainer; bf16 is the engine's own, not the trainer's."""
+    policy = load_model(model, case.dtype)
+    set_seed(SEED)
+    if case.lora:
+        add_lora(policy, LoraParams(rank=LORA["r"], alpha=LORA["lora_alpha"]))
+    objective = functools.partial(dpo_objective, beta=BETA, reference=cached_reference(reference, rows))
+    with tempfile.TemporaryDirectory() as folder:
+        args = TrainingArguments(folder, **arguments(case) | {"bf16": False}, **QUIET, remove_unused_columns=False)
+        sampler = InOrder(rows, case.micro_batch)
+        return train(PackedTrainer(policy, args, rows, sampler, objective, "ids", [], []), case, rows)
+
+
+def score_ours(case: Case, model: Path, rows: Sequence[TokenRow]) -> Run:
+    """The reference pass, in batches of at least as many pairs as the peer's."""
+    policy = load_model(model, case.dtype)
+    budget = case.micro_batch * max(row.tokens for row in rows)
+    warm_up = sequence_logps(policy, rows[:PAIRS_PER_STEP], budget)
+    start = time.perf_counter()
+    timed = sequence_logps(policy, rows[PAIRS_PER_STEP:], budget)
+    return close(case, rows, [start, time.perf_counter()], torch.cat([warm_up, timed]).flatten().tolist())
+
+
+# The peer, imported only where it runs: our side must not carry its memory
+
+
+def peer_trainer(
+    case: Case, model: Path, rows: Sequence[TokenRow], folder: str, reference: Reference | None = None
+) -> Any:
+    """TRL's DPOTrainer on our tokens; batches, forward pass, loss and loop are its own.
+
+    It takes `reference` for its precomputed log-probs; without, it computes them itself, timed in `ends`.
+    """
+    from datasets import Dataset
+    from trl import DPOConfig, DPOTrainer
+
+    class Peer(DPOTrainer):
+        ends: list[float]
+
+        def _prepare_dataset(self, dataset: Dataset, *args: Any) -> Dataset:
+            return dataset
+
+        def _precompute_ref_logps(self, dataset: Dataset, *args: Any) -> Dataset:
+            self.ends = []
+            return dataset if reference else super()._precompute_ref_logps(dataset, *args)
+
+        def compute_ref_log_probs(self, *args: Any) -> Any:
+            logps = super().compute_ref_log_probs(*args)
+            self.ends.append(time.perf_counter())
+            return logps
+
+    columns: dict[str, list[Any]] = {
+        "prompt_ids": [row.prompt for row in rows],
+        "chosen_ids": [row.completions[0] for row in rows],
+        "rejected_ids": [row.completions[1] for row in rows],
+    }
+    if reference:
+        columns["ref_chosen_logps"] = [reference[row.id][0] for row in rows]
+        columns["ref_rejected_logps"] = [reference[row.id][1] for row in rows]
+    args = DPOConfig(
+        folder,
+        **arguments(case),
+        **QUIET,
+        activation_checkpointing=case.checkpointing,
+        beta=BETA,
+        max_length=None,
+        precompute_ref_log_probs=True,
+        train_sampling_strategy="sequential",
+    )
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    data = Dataset.from_dict(columns)
+    lora = peft.LoraConfig(**LORA) if case.lora else None
+    return Peer(str(model), args=args, train_dataset=data, processing_class=tokenizer, peft_config=lora)
+
+
+def train_peer(case: Case, model: Path, rows: Sequence[TokenRow], reference: Reference) -> Run:
+    """DPO with TRL's trainer."""
+    with tempfile.TemporaryDirectory() as folder:
+        return train(peer_trainer(case, model, rows, folder, reference), case, rows)
+
+
+def score_peer(case: Case, model: Path, rows: Sequence[TokenRow]) -> Run:
+    """TRL's own reference pass, which its constructor runs."""
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = peer_trainer(case, model, rows, folder)
+        logps = [trainer.train_dataset[column] for column in ("ref_chosen_logps", "ref_rejected_logps")]
+        return close(case, rows, trainer.ends, np.stack(logps, axis=1).flatten().tolist())
+
+
+# One comparison
+
+
+def flops(case: Case, rows: Sequence[TokenRow], config: Any) -> float:
+    """Floating-point operations that `rows` need in a Llama, whatever an implementation does on top.
+
+    The forward pass of each row needs 2 * P * stream tokens (the prompt once, both completions; P: the layers'
+    weights, embeddings excluded) + 2 * hidden * vocabulary * completion tokens + 4 * layers * heads * head_dim *
+    (query, key) pairs that see each other. Training needs three times as much: the forward pass, the gradient of
+    activations, that of weights; LoRA needs the last for attention's products alone. Recomputation counts as
+    nothing.
+    """
+    heads, hidden, layers = config.num_attention_heads, config.hidden_size, config.num_hidden_layers
+    head_dim = getattr(config, "head_dim", None) or hidden // heads
+    weights = 2 * hidden * head_dim * (heads + config.num_key_value_heads) + 3 * hidden * config.intermediate_size
+    linear = attention = 0
+    for row in rows:
+        linear += 2 * (layers * weights * row.tokens + hidden * config.vocab_size * row.completion_tokens)
+        prompt, *completions = len(row.prompt), *map(len, row.completions)
+        seen = sum(n * (n + 1) // 2 for n in (prompt, *completions)) + prompt * sum(completions)
+        attention += 4 * layers * heads * head_dim * seen
+    passes = (2 if case.lora else 3, 3) if case.train else (1, 1)
+    return passes[0] * linear + passes[1] * attention
+
+
+def alone(function: Callable[..., Run], *args: Any) -> Run:
+    """`function(*args)` in a fresh process."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(function, *args).result()
+
+
+def compare(case: Case, model: Path, steps: int, repeats: int) -> dict[str, Any]:
+    """Measure one case: alternating repeats of both sides."""
+    rows = case_rows(case, AutoTokenizer.from_pretrained(model), steps)
+    args: list[Any] = [case, model, rows]
+    sides: tuple[Callable[..., Run], ...] = (score_ours, score_peer)
+    if case.train:
+        logps = np.reshape(alone(score_ours, *args).values, (-1, 2)).tolist()
+        args.append({row.id: tuple(pair) for row, pair in zip(rows, logps, strict=True)})
+        sides = (train_ours, train_peer)
+    runs: dict[str, list[Run]] = {side.__name__: [] for side in sides}
+    for _ in range(repeats):
+        for side in sides:
+            run = alone(side, *args)
+            runs[side.__name__].append(run)
+            say(f"{case.name}: {side.__name__} {run.pairs_per_second:.3f} pairs/s, {run.peak_gib:.2f} GiB")
+    entry = record(case, rows, AutoConfig.from_pretrained(model), *runs.values())
+    if case.train:
+        for step, losses in enumerate(zip(entry["ours"]["losses"], entry["peer"]["losses"], strict=True)):
+            say(f"{case.name}: step {step}, losses {losses[0]:.6f} and {losses[1]:.6f}")
+    say(f"{case.name}: largest difference {entry['difference']:.1e}, {entry['status']}")
+    return entry
+
+
+def record(
+    case: Case, rows: Sequence[TokenRow], config: Any, ours: Sequence[Run], peer: Sequence[Run]
+) -> dict[str, Any]:
+    """The entry of one case in the results."""
+    timed = rows[PAIRS_PER_STEP:]
+    batches = [timed[i : i + case.micro_batch] for i in range(0, len(timed), case.micro_batch)]
+    padded = sum(2 * len(batch) * max(map(padded_length, batch)) for batch in batches)
+    work = flops(case, timed, config) / len(timed)
+    matmul = max(run.matmul_flops for run in (*ours, *peer))
+    settings = arguments(case) | {"beta": BETA, "lora": LORA if case.lora else None}
+    settings |= {"timed_steps": len(timed) // PAIRS_PER_STEP, "order": "by length" if case.by_length else "random"}
+
+    def side(runs: Sequence[Run], tokens: int, checkpointing: bool) -> dict[str, Any]:
+        speed = statistics.median(run.pairs_per_second for run in runs)
+        return {
+            "pairs_per_second": speed,
+            "pairs_per_second_repeats": [run.pairs_per_second for run in runs],
+            "peak_gib": statistics.median(run.peak_gib for run in runs),
+            "utilisation": work * speed / matmul,
+            "tokens_per_pair": tokens / len(timed),
+            "settings": settings | {"gradient_checkpointing": checkpointing},
+            "losses" if case.train else "logps": runs[0].values,
+        }
+
+    us = side(ours, sum(row.tokens for row in timed), False)
+    them = side(peer, padded, case.checkpointing)
+    a, b = np.array(ours[0].values), np.array(peer[0].values)
+    agree = np.allclose(a, b, **({"rtol": 0, "atol": LOSS_TOLERANCE} if case.train else {"rtol": LOGP_TOLERANCE}))
+    versions = {p: importlib.metadata.version(p) for p in ("torch", "transformers", "accelerate", "trl")}
+    cpu = [line.split(": ")[1] for line in _cpuinfo() if line.startswith("model name")]
+    return {
+        "case": case.name,
+        "dtype": case.dtype,
+        "status": "not compared" if case.dtype != "fp32" else "same" if agree else "failed",
+        "difference": float(np.abs(a - b).max()),
+        "speed_ratio": us["pairs_per_second"] / them["pairs_per_second"],
+        "memory_ratio": us["peak_gib"] / them["peak_gib"],
+        "utilisation": us["utilisation"],
+        "matmul_gflops": matmul / 1e9,
+        "targets": {"speed_ratio": case.speed, "memory_ratio": case.memory},
+        "ours": us,
+        "peer": them,
+        "versions": versions | {"python": platform.python_version()},
+        "machine": {
+            "cpu": (cpu or [platform.machine()])[0],
+            "threads": torch.get_num_threads(),
+            "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        },
+    }
+
+
+def _cpuinfo() -> list[str]:
+    path = Path("/proc/cpuinfo")
+    return path.read_text().splitlines() if path.exists() else []
+
+
+# The report
+
+
+def table(results: Sequence[Mapping[str, Any]]) -> str:
+    """Results as Markdown: where they were measured, then one line a case."""
+    machine, versions = results[0]["machine"], results[0]["versions"]
+    packages = ", ".join(f"{name} {version}" for name, version in versions.items())
+    lines = [
+        f"{machine['cpu']}, {machine['threads']} threads, {machine['memory_gib']} GiB; {packages}.",
+        "Of two figures in a cell, the first is ours, the second TRL's.",
+        "",
+    ]
+    for entry in results:
+        us, them, goal = entry["ours"], entry["peer"], entry["targets"]
+        settings = them["settings"]
+        cells = {
+            "case": entry["case"],
+            "dtype": entry["dtype"],
+            "speed ratio": f"{entry['speed_ratio']:.2f}",
+            "speed target": f"at least {goal['speed_ratio']}" if goal["speed_ratio"] else "none",
+            "memory ratio": f"{entry['memory_ratio']:.2f}",
+            "memory target": f"at most {goal['memory_ratio']}" if goal["memory_ratio"] else "none",
+            "utilisation": f"{us['utilisation']:.0%}, {them['utilisation']:.0%}",
+            "pairs/s": f"{us['pairs_per_second']:.2f}, {them['pairs_per_second']:.2f}",
+            "peak GiB": f"{us['peak_gib']:.2f}, {them['peak_gib']:.2f}",
+            "tokens a pair": f"{us['tokens_per_pair']:.0f}, {them['tokens_per_pair']:.0f}",
+            "pairs a micro-batch": settings["per_device_train_batch_size"],
+            "order": settings["order"],
+            "TRL's checkpointing": "on" if settings["gradient_checkpointing"] else "off",
+            "numbers": f"{entry['status']}, {entry['difference']:.0e}",
+        }
+        if entry is results[0]:
+            lines += ["| " + " | ".join(cells) + " |", "|" + " --- |" * len(cells)]
+        lines.append("| " + " | ".join(map(str, cells.values())) + " |")
+    return "\n".join(lines)
+
+
+def write_page(results: Sequence[Mapping[str, Any]]) -> None:
+    """Put the table into the page, between its markers."""
+    head, _, rest = PAGE.read_text().partition(MARKERS[0])
+    tail = rest.partition(MARKERS[1])[2]
+    with written_whole(PAGE) as aside:
+        aside.write_text(f"{head}{MARKERS[0]}\n\n{table(results)}\n\n{MARKERS[1]}{tail}")
+
+
+def say(text: str) -> None:
+    """Print a line at once."""
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def main() -> int:
+    """Measure, write results and page, print the table; 1 if the two sides' numbers differ in a case."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.engine", description="Measure ours against TRL.")
+    parser.add_argument("--cases", nargs="+", choices=[case.name for case in CASES], help="default: all")
+    parser.add_argument("--steps", type=int, default=4, help="timed steps; cases of long pairs take a quarter")
+    parser.add_argument("--repeats", type=int, default=2, help="runs of each side")
+    parser.add_argument("--model", type=Path, default=MODEL)
+    parser.add_argument("--output", type=Path, default=RESULTS, help="results; the page shows the default file")
+    parser.add_argument("--table", action="store_true", help="measure nothing, only write the page")
+    options = parser.parse_args()
+    results: list[dict[str, Any]] = json.loads(options.output.read_text()) if options.table else []
+    failures: list[str] = []
+    for case in [] if options.table else CASES:
+        if case.name not in (options.cases or [case.name]):
+            continue
+        if case.lora and peft is None:
+            say(f"{case.name}: left out, peft is not installed")
+            continue
+        steps = max(1, options.steps // 4) if case.long else options.steps
+        try:
+            results.append(compare(case, options.model, steps, options.repeats))
+        except RuntimeError as error:
+            say(f"{case.name}: failed, {error}")
+            failures.append(case.name)
+            continue
+        write_json(options.output, results)
+    if not results:
+        return 1
+    if options.output == RESULTS:
+        write_page(results)
+    say(table(results))
+    failures += [entry["case"] for entry in results if entry["status"] == "failed"]
+    return int(bool(failures))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,34 @@
+"""Put a LoRA adapter into the weights of its base: `python -m tasks.merge models/dpo-BETA FOLDER`."""
+
+import argparse
+from pathlib import Path
+
+import torch
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoTokenizer
+
+from dpo.errors import InputError
+from dpo.training import save_checkpoint
+from tasks.stage import run
+
+
+def main() -> None:
+    """Load, merge, save."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tasks.merge", description="Merge a LoRA adapter into its base."
+    )
+    parser.add_argument("adapter", type=Path, help="checkpoint of a policy trained with dpo.lora")
+    parser.add_argument("folder", type=Path, help="where the whole model goes")
+    given = parser.parse_args()
+    if not (given.adapter / "adapter_config.json").is_file():
+        raise InputError(
+            f"{given.adapter}: no adapter_config.json; a policy trained without dpo.lora is whole already"
+        )
+    if given.folder.exists():
+        raise InputError(f"{given.folder}: exists; name a new folder")
+    model = AutoPeftModelForCausalLM.from_pretrained(given.adapter, dtype=torch.float32).merge_and_unload()
+    save_checkpoint(model, AutoTokenizer.from_pretrained(given.adapter), given.folder)
+
+
+if __name__ == "__main__":
+    run(main)

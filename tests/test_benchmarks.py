@@ -1,0 +1,104 @@
+"""The benchmark's two sides compute the same numbers, and its results have the agreed fields."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from transformers import AutoConfig, LlamaConfig
+
+from benchmarks import engine
+from benchmarks.engine import Case, Run
+from dpo.batching import TokenRow
+
+CASE = Case("tiny", speed=1.5, memory=0.6, micro_batch=4)
+
+
+@pytest.fixture(autouse=True)
+def no_matrix_products(monkeypatch):
+    monkeypatch.setattr(engine, "matmul_flops", lambda dtype: 1e11)
+
+
+@pytest.fixture(scope="module")
+def rows():
+    """Three steps of pairs with random tokens."""
+    draw = np.random.default_rng(0)
+
+    def tokens(least, most):
+        return tuple(draw.integers(4, 300, draw.integers(least, most)).tolist())
+
+    return [TokenRow(str(i), tokens(5, 20), (tokens(1, 15), tokens(1, 15))) for i in range(24)]
+
+
+@pytest.fixture
+def reference(tiny_model_dir, rows):
+    logps = np.reshape(engine.score_ours(CASE, tiny_model_dir, rows).values, (-1, 2)).tolist()
+    return {row.id: pair for row, pair in zip(rows, logps, strict=True)}
+
+
+@pytest.mark.parametrize("changes", [{}, {"micro_batch": 8, "checkpointing": True}, {"lora": True}])
+def test_both_sides_train_to_the_same_losses(tiny_model_dir, rows, reference, changes):
+    if "lora" in changes:
+        pytest.importorskip("peft")
+    case = replace(CASE, **changes)
+    ours = engine.train_ours(case, tiny_model_dir, rows, reference)
+    peer = engine.train_peer(case, tiny_model_dir, rows, reference)
+    assert len(ours.values) == 3
+    assert ours.values[0] == pytest.approx(np.log(2), abs=1e-5)
+    np.testing.assert_allclose(ours.values, peer.values, rtol=0, atol=1e-4)
+    assert len(set(np.round(ours.values, 6))) == 3, "the loss must move"
+
+
+def test_both_sides_score_the_same_log_probs(tiny_model_dir, rows):
+    case = replace(CASE, train=False)
+    ours = engine.score_ours(case, tiny_model_dir, rows)
+    peer = engine.score_peer(case, tiny_model_dir, rows)
+    np.testing.assert_allclose(ours.values, peer.values, rtol=1e-5, atol=1e-4)
+    assert min(ours.pairs_per_second, peer.pairs_per_second) > 0
+
+
+def test_results_have_the_agreed_fields(tiny_model_dir, rows):
+    losses = [0.7, 0.6, 0.5]
+    ours = [Run(speed, 1.0, 1e11, losses) for speed in (2.0, 4.0, 3.0)]
+    peer = [Run(1.0, 2.0, 1e11, [*losses[:2], 0.5005])] * 3
+    config = AutoConfig.from_pretrained(tiny_model_dir)
+    entry = engine.record(CASE, rows, config, ours, peer)
+    agreed = {
+        "case", "dtype", "speed_ratio", "memory_ratio", "utilisation", "ours", "peer", "versions", "machine"
+    }  # fmt: skip
+    assert agreed <= set(entry)
+    assert (entry["speed_ratio"], entry["memory_ratio"], entry["status"]) == (3.0, 0.5, "same")
+    assert {"pairs_per_second", "pairs_per_second_repeats", "peak_gib", "settings", "losses"} <= set(entry["ours"])
+    assert entry["ours"]["tokens_per_pair"] < entry["peer"]["tokens_per_pair"]
+    json.dumps(entry, allow_nan=False)
+    assert "| 3.00 | at least 1.5 | 0.50 | at most 0.6 |" in engine.table([entry])
+    peer = [Run(1.0, 2.0, 1e11, [*losses[:2], 0.51])]
+    assert engine.record(CASE, rows, config, ours, peer)["status"] == "failed"
+
+
+def test_flops_by_hand():
+    # Per layer: q and o 32 * 32, k and v 32 * 16, three MLP matrices 32 * 64; 9,216 weights, two layers.
+    # Stream: 3 + 2 + 1 tokens, 3 of them completions. Seen: 6 in the prompt, 2 * 3 + 3 and 3 + 1 by completions.
+    config = LlamaConfig(
+        vocab_size=320, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2,
+    )  # fmt: skip
+    row = TokenRow("a", (5, 6, 7), ((8, 9), (10,)))
+    forward = 2 * (2 * 9216 * 6 + 32 * 320 * 3) + 4 * 2 * 4 * 8 * (6 + 9 + 4)
+    assert engine.flops(replace(CASE, train=False), [row], config) == forward
+    assert engine.flops(CASE, [row], config) == 3 * forward
+
+
+def test_the_page_keeps_what_stands_around_the_table(tmp_path, monkeypatch, tiny_model_dir, rows):
+    page = tmp_path / "benchmarks.md"
+    page.write_text(f"# Head\n{engine.MARKERS[0]}\nold\n{engine.MARKERS[1]}\ntail\n")
+    monkeypatch.setattr(engine, "PAGE", page)
+    run = Run(1.0, 1.0, 1e11, [0.7, 0.6, 0.5])
+    entry = engine.record(CASE, rows, AutoConfig.from_pretrained(tiny_model_dir), [run], [run])
+    engine.write_page([entry])
+    engine.write_page([entry])
+    text = page.read_text()
+    assert text.startswith("# Head\n")
+    assert text.endswith("\ntail\n")
+    assert "old" not in text
+    assert text.count("| tiny |") == 1
