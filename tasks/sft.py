@@ -11,7 +11,8 @@ from dpo.logps import load_model
 from dpo.tokens import encode_pairs
 from dpo.training import save_checkpoint, train_sft
 from tasks.stage import BASE, METRICS, SFT, TRAIN, run
-from tasks.tracking import StepLog, reference_run
+from tasks.steplog import StepLog
+from tasks.tracking import reference_run
 
 
 def main() -> None:

@@ -9,7 +9,6 @@ import dataclasses
 import hashlib
 import os
 import subprocess
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,8 +17,7 @@ from typing import Any
 import mlflow
 import pandas as pd
 from filelock import FileLock
-from mlflow.entities import Metric, Param
-from transformers import TrainerCallback
+from mlflow.entities import Param
 
 from dpo.config import Params
 from dpo.files import sha256
@@ -28,31 +26,6 @@ from tasks.stage import REFERENCE_TRAIN, TRAIN, policy_folder
 EXPERIMENT = "dpo-pipeline"
 DATABASE = "sqlite:///mlflow.db"
 SWEEP, CHECKPOINT, ROLE = "dpo.sweep", "dpo.checkpoint", "dpo.role"
-
-
-class StepLog(TrainerCallback):
-    """Sends the Trainer's log entries to a run, some steps at a time: one call costs 30 to 50 ms on SQLite."""
-
-    STEPS_AT_ONCE = 10
-
-    def __init__(self, run_id: str) -> None:
-        self.run_id, self.waiting = run_id, list[Metric]()
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
-        """Keep an entry, and send what waits every few steps."""
-        now = int(time.time() * 1000)
-        self.waiting += [Metric(f"train/{k}", float(v), now, state.global_step) for k, v in logs.items()]
-        if state.global_step % self.STEPS_AT_ONCE == 0:
-            self.send()
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Send the rest."""
-        self.send()
-
-    def send(self) -> None:
-        """Log what waits."""
-        mlflow.MlflowClient().log_batch(self.run_id, metrics=self.waiting)
-        self.waiting = []
 
 
 def connect() -> None:

@@ -10,7 +10,8 @@ from dpo.reference import cache_key, load_reference
 from dpo.tokens import encode_pairs
 from dpo.training import save_checkpoint, train_dpo
 from tasks.stage import REFERENCE_TRAIN, SFT, TRAIN, beta_argument, policy_folder, run, train_log
-from tasks.tracking import StepLog, policy_run, tag_checkpoint
+from tasks.steplog import StepLog
+from tasks.tracking import policy_run, tag_checkpoint
 
 
 def main() -> None:
