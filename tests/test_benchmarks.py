@@ -71,7 +71,7 @@ def test_results_have_the_agreed_fields(tiny_model_dir, rows):
     assert {"pairs_per_second", "pairs_per_second_repeats", "peak_gib", "settings", "losses"} <= set(entry["ours"])
     assert entry["ours"]["tokens_per_pair"] < entry["peer"]["tokens_per_pair"]
     json.dumps(entry, allow_nan=False)
-    assert "| 3.00 | at least 1.5 | 0.50 | at most 0.6 |" in engine.table([entry])
+    assert f"| 3.00 | at least 1.5 | {entry['flop_ratio']:.2f} | 0.50 | at most 0.6 |" in engine.table([entry])
     peer = [Run(1.0, 2.0, 1e11, [*losses[:2], 0.51])]
     assert engine.record(CASE, rows, config, ours, peer)["status"] == "failed"
 
@@ -87,6 +87,10 @@ def test_flops_by_hand():
     forward = 2 * (2 * 9216 * 6 + 32 * 320 * 3) + 4 * 2 * 4 * 8 * (6 + 9 + 4)
     assert engine.flops(replace(CASE, train=False), [row], config) == forward
     assert engine.flops(CASE, [row], config) == 3 * forward
+    # TRL: two rows of 5 tokens, all of them projected, 25 pairs each; ours projects its 3 completion tokens twice.
+    theirs = 2 * (2 * 9216 * 10 + 32 * 320 * 10) + 4 * 2 * 4 * 8 * 2 * 25
+    assert engine.flop_ratio(replace(CASE, train=False), [row], config) == theirs / forward
+    assert engine.flop_ratio(CASE, [row], config) == 3 * theirs / (3 * forward + 2 * 32 * 320 * 3)
 
 
 def test_the_page_keeps_what_stands_around_the_table(tmp_path, monkeypatch, tiny_model_dir, rows):
