@@ -28,27 +28,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
+from transformers import AutoConfig, AutoTokenizer, Trainer, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback, TrainerCallback
 
-try:
-    import peft
-except ImportError:
-    peft = None
-
+from benchmarks.cases import CASES, PAIRS_PER_STEP, SEED, Case, case_rows, padded_batches
+from benchmarks.flops import flop_ratio, flops
 from dpo.batching import StepSampler, TokenRow
 from dpo.config import LoraParams
 from dpo.files import write_json, written_whole
-from dpo.logps import Precision, load_model, sequence_logps
-from dpo.tokens import encode_pairs
+from dpo.logps import load_model, sequence_logps
 from dpo.training import PackedTrainer, add_lora, cached_reference, dpo_objective
 
-MODEL, TRAIN = Path("models/base"), Path("data/train.parquet")
+MODEL = Path("models/base")
 RESULTS, PAGE = Path("benchmarks/results/engine.json"), Path("docs/benchmarks.md")
 MARKERS = ("<!-- written by python -m benchmarks.engine --table -->", "<!-- end of what it wrote -->")
-PAIRS_PER_STEP, BETA, SEED = 8, 0.1, 17
+BETA = 0.1
 LOSS_TOLERANCE, LOGP_TOLERANCE = 1e-3, 1e-5
 """Largest differences in fp32 between the two sides: of a step's loss, and, relative, of a summed log-prob."""
 LORA = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
@@ -61,34 +56,6 @@ Reference = Mapping[str, tuple[float, float]]
 
 
 @dataclass(frozen=True)
-class Case:
-    """One comparison. Targets: `speed` ratio at least, `memory` ratio at most."""
-
-    name: str
-    speed: float | None
-    memory: float | None
-    long: bool = False
-    micro_batch: int = PAIRS_PER_STEP
-    by_length: bool = False
-    checkpointing: bool = False
-    dtype: Precision = "fp32"
-    lora: bool = False
-    train: bool = True
-
-
-CASES = [
-    Case("short_default", 1.8, 0.6, checkpointing=True),
-    Case("short_tuned", 1.5, 0.6, micro_batch=2, by_length=True),
-    Case("long_default", 2.2, 0.5, long=True, checkpointing=True),
-    Case("long_tuned", 2.5, 0.4, long=True, micro_batch=1, by_length=True),
-    Case("reference_short", 2.0, 0.6, train=False),
-    Case("reference_long", 2.5, 0.6, long=True, train=False),
-    Case("lora_short", 1.8, 0.7, micro_batch=2, by_length=True, lora=True),
-    Case("short_bf16", None, None, micro_batch=2, by_length=True, dtype="bf16"),
-]
-
-
-@dataclass(frozen=True)
 class Run:
     """What one run of one side gave; `values` are losses by step or log-probs by completion, warm-up included."""
 
@@ -96,49 +63,6 @@ class Run:
     peak_gib: float
     matmul_flops: float
     values: list[float]
-
-
-# The pairs
-
-
-def short_rows(tokenizer: PreTrainedTokenizerBase, count: int) -> list[TokenRow]:
-    """Film-review pairs of the default data, drawn at random: about 134 tokens each as TRL pads them."""
-    table = pd.read_parquet(TRAIN)
-    films = table[table["source"] == "film review"].sample(count, random_state=SEED)
-    return encode_pairs(films.to_dict("records"), tokenizer, 1024)
-
-
-def long_rows(tokenizer: PreTrainedTokenizerBase, count: int) -> list[TokenRow]:
-    """Pairs of about 300 prompt and twice 60 completion tokens: sentences of the default data in random order."""
-    table = pd.read_parquet(TRAIN)
-    sentences = [*table["chosen"], *table["rejected"]]
-    draw = np.random.default_rng(SEED)
-
-    def text(least_tokens: int) -> str:
-        words = ""
-        while len(tokenizer.encode(words)) < least_tokens:
-            words += " " * bool(words) + sentences[draw.integers(len(sentences))]
-        return words
-
-    fields = {"prompt": 265, "chosen": 48, "rejected": 48}
-    pairs = [{"id": f"long {i}", **{k: text(n) for k, n in fields.items()}} for i in range(count)]
-    return encode_pairs(pairs, tokenizer, 1024)
-
-
-def case_rows(case: Case, tokenizer: PreTrainedTokenizerBase, steps: int) -> list[TokenRow]:
-    """A warm-up step of short pairs, then `steps` steps of the case's pairs.
-
-    By length: as TRL's `group_by_length` orders them at best, the longest first.
-    """
-    timed = steps * PAIRS_PER_STEP
-    rows = short_rows(tokenizer, PAIRS_PER_STEP + (0 if case.long else timed))
-    warm_up, rows = rows[:PAIRS_PER_STEP], long_rows(tokenizer, timed) if case.long else rows[PAIRS_PER_STEP:]
-    return warm_up + (sorted(rows, key=padded_length, reverse=True) if case.by_length else rows)
-
-
-def padded_length(row: TokenRow) -> int:
-    """Tokens of the prompt and the longer completion."""
-    return len(row.prompt) + max(map(len, row.completions))
 
 
 # Both sides
@@ -243,6 +167,7 @@ def peer_trainer(
     It takes `reference` for its precomputed log-probs; without, it computes them itself, timed in `ends`.
     """
     from datasets import Dataset
+    from peft import LoraConfig
     from trl import DPOConfig, DPOTrainer
 
     class Peer(DPOTrainer):
@@ -280,7 +205,7 @@ def peer_trainer(
     )
     tokenizer = AutoTokenizer.from_pretrained(model)
     data = Dataset.from_dict(columns)
-    lora = peft.LoraConfig(**LORA) if case.lora else None
+    lora = LoraConfig(**LORA) if case.lora else None
     return Peer(str(model), args=args, train_dataset=data, processing_class=tokenizer, peft_config=lora)
 
 
@@ -299,55 +224,6 @@ def score_peer(case: Case, model: Path, rows: Sequence[TokenRow]) -> Run:
 
 
 # One comparison
-
-
-def flops(case: Case, rows: Sequence[TokenRow], config: Any) -> float:
-    """Floating-point operations that `rows` need in a Llama, whatever an implementation does on top.
-
-    The forward pass of each row needs 2 * P * stream tokens (the prompt once, both completions; P: the layers'
-    weights, embeddings excluded) + 2 * hidden * vocabulary * completion tokens + 4 * layers * heads * head_dim *
-    (query, key) pairs that see each other. Training needs three times as much: the forward pass, the gradient of
-    activations, that of weights; LoRA needs the last for attention's products alone. Recomputation counts as
-    nothing.
-    """
-    seen = 0
-    for row in rows:
-        prompt, *completions = len(row.prompt), *map(len, row.completions)
-        seen += sum(n * (n + 1) // 2 for n in (prompt, *completions)) + prompt * sum(completions)
-    linear, attention = forward_flops(
-        sum(row.tokens for row in rows), sum(row.completion_tokens for row in rows), seen, config
-    )
-    passes = (2 if case.lora else 3, 3) if case.train else (1, 1)
-    return passes[0] * linear + passes[1] * attention
-
-
-def flop_ratio(case: Case, rows: Sequence[TokenRow], config: Any) -> float:
-    """What TRL's layout computes over what ours computes: the speed ratio of two equally efficient programs.
-
-    TRL runs prompt and completion of both sides of a pair, padded to the longest of a micro-batch, through layers
-    and vocabulary, with gradient checkpointing twice forward. Ours runs `flops`, and twice forward through the
-    vocabulary.
-    """
-    batches = [rows[i : i + case.micro_batch] for i in range(0, len(rows), case.micro_batch)]
-    sizes = [(2 * len(batch), max(map(padded_length, batch))) for batch in batches]
-    padded = sum(count * length for count, length in sizes)
-    linear, attention = forward_flops(padded, padded, sum(count * length**2 for count, length in sizes), config)
-    again = int(case.train and case.checkpointing)
-    passes = (2 + again if case.lora else 3 + again, 3 + again) if case.train else (1, 1)
-    theirs = passes[0] * linear + passes[1] * attention
-    ours = flops(case, rows, config)
-    if case.train:
-        ours += forward_flops(0, sum(row.completion_tokens for row in rows), 0, config)[0]
-    return theirs / ours
-
-
-def forward_flops(tokens: int, projected: int, seen: int, config: Any) -> tuple[int, int]:
-    """(linear, attention) operations: `tokens` in the layers, `projected` to the vocabulary, `seen` attended."""
-    heads, hidden, layers = config.num_attention_heads, config.hidden_size, config.num_hidden_layers
-    head_dim = getattr(config, "head_dim", None) or hidden // heads
-    weights = 2 * hidden * head_dim * (heads + config.num_key_value_heads) + 3 * hidden * config.intermediate_size
-    linear = 2 * (layers * weights * tokens + hidden * config.vocab_size * projected)
-    return linear, 4 * layers * heads * head_dim * seen
 
 
 def alone(function: Callable[..., Run], *args: Any) -> Run:
@@ -384,8 +260,7 @@ def record(
 ) -> dict[str, Any]:
     """The entry of one case in the results."""
     timed = rows[PAIRS_PER_STEP:]
-    batches = [timed[i : i + case.micro_batch] for i in range(0, len(timed), case.micro_batch)]
-    padded = sum(2 * len(batch) * max(map(padded_length, batch)) for batch in batches)
+    padded = sum(count * length for count, length in padded_batches(case, timed))
     work = flops(case, timed, config) / len(timed)
     matmul = max(run.matmul_flops for run in (*ours, *peer))
     settings = arguments(case) | {"beta": BETA, "lora": LORA if case.lora else None}
@@ -502,9 +377,6 @@ def main() -> int:
     failures: list[str] = []
     for case in [] if options.table else CASES:
         if case.name not in (options.cases or [case.name]):
-            continue
-        if case.lora and peft is None:
-            say(f"{case.name}: left out, peft is not installed")
             continue
         steps = max(1, options.steps // 4) if case.long else options.steps
         try:

@@ -11,6 +11,7 @@ from ruamel.yaml.error import YAMLError
 
 from dpo.errors import InputError
 
+Precision = Literal["fp32", "bf16"]
 Positive = Annotated[int, Field(gt=0)]
 Rate = Annotated[float, Field(gt=0)]
 STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
@@ -64,8 +65,9 @@ class EngineParams:
     """Most tokens of prompt and one completion; prompts are cut from the left, completions never."""
     tokens_per_batch: Positive
     """Most tokens in one forward pass; bounds memory and leaves results unchanged."""
-    precision: Literal["fp32", "bf16"]
-    """`fp32` is exact; `bf16` multiplies the layers' matrices in bfloat16, the same in cache and training."""
+    precision: Precision
+    """`fp32` is exact; `bf16` multiplies the layers' matrices in bfloat16, in cache and training alike. Weights
+    and the vocabulary projection stay fp32."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedModel
 
 from dpo.batching import TokenRow, budget_batches, pack
+from dpo.config import Precision
 
 ENGINE_VERSION = 2
 """Part of every reference cache's key; raise it whenever the numbers below could change."""
@@ -32,9 +33,6 @@ HEAD_CHUNK = 256
 
 SELF_CHECK_TOLERANCE = 1e-3
 """Most nats by which packed and plain log-probs may differ in the self-check; a wrong mask differs by far more."""
-
-Precision = Literal["fp32", "bf16"]
-"""`bf16` multiplies matrices of the transformer's layers in bfloat16; weights and the vocabulary stay fp32."""
 
 Layout = list[tuple[int, tuple[int, ...]]]
 """Each row's prompt length and completion lengths."""
@@ -85,12 +83,11 @@ def _packed_attention(
 def _attend(query: Tensor, key: Tensor, value: Tensor, *, scaling: float | None, window: int | None) -> Tensor:
     """Causal attention of the last Q of K positions; the last query sees the last key."""
     queries, keys = query.shape[2], key.shape[2]
-    windowed = window is not None and keys > window
-    if queries == keys and not windowed:
+    if queries == keys and (window is None or keys <= window):
         return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling)
     mask = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril(keys - queries)
-    if windowed:
-        mask = mask.triu(keys - queries - window + 1)  # type: ignore[operator]
+    if window is not None:
+        mask = mask.triu(keys - queries - window + 1)
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
 
 
@@ -224,6 +221,14 @@ def to_device(packed: dict[str, Any], device: torch.device) -> dict[str, Any]:
     return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in packed.items()}
 
 
+def packed_batches(
+    rows: Sequence[TokenRow], tokens_per_batch: int, device: torch.device
+) -> Iterator[dict[str, Any]]:
+    """Rows in their order, packed under a token budget."""
+    for batch in budget_batches([row.tokens for row in rows], tokens_per_batch):
+        yield to_device(pack([rows[i] for i in batch]), device)
+
+
 @contextmanager
 def generating(model: PreTrainedModel) -> Iterator[None]:
     """Give a model from `load_model` the attention that `generate` needs, for the time of the block."""
@@ -253,8 +258,7 @@ def sequence_logps(
     """
     parts = []
     with tqdm(total=len(rows), desc=title, unit="row", mininterval=2) as bar:
-        for batch in budget_batches([row.tokens for row in rows], tokens_per_batch):
-            packed = pack([rows[i] for i in batch])
-            parts.append(model(packed=to_device(packed, model.device)).cpu())
-            bar.update(len(batch))
+        for packed in packed_batches(rows, tokens_per_batch, model.device):
+            parts.append(model(packed=packed).cpu())
+            bar.update(len(packed["ids"]))
     return torch.cat(parts).view(len(rows), -1)

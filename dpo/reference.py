@@ -19,9 +19,10 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dpo.batching import TokenRow
+from dpo.config import Precision
 from dpo.errors import InputError
 from dpo.files import sha256, write_json, written_whole
-from dpo.logps import ENGINE_VERSION, Precision, sequence_logps
+from dpo.logps import ENGINE_VERSION, sequence_logps
 
 SHARD_ROWS = 256
 """Rows that are computed, then kept, at a time."""

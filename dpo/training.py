@@ -22,11 +22,11 @@ from transformers import (
     set_seed,
 )
 
-from dpo.batching import StepSampler, TokenRow, budget_batches, pack
+from dpo.batching import StepSampler, TokenRow, pack
 from dpo.config import DpoParams, EarlyStopParams, LoraParams, OptimizerParams, SftParams
 from dpo.errors import InputError
 from dpo.files import written_whole
-from dpo.logps import to_device
+from dpo.logps import packed_batches
 from dpo.losses import dpo_loss, nll_loss
 
 OPTIMIZERS = {
@@ -223,8 +223,7 @@ class PackedTrainer(Trainer):
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """The mean loss of the validation rows, as `eval_loss`."""
         total, units = 0.0, 0
-        for batch in budget_batches([row.tokens for row in self.eval_dataset], self.sampler.tokens_per_batch):
-            packed = to_device(pack([self.eval_dataset[i] for i in batch]), self.args.device)
+        for packed in packed_batches(self.eval_dataset, self.sampler.tokens_per_batch, self.args.device):
             total += self.objective(self.model, packed)[0].item()
             units += len(packed[self.loss_per])
         metrics = {"eval_loss": total / units}

@@ -8,7 +8,9 @@ import pytest
 from transformers import AutoConfig, LlamaConfig
 
 from benchmarks import engine
-from benchmarks.engine import Case, Run
+from benchmarks.cases import Case
+from benchmarks.engine import Run
+from benchmarks.flops import flop_ratio, flops
 from dpo.batching import TokenRow
 
 CASE = Case("tiny", speed=1.5, memory=0.6, micro_batch=4)
@@ -38,8 +40,6 @@ def reference(tiny_model_dir, rows):
 
 @pytest.mark.parametrize("changes", [{}, {"micro_batch": 8, "checkpointing": True}, {"lora": True}])
 def test_both_sides_train_to_the_same_losses(tiny_model_dir, rows, reference, changes):
-    if "lora" in changes:
-        pytest.importorskip("peft")
     case = replace(CASE, **changes)
     ours = engine.train_ours(case, tiny_model_dir, rows, reference)
     peer = engine.train_peer(case, tiny_model_dir, rows, reference)
@@ -85,12 +85,12 @@ def test_flops_by_hand():
     )  # fmt: skip
     row = TokenRow("a", (5, 6, 7), ((8, 9), (10,)))
     forward = 2 * (2 * 9216 * 6 + 32 * 320 * 3) + 4 * 2 * 4 * 8 * (6 + 9 + 4)
-    assert engine.flops(replace(CASE, train=False), [row], config) == forward
-    assert engine.flops(CASE, [row], config) == 3 * forward
+    assert flops(replace(CASE, train=False), [row], config) == forward
+    assert flops(CASE, [row], config) == 3 * forward
     # TRL: two rows of 5 tokens, all of them projected, 25 pairs each; ours projects its 3 completion tokens twice.
     theirs = 2 * (2 * 9216 * 10 + 32 * 320 * 10) + 4 * 2 * 4 * 8 * 2 * 25
-    assert engine.flop_ratio(replace(CASE, train=False), [row], config) == theirs / forward
-    assert engine.flop_ratio(CASE, [row], config) == 3 * theirs / (3 * forward + 2 * 32 * 320 * 3)
+    assert flop_ratio(replace(CASE, train=False), [row], config) == theirs / forward
+    assert flop_ratio(CASE, [row], config) == 3 * theirs / (3 * forward + 2 * 32 * 320 * 3)
 
 
 def test_the_page_keeps_what_stands_around_the_table(tmp_path, monkeypatch, tiny_model_dir, rows):

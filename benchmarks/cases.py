@@ -1,0 +1,90 @@
+"""What is compared with TRL: the cases, their targets and their pairs."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from transformers import PreTrainedTokenizerBase
+
+from dpo.batching import TokenRow
+from dpo.config import Precision
+from dpo.tokens import encode_pairs
+
+TRAIN = Path("data/train.parquet")
+PAIRS_PER_STEP, SEED = 8, 17
+
+
+@dataclass(frozen=True)
+class Case:
+    """One comparison. Targets: `speed` ratio at least, `memory` ratio at most."""
+
+    name: str
+    speed: float | None
+    memory: float | None
+    long: bool = False
+    micro_batch: int = PAIRS_PER_STEP
+    by_length: bool = False
+    checkpointing: bool = False
+    dtype: Precision = "fp32"
+    lora: bool = False
+    train: bool = True
+
+
+CASES = [
+    Case("short_default", 1.8, 0.6, checkpointing=True),
+    Case("short_tuned", 1.5, 0.6, micro_batch=2, by_length=True),
+    Case("long_default", 2.2, 0.5, long=True, checkpointing=True),
+    Case("long_tuned", 2.5, 0.4, long=True, micro_batch=1, by_length=True),
+    Case("reference_short", 2.0, 0.6, train=False),
+    Case("reference_long", 2.5, 0.6, long=True, train=False),
+    Case("lora_short", 1.8, 0.7, micro_batch=2, by_length=True, lora=True),
+    Case("short_bf16", None, None, micro_batch=2, by_length=True, dtype="bf16"),
+]
+
+
+def short_rows(tokenizer: PreTrainedTokenizerBase, count: int) -> list[TokenRow]:
+    """Film-review pairs of the default data, drawn at random: about 134 tokens each as TRL pads them."""
+    table = pd.read_parquet(TRAIN)
+    films = table[table["source"] == "film review"].sample(count, random_state=SEED)
+    return encode_pairs(films.to_dict("records"), tokenizer, 1024)
+
+
+def long_rows(tokenizer: PreTrainedTokenizerBase, count: int) -> list[TokenRow]:
+    """Pairs of about 300 prompt and twice 60 completion tokens: sentences of the default data in random order."""
+    table = pd.read_parquet(TRAIN)
+    sentences = [*table["chosen"], *table["rejected"]]
+    draw = np.random.default_rng(SEED)
+
+    def text(least_tokens: int) -> str:
+        words = ""
+        while len(tokenizer.encode(words)) < least_tokens:
+            words += " " * bool(words) + sentences[draw.integers(len(sentences))]
+        return words
+
+    fields = {"prompt": 265, "chosen": 48, "rejected": 48}
+    pairs = [{"id": f"long {i}", **{k: text(n) for k, n in fields.items()}} for i in range(count)]
+    return encode_pairs(pairs, tokenizer, 1024)
+
+
+def case_rows(case: Case, tokenizer: PreTrainedTokenizerBase, steps: int) -> list[TokenRow]:
+    """A warm-up step of short pairs, then `steps` steps of the case's pairs.
+
+    By length: as TRL's `group_by_length` orders them at best, the longest first.
+    """
+    timed = steps * PAIRS_PER_STEP
+    rows = short_rows(tokenizer, PAIRS_PER_STEP + (0 if case.long else timed))
+    warm_up, rows = rows[:PAIRS_PER_STEP], long_rows(tokenizer, timed) if case.long else rows[PAIRS_PER_STEP:]
+    return warm_up + (sorted(rows, key=padded_length, reverse=True) if case.by_length else rows)
+
+
+def padded_length(row: TokenRow) -> int:
+    """Tokens of the prompt and the longer completion."""
+    return len(row.prompt) + max(map(len, row.completions))
+
+
+def padded_batches(case: Case, rows: Sequence[TokenRow]) -> list[tuple[int, int]]:
+    """(sequences, length) of TRL's batches: both sides of each pair, padded to the longest of its micro-batch."""
+    batches = [rows[i : i + case.micro_batch] for i in range(0, len(rows), case.micro_batch)]
+    return [(2 * len(batch), max(map(padded_length, batch))) for batch in batches]
