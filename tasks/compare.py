@@ -47,8 +47,13 @@ def main() -> None:
             template.render(
                 rows=rows,
                 figures=[
-                    figure.to_html(full_html=False, include_plotlyjs=False, config={"responsive": True})
-                    for figure in figures
+                    figure.to_html(
+                        full_html=False,
+                        include_plotlyjs=False,
+                        config={"responsive": True},
+                        div_id=f"figure-{number}",
+                    )
+                    for number, figure in enumerate(figures)
                 ],
                 plotly=get_plotlyjs(),
                 samples=samples.to_dict("records"),
