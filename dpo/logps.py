@@ -61,22 +61,19 @@ def _packed_attention(
     if groups > 1:
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     # split, not slice: the backward pass of a slice fills a whole stream with zeros for each row.
-    rows = [t.split([prompt + sum(completions) for prompt, completions in layout], 2) for t in (query, key, value)]
+    lengths = [n for prompt, (first, *others) in layout for n in (prompt + first, *others)]
+    queries, keys, values = (iter(t.split(lengths, 2)) for t in (query, key, value))
     attend = functools.partial(_attend, scaling=scaling, window=sliding_window)
     outputs = []
-    for q, k, v, (prompt, completions) in zip(*rows, layout, strict=True):
-        end = prompt + completions[0]
-        outputs.append(attend(q[:, :, :end], k[:, :, :end], v[:, :, :end]))
-        for length in completions[1:]:
-            own = slice(end, end + length)
-            outputs.append(
-                attend(
-                    q[:, :, own],
-                    torch.cat([k[:, :, :prompt], k[:, :, own]], 2),
-                    torch.cat([v[:, :, :prompt], v[:, :, own]], 2),
-                )
-            )
-            end += length
+    for prompt, (_, *others) in layout:
+        first_key, first_value = next(keys), next(values)
+        outputs.append(attend(next(queries), first_key, first_value))
+        if others:
+            prompt_key, prompt_value = first_key[:, :, :prompt], first_value[:, :, :prompt]
+        for _ in others:
+            own_key = torch.cat([prompt_key, next(keys)], 2)
+            own_value = torch.cat([prompt_value, next(values)], 2)
+            outputs.append(attend(next(queries), own_key, own_value))
     return torch.cat(outputs, 2).transpose(1, 2), None
 
 
