@@ -14,6 +14,9 @@ from dpo.errors import InputError
 Precision = Literal["fp32", "bf16"]
 Positive = Annotated[int, Field(gt=0)]
 Rate = Annotated[float, Field(gt=0)]
+Action = Literal["error", "quarantine", "warn"]
+Unpaired = Literal["error", "quarantine"]
+Notice = Literal["error", "warn"]
 STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
@@ -41,18 +44,72 @@ class DataParams:
 
     __pydantic_config__ = STRICT
 
-    source: str
-    """`embedded`, a `.jsonl`, `.csv` or `.parquet` file under `data/own/`, or a `datasets` hub id."""
+    source: str | Annotated[tuple[str, ...], Field(min_length=1)]
+    """`embedded`, a file or folder (or a list of them) under `data/own/`, or a `datasets` hub id."""
     revision: str | None
     """Commit, tag or branch of a hub id; a hub id without one is refused."""
+    pairing: Literal["best_worst", "best_rest"]
+    """Of several rated completions of a prompt: the best against the worst, or against each lesser one."""
     max_train_pairs: Positive | None
-    """Use at most this many pairs for training; null uses all."""
+    """Use at most this many sound pairs for training; null uses all."""
     max_eval_pairs: Positive | None
-    """Use at most this many held-out pairs; null uses all."""
+    """Use at most this many sound held-out pairs; null uses all."""
     eval_fraction: Annotated[float, Field(gt=0, lt=1)]
     """Share of prompts held out when the data brings no `split` column."""
     min_rating_gap: Annotated[float, Field(ge=0)]
     """Embedded data only: least difference between the mean human ratings of a pair, on the -4 to 4 scale."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RuleParams:
+    """What a breach of each rule does; the rules are explained in `dpo.preferences.rules`.
+
+    `quarantine` sets the row aside, `warn` only counts it, `error` stops the pipeline. Where nothing sound could
+    be let through there is no `warn`. A completion that leaves no room for its prompt is always an error.
+    """
+
+    __pydantic_config__ = STRICT
+
+    unreadable_row: Unpaired
+    invalid_utf8: Unpaired
+    lone_surrogate: Unpaired
+    wrong_type: Unpaired
+    missing_text: Unpaired
+    broken_roles: Unpaired
+    no_preference: Unpaired
+    unknown_split: Unpaired
+    empty_completion: Unpaired
+    identical_completions: Unpaired
+    duplicate_id: Unpaired
+    control_characters: Action
+    mojibake: Action
+    special_tokens: Action
+    prompt_truncated: Action
+    duplicate_pair: Action
+    near_duplicate_pair: Action
+    contradiction: Action
+    prompt_in_both_splits: Action
+    eval_text_in_train: Action
+    length_bias: Notice
+    source_imbalance: Notice
+    drift: Notice
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidateParams:
+    """The contract that preference data must keep."""
+
+    __pydantic_config__ = STRICT
+
+    max_quarantined: Annotated[float, Field(ge=0, le=1)]
+    """Largest share of rows that may be set aside; more stops the pipeline."""
+    near_duplicate_similarity: Annotated[float, Field(gt=0, le=1)]
+    """Least Jaccard similarity, of neighbouring words, of two pairs that count as one."""
+    max_longer_share: Annotated[float, Field(ge=0.5, le=1)]
+    """Largest share of pairs whose chosen, or whose rejected, completion is the longer one."""
+    max_drift: Rate
+    """Largest population stability index against the last committed version of the data."""
+    rules: RuleParams
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,6 +241,7 @@ class Params:
     """Seed of every random choice."""
     model: ModelParams
     data: DataParams
+    validate: ValidateParams
     engine: EngineParams
     sft: SftParams
     dpo: DpoParams

@@ -1,6 +1,7 @@
 """From canonical preference pairs to token rows: the one place where text becomes tokens."""
 
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tqdm.auto import tqdm
@@ -9,56 +10,121 @@ from transformers import PreTrainedTokenizerBase
 from dpo.batching import TokenRow
 from dpo.errors import InputError
 
+PAIRS_AT_ONCE = 1000
 
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
-    """Token ids of a prompt up to the point where the model starts to answer.
+Prompt = str | Sequence[Mapping[str, str]]
+"""One user turn, or the turns of a conversation as {role, content}, the last of them the user's."""
 
-    With a chat template the prompt is one user turn followed by the generation prompt; without one it is the
-    text itself behind the tokenizer's own start token. Never empty: an empty text becomes the start (or, for
-    want of one, the end) token.
+
+def prompt_of(pair: Mapping[Any, Any], tokenizer: PreTrainedTokenizerBase) -> Prompt:
+    """The prompt of a canonical pair: its `turns` where there are any and a chat template, else its text."""
+    turns = pair.get("turns")
+    return pair["prompt"] if turns is None or not tokenizer.chat_template else list(turns)
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]) -> list[list[int]]:
+    """Token ids of prompts up to the point where the model starts to answer.
+
+    With a chat template a prompt is its turns followed by the generation prompt; without one it is the text
+    itself behind the tokenizer's own start token. Never empty: an empty text becomes the start (or, for want of
+    one, the end) token.
 
     Raises:
-        ValueError: the prompt is empty and the tokenizer has neither token.
+        ValueError: a prompt is empty and the tokenizer has neither token.
     """
-    if tokenizer.chat_template:
-        ids = tokenizer.encode(_prompt_text(tokenizer, prompt), add_special_tokens=False)
-    else:
-        ids = tokenizer.encode(prompt, add_special_tokens=False)
-        if tokenizer.bos_token_id is not None:
-            ids = [tokenizer.bos_token_id, *ids]
-    start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-    if not ids and start is None:
+    return _prompt_ids(tokenizer, _prompt_texts(tokenizer, prompts))
+
+
+def _prompt_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    start = tokenizer.bos_token_id
+    rows = _encode(tokenizer, texts)
+    if start is not None and not tokenizer.chat_template:
+        rows = [[start, *ids] for ids in rows]
+    if all(rows):
+        return rows
+    alone = tokenizer.eos_token_id if start is None else start
+    if alone is None:
         raise ValueError("an empty prompt needs a tokenizer with a start or an end token")
-    return ids or [start]
+    return [ids or [alone] for ids in rows]
 
 
-def _prompt_text(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
-    turns = [{"role": "user", "content": prompt}]
-    return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+def pair_ids(
+    tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Mapping[Any, Any]]
+) -> list[tuple[list[int], list[int], list[int]]]:
+    """Token ids of the prompt, the chosen and the rejected completion of canonical pairs.
 
+    A completion ends with exactly one end token where the tokenizer has one. Its ids are those that the text has
+    in context, unless a token would reach across the seam; then the completion is tokenised by itself, because at
+    inference the prompt's tokens are already fixed.
 
-def completion_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str) -> list[int]:
-    """Token ids of a completion as they follow `prompt_ids`, with exactly one end token where one exists.
-
-    The ids are those that the text has in context, unless a token would reach across the seam; then the
-    completion is tokenised by itself, because at inference the prompt's tokens are already fixed.
+    Args:
+        tokenizer: of the model.
+        pairs: with `prompt`, `chosen`, `rejected`, and `turns` where a prompt is a conversation.
     """
-    before, end = prompt, tokenizer.eos_token
+    prompts = [prompt_of(pair, tokenizer) for pair in pairs]
+    texts = _prompt_texts(tokenizer, prompts)
+    chosen, rejected = (
+        _completion_ids(tokenizer, prompts, texts, [pair[field] for pair in pairs])
+        for field in ("chosen", "rejected")
+    )
+    return list(zip(_prompt_ids(tokenizer, texts), chosen, rejected, strict=True))
+
+
+def _completion_ids(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], texts: Sequence[str], completions: Sequence[str]
+) -> list[list[int]]:
     if tokenizer.chat_template:
-        before = _prompt_text(tokenizer, prompt)
-        turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
-        whole = str(tokenizer.apply_chat_template(turns, tokenize=False))
-        if whole.startswith(before):
-            completion = whole[len(before) :]
-    if end:
-        completion = completion.rstrip()
-        while completion.endswith(end):
-            completion = completion.removesuffix(end).rstrip()
-    head = tokenizer.encode(before, add_special_tokens=False)
-    whole_ids = tokenizer.encode(before + completion, add_special_tokens=False)
-    fits = whole_ids[: len(head)] == head
-    ids = whole_ids[len(head) :] if fits else _encode_apart(tokenizer, completion)
-    return ids if tokenizer.eos_token_id is None else [*ids, tokenizer.eos_token_id]
+        answered = [
+            [*_turns(prompt), {"role": "assistant", "content": completion}]
+            for prompt, completion in zip(prompts, completions, strict=True)
+        ]
+        completions = [
+            whole[len(before) :] if whole.startswith(before) else completion
+            for before, whole, completion in zip(texts, _render(tokenizer, answered), completions, strict=True)
+        ]
+    completions = [without_end(completion, tokenizer.eos_token) for completion in completions]
+    # No token reaches across a special token, so what stands before the prompt's last one need not be read again.
+    special = _special_tokens(tokenizer)
+    tails = [text[_last_start(special, text) :] for text in texts]
+    distinct = sorted(set(tails))
+    heads = dict(zip(distinct, _encode(tokenizer, distinct), strict=True))
+    both = _encode(tokenizer, [tail + completion for tail, completion in zip(tails, completions, strict=True)])
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    rows = []
+    for tail, ids, completion in zip(tails, both, completions, strict=True):
+        seam = len(heads[tail])
+        rows.append((ids[seam:] if ids[:seam] == heads[tail] else _encode_apart(tokenizer, completion)) + end)
+    return rows
+
+
+def _turns(prompt: Prompt) -> list[Mapping[str, str]]:
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+
+
+def _prompt_texts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]) -> list[str]:
+    if not tokenizer.chat_template:
+        return [str(prompt) for prompt in prompts]
+    return _render(tokenizer, [_turns(prompt) for prompt in prompts], add_generation_prompt=True)
+
+
+def _render(
+    tokenizer: PreTrainedTokenizerBase,
+    turns: list[list[Mapping[str, str]]],
+    *,
+    add_generation_prompt: bool = False,
+) -> list[str]:
+    if not turns:
+        return []
+    return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=add_generation_prompt)
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return [tokenizer.encode(text, add_special_tokens=False) for text in texts]
+    backend.no_truncation()
+    backend.no_padding()
+    return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
 
 def _encode_apart(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -68,10 +134,37 @@ def _encode_apart(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return ids[len(before) :] if ids[: len(before)] == before else tokenizer.encode(text, add_special_tokens=False)
 
 
+def without_end(completion: str, end: str | None) -> str:
+    """A completion without the end tokens, and the space around them, that it may end with."""
+    if not end:
+        return completion
+    completion = completion.rstrip()
+    while completion.endswith(end):
+        completion = completion.removesuffix(end).rstrip()
+    return completion
+
+
+def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
+    """Matches the tokens that are cut out of a text before anything else is done to it."""
+    literal = [
+        token.content
+        for token in tokenizer.added_tokens_decoder.values()
+        if token.special and not (token.normalized or token.lstrip or token.rstrip or token.single_word)
+    ]
+    return re.compile("|".join(map(re.escape, sorted(literal, key=len, reverse=True))) or r"(?!)")
+
+
+def _last_start(special: re.Pattern[str], text: str) -> int:
+    start = 0
+    for match in special.finditer(text):
+        start = match.start()
+    return start
+
+
 def encode_pairs(
-    pairs: Iterable[Mapping[Any, Any]], tokenizer: PreTrainedTokenizerBase, max_length: int
+    pairs: Sequence[Mapping[Any, Any]], tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> list[TokenRow]:
-    """Token rows (chosen first, rejected second) of pairs with `id`, `prompt`, `chosen` and `rejected`.
+    """Token rows (chosen first, rejected second) of canonical pairs.
 
     A prompt too long for `max_length` tokens together with its longer completion loses tokens on its left; a
     completion is never cut.
@@ -80,17 +173,17 @@ def encode_pairs(
         InputError: a completion leaves no room for a prompt token; names the pair, the field and the mend.
     """
     rows = []
-    for pair in tqdm(pairs, desc="tokens", unit="pair", mininterval=2):
-        prompt = prompt_ids(tokenizer, pair["prompt"])
-        completions = []
-        for field in ("chosen", "rejected"):
-            ids = completion_ids(tokenizer, pair["prompt"], pair[field])
-            if len(ids) >= max_length:
-                raise InputError(
-                    f"pair {pair['id']}: field '{field}' has {len(ids)} tokens; with max_length {max_length} no "
-                    "prompt token fits before it. Raise engine.max_length or drop the pair."
-                )
-            completions.append(tuple(ids))
-        room = max_length - max(map(len, completions))
-        rows.append(TokenRow(pair["id"], tuple(prompt[-room:]), tuple(completions)))
+    with tqdm(total=len(pairs), desc="tokens", unit="pair", mininterval=2) as bar:
+        for start in range(0, len(pairs), PAIRS_AT_ONCE):
+            part = pairs[start : start + PAIRS_AT_ONCE]
+            for pair, (prompt, *completions) in zip(part, pair_ids(tokenizer, part), strict=True):
+                for field, ids in zip(("chosen", "rejected"), completions, strict=True):
+                    if len(ids) >= max_length:
+                        raise InputError(
+                            f"pair {pair['id']}: field '{field}' has {len(ids)} tokens; with max_length "
+                            f"{max_length} no prompt token fits. Raise engine.max_length or drop the pair."
+                        )
+                room = max_length - max(map(len, completions))
+                rows.append(TokenRow(pair["id"], tuple(prompt[-room:]), tuple(map(tuple, completions))))
+            bar.update(len(part))
     return rows

@@ -12,7 +12,7 @@ from dpo.evaluation.sampling import sample
 from dpo.files import write_json, written_whole
 from dpo.logps import load_model, sequence_logps
 from dpo.reference import cache_key, load_reference
-from dpo.tokens import encode_pairs, prompt_ids
+from dpo.tokens import encode_pairs, prompt_ids, prompt_of
 from tasks.stage import (
     EVAL,
     REFERENCE_EVAL,
@@ -40,20 +40,21 @@ def main() -> None:
     cached = load_reference(REFERENCE_EVAL, key)
     reference = torch.tensor([cached[row.id] for row in rows])
     baseline = pd.read_parquet(REFERENCE_SAMPLES)
+    prompts = [prompt_of(pair, tokenizer) for pair in baseline.to_dict("records")]
 
     model = load_model(policy_folder(beta), engine.precision)
     policy = sequence_logps(model, rows, engine.tokens_per_batch, "policy log-probs")
     answers = sample(
         model,
         tokenizer,
-        baseline["prompt"].tolist(),
+        prompts,
         max_new_tokens=params.evaluate.max_new_tokens,
         temperature=params.evaluate.temperature,
         seed=params.seed,
     )
     answered = [
-        TokenRow(str(number), tuple(prompt_ids(tokenizer, prompt)), (tuple(answer),))
-        for number, (prompt, answer) in enumerate(zip(baseline["prompt"], answers, strict=True))
+        TokenRow(str(number), tuple(prompt), (tuple(answer),))
+        for number, (prompt, answer) in enumerate(zip(prompt_ids(tokenizer, prompts), answers, strict=True))
     ]
     under_policy = sequence_logps(model, answered, engine.tokens_per_batch, "answers under the policy")[:, 0]
     del model

@@ -1,17 +1,17 @@
-"""Stage `preferences`: any source of preference pairs as one canonical table."""
+"""Stage `preferences`: every row of the source as a candidate pair, in one table."""
 
 from dpo.config import load_params
-from dpo.files import written_whole
-from dpo.preferences.sources import load_pairs
+from dpo.preferences.candidates import collect
+from dpo.preferences.sources import read_source
 from tasks.stage import PREFERENCES, run
 
 
 def main() -> None:
-    """Load and save."""
+    """Read, convert, write."""
     params = load_params()
-    table = load_pairs(params.data, params.seed)
-    with written_whole(PREFERENCES) as aside:
-        table.to_parquet(aside, index=False)
+    data = params.data
+    origin = data.source if isinstance(data.source, str) else ", ".join(data.source)
+    collect(read_source(data, params.seed), PREFERENCES, origin, data)
 
 
 if __name__ == "__main__":

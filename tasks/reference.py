@@ -8,7 +8,7 @@ from dpo.evaluation.sampling import sample
 from dpo.files import written_whole
 from dpo.logps import load_model
 from dpo.reference import cache_key, compute_reference
-from dpo.tokens import encode_pairs
+from dpo.tokens import encode_pairs, prompt_of
 from tasks.stage import (
     EVAL,
     REFERENCE_EVAL,
@@ -32,22 +32,19 @@ def main() -> None:
         key = cache_key(SFT, tokenizer, rows, engine.max_length, engine.precision)
         compute_reference(folder, key, model, rows, engine.tokens_per_batch, REFERENCE_PROGRESS)
     pairs = pd.read_parquet(EVAL)
-    prompts = (
-        pairs["prompt"]
-        .sample(params.evaluate.samples, replace=len(pairs) < params.evaluate.samples, random_state=params.seed)
-        .tolist()
-    )
+    replace = len(pairs) < params.evaluate.samples
+    asked = pairs.sample(params.evaluate.samples, replace=replace, random_state=params.seed)[["prompt", "turns"]]
     answers = sample(
         model,
         tokenizer,
-        prompts,
+        [prompt_of(pair, tokenizer) for pair in asked.to_dict("records")],
         max_new_tokens=params.evaluate.max_new_tokens,
         temperature=params.evaluate.temperature,
         seed=params.seed,
     )
     with written_whole(REFERENCE_SAMPLES) as aside:
         texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
-        pd.DataFrame({"prompt": prompts, "answer": texts, "tokens": answers}).to_parquet(aside, index=False)
+        asked.assign(answer=texts, tokens=pd.Series(answers, asked.index)).to_parquet(aside, index=False)
 
 
 if __name__ == "__main__":

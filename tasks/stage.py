@@ -10,6 +10,7 @@ from dpo.errors import InputError
 BASE = Path("models/base")
 SFT = Path("models/sft")
 PREFERENCES = Path("data/preferences.parquet")
+QUARANTINE = Path("data/quarantine.parquet")
 TRAIN = Path("data/train.parquet")
 EVAL = Path("data/eval.parquet")
 REFERENCE_TRAIN = Path("reference/train")
@@ -18,7 +19,9 @@ REFERENCE_PROGRESS = Path(".reference-progress")
 REFERENCE_SAMPLES = Path("samples/reference.parquet")
 METRICS = Path("metrics")
 COMPARISON = METRICS / "comparison.json"
-REPORT = Path("reports/index.html")
+PROFILE = METRICS / "profile.json"
+REPORTS = Path("reports")
+REPORT = REPORTS / "index.html"
 
 
 def policy_folder(beta: str) -> Path:

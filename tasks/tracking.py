@@ -8,6 +8,7 @@ the hash of the reference cache, so stages in different processes, or days apart
 import dataclasses
 import hashlib
 import os
+import re
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,6 +35,16 @@ def connect() -> None:
     with FileLock("mlflow.db.lock"):
         mlflow.set_experiment(EXPERIMENT)
         mlflow.set_experiment_tag("mlflow.experimentKind", "custom_model_development")  # runs, not traces
+
+
+def log_validation(params: Params, metrics: dict[str, Any], files: list[Path]) -> None:
+    """A run of its own for the check of the data, with its figures and files."""
+    connect()
+    with mlflow.start_run(run_name="data", tags={**_git_tags(), ROLE: "data"}):
+        mlflow.log_params(_flat({"seed": params.seed, "data": params.data}))
+        mlflow.log_metrics({f"data/{name}": value for name, value in _nested_numbers(metrics).items()})
+        for file in files:
+            mlflow.log_artifact(str(file))
 
 
 @contextmanager
@@ -127,6 +138,18 @@ def _numbers(metrics: dict[str, Any]) -> dict[str, float]:
     for name, value in metrics.items():
         if isinstance(value, list):
             flat |= {name.replace("_ci", "_low"): value[0], name.replace("_ci", "_high"): value[1]}
+    return flat
+
+
+def _nested_numbers(metrics: dict[str, Any], above: str = "") -> dict[str, float]:
+    """Numbers at any depth by their path; characters that MLflow refuses in names become dots."""
+    flat: dict[str, float] = {}
+    for name, value in metrics.items():
+        path = above + re.sub(r"[^\w. -]", ".", name)
+        if isinstance(value, dict):
+            flat |= _nested_numbers(value, f"{path}/")
+        elif isinstance(value, int | float):
+            flat[path] = float(value)
     return flat
 
 

@@ -1,38 +1,175 @@
-"""Stage `validate`: no pair goes on unless it keeps the contract and fits the model's token limit."""
+"""Stage `validate`: only sound pairs go on, and every other row is set aside with its reason.
 
-import pandas as pd
-from transformers import AutoTokenizer
+`python -m tasks.validate FILE...` checks files on their own, without the pipeline.
+"""
 
-from dpo.config import load_params
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader
+
+from dpo.config import Params, load_params
+from dpo.errors import InputError
 from dpo.files import write_json, written_whole
-from dpo.preferences.contract import check
-from dpo.tokens import encode_pairs
-from tasks.stage import BASE, EVAL, METRICS, PREFERENCES, TRAIN, run
+from dpo.preferences.candidates import collect
+from dpo.preferences.rules import RULES
+from dpo.preferences.sources import read_files
+from dpo.preferences.validation import Validated, validate
+from tasks.stage import BASE, EVAL, METRICS, PREFERENCES, PROFILE, QUARANTINE, REPORTS, TRAIN, run
+from tasks.tracking import log_validation
+
+SHOWN_RULES, SHOWN_NOTICES = 10, 4
 
 
 def main() -> None:
-    """Check, measure, split."""
-    max_length = load_params().engine.max_length
-    table = check(pd.read_parquet(PREFERENCES), str(PREFERENCES))
-    rows = encode_pairs(table.to_dict("records"), AutoTokenizer.from_pretrained(BASE), max_length)
-    tokens = pd.Series([row.tokens for row in rows])
-    longer = table["chosen"].str.len() > table["rejected"].str.len()
-    counts: dict[str, object] = {
-        "tokens_per_pair_median": float(tokens.median()),
-        "tokens_per_pair_max": int(tokens.max()),
-        "chosen_longer_share": float(longer.mean()),
-    }
-    for split, path in (("train", TRAIN), ("eval", EVAL)):
-        part = table[table["split"] == split]
-        agreement = part["agreement"].mean()
-        counts[split] = {
-            "pairs": len(part),
-            "prompts": int(part["prompt"].nunique()),
-            "human_ceiling": None if pd.isna(agreement) else float(agreement),
-        }
-        with written_whole(path) as aside:
-            part.to_parquet(aside, index=False)
-    write_json(METRICS / "validate.json", counts)
+    """The stage, or a check of the files that are named."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tasks.validate", description="Hold preference data against the contract of params.yaml."
+    )
+    parser.add_argument("files", nargs="*", metavar="FILE", help="files or folders to check on their own")
+    parser.add_argument("--model", type=Path, help=f"folder with the tokenizer (default: {BASE}, if it is there)")
+    parser.add_argument(
+        "--output", type=Path, default=Path("checked"), help="folder to write to (default: checked)"
+    )
+    arguments = parser.parse_args()
+    if arguments.files:
+        check_files(load_params(), arguments.files, arguments.model, arguments.output)
+    else:
+        check_candidates(load_params())
+
+
+def check_candidates(params: Params) -> None:
+    """The stage: the candidate table in, the training and the held-out table out."""
+    outputs = {"train": TRAIN, "eval": EVAL, "quarantine": QUARANTINE}
+    caps = {"train": params.data.max_train_pairs, "eval": params.data.max_eval_pairs}
+    result = validate(
+        PREFERENCES,
+        params.validate,
+        tokenizer=BASE,
+        max_length=params.engine.max_length,
+        caps=caps,
+        seed=params.seed,
+        previous=committed_profile(),
+        outputs=outputs,
+    )
+    page = REPORTS / "validate.html"
+    write_report(result, params, page)
+    with written_whole(REPORTS / "validate.md") as aside:
+        aside.write_text(markdown(result, params))
+    write_json(METRICS / "validate.json", result.metrics)
+    print(table(result, params, page))
+    log_validation(params, result.metrics, [page, METRICS / "validate.json"])
+    if result.errors:
+        raise InputError("\n".join(f"the data must not be used: {error}" for error in result.errors))
+    write_json(PROFILE, result.profile)
+
+
+def check_files(params: Params, files: list[str], model: Path | None, output: Path) -> None:
+    """A check on its own: report, metrics and quarantine go to one folder, nothing is trained on.
+
+    Raises:
+        InputError: a file cannot be read, there is no such model, or the data must not be used.
+    """
+    if model is not None and not model.is_dir():
+        raise InputError(f"--model: {model} is not a folder; name one that holds the model's tokenizer")
+    if model is None and BASE.is_dir():
+        model = BASE
+    if model is None:
+        print(f"no tokenizer in {BASE}: lengths are in characters; name one with --model", file=sys.stderr)
+    output.mkdir(parents=True, exist_ok=True)
+    candidates = output / "candidates.parquet"
+    collect(read_files(files), candidates, ", ".join(files), params.data)
+    outputs = {name: output / f"{name}.parquet" for name in ("train", "eval", "quarantine")}
+    result = validate(
+        candidates,
+        params.validate,
+        tokenizer=model,
+        max_length=params.engine.max_length,
+        caps={"train": None, "eval": None},
+        seed=params.seed,
+        previous=committed_profile(),
+        outputs=outputs,
+    )
+    page = output / "report.html"
+    write_report(result, params, page)
+    write_json(output / "metrics.json", result.metrics)
+    print(table(result, params, page))
+    if result.errors:
+        raise InputError("\n".join(f"the data must not be used: {error}" for error in result.errors))
+
+
+def committed_profile() -> dict[str, Any] | None:
+    """The profile of the data as last committed, None where there is none."""
+    shown = subprocess.run(["git", "show", f"HEAD:./{PROFILE}"], capture_output=True, text=True, check=False)
+    try:
+        return dict(json.loads(shown.stdout)) if shown.returncode == 0 else None
+    except ValueError:
+        return None
+
+
+def broken_rules(result: Validated, params: Params) -> list[tuple[str, int, str]]:
+    """Each broken rule with its count and what a breach of it does, the most frequent first."""
+    rows = [
+        (rule, count, getattr(params.validate.rules, rule, "error"))
+        for rule, count in result.metrics["rules"].items()
+        if count
+    ]
+    return sorted(rows, key=lambda row: (-row[1], row[0]))
+
+
+def table(result: Validated, params: Params, page: Path) -> str:
+    """What a terminal shows, at most 20 lines."""
+    metrics, broken = result.metrics, broken_rules(result, params)
+    lines = [_summary(metrics)]
+    if broken:
+        lines.append(f"{'rule':24}{'rows':>9}  {'setting':12}first at")
+    for rule, count, action in broken[:SHOWN_RULES]:
+        first = result.examples.get(rule, [None])[0]
+        place = f"{first['file']}:{first['line']}" if first else "-"
+        lines.append(f"{rule:24}{count:9}  {action:12}{place}")
+    if len(broken) > SHOWN_RULES:
+        lines.append(f"and {len(broken) - SHOWN_RULES} more rules, see the report")
+    lines += [f"{rule}: {reason}" for rule, reason in result.notices[:SHOWN_NOTICES]]
+    if "lengths" in metrics:
+        lengths = [f"{k} {v['median']:g} / {v['p99']:g} / {v['max']:g}" for k, v in metrics["lengths"].items()]
+        lines.append(f"{metrics['unit']}, median / 99th percentile / most: {', '.join(lengths)}")
+    return "\n".join([*lines, f"report: {page}"])
+
+
+def _summary(metrics: dict[str, Any]) -> str:
+    splits = [f"{split} {metrics[split]['pairs']} ({metrics[split]['used']} used)" for split in ("train", "eval")]
+    counts = f"{metrics['rows']} rows: {metrics['accepted']} sound, {metrics['quarantined']} set aside"
+    return f"{counts}; {', '.join(splits)}"
+
+
+def markdown(result: Validated, params: Params) -> str:
+    """The same for people who read the flow's page."""
+    rows = [
+        f"| {rule} | {count} | {action} | {RULES[rule].means} | {RULES[rule].mend} |"
+        for rule, count, action in broken_rules(result, params)
+    ]
+    head = ["| rule | rows | setting | what holds | what to do |", "| --- | ---: | --- | --- | --- |"]
+    listed = [*head, *rows] if rows else ["No rule is broken."]
+    faults = [f"- **{error}**" for error in result.errors]
+    return "\n".join(["## Preference data", "", f"{_summary(result.metrics)}.", "", *faults, "", *listed, ""])
+
+
+def write_report(result: Validated, params: Params, path: Path) -> None:
+    """The page for a browser; all text of the data is escaped."""
+    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True)
+    page = environment.get_template("validation.html.jinja").render(
+        result=result,
+        metrics=result.metrics,
+        broken=broken_rules(result, params),
+        rules=RULES,
+        params=params.validate,
+    )
+    with written_whole(path) as aside:
+        aside.write_text(page)
 
 
 if __name__ == "__main__":

@@ -140,7 +140,7 @@ def test_mlflow_holds_the_sweep(project):
     mlflow.set_tracking_uri(f"sqlite:///{project}/mlflow.db")
     runs = mlflow.search_runs(experiment_names=["dpo-pipeline"], output_format="list")
     roles = {run.data.tags["dpo.role"]: run for run in runs}
-    assert sorted(roles) == ["policy", "reference", "sweep"]
+    assert sorted(roles) == ["data", "policy", "reference", "sweep"]
     policy, sweep = roles["policy"], roles["sweep"]
     assert policy.data.tags["mlflow.parentRunId"] == sweep.info.run_id
     assert policy.data.params["beta"] == "0.1"

@@ -7,11 +7,24 @@ from conftest import bare_tokenizer, bos_tokenizer, chat_tokenizer, metaspace_to
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dpo import tokens
 from dpo.batching import pack
 from dpo.errors import InputError
-from dpo.tokens import completion_ids, encode_pairs, prompt_ids
+from dpo.tokens import encode_pairs, pair_ids
 
 SYSTEM = "<|im_start|>system\nYou are a helpful critic.<|im_end|>\n"
+
+
+def prompt_ids(tokenizer, prompt):
+    return tokens.prompt_ids(tokenizer, [prompt])[0]
+
+
+def completion_ids(tokenizer, prompt, completion):
+    ((_, chosen, rejected),) = pair_ids(
+        tokenizer, [{"prompt": prompt, "chosen": completion, "rejected": completion}]
+    )
+    assert chosen == rejected
+    return chosen
 
 
 def bos_chat_tokenizer():

@@ -7,7 +7,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dpo.logps import generating
-from dpo.tokens import prompt_ids
+from dpo.tokens import Prompt, prompt_ids
 
 ROWS_AT_ONCE = 48
 """Answers generated together: decoding is bound by reading the weights, so many rows cost little more than one."""
@@ -16,7 +16,7 @@ ROWS_AT_ONCE = 48
 def sample(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     *,
     max_new_tokens: int,
     temperature: float,
@@ -34,7 +34,7 @@ def sample(
     torch.manual_seed(seed)
     with generating(model), tqdm(total=len(prompts), desc="answers", unit="row") as bar:
         for first in range(0, len(prompts), ROWS_AT_ONCE):
-            rows = [prompt_ids(tokenizer, prompt) for prompt in prompts[first : first + ROWS_AT_ONCE]]
+            rows = prompt_ids(tokenizer, prompts[first : first + ROWS_AT_ONCE])
             width = max(map(len, rows))
             input_ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=model.device)
             mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=model.device)

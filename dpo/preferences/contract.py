@@ -1,9 +1,14 @@
-"""The canonical preference table: what every later stage may rely on."""
+"""The canonical preference table: what every later stage may rely on, and what is checked on the way there.
+
+`Candidates` is what the stage `preferences` writes: every row of the source, sound or not, with the place where it
+stood. `Pairs` is what the stage `validate` lets through.
+"""
 
 from typing import cast
 
 import pandas as pd
 import pandera.pandas as pa
+import pyarrow
 from pandera.config import config_context
 from pandera.typing.pandas import Series
 
@@ -11,28 +16,56 @@ from dpo.errors import InputError
 
 SHOWN_FAULTS = 10
 
+TURN = pyarrow.struct([("role", pyarrow.string()), ("content", pyarrow.string())])
+TEXT, NUMBER = pyarrow.string(), pyarrow.float64()
+PAIR_FIELDS = {
+    "id": TEXT,
+    "prompt": TEXT,
+    "turns": pyarrow.list_(TURN),
+    "chosen": TEXT,
+    "rejected": TEXT,
+    "split": TEXT,
+    "source": TEXT,
+    "weight": NUMBER,
+    "agreement": NUMBER,
+    "chosen_rating": NUMBER,
+    "rejected_rating": NUMBER,
+    "timestamp": TEXT,
+}
+PLACE_FIELDS = {"file": TEXT, "line": pyarrow.int64(), "original": TEXT}
+FAULT_FIELDS = {"rule": TEXT, "reason": TEXT}
+PAIRS_SCHEMA = pyarrow.schema(PAIR_FIELDS)
+CANDIDATES_SCHEMA = pyarrow.schema({**PAIR_FIELDS, **PLACE_FIELDS, **FAULT_FIELDS})
+"""Also the schema of the quarantine, where `rule` and `reason` are never null."""
 
-class Pairs(pa.DataFrameModel):
-    """One preference pair a row."""
 
-    id: Series[str] = pa.Field(unique=True)
-    """Stable name of the pair."""
-    prompt: Series[str]
-    """What the user asks; one turn, without any chat template."""
-    chosen: Series[str] = pa.Field(str_matches=r"\S")
+class Fields(pa.DataFrameModel):
+    """The columns that both tables have."""
+
+    id: Series[str] = pa.Field(nullable=True)
+    """Stable name of the pair: its own, or a hash of its texts."""
+    prompt: Series[str] = pa.Field(nullable=True)
+    """What is asked, without any chat template; of a conversation, its transcript."""
+    turns: Series[object] = pa.Field(nullable=True)
+    """The prompt's turns as {role, content} where it is more than one user turn, else null."""
+    chosen: Series[str] = pa.Field(nullable=True)
     """The completion that people preferred."""
-    rejected: Series[str] = pa.Field(str_matches=r"\S")
+    rejected: Series[str] = pa.Field(nullable=True)
     """The other completion."""
-    split: Series[str] = pa.Field(isin=["train", "eval"])
+    split: Series[str] = pa.Field(isin=["train", "eval"], nullable=True)
     """`eval` rows are never trained on."""
-    source: Series[str]
+    source: Series[str] = pa.Field(nullable=True)
     """Where the pair comes from; metrics can be read by source."""
+    weight: Series[float] = pa.Field(gt=0, nullable=True)
+    """Importance of the pair, where known; kept, not used in training."""
     agreement: Series[float] = pa.Field(ge=0, le=1, nullable=True)
     """Probability that a random person prefers `chosen`, where known."""
     chosen_rating: Series[float] = pa.Field(nullable=True)
-    """Mean human rating of `chosen`, where known."""
+    """Rating of `chosen`, where known."""
     rejected_rating: Series[float] = pa.Field(nullable=True)
-    """Mean human rating of `rejected`, where known."""
+    """Rating of `rejected`, where known."""
+    timestamp: Series[str] = pa.Field(nullable=True)
+    """When the preference was given, as the source writes it."""
 
     class Config:
         """Columns outside the contract are faults, and so are missing ones."""
@@ -40,57 +73,50 @@ class Pairs(pa.DataFrameModel):
         strict = True
         coerce = False
 
+
+class Candidates(Fields):
+    """One pair a row, or one row of which no pair could be made; then `rule` and `reason` tell why."""
+
+    file: Series[str]
+    """The file, or data set and split, that the row stood in."""
+    line: Series[int]
+    """Its line there; in Parquet, JSON arrays and data sets its number; from 1."""
+    original: Series[str]
+    """The row as it stood there; in other formats than JSONL as JSON."""
+    rule: Series[str] = pa.Field(nullable=True)
+    """The rule that the row breaks, null if it breaks none so far."""
+    reason: Series[str] = pa.Field(nullable=True)
+    """How it breaks the rule."""
+
+
+class Pairs(Fields):
+    """One sound pair a row: the training table and the held-out table."""
+
+    id: Series[str] = pa.Field(unique=True)
+    prompt: Series[str]
+    chosen: Series[str] = pa.Field(str_matches=r"\S")
+    rejected: Series[str] = pa.Field(str_matches=r"\S")
+    split: Series[str] = pa.Field(isin=["train", "eval"])
+    source: Series[str]
+
     @pa.dataframe_check(name="chosen and rejected differ", ignore_na=False)
     def _differ(cls, table: pd.DataFrame) -> Series[bool]:
         return cast("Series[bool]", table["chosen"].str.strip() != table["rejected"].str.strip())
 
-    @pa.dataframe_check(name="prompt is in one split only", ignore_na=False)
-    def _apart(cls, table: pd.DataFrame) -> Series[bool]:
-        return cast("Series[bool]", table.groupby("prompt")["split"].transform("nunique") == 1)
 
-    @pa.dataframe_check(name="no eval text was seen in training", ignore_na=False)
-    def _unseen(cls, table: pd.DataFrame) -> Series[bool]:
-        train = table[table["split"] == "train"]
-        seen = set(train["chosen"]) | set(train["rejected"])
-        leaked = table["chosen"].isin(seen) | table["rejected"].isin(seen)
-        return cast("Series[bool]", ~(leaked & (table["split"] == "eval")))
-
-
-def check(table: pd.DataFrame, origin: str) -> pd.DataFrame:
-    """Hold a table against the contract.
-
-    Args:
-        table: candidate canonical table.
-        origin: the file it came from, for messages.
-
-    Returns:
-        The table, unchanged.
+def hold(model: type[pa.DataFrameModel], table: pd.DataFrame, origin: str) -> pd.DataFrame:
+    """Hold a table against a model of this module; no environment variable opens this gate.
 
     Raises:
-        InputError: names the file and up to ten faults, each with its row, id, field and rule; or a split is
-            empty.
+        InputError: names `origin` and up to ten breaches, each with its row, field and rule.
     """
     try:
-        with config_context(validation_enabled=True):  # PANDERA_VALIDATION_ENABLED=False must not open the gate
-            Pairs.validate(table, lazy=True)
+        with config_context(validation_enabled=True):
+            return model.validate(table, lazy=True)
     except pa.errors.SchemaErrors as errors:
-        cases = errors.failure_cases
-        cases["column"] = cases["column"].where(cases["schema_context"] == "Column", "pair")
-        cases = cases.drop_duplicates(["index", "check", "column"])
-        lines = [f"{origin}: {len(cases)} faults"]
+        cases = errors.failure_cases.drop_duplicates(["index", "check", "column"])
+        lines = [f"{origin}: {len(cases)} breaches of the contract `{model.__name__}`"]
         for case in cases.head(SHOWN_FAULTS).itertuples():
-            if pd.isna(case.index):
-                lines.append(f"  column '{case.failure_case}': {case.check}; add, rename or remove the column")
-                continue
-            pair = table["id"].iloc[int(case.index)] if "id" in table else "?"
-            lines.append(
-                f"  row {int(case.index)} (id {pair}), field '{case.column}': breaks the rule '{case.check}'; "
-                "mend or remove the row"
-            )
+            row = "the table" if pd.isna(case.index) else f"row {int(case.index)}"
+            lines.append(f"  {row}, field {case.column!r}: {case.check} ({str(case.failure_case)[:60]!r})")
         raise InputError("\n".join(lines)) from errors
-    for split in ("train", "eval"):
-        if not (table["split"] == split).any():
-            raise InputError(
-                f"{origin}: no pair is in split '{split}'; bring more prompts or a `split` column with both values"
-            )
-    return table

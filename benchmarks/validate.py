@@ -1,0 +1,93 @@
+"""How validation grows with the data: `python -m benchmarks.validate [--rows N ...]`.
+
+Writes JSONL of the wanted number of pairs, about a kilobyte each, and checks each file as a user does, with
+`python -m tasks.validate FILE`, tokenizer included. Prints a table and writes `benchmarks/results/validate.json`.
+"""
+
+import argparse
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import orjson
+import pandas as pd
+import psutil
+
+from dpo.files import write_json
+from tasks.stage import BASE, TRAIN
+
+RESULTS = Path("benchmarks/results/validate.json")
+SEED = 17
+POLL_SECONDS = 0.2
+
+
+def write_pairs(path: Path, rows: int) -> None:
+    """Pairs put together from sentences of the default data; one in a hundred breaks a rule."""
+    table = pd.read_parquet(TRAIN)
+    sentences = [*table["chosen"], *table["rejected"]]
+    draw = np.random.default_rng(SEED)
+
+    def text(count: int) -> str:
+        return " ".join(sentences[i] for i in draw.integers(len(sentences), size=count))
+
+    with path.open("wb") as file:
+        for number in range(rows):
+            pair = {"prompt": f"{number}: {text(1)}", "chosen": text(5), "rejected": text(5)}
+            if number % 100 == 0:
+                pair["chosen"] = " "
+            file.write(orjson.dumps(pair) + b"\n")
+
+
+def measure(path: Path, output: Path) -> tuple[float, float]:
+    """Seconds and peak memory (GiB resident, all processes together) of one check."""
+    command = [sys.executable, "-m", "tasks.validate", str(path), "--output", str(output)]
+    start, peak = time.perf_counter(), 0
+    process = psutil.Popen(command, stdout=subprocess.DEVNULL)
+    while process.poll() is None:
+        peak = max(peak, sum(map(_resident, [process, *_children(process)])))
+        time.sleep(POLL_SECONDS)
+    if process.returncode:
+        sys.exit(f"the check of {path} failed with exit code {process.returncode}")
+    return time.perf_counter() - start, peak / 2**30
+
+
+def _children(process: psutil.Process) -> list[psutil.Process]:
+    try:
+        return process.children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+
+
+def _resident(process: psutil.Process) -> int:
+    try:
+        return int(process.memory_info().rss)
+    except psutil.NoSuchProcess:
+        return 0
+
+
+def main() -> None:
+    """Measure each size; the largest last."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.validate", description=__doc__)
+    parser.add_argument("--rows", type=int, nargs="*", default=[10_000, 100_000, 1_000_000])
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    arguments = parser.parse_args()
+    if not BASE.is_dir() or not TRAIN.is_file():
+        sys.exit("run `dvc repro validate` first: the tokenizer and the sentences come from there")
+    results = []
+    print("| pairs | GB of JSONL | seconds | pairs/s | peak GiB |\n| ---: | ---: | ---: | ---: | ---: |")
+    with tempfile.TemporaryDirectory() as folder:
+        for rows in arguments.rows:
+            path = Path(folder) / "pairs.jsonl"
+            write_pairs(path, rows)
+            size = path.stat().st_size / 1e9
+            seconds, peak = measure(path, Path(folder) / "checked")
+            results.append({"rows": rows, "gigabytes": size, "seconds": seconds, "peak_gib": peak})
+            print(f"| {rows:,} | {size:.3f} | {seconds:.1f} | {rows / seconds:,.0f} | {peak:.2f} |", flush=True)
+    write_json(arguments.output, results)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,97 @@
+"""How preference data differs from an earlier version of it: the population stability index of three views.
+
+PSI = sum over bins of (new - old) ln(new / old), on shares; by convention below 0.1 is no change, above 0.25 a
+clear one. Views: lengths in tokens (bins: deciles of the old data), sources, and clusters of prompts (k-means on
+hashed words).
+"""
+
+import math
+import zlib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.cluster.vq import kmeans2
+
+DECILES = np.linspace(0.1, 0.9, 9)
+CLUSTERS, DIMENSIONS = 8, 128
+FLOOR = 1e-3
+"""Least share of a bin: an empty one would make the index infinite."""
+COLUMNS = ("prompt", "chosen", "rejected")
+
+
+def profile(lengths: NDArray[np.int32], sources: Mapping[str, int], prompts: Sequence[str]) -> dict[str, Any]:
+    """What is kept of a version of the data, so that a later one can be compared with it.
+
+    Args:
+        lengths: tokens of prompt, chosen and rejected [R, 3], R at least 1.
+        sources: pairs of each source.
+        prompts: a sample of the prompts, at least one.
+    """
+    edges = {name: sorted(set(np.quantile(lengths[:, i], DECILES).tolist())) for i, name in enumerate(COLUMNS)}
+    vectors = _vectors(prompts)
+    distinct = np.unique(vectors, axis=0)
+    few = len(distinct) <= CLUSTERS
+    centres = np.round(distinct if few else kmeans2(distinct, CLUSTERS, minit="++", rng=0)[0], 4)
+    return {
+        "lengths": {
+            name: {"edges": edges[name], "shares": _shares(lengths[:, i], edges[name])}
+            for i, name in enumerate(COLUMNS)
+        },
+        "sources": _normalised(dict(sources)),
+        "prompts": {
+            "centres": centres.tolist(),
+            "shares": _cluster_shares(vectors, centres),
+        },
+    }
+
+
+def drift(
+    old: Mapping[str, Any], lengths: NDArray[np.int32], sources: Mapping[str, int], prompts: Sequence[str]
+) -> dict[str, float]:
+    """The population stability index of each view against an old `profile`; arguments as there."""
+    views = {
+        f"{name}_tokens": psi(
+            old["lengths"][name]["shares"], _shares(lengths[:, i], old["lengths"][name]["edges"])
+        )
+        for i, name in enumerate(COLUMNS)
+    }
+    new, names = _normalised(dict(sources)), sorted({*old["sources"], *sources})
+    views["sources"] = psi([old["sources"].get(n, 0) for n in names], [new.get(n, 0) for n in names])
+    centres = np.array(old["prompts"]["centres"])
+    views["prompts"] = psi(old["prompts"]["shares"], _cluster_shares(_vectors(prompts), centres))
+    return views
+
+
+def psi(old: Sequence[float], new: Sequence[float]) -> float:
+    """Population stability index of two distributions over the same bins, at least 0."""
+    pairs = [(max(o, FLOOR), max(n, FLOOR)) for o, n in zip(old, new, strict=True)]
+    return sum((n - o) * math.log(n / o) for o, n in pairs)
+
+
+def _shares(values: NDArray[np.int32], edges: Sequence[float]) -> list[float]:
+    counts = np.bincount(np.searchsorted(edges, values, side="left"), minlength=len(edges) + 1)
+    return (counts / counts.sum()).tolist()
+
+
+def _normalised(counts: Mapping[str, float]) -> dict[str, float]:
+    total = sum(counts.values())
+    return {name: count / total for name, count in sorted(counts.items())}
+
+
+def _vectors(prompts: Sequence[str]) -> NDArray[np.float64]:
+    """Hashed bags of words of unit length [N, DIMENSIONS]."""
+    vectors = np.zeros((len(prompts), DIMENSIONS))
+    for row, prompt in enumerate(prompts):
+        for word, count in Counter(prompt.casefold().split()).items():
+            code = zlib.crc32(word.encode())
+            vectors[row, code % DIMENSIONS] += count if code >> 31 else -count
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-9)
+
+
+def _cluster_shares(vectors: NDArray[np.float64], centres: NDArray[np.float64]) -> list[float]:
+    distances = (centres**2).sum(1) - 2 * vectors @ centres.T
+    counts = np.bincount(distances.argmin(1), minlength=len(centres))
+    return (counts / counts.sum()).tolist()
