@@ -25,6 +25,7 @@ from typing import Any
 
 from dvc.repo import Repo
 from prefect import flow, get_run_logger, task
+from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
 from prefect.futures import PrefectFuture
@@ -146,10 +147,20 @@ def name_flow_run() -> str:
     return f"{Path.cwd().name} {datetime.now():%Y-%m-%d %H:%M:%S}"
 
 
+def show_page(stage: str) -> None:
+    """Make an artifact of the page that a stage leaves for people, `reports/STAGE.md`, if it leaves one."""
+    page = Path("reports") / f"{stage}.md"
+    if page.is_file():
+        create_markdown_artifact(page.read_text(), key=re.sub(r"[^a-z0-9]+", "-", stage.lower()))
+
+
 @task(name="stage", task_run_name="{stage}", cache_policy=NO_CACHE)
 def bring_up_to_date(stage: str, stop: threading.Event) -> str | State[str]:
     """One stage as one task run, whose state tells what DVC did. Raises StageError if the stage fails."""
-    verdict = run_stage(stage, stop, get_run_logger())
+    try:
+        verdict = run_stage(stage, stop, get_run_logger())
+    finally:
+        show_page(stage)
     if verdict == UP_TO_DATE:
         return Completed(name="UpToDate", message="nothing changed", data=verdict)
     if verdict == RESTORED:

@@ -73,6 +73,19 @@ def test_stages_run_once_and_show_what_dvc_did(project):
     assert names == dict.fromkeys(("first", "branch@0.1", "branch@0.5", "last"), "UpToDate")
 
 
+def test_the_page_of_a_stage_is_an_artifact_also_when_the_stage_fails(project):
+    (project / "branch.py").write_text(
+        f"{BRANCH}\npathlib.Path('reports').mkdir(exist_ok=True)\n"
+        "pathlib.Path('reports/branch@' + sys.argv[1] + '.md').write_text('page of ' + sys.argv[1])\n"
+        "sys.exit(sys.argv[1] == '0.5')"
+    )
+    with pytest.raises(StageError):
+        pipeline()
+    with get_client(sync_client=True) as client:
+        pages = {artifact.key: artifact.data for artifact in client.read_artifacts() if artifact.key}
+    assert pages == {"branch-0-1": "page of 0.1", "branch-0-5": "page of 0.5"}
+
+
 def test_outputs_of_a_known_run_are_restored(project):
     pipeline()
     (project / "seed.txt").write_text("2")
