@@ -34,15 +34,15 @@ from transformers.trainer_callback import PrinterCallback, TrainerCallback
 
 from benchmarks.cases import CASES, PAIRS_PER_STEP, SEED, Case, case_rows, padded_batches
 from benchmarks.flops import flop_ratio, flops
+from benchmarks.page import put_table
 from dpo.batching import StepSampler, TokenRow
 from dpo.config import LoraParams
-from dpo.files import write_json, written_whole
+from dpo.files import write_json
 from dpo.logps import load_model, sequence_logps
 from dpo.training import PackedTrainer, add_lora, cached_reference, dpo_objective
 
 MODEL = Path("models/base")
 RESULTS, PAGE = Path("benchmarks/results/engine.json"), Path("docs/benchmarks.md")
-MARKERS = ("<!-- written by python -m benchmarks.engine --table -->", "<!-- end of what it wrote -->")
 BETA = 0.1
 LOSS_TOLERANCE, LOGP_TOLERANCE = 1e-3, 1e-5
 """Largest differences in fp32 between the two sides: of a step's loss, and, relative, of a summed log-prob."""
@@ -349,14 +349,6 @@ def table(results: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def write_page(results: Sequence[Mapping[str, Any]]) -> None:
-    """Put the table into the page, between its markers."""
-    head, _, rest = PAGE.read_text().partition(MARKERS[0])
-    tail = rest.partition(MARKERS[1])[2]
-    with written_whole(PAGE) as aside:
-        aside.write_text(f"{head}{MARKERS[0]}\n\n{table(results)}\n\n{MARKERS[1]}{tail}")
-
-
 def say(text: str) -> None:
     """Print a line at once."""
     sys.stdout.write(text + "\n")
@@ -389,7 +381,7 @@ def main() -> int:
     if not results:
         return 1
     if options.output == RESULTS:
-        write_page(results)
+        put_table(PAGE, table(results))
     say(table(results))
     failures += [entry["case"] for entry in results if entry["status"] == "failed"]
     return int(bool(failures))

@@ -1,7 +1,8 @@
 """How validation grows with the data: `python -m benchmarks.validate [--rows N ...]`.
 
 Writes JSONL of the wanted number of pairs, about a kilobyte each, and checks each file as a user does, with
-`python -m tasks.validate FILE`, tokenizer included. Prints a table and writes `benchmarks/results/validate.json`.
+`python -m tasks.validate FILE`, tokenizer included. Writes `benchmarks/results/validate.json` and the table of
+`docs/data.md`.
 """
 
 import argparse
@@ -16,18 +17,17 @@ import orjson
 import pandas as pd
 import psutil
 
+from benchmarks.page import put_table
 from dpo.files import write_json
 from tasks.stage import BASE, TRAIN
 
-RESULTS = Path("benchmarks/results/validate.json")
+RESULTS, PAGE = Path("benchmarks/results/validate.json"), Path("docs/data.md")
 SEED = 17
 POLL_SECONDS = 0.2
 
 
-def write_pairs(path: Path, rows: int) -> None:
-    """Pairs put together from sentences of the default data; one in a hundred breaks a rule."""
-    table = pd.read_parquet(TRAIN)
-    sentences = [*table["chosen"], *table["rejected"]]
+def write_pairs(path: Path, rows: int, sentences: list[str]) -> None:
+    """Pairs put together from sentences; one in a hundred breaks a rule."""
     draw = np.random.default_rng(SEED)
 
     def text(count: int) -> str:
@@ -76,17 +76,31 @@ def main() -> None:
     arguments = parser.parse_args()
     if not BASE.is_dir() or not TRAIN.is_file():
         sys.exit("run `dvc repro validate` first: the tokenizer and the sentences come from there")
+    texts = pd.read_parquet(TRAIN)
+    sentences = [*texts["chosen"], *texts["rejected"]]
     results = []
-    print("| pairs | GB of JSONL | seconds | pairs/s | peak GiB |\n| ---: | ---: | ---: | ---: | ---: |")
     with tempfile.TemporaryDirectory() as folder:
         for rows in arguments.rows:
             path = Path(folder) / "pairs.jsonl"
-            write_pairs(path, rows)
+            write_pairs(path, rows, sentences)
             size = path.stat().st_size / 1e9
             seconds, peak = measure(path, Path(folder) / "checked")
             results.append({"rows": rows, "gigabytes": size, "seconds": seconds, "peak_gib": peak})
-            print(f"| {rows:,} | {size:.3f} | {seconds:.1f} | {rows / seconds:,.0f} | {peak:.2f} |", flush=True)
+            print(table(results[-1:]), flush=True)
     write_json(arguments.output, results)
+    if arguments.output == RESULTS:
+        put_table(PAGE, table(results))
+
+
+def table(results: list[dict[str, float]]) -> str:
+    """Results for people."""
+    lines = ["| pairs | GB of JSONL | seconds | pairs/s | peak GiB |", "| ---: | ---: | ---: | ---: | ---: |"]
+    for r in results:
+        cells = (
+            f"{r['gigabytes']:.3f} | {r['seconds']:.1f} | {r['rows'] / r['seconds']:,.0f} | {r['peak_gib']:.2f}"
+        )
+        lines.append(f"| {r['rows']:,} | {cells} |")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

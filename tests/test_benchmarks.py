@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 from transformers import AutoConfig, LlamaConfig
 
-from benchmarks import engine
+from benchmarks import engine, validate
 from benchmarks.cases import Case
 from benchmarks.engine import Run
 from benchmarks.flops import flop_ratio, flops
+from benchmarks.page import MARKERS, put_table
 from dpo.batching import TokenRow
 
 CASE = Case("tiny", speed=1.5, memory=0.6, micro_batch=4)
@@ -93,16 +94,26 @@ def test_flops_by_hand():
     assert flop_ratio(CASE, [row], config) == 3 * theirs / (3 * forward + 2 * 32 * 320 * 3)
 
 
-def test_the_page_keeps_what_stands_around_the_table(tmp_path, monkeypatch, tiny_model_dir, rows):
+def test_the_page_keeps_what_stands_around_the_table(tmp_path, tiny_model_dir, rows):
     page = tmp_path / "benchmarks.md"
-    page.write_text(f"# Head\n{engine.MARKERS[0]}\nold\n{engine.MARKERS[1]}\ntail\n")
-    monkeypatch.setattr(engine, "PAGE", page)
+    page.write_text(f"# Head\n{MARKERS[0]}\nold\n{MARKERS[1]}\ntail\n")
     run = Run(1.0, 1.0, 1e11, [0.7, 0.6, 0.5])
     entry = engine.record(CASE, rows, AutoConfig.from_pretrained(tiny_model_dir), [run], [run])
-    engine.write_page([entry])
-    engine.write_page([entry])
+    put_table(page, engine.table([entry]))
+    put_table(page, engine.table([entry]))
     text = page.read_text()
     assert text.startswith("# Head\n")
     assert text.endswith("\ntail\n")
     assert "old" not in text
     assert text.count("| tiny |") == 1
+
+
+def test_measured_pairs_hold_the_wanted_faults_and_the_table_their_speed(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    validate.write_pairs(path, 200, ["One sentence here.", "Another one there.", "And a third."])
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert len(rows) == 200
+    assert sum(not row["chosen"].strip() for row in rows) == 2
+    assert validate.table([{"rows": 2000, "gigabytes": 1, "seconds": 4, "peak_gib": 2}]).splitlines()[-1] == (
+        "| 2,000 | 1.000 | 4.0 | 500 | 2.00 |"
+    )
