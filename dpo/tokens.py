@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from os.path import commonprefix
 from typing import Any
 
 from tqdm.auto import tqdm
@@ -83,7 +84,7 @@ def _completion_ids(
             for before, whole, completion in zip(texts, _render(tokenizer, answered), completions, strict=True)
         ]
     completions = [without_end(completion, tokenizer.eos_token) for completion in completions]
-    # No token reaches across a special token, so what stands before the prompt's last one need not be read again.
+    # No token reaches across a special token: what stands before the prompt's last one need not be read again.
     special = _special_tokens(tokenizer)
     tails = [text[_last_start(special, text) :] for text in texts]
     distinct = sorted(set(tails))
@@ -119,12 +120,16 @@ def _render(
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    """Token ids of texts as they are; what all share up to a special token, as a system turn, is read once."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return [tokenizer.encode(text, add_special_tokens=False) for text in texts]
     backend.no_truncation()
     backend.no_padding()
-    return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
+    cut = _last_start(_special_tokens(tokenizer), commonprefix(texts))  # noqa: RUF071
+    shared = backend.encode(texts[0][:cut], add_special_tokens=False).ids if cut else []
+    rests = backend.encode_batch_fast([text[cut:] for text in texts], add_special_tokens=False)
+    return [shared + encoding.ids for encoding in rests]
 
 
 def _encode_apart(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

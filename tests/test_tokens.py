@@ -210,3 +210,31 @@ def test_a_pad_token_that_is_the_end_token_is_scored_like_any_other():
     rows = encode_pairs([pair()], shared, 200)
     assert rows == encode_pairs([pair()], apart, 200)
     assert pack(rows)["targets"].tolist().count(shared.eos_token_id) == 2
+
+
+def test_pairs_have_the_same_tokens_together_as_alone(tokenizer):
+    turns = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Film 3?"},
+        {"role": "assistant", "content": "A joy."},
+        {"role": "user", "content": "Why?"},
+    ]
+    pairs = [
+        *(pair(id=str(i), prompt=prompt, chosen=completion) for i, (prompt, completion) in enumerate(PAIRS)),
+        pair(prompt="Be brief. Film 3? Why?", turns=turns),
+        pair(prompt="Say something about film 12."),
+    ]
+    assert encode_pairs(pairs, tokenizer, 400) == [encode_pairs([one], tokenizer, 400)[0] for one in pairs]
+
+
+def test_a_conversation_is_rendered_turn_by_turn_where_there_is_a_template():
+    turns = [
+        {"role": "user", "content": "Film 3?"},
+        {"role": "assistant", "content": "A joy."},
+        {"role": "user", "content": "Why?"},
+    ]
+    (row,) = encode_pairs([pair(prompt="Film 3? Why?", turns=turns)], made("chat"), 400)
+    said = "".join(f"<|im_start|>{turn['role']}\n{turn['content']}<|im_end|>\n" for turn in turns)
+    assert made("chat").decode(row.prompt) == f"{SYSTEM}{said}<|im_start|>assistant\n"
+    (row,) = encode_pairs([pair(prompt="Film 3? Why?", turns=turns)], made("plain"), 400)
+    assert made("plain").decode(row.prompt) == "Film 3? Why?"
