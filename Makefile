@@ -30,10 +30,11 @@ check: setup
 	ruff format --check .
 	mypy
 
-# The engine against TRL, then validation up to a million pairs; needs an idle machine, half an hour. Writes
+# The engine against TRL, its profile, validation up to a million pairs; needs an idle machine, half an hour. Writes
 # benchmarks/results and the tables of docs/benchmarks.md and docs/data.md.
 bench: setup
 	python -m benchmarks.engine
+	python -m benchmarks.profile
 	python -m benchmarks.validate
 
 # The pictures of the README, needs graphviz and Chromium.

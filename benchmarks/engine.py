@@ -381,7 +381,7 @@ def main() -> int:
     if not results:
         return 1
     if options.output == RESULTS:
-        put_table(PAGE, table(results))
+        put_table(PAGE, "engine", table(results))
     say(table(results))
     failures += [entry["case"] for entry in results if entry["status"] == "failed"]
     return int(bool(failures))

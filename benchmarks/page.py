@@ -4,12 +4,20 @@ from pathlib import Path
 
 from dpo.files import written_whole
 
-MARKERS = ("<!-- table written by a benchmark -->", "<!-- end of the table -->")
 
+def put_table(page: Path, name: str, table: str) -> None:
+    """Put a table between its markers in a page, in the place of the one there.
 
-def put_table(page: Path, table: str) -> None:
-    """Put a table between the markers of a page, in the place of the one there."""
-    head, _, rest = page.read_text().partition(MARKERS[0])
-    tail = rest.partition(MARKERS[1])[2]
+    Raises:
+        ValueError: the page has no such markers.
+    """
+    start, end = markers(name)
+    head, table_then_tail = page.read_text().split(start)
+    _, tail = table_then_tail.split(end)
     with written_whole(page) as aside:
-        aside.write_text(f"{head}{MARKERS[0]}\n\n{table}\n\n{MARKERS[1]}{tail}")
+        aside.write_text(f"{head}{start}\n\n{table}\n\n{end}{tail}")
+
+
+def markers(name: str) -> tuple[str, str]:
+    """What stands before and after the table of this name."""
+    return f"<!-- table {name}, written by a benchmark -->", f"<!-- end of table {name} -->"

@@ -89,7 +89,7 @@ def main() -> None:
             print(table(results[-1:]), flush=True)
     write_json(arguments.output, results)
     if arguments.output == RESULTS:
-        put_table(PAGE, table(results))
+        put_table(PAGE, "validate", table(results))
 
 
 def table(results: list[dict[str, float]]) -> str:

@@ -11,7 +11,7 @@ from benchmarks import engine, validate
 from benchmarks.cases import Case
 from benchmarks.engine import Run
 from benchmarks.flops import flop_ratio, flops
-from benchmarks.page import MARKERS, put_table
+from benchmarks.page import markers, put_table
 from dpo.batching import TokenRow
 
 CASE = Case("tiny", speed=1.5, memory=0.6, micro_batch=4)
@@ -95,12 +95,12 @@ def test_flops_by_hand():
 
 
 def test_the_page_keeps_what_stands_around_the_table(tmp_path, tiny_model_dir, rows):
-    page = tmp_path / "benchmarks.md"
-    page.write_text(f"# Head\n{MARKERS[0]}\nold\n{MARKERS[1]}\ntail\n")
+    page, (start, end) = tmp_path / "benchmarks.md", markers("engine")
+    page.write_text(f"# Head\n{start}\nold\n{end}\ntail\n")
     run = Run(1.0, 1.0, 1e11, [0.7, 0.6, 0.5])
     entry = engine.record(CASE, rows, AutoConfig.from_pretrained(tiny_model_dir), [run], [run])
-    put_table(page, engine.table([entry]))
-    put_table(page, engine.table([entry]))
+    put_table(page, "engine", engine.table([entry]))
+    put_table(page, "engine", engine.table([entry]))
     text = page.read_text()
     assert text.startswith("# Head\n")
     assert text.endswith("\ntail\n")

@@ -1,0 +1,83 @@
+"""Where a training step's time goes: `python -m benchmarks.profile`, writes a table of `docs/benchmarks.md`.
+
+One DPO step of 8 pairs with AdamW on the CPU, as in the engine's cases, under the profiler of torch, which slows
+small operations down more than large ones.
+"""
+
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+from transformers import AutoTokenizer
+
+from benchmarks.cases import PAIRS_PER_STEP, long_rows, short_rows
+from benchmarks.page import put_table
+from dpo.batching import TokenRow, pack
+from dpo.logps import load_model
+from dpo.training import dpo_objective
+
+PAGE, MODEL = Path("docs/benchmarks.md"), Path("models/base")
+GROUPS = {
+    "matrix products": ("mm", "addmm", "bmm", "linear"),
+    "attention": ("scaled_dot_product",),
+    "optimizer and clipping": ("adamw", "foreach", "linalg_vector_norm"),
+    "softmax of the vocabulary": ("softmax", "logsumexp", "exp", "sub", "amax"),
+    "fills and copies": ("fill_", "zero_", "copy_", "cat", "index", "embedding"),
+    "elementwise": ("mul", "add", "silu", "pow", "mean", "rsqrt", "neg", "div", "sum"),
+}
+"""Names of operations, or what they hold, in the order in which they are looked for."""
+
+
+def step(model: torch.nn.Module, rows: list[TokenRow], micro_batch: int, optimizer: torch.optim.Optimizer) -> None:
+    """One optimizer step over the rows, from a reference that gives every completion 0."""
+    for start in range(0, len(rows), micro_batch):
+        packed = pack(rows[start : start + micro_batch])
+        loss, _ = dpo_objective(model, packed, beta=0.1, reference=lambda p: torch.zeros(2 * len(p["ids"])))
+        (loss / len(rows)).backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def shares(rows: list[TokenRow], micro_batch: int) -> dict[str, float]:
+    """Each group's share of the time that operations take by themselves."""
+    model = load_model(MODEL).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
+    step(model, rows, micro_batch, optimizer)
+    with profile(activities=[ProfilerActivity.CPU]) as recorded:
+        step(model, rows, micro_batch, optimizer)
+    times: dict[str, float] = defaultdict(float)
+    for operation in recorded.key_averages():
+        times[group(operation.key)] += operation.self_cpu_time_total
+    return {name: times[name] / sum(times.values()) for name in (*GROUPS, "all else")}
+
+
+def group(operation: str) -> str:
+    """The group of an operation: by its exact name, else by a part of it."""
+    name = operation.removeprefix("aten::")
+    exact = [label for label, names in GROUPS.items() if name.strip("_") in {n.strip("_") for n in names}]
+    partly = [label for label, names in GROUPS.items() if any(len(n) > 4 and n in name for n in names)]
+    return next(iter(exact + partly), "all else")
+
+
+def main() -> None:
+    """Profile short and long pairs in one micro-batch and in small ones."""
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    short, long = short_rows(tokenizer, PAIRS_PER_STEP), long_rows(tokenizer, PAIRS_PER_STEP)
+    cases = {
+        "short, 8 pairs at once": (short, 8),
+        "short, 2 at once": (short, 2),
+        "long, 1 at once": (long, 1),
+    }
+    results = {name: shares(*case) for name, case in cases.items()}
+    lines = ["| share of time | " + " | ".join(cases) + " |", "| --- |" + " ---: |" * len(cases)]
+    for label in (*GROUPS, "all else"):
+        lines.append(f"| {label} | " + " | ".join(f"{result[label]:.0%}" for result in results.values()) + " |")
+    put_table(PAGE, "profile", "\n".join(lines))
+    sys.stdout.write("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()
