@@ -104,10 +104,10 @@ def check_files(params: Params, files: list[str], model: Path | None, output: Pa
 
 def committed_profile() -> dict[str, Any] | None:
     """The profile of the data as last committed, None where there is none."""
-    shown = subprocess.run(["git", "show", f"HEAD:./{PROFILE}"], capture_output=True, text=True, check=False)
     try:
-        return dict(json.loads(shown.stdout)) if shown.returncode == 0 else None
-    except ValueError:
+        shown = subprocess.run(["git", "show", f"HEAD:./{PROFILE}"], capture_output=True, check=True)
+        return dict(json.loads(shown.stdout))
+    except (OSError, subprocess.CalledProcessError, ValueError, TypeError):
         return None
 
 

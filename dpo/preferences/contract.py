@@ -9,7 +9,7 @@ from typing import cast
 import pandas as pd
 import pandera.pandas as pa
 import pyarrow
-from pandera.config import config_context
+from pandera.config import ValidationDepth, config_context
 from pandera.typing.pandas import Series
 
 from dpo.errors import InputError
@@ -88,14 +88,19 @@ class Candidates(Fields):
     reason: Series[str] = pa.Field(nullable=True)
     """How it breaks the rule."""
 
+    @pa.dataframe_check(name="a pair, or a rule that it breaks", ignore_na=False)
+    def _whole(cls, table: pd.DataFrame) -> Series[bool]:
+        pair = table[["id", "prompt", "chosen", "rejected", "split", "source"]].notna().all(axis=1)
+        return cast("Series[bool]", pair | table["rule"].notna() & table["reason"].notna())
+
 
 class Pairs(Fields):
     """One sound pair a row: the training table and the held-out table."""
 
     id: Series[str] = pa.Field(unique=True)
     prompt: Series[str]
-    chosen: Series[str] = pa.Field(str_matches=r"\S")
-    rejected: Series[str] = pa.Field(str_matches=r"\S")
+    chosen: Series[str] = pa.Field(str_contains=r"\S")
+    rejected: Series[str] = pa.Field(str_contains=r"\S")
     split: Series[str] = pa.Field(isin=["train", "eval"])
     source: Series[str]
 
@@ -111,12 +116,12 @@ def hold(model: type[pa.DataFrameModel], table: pd.DataFrame, origin: str) -> pd
         InputError: names `origin` and up to ten breaches, each with its row, field and rule.
     """
     try:
-        with config_context(validation_enabled=True):
+        with config_context(validation_enabled=True, validation_depth=ValidationDepth.SCHEMA_AND_DATA):
             return model.validate(table, lazy=True)
     except pa.errors.SchemaErrors as errors:
         cases = errors.failure_cases.drop_duplicates(["index", "check", "column"])
         lines = [f"{origin}: {len(cases)} breaches of the contract `{model.__name__}`"]
         for case in cases.head(SHOWN_FAULTS).itertuples():
-            row = "the table" if pd.isna(case.index) else f"row {int(case.index)}"
+            row = "the table" if pd.isna(case.index) else f"row {int(case.index) + 1}"
             lines.append(f"  {row}, field {case.column!r}: {case.check} ({str(case.failure_case)[:60]!r})")
         raise InputError("\n".join(lines)) from errors

@@ -123,12 +123,14 @@ def _near(marks: Marks, similarity: float) -> Iterator[Finding]:
     twin = np.full(len(marks), len(marks))
     for start in range(0, PERMUTATIONS, BAND):
         band = _combine(marks.sketch[:, 1, start : start + BAND].astype(np.uint64))
-        order = np.argsort(band, kind="stable")  # rows of a band in table order: the first stands first
-        new = np.append(True, band[order][1:] != band[order][:-1])[: len(order)]
-        leader = order[np.maximum.accumulate(np.where(new, np.arange(len(order)), 0))]
-        later, leader = order[~new], leader[~new]
-        equal = (marks.sketch[later] == marks.sketch[leader]).mean(2).min(1) >= similarity
-        np.minimum.at(twin, later[equal], leader[equal])
+        # The first row of a band may have another prompt; the first one with the same prompt is looked at too.
+        for key in (band, _combine(np.stack([band, marks.texts[:, 0]], 1))):
+            order = np.argsort(key, kind="stable")  # rows of a key in table order: the first stands first
+            new = np.append(True, key[order][1:] != key[order][:-1])[: len(order)]
+            leader = order[np.maximum.accumulate(np.where(new, np.arange(len(order)), 0))]
+            later, leader = order[~new], leader[~new]
+            equal = (marks.sketch[later] == marks.sketch[leader]).mean(2).min(1) >= similarity
+            np.minimum.at(twin, later[equal], leader[equal])
     for i in np.flatnonzero(twin < len(marks)):
         yield Finding(
             int(marks.row[i]), "near_duplicate_pair", f"almost the same pair as row {marks.row[twin[i]] + 1}"

@@ -20,6 +20,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
+from jinja2 import TemplateError
 from numpy.typing import NDArray
 from scipy.stats import binomtest
 from tqdm.auto import tqdm
@@ -107,7 +108,10 @@ def validate(
     """
     actions = {**dataclasses.asdict(params.rules), "completion_too_long": "error"}
     barring = frozenset(rule for rule, action in actions.items() if action != "warn")
-    examined, total = _examine_all(candidates, tokenizer, max_length, barring)
+    try:
+        examined, total = _examine_all(candidates, tokenizer, max_length, barring)
+    except (OSError, pa.ArrowException) as error:
+        raise InputError(f"{candidates}: not a candidate table: {error}; run the stage `preferences`") from error
     findings = examined.findings + list(compare(examined.marks, params.near_duplicate_similarity, barring))
     order = {rule: number for number, rule in enumerate(RULES)}
     findings.sort(key=lambda finding: (finding.row, order[finding.rule]))
@@ -134,7 +138,7 @@ def validate(
         notices = [("length_bias", reason) for reason in bias] + [("source_imbalance", r) for r in imbalance]
         shown = {name: source["pairs"] for name, source in by_source.items()}
         profiled = {"unit": metrics["unit"], **profile(lengths, shown, prompts)}
-        if previous and previous["unit"] == metrics["unit"]:
+        if previous and previous.get("unit") == metrics["unit"]:
             metrics["drift"] = drift(previous, lengths, shown, prompts)
             notices += [
                 (
@@ -159,11 +163,10 @@ def validate(
 def _examine_all(
     candidates: Path, tokenizer: Path | None, max_length: int, barring: frozenset[str]
 ) -> tuple[Examined, int]:
-    try:
-        file = pq.ParquetFile(candidates)
-    except (OSError, pa.ArrowException) as error:
-        raise InputError(f"{candidates}: not a candidate table: {error}; run the stage `preferences`") from error
+    file = pq.ParquetFile(candidates)
     sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+    if not sum(sizes):
+        raise InputError(f"{candidates}: no rows; run the stage `preferences`")
     starts = np.cumsum([0, *sizes])[:-1].tolist()
     examine = functools.partial(_examine, candidates, tokenizer, max_length, barring)
     with ExitStack() as stack:
@@ -192,7 +195,10 @@ def _examine_all(
 def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     if multiprocessing.parent_process() is not None:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is a process for each core
-    return AutoTokenizer.from_pretrained(folder)
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder}: cannot load the tokenizer: {error}") from error
 
 
 def _examine(
@@ -201,7 +207,7 @@ def _examine(
     """The rules of single rows for the row group that starts at a row, and what is needed for all other rules."""
     tokenizer = None if folder is None else _load_tokenizer(folder)
     table = pq.ParquetFile(candidates).read_row_group(group)
-    hold(Candidates, table.to_pandas(), str(candidates))
+    hold(Candidates, table.to_pandas().set_index(np.arange(start, start + len(table))), str(candidates))
     special = special_tokens(tokenizer)
     end = None if tokenizer is None else tokenizer.eos_token
     found: dict[int, list[tuple[str, str]]] = {}
@@ -213,7 +219,11 @@ def _examine(
     if tokenizer is None:
         lengths = np.array([[len(pair[field]) for field in LENGTHS] for pair in pairs], np.int32).reshape(-1, 3)
     else:
-        lengths = token_lengths(tokenizer, pairs)
+        try:
+            lengths = token_lengths(tokenizer, pairs)
+        except (ValueError, TemplateError) as error:
+            place = f"{candidates}: rows {start + 1} to {start + len(table)}"
+            raise InputError(f"{place}: the tokenizer of {folder} cannot take a pair: {error}") from error
         fits = []
         for row, counted in zip(rows, lengths.tolist(), strict=True):
             broken = check_lengths(counted, max_length)
