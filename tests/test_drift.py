@@ -109,3 +109,16 @@ def test_one_pair_has_a_profile():
     old = profile(one, {"a": 1}, ["film"])
     assert max(drift(old, one, {"a": 1}, ["film"]).values()) == 0
     assert drift(old, one * 2, {"a": 1}, ["film"])["prompt_tokens"] > 0.25
+
+
+def test_lengths_below_all_old_ones_and_prompts_unlike_any_old_one_are_drift():
+    old, prompts = lengths_of(5), [f"Film {i}?" for i in range(80)]
+    before = profile(old, {"web": 80}, prompts)
+    views = drift(before, lengths_of(2), {"web": 80}, [f"Write about soup number {i}" for i in range(80)])
+    assert views["chosen_tokens"] > 0.25
+    assert views["prompts"] > 0.25
+    assert drift(before, old, {"web": 80}, prompts)["prompts"] == pytest.approx(0, abs=1e-9)
+
+
+def lengths_of(tokens):
+    return np.full((80, 3), tokens, np.int32)

@@ -1,8 +1,8 @@
 """How preference data differs from an earlier version of it: the population stability index of three views.
 
 PSI = sum over bins of (new - old) ln(new / old), on shares; by convention below 0.1 is no change, above 0.25 a
-clear one. Views: lengths in tokens (bins: deciles of the old data), sources, and clusters of prompts (k-means on
-hashed words).
+clear one. Views: lengths in tokens (bins: deciles of the old data, and shorter than all of it), sources, and
+clusters of prompts (k-means on hashed words, and far from all clusters).
 """
 
 import math
@@ -17,6 +17,8 @@ from scipy.cluster.vq import kmeans2
 
 DECILES = np.linspace(0.1, 0.9, 9)
 CLUSTERS, DIMENSIONS = 8, 128
+NEAR = 0.95
+"""Share of the old prompts that lie within the radius of their clusters."""
 FLOOR = 1e-3
 """Least share of a bin: an empty one would make the index infinite."""
 COLUMNS = ("prompt", "chosen", "rejected")
@@ -30,11 +32,15 @@ def profile(lengths: NDArray[np.int32], sources: Mapping[str, int], prompts: Seq
         sources: pairs of each source.
         prompts: a sample of the prompts, at least one.
     """
-    edges = {name: sorted(set(np.quantile(lengths[:, i], DECILES).tolist())) for i, name in enumerate(COLUMNS)}
+    edges = {
+        name: sorted({float(lengths[:, i].min()) - 1, *np.quantile(lengths[:, i], DECILES).tolist()})
+        for i, name in enumerate(COLUMNS)
+    }
     vectors = _vectors(prompts)
     distinct = np.unique(vectors, axis=0)
     few = len(distinct) <= CLUSTERS
     centres = np.round(distinct if few else kmeans2(distinct, CLUSTERS, minit="++", rng=0)[0], 4)
+    radius = float(np.quantile(_distances(vectors, centres).min(1), NEAR))
     return {
         "lengths": {
             name: {"edges": edges[name], "shares": _shares(lengths[:, i], edges[name])}
@@ -43,7 +49,8 @@ def profile(lengths: NDArray[np.int32], sources: Mapping[str, int], prompts: Seq
         "sources": _normalised(dict(sources)),
         "prompts": {
             "centres": centres.tolist(),
-            "shares": _cluster_shares(vectors, centres),
+            "radius": radius,
+            "shares": _cluster_shares(vectors, centres, radius),
         },
     }
 
@@ -60,8 +67,9 @@ def drift(
     }
     new, names = _normalised(dict(sources)), sorted({*old["sources"], *sources})
     views["sources"] = psi([old["sources"].get(n, 0) for n in names], [new.get(n, 0) for n in names])
-    centres = np.array(old["prompts"]["centres"])
-    views["prompts"] = psi(old["prompts"]["shares"], _cluster_shares(_vectors(prompts), centres))
+    clusters = old["prompts"]
+    shares = _cluster_shares(_vectors(prompts), np.array(clusters["centres"]), clusters["radius"])
+    views["prompts"] = psi(clusters["shares"], shares)
     return views
 
 
@@ -91,7 +99,14 @@ def _vectors(prompts: Sequence[str]) -> NDArray[np.float64]:
     return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-9)
 
 
-def _cluster_shares(vectors: NDArray[np.float64], centres: NDArray[np.float64]) -> list[float]:
-    distances = (centres**2).sum(1) - 2 * vectors @ centres.T
-    counts = np.bincount(distances.argmin(1), minlength=len(centres))
+def _distances(vectors: NDArray[np.float64], centres: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Squared distances [N, clusters]."""
+    return (vectors**2).sum(1)[:, None] + (centres**2).sum(1) - 2 * vectors @ centres.T
+
+
+def _cluster_shares(vectors: NDArray[np.float64], centres: NDArray[np.float64], radius: float) -> list[float]:
+    """Shares of the clusters, and last of what is farther from all of them than most of the old prompts were."""
+    distances = _distances(vectors, centres)
+    nearest = np.where(distances.min(1) > radius + 1e-6, len(centres), distances.argmin(1))
+    counts = np.bincount(nearest, minlength=len(centres) + 1)
     return (counts / counts.sum()).tolist()

@@ -34,6 +34,8 @@ from dpo.preferences.drift import drift, profile
 from dpo.preferences.duplicates import Marks, compare, join, mark
 from dpo.preferences.rules import RULES, Finding, check_lengths, check_texts, special_tokens, token_lengths
 
+GROUPS_ALONE = 8
+"""So few row groups are done sooner than other processes start."""
 SAMPLED_PROMPTS = 20_000
 EXAMPLES = 5
 """Rows of each broken rule that the report shows."""
@@ -150,13 +152,16 @@ def validate(
             ]
     metrics["rules"] |= Counter(rule for rule, _ in notices)
 
-    errors = _errors(metrics, params, actions, marks)
+    forbidden = [rule for rule in RULES if actions[rule] == "error" and metrics["rules"][rule]]
+    errors = _shortages(metrics, params, marks)
     used = _draw(marks, caps, seed)
     metrics |= {
         split: {"pairs": int((marks.held_out == (split == "eval")).sum()), "used": len(used[split])}
         for split in ("train", "eval")
     }
-    examples = _write(candidates, outputs, barred, _examples(findings), {} if errors else used, metrics)
+    writes = {} if errors or forbidden else used
+    examples = _write(candidates, outputs, barred, _examples(findings), writes, metrics)
+    errors = [_breach(rule, metrics["rules"][rule], examples, notices) for rule in forbidden] + errors
     return Validated(metrics, histograms, profiled, examples, notices, errors)
 
 
@@ -171,7 +176,7 @@ def _examine_all(
     examine = functools.partial(_examine, candidates, tokenizer, max_length, barring)
     with ExitStack() as stack:
         run: Any = map
-        if len(sizes) > 2:
+        if len(sizes) > GROUPS_ALONE:
             context = multiprocessing.get_context("spawn")
             run = stack.enter_context(ProcessPoolExecutor(os.cpu_count(), context)).map
         parts, prompts = [], dict[int, str]()
@@ -294,12 +299,21 @@ def _balance(
     return shown, faults
 
 
-def _errors(metrics: dict[str, Any], params: ValidateParams, actions: dict[str, str], marks: Marks) -> list[str]:
-    errors = [
-        f"{metrics['rules'][rule]} breaches of '{rule}', set to error: {RULES[rule].means}; {RULES[rule].mend}"
-        for rule in RULES
-        if actions[rule] == "error" and metrics["rules"][rule]
-    ]
+def _breach(
+    rule: str, count: int, examples: dict[str, list[dict[str, Any]]], notices: list[tuple[str, str]]
+) -> str:
+    """Where a rule that is set to error is first broken, how, and the mend."""
+    if rule in examples:
+        row = examples[rule][0]
+        found = f"{row['file']}, line {row['line']}: {row['reason']}"
+    else:
+        found = next(reason for name, reason in notices if name == rule)
+    return f"{found}; {RULES[rule].mend} (rule '{rule}', {count} in all)"
+
+
+def _shortages(metrics: dict[str, Any], params: ValidateParams, marks: Marks) -> list[str]:
+    """Too many rows set aside, or no sound pair in a split."""
+    errors = []
     share = metrics["quarantined"] / metrics["rows"]
     if share > params.max_quarantined:
         errors.append(
