@@ -8,6 +8,7 @@ import datetime
 import hashlib
 import math
 import re
+import reprlib
 import unicodedata
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, Literal
@@ -224,7 +225,7 @@ def _turns(value: Any, field: str) -> list[Turn]:
             )
         if turn["role"] not in ROLES:
             raise RowFault(
-                "broken_roles", f"field '{field}': unknown role {turn['role']!r}, not of {', '.join(ROLES)}"
+                "broken_roles", f"field '{field}': unknown role {_shown(turn['role'])}, not of {', '.join(ROLES)}"
             )
         turns.append({"role": turn["role"], "content": _storable(_text(turn["content"], field), field)})
     return turns
@@ -264,13 +265,22 @@ def _present(row: Row, field: str) -> Any:
     return row[field]
 
 
+def given(row: Row, field: str) -> Any:
+    """The value of an optional field; an empty text and NaN, as tables have them, are as good as none."""
+    value = row.get(field)
+    return None if value == "" or (isinstance(value, float) and math.isnan(value)) else value
+
+
+def _shown(value: Any) -> str:
+    """The start of a value, for messages, however large or deep it is."""
+    return repr((value if isinstance(value, str) else reprlib.repr(value))[:40])
+
+
 def _text(value: Any, field: str) -> str:
     if value is None:
         raise RowFault("missing_text", f"field '{field}' holds a null where a text belongs")
     if not isinstance(value, str):
-        raise RowFault(
-            "wrong_type", f"field '{field}' holds {type(value).__name__} {str(value)[:40]!r}, not a text"
-        )
+        raise RowFault("wrong_type", f"field '{field}' holds {type(value).__name__} {_shown(value)}, not a text")
     return value
 
 
@@ -293,9 +303,9 @@ def _storable(text: str, field: str) -> str:
 
 
 def _optional(row: Row) -> Pair:
-    split = row.get("split")
-    if split is not None and SPLITS.get(str(split)) is None:
-        raise RowFault("unknown_split", f"split {str(split)[:40]!r} is none of {', '.join(SPLITS)}")
+    split = given(row, "split")
+    if split is not None and (not isinstance(split, str) or split not in SPLITS):
+        raise RowFault("unknown_split", f"split {_shown(split)} is none of {', '.join(SPLITS)}")
     weight, agreement = _number(row, "weight"), _number(row, "agreement")
     if weight is not None and weight <= 0:
         raise RowFault("wrong_type", f"field 'weight' is {weight:g}; it must be above 0")
@@ -303,7 +313,7 @@ def _optional(row: Row) -> Pair:
         raise RowFault("wrong_type", f"field 'agreement' is {agreement:g}; it must be from 0 to 1")
     return {
         "id": _label(row, "id"),
-        "split": None if split is None else SPLITS[str(split)],
+        "split": None if split is None else SPLITS[split],
         "source": _label(row, "source"),
         "timestamp": _label(row, "timestamp"),
         "weight": weight,
@@ -314,8 +324,8 @@ def _optional(row: Row) -> Pair:
 
 
 def _label(row: Row, field: str) -> str | None:
-    value = row.get(field)
-    if value is None or value == "":
+    value = given(row, field)
+    if value is None:
         return None
     if isinstance(value, datetime.date):
         return value.isoformat()
@@ -325,10 +335,8 @@ def _label(row: Row, field: str) -> str | None:
 
 
 def _number(row: Row, field: str) -> float | None:
-    value = row.get(field)
-    if value is None or value == "" or (isinstance(value, float) and math.isnan(value)):
-        return None
-    return _required_number(value, field)
+    value = given(row, field)
+    return None if value is None else _required_number(value, field)
 
 
 def _required_number(value: Any, field: str) -> float:
@@ -337,5 +345,5 @@ def _required_number(value: Any, field: str) -> float:
     except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not math.isfinite(number):
-        raise RowFault("wrong_type", f"field '{field}' holds {str(value)[:40]!r}, not a number")
+        raise RowFault("wrong_type", f"field '{field}' holds {_shown(value)}, not a number")
     return number

@@ -8,8 +8,10 @@ import csv
 import gzip
 import io
 import json
+import reprlib
 import tempfile
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +24,7 @@ import pyarrow.parquet as pq
 from dpo.config import DataParams
 from dpo.embedded import RATINGS_SDIST, fetch
 from dpo.errors import InputError
-from dpo.preferences.formats import SPLITS, Row
+from dpo.preferences.formats import SPLITS, Row, given
 from dpo.preferences.human_ratings import rating_pairs, read_ratings
 
 OWN_DATA = Path("data/own")
@@ -32,6 +34,7 @@ LARGEST_JSON = 512 * 2**20
 """Bytes of one JSON array, which must be held in memory as a whole; JSONL has no such limit."""
 ROWS_AT_ONCE = 1000
 BOM = b"\xef\xbb\xbf"
+UTF16 = (b"\xff\xfe", b"\xfe\xff")
 LISTS = {"completions", "responses", "scores", "ratings", "ranks", "rankings"}
 
 
@@ -56,7 +59,7 @@ def read_source(params: DataParams, seed: int) -> Iterator[RawRow]:
         InputError: the source is not there, cannot be read, or lies where DVC does not watch it; names it and the
             mend.
     """
-    names = [params.source] if isinstance(params.source, str) else params.source
+    names = [params.source] if isinstance(params.source, str) else list(params.source)
     local = [name for name in names if name != "embedded" and is_local(name)]
     if params.revision is not None and (local or names == ["embedded"]):
         raise InputError("params.yaml: data.revision has no effect: data.source is no hub id; set it to null")
@@ -64,7 +67,8 @@ def read_source(params: DataParams, seed: int) -> Iterator[RawRow]:
         return _embedded(params, seed)
     if len(local) == len(names):
         for name in names:
-            if OWN_DATA.resolve() not in (Path(name).absolute(), *Path(name).absolute().parents):
+            place = Path(name).absolute()
+            if ".." in place.parts or OWN_DATA.absolute() not in (place, *place.parents):
                 raise InputError(
                     f"params.yaml: data.source: {name} is outside {OWN_DATA}/, the folder that DVC watches; "
                     f"copy it there and name it as {OWN_DATA / Path(name).name}"
@@ -118,7 +122,7 @@ def _split_of_name(path: Path) -> str | None:
 
 def _with_split(rows: Iterable[RawRow], split: str | None) -> Iterator[RawRow]:
     for raw in rows:
-        if split is None or raw.row is None or raw.row.get("split") is not None:
+        if split is None or raw.row is None or given(raw.row, "split") is not None:
             yield raw
         else:
             yield RawRow(raw.file, raw.line, {**raw.row, "split": split}, raw.original)
@@ -130,10 +134,13 @@ def _read_file(path: Path) -> Iterator[RawRow]:
         raise InputError(f"{path}: unknown kind of file; accepted are {', '.join(READERS)}, each also with .gz")
     try:
         with path.open("rb") as stored, gzip.open(stored) if path.suffix == ".gz" else stored as file:
-            yield from READERS[kind](cast("BinaryIO", file), str(path))
-    except (OSError, EOFError, zlib.error, pa.ArrowException) as error:
+            if kind != ".parquet" and file.peek(2)[:2] in UTF16:
+                raise InputError(f"{path}: the file is UTF-16; save it as UTF-8")
+            name = str(path).encode(errors="backslashreplace").decode()
+            yield from READERS[kind](cast("BinaryIO", file), name)
+    except (OSError, EOFError, zlib.error, pa.ArrowException, UnicodeDecodeError) as error:
         what = f"{kind} file in gzip" if path.suffix == ".gz" else f"{kind} file"
-        raise InputError(f"{path}: not a whole, readable {what}: {error}") from error
+        raise InputError(f"{path}: not a whole, readable {what}: {' '.join(str(error).split())}") from error
 
 
 def _jsonl(file: BinaryIO, name: str) -> Iterator[RawRow]:
@@ -146,8 +153,6 @@ def _jsonl(file: BinaryIO, name: str) -> Iterator[RawRow]:
             )
         if number == 1:
             line = line.removeprefix(BOM)
-            if line.startswith((b"\xff\xfe", b"\xfe\xff")):
-                raise InputError(f"{name}: the file is UTF-16; save it as UTF-8")
         if line.strip():
             yield _parsed(line.strip(), name, number)
 
@@ -181,7 +186,7 @@ def _json(file: BinaryIO, name: str) -> Iterator[RawRow]:
     if len(content) > LARGEST_JSON:
         raise InputError(f"{name}: a JSON array of more than {LARGEST_JSON // 2**20} MiB; save it as JSONL")
     try:
-        rows = json.loads(content.removeprefix(BOM).decode())
+        rows = json.loads(content.removeprefix(BOM).decode(errors="surrogateescape"))
     except (ValueError, RecursionError) as error:
         raise InputError(f"{name}: not a whole JSON file: {error}") from error
     if not isinstance(rows, list):
@@ -192,27 +197,35 @@ def _json(file: BinaryIO, name: str) -> Iterator[RawRow]:
 def _csv(file: BinaryIO, name: str) -> Iterator[RawRow]:
     csv.field_size_limit(LONGEST_LINE)
     text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
-    reader = csv.reader(text)
+    reader = csv.reader(_short_lines(text, name), strict=True)
     try:
         header = next(reader, [])
         if len(header) < 2:
             other = next((sign for sign in (";", "\t", "|") if sign in "".join(header)), None)
-            mend = f"its delimiter seems to be {other!r}; save it with commas" if other else "it has no header"
+            mend = f"its delimiter seems to be {other!r}; save it with commas" if other else "it has no commas"
             raise InputError(f"{name}: not a CSV file with the columns of preference data: {mend}")
-        if len(set(header)) < len(header):
-            raise InputError(f"{name}: a column name stands twice in the header {', '.join(header)}")
+        ((field, count),) = Counter(header).most_common(1)
+        if count > 1:
+            raise InputError(f"{name}: the column name {field[:40]!r} stands twice in the header")
         for values in reader:
             if not values:
                 continue
-            original = _text_of(dict(zip(header, values, strict=False)))
             if len(values) != len(header):
                 fault = f"{len(values)} fields, the header has {len(header)}"
-                yield RawRow(name, reader.line_num, None, original, ("unreadable_row", fault))
+                yield RawRow(name, reader.line_num, None, _text_of(values), ("unreadable_row", fault))
             else:
+                original = _text_of(dict(zip(header, values, strict=True)))
                 row = {field: _cell(field, value) for field, value in zip(header, values, strict=True)}
                 yield RawRow(name, reader.line_num, row, original)
     except csv.Error as error:
         raise InputError(f"{name}: line {reader.line_num}: not CSV: {error}") from error
+
+
+def _short_lines(text: io.TextIOWrapper, name: str) -> Iterator[str]:
+    while line := text.readline(LONGEST_LINE + 1):
+        if len(line) > LONGEST_LINE:
+            raise InputError(f"{name}: a line is longer than {LONGEST_LINE // 2**20} MiB; CSV has one row a line")
+        yield line
 
 
 def _cell(field: str, value: str) -> Any:
@@ -229,8 +242,17 @@ def _cell(field: str, value: str) -> Any:
 
 def _parquet(file: BinaryIO, name: str) -> Iterator[RawRow]:
     content: Any = io.BytesIO(file.read()) if isinstance(file, gzip.GzipFile) else file
-    batches = pq.ParquetFile(content).iter_batches(batch_size=ROWS_AT_ONCE)
-    yield from _numbered((row for batch in batches for row in batch.to_pylist()), name)
+    yield from _numbered(_of_arrow(pq.ParquetFile(content).iter_batches(batch_size=ROWS_AT_ONCE)), name)
+
+
+def _of_arrow(batches: Iterable[Any]) -> Iterator[Any]:
+    """The rows of batches, in place of a row that Python cannot hold the error that says so."""
+    for batch in batches:
+        try:
+            rows = batch.to_pylist()
+        except (ValueError, OverflowError) as error:  # bytes that are no UTF-8, times beyond the year 9999
+            rows = [error] if len(batch) == 1 else _of_arrow(batch.slice(i, 1) for i in range(len(batch)))
+        yield from rows
 
 
 READERS: dict[str, Callable[[BinaryIO, str], Iterator[RawRow]]] = {
@@ -245,23 +267,31 @@ def _numbered(rows: Iterable[Any], name: str) -> Iterator[RawRow]:
     for number, row in enumerate(rows, 1):
         if isinstance(row, dict):
             yield RawRow(name, number, row, _text_of(row))
+        elif isinstance(row, UnicodeDecodeError):
+            original = row.object.decode(errors="backslashreplace")
+            yield RawRow(name, number, None, original, ("invalid_utf8", str(row)))
         else:
-            yield RawRow(name, number, None, _text_of(row), ("unreadable_row", f"{type(row).__name__}, no object"))
+            what = str(row) if isinstance(row, Exception) else f"{type(row).__name__}, no object"
+            yield RawRow(name, number, None, _text_of(row), ("unreadable_row", what))
 
 
 def _text_of(row: Any) -> str:
     try:
         return orjson.dumps(row, default=str).decode()
     except (TypeError, orjson.JSONEncodeError):  # lone surrogates, keys that are no text
-        return json.dumps(row, default=str)
+        try:
+            return json.dumps(row, default=str)
+        except RecursionError:
+            return reprlib.repr(row)
 
 
 def _saved_dataset(path: Path) -> Iterator[RawRow]:
-    import datasets
+    from datasets import load_from_disk
+    from datasets.exceptions import DatasetsError
 
     try:
-        loaded = datasets.load_from_disk(str(path))
-    except (OSError, ValueError, pa.ArrowException, datasets.exceptions.DatasetsError) as error:
+        loaded = load_from_disk(str(path))
+    except (OSError, ValueError, LookupError, TypeError, pa.ArrowException, DatasetsError) as error:
         raise InputError(f"{path}: not a whole saved data set: {error}") from error
     yield from _dataset_rows(loaded, str(path))
 
@@ -283,11 +313,11 @@ def _hub(name: str, revision: str | None) -> Iterator[RawRow]:
 
 def _dataset_rows(loaded: Any, name: str) -> Iterator[RawRow]:
     parts = loaded if isinstance(loaded, dict) else {"train": loaded}
-    ready = "eval" in {SPLITS.get(part) for part in parts} and len(parts) > 1
+    splits = {part: _split_of_name(Path(part)) for part in parts}
+    ready = "eval" in splits.values() and len(parts) > 1
     for part, data in parts.items():
-        batches = data.with_format("arrow").iter(ROWS_AT_ONCE)
-        rows = _numbered((row for batch in batches for row in batch.to_pylist()), f"{name}:{part}")
-        yield from _with_split(rows, SPLITS.get(part, "train") if ready else None)
+        rows = _numbered(_of_arrow(data.with_format("arrow").iter(ROWS_AT_ONCE)), f"{name}:{part}")
+        yield from _with_split(rows, (splits[part] or "train") if ready else None)
 
 
 def _embedded(params: DataParams, seed: int) -> Iterator[RawRow]:
