@@ -268,14 +268,20 @@ def test_a_split_column_goes_before_the_name_of_a_file(tmp_path):
     assert [row["split"] for row in rows_of(tmp_path / "own")] == ["train", "eval", "eval", "train"]
 
 
+def test_files_named_for_splits_are_one_source_unless_a_row_names_its_own(tmp_path):
+    write(tmp_path / "own/test.jsonl", texts(1))
+    write(tmp_path / "own/train.jsonl", [*texts(1, 1), {**texts(1, 2)[0], "source": "lab"}])
+    assert [row["source"] for row in rows_of(tmp_path / "own")] == ["own", "own", "lab"]
+
+
 @pytest.mark.parametrize("held_out", ["test", "validation", "test_prefs"])
 def test_a_saved_data_set_keeps_its_splits(tmp_path, held_out):
     data = DatasetDict({"train": Dataset.from_list(texts(3)), held_out: Dataset.from_list(texts(2, 3))})
     data.save_to_disk(str(tmp_path / "saved"))
-    raws = read(tmp_path / "saved")
+    raws, source = read(tmp_path / "saved"), str(tmp_path / "saved")
     assert [raw.row for raw in raws] == [
-        *({**row, "split": "train"} for row in texts(3)),
-        *({**row, "split": "eval"} for row in texts(2, 3)),
+        *({**row, "split": "train", "source": source} for row in texts(3)),
+        *({**row, "split": "eval", "source": source} for row in texts(2, 3)),
     ]
     assert [raw.file for raw in raws] == [
         *[f"{tmp_path / 'saved'}:train"] * 3,

@@ -107,7 +107,7 @@ def read_files(names: Iterable[str]) -> Iterator[RawRow]:
         splits = {file: _split_of_name(file) for file in files} if path.is_dir() else {}
         named = "eval" in splits.values()
         for file in files:
-            yield from _with_split(_read_file(file), (splits[file] or "train") if named else None)
+            yield from _with_split(_read_file(file), (splits[file] or "train") if named else None, path.name)
 
 
 def _kind(path: Path) -> str | None:
@@ -120,12 +120,18 @@ def _split_of_name(path: Path) -> str | None:
     return SPLITS.get(word[0]) if word else None
 
 
-def _with_split(rows: Iterable[RawRow], split: str | None) -> Iterator[RawRow]:
+def _with_split(rows: Iterable[RawRow], split: str | None, source: str) -> Iterator[RawRow]:
+    """Rows with the split and the source that they have by where they stand, unless they say otherwise."""
+    if split is None:
+        yield from rows
+        return
     for raw in rows:
-        if split is None or raw.row is None or given(raw.row, "split") is not None:
+        if raw.row is None:
             yield raw
         else:
-            yield RawRow(raw.file, raw.line, {**raw.row, "split": split}, raw.original)
+            by_place = {"split": split, "source": source}
+            added = {field: value for field, value in by_place.items() if given(raw.row, field) is None}
+            yield RawRow(raw.file, raw.line, {**raw.row, **added}, raw.original)
 
 
 def _read_file(path: Path) -> Iterator[RawRow]:
@@ -317,7 +323,7 @@ def _dataset_rows(loaded: Any, name: str) -> Iterator[RawRow]:
     ready = "eval" in splits.values() and len(parts) > 1
     for part, data in parts.items():
         rows = _numbered(_of_arrow(data.with_format("arrow").iter(ROWS_AT_ONCE)), f"{name}:{part}")
-        yield from _with_split(rows, (splits[part] or "train") if ready else None)
+        yield from _with_split(rows, (splits[part] or "train") if ready else None, name)
 
 
 def _embedded(params: DataParams, seed: int) -> Iterator[RawRow]:
