@@ -147,7 +147,11 @@ def test_the_best_completion_is_paired_with_the_worst_or_with_the_rest(row, pair
     pairs = pairs_of(row, pairing)
     assert [(pair["chosen"], pair["rejected"]) for pair in pairs] == texts
     assert all(pair["prompt"] == "Film 3?" and pair["turns"] is None for pair in pairs)
-    assert all(pair["chosen_rating"] > pair["rejected_rating"] for pair in pairs)
+
+
+@pytest.mark.parametrize("row", [ULTRAFEEDBACK, RATED])
+def test_the_chosen_completion_is_rated_higher(row):
+    assert all(pair["chosen_rating"] > pair["rejected_rating"] for pair in pairs_of(row, "best_rest"))
 
 
 def test_ratings_of_completions_are_kept():
@@ -522,3 +526,10 @@ def test_a_row_in_a_format_is_pairs_unless_its_text_is_at_fault(row):
 def test_any_rows_have_a_known_format_or_are_refused(some):
     with contextlib.suppress(InputError):
         assert detect(some, "x") in FORMATS
+
+
+def test_a_rank_orders_but_is_no_rating():
+    (pair,) = to_pairs(RANKED, "rated responses", "best_worst")
+    assert (pair["chosen"], pair["rejected"]) == ("A joy.", "A bore.")
+    assert pair["chosen_rating"] is None
+    assert pair["rejected_rating"] is None

@@ -158,7 +158,10 @@ def _rated_responses(row: Row, pairing: Pairing) -> list[Pair]:
     values = [_required_number(value, field) for value in _listed(_present(row, field), field)]
     if len(values) != len(texts):
         raise RowFault("wrong_type", f"{len(texts)} responses have {len(values)} {field}")
-    return _of_scores(row, texts, [-v for v in values] if field in RANK_LISTS else values, pairing)
+    if field not in RANK_LISTS:
+        return _of_scores(row, texts, values, pairing)
+    no_rating = {"chosen_rating": None, "rejected_rating": None}  # a rank orders, it does not rate
+    return [{**pair, **no_rating} for pair in _of_scores(row, texts, [-value for value in values], pairing)]
 
 
 def _of_scores(row: Row, texts: list[str], scores: list[float], pairing: Pairing) -> list[Pair]:
