@@ -7,6 +7,7 @@ import argparse
 import json
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,27 +45,14 @@ def main() -> None:
 
 def check_candidates(params: Params) -> None:
     """The stage: the candidate table in, the training and the held-out table out."""
-    outputs = {"train": TRAIN, "eval": EVAL, "quarantine": QUARANTINE}
     caps = {"train": params.data.max_train_pairs, "eval": params.data.max_eval_pairs}
-    result = validate(
-        PREFERENCES,
-        params.validate,
-        tokenizer=BASE,
-        max_length=params.engine.max_length,
-        caps=caps,
-        seed=params.seed,
-        previous=committed_profile(),
-        outputs=outputs,
-    )
-    page = REPORTS / "validate.html"
-    write_report(result, params, page)
+    outputs = {"train": TRAIN, "eval": EVAL, "quarantine": QUARANTINE}
+    page, metrics = REPORTS / "validate.html", METRICS / "validate.json"
+    result = check(params, PREFERENCES, BASE, caps, outputs, page, metrics)
     with written_whole(REPORTS / "validate.md") as aside:
         aside.write_text(markdown(result, params))
-    write_json(METRICS / "validate.json", result.metrics)
-    print(table(result, params, page))
-    log_validation(params, result.metrics, [page, METRICS / "validate.json"])
-    if result.errors:
-        raise InputError("\n".join(f"the data must not be used: {error}" for error in result.errors))
+    log_validation(params, result.metrics, [page, metrics])
+    refuse(result)
     write_json(PROFILE, result.profile)
 
 
@@ -83,21 +71,39 @@ def check_files(params: Params, files: list[str], model: Path | None, output: Pa
     output.mkdir(parents=True, exist_ok=True)
     candidates = output / "candidates.parquet"
     collect(read_files(files), candidates, ", ".join(files), params.data)
+    caps = {"train": None, "eval": None}
     outputs = {name: output / f"{name}.parquet" for name in ("train", "eval", "quarantine")}
+    refuse(check(params, candidates, model, caps, outputs, output / "report.html", output / "metrics.json"))
+
+
+def check(
+    params: Params,
+    candidates: Path,
+    tokenizer: Path | None,
+    caps: Mapping[str, int | None],
+    outputs: Mapping[str, Path],
+    page: Path,
+    metrics: Path,
+) -> Validated:
+    """Validate a candidate table; write the report and the figures, and print the table."""
     result = validate(
         candidates,
         params.validate,
-        tokenizer=model,
+        tokenizer=tokenizer,
         max_length=params.engine.max_length,
-        caps={"train": None, "eval": None},
+        caps=caps,
         seed=params.seed,
         previous=committed_profile(),
         outputs=outputs,
     )
-    page = output / "report.html"
     write_report(result, params, page)
-    write_json(output / "metrics.json", result.metrics)
+    write_json(metrics, result.metrics)
     print(table(result, params, page))
+    return result
+
+
+def refuse(result: Validated) -> None:
+    """Raise InputError, a line for each reason, if the data must not be used."""
     if result.errors:
         raise InputError("\n".join(f"the data must not be used: {error}" for error in result.errors))
 

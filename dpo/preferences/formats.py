@@ -114,15 +114,13 @@ def _pairs(row: Row, pairing: Pairing) -> list[Pair]:
     prompt, chosen, rejected = _prompt(row), _present(row, "chosen"), _present(row, "rejected")
     if all(isinstance(value, list) and len(value) > 1 for value in (chosen, rejected)):
         pair = _conversation(_turns(chosen, "chosen"), _turns(rejected, "rejected"))
-        asked = prompt if isinstance(prompt, str) else _asked(_turns(prompt, "prompt"))["prompt"]
+        asked = _prompt_fields(prompt)["prompt"]
         openings = [pair["prompt"], *(turn["content"] for turn in (pair["turns"] or [])[-1:])]
         if asked.strip() not in [opening.strip() for opening in openings]:
             raise RowFault("broken_roles", "the field 'prompt' is not what the conversations start with")
         return [pair]
     completions = {"chosen": _completion(chosen, "chosen"), "rejected": _completion(rejected, "rejected")}
-    if isinstance(prompt, str):
-        return [{"prompt": prompt, "turns": None, **completions}]
-    return [{**_asked(_turns(prompt, "prompt")), **completions}]
+    return [{**_prompt_fields(prompt), **completions}]
 
 
 def _conversations(row: Row, pairing: Pairing) -> list[Pair]:
@@ -165,8 +163,7 @@ def _rated_responses(row: Row, pairing: Pairing) -> list[Pair]:
 
 
 def _of_scores(row: Row, texts: list[str], scores: list[float], pairing: Pairing) -> list[Pair]:
-    prompt = _prompt(row)
-    asked = {"prompt": prompt, "turns": None} if isinstance(prompt, str) else _asked(_turns(prompt, "prompt"))
+    asked = _prompt_fields(_prompt(row))
     order = sorted(range(len(texts)), key=lambda i: -scores[i])
     lesser = [i for i in order if scores[i] < scores[order[0]]]
     if not lesser:
@@ -202,6 +199,10 @@ def _conversation(chosen: list[Turn], rejected: list[Turn]) -> Pair:
         raise RowFault("broken_roles", "the conversations part before their last turn")
     pair = {"chosen": chosen[-1]["content"], "rejected": rejected[-1]["content"]}
     return {**_asked(chosen[:-1]), **pair}
+
+
+def _prompt_fields(prompt: Any) -> Pair:
+    return {"prompt": prompt, "turns": None} if isinstance(prompt, str) else _asked(_turns(prompt, "prompt"))
 
 
 def _asked(turns: list[Turn]) -> Pair:

@@ -32,7 +32,7 @@ from dpo.files import written_whole
 from dpo.preferences.contract import CANDIDATES_SCHEMA, PAIRS_SCHEMA, Candidates, Pairs, hold
 from dpo.preferences.drift import drift, profile
 from dpo.preferences.duplicates import Marks, compare, join, mark
-from dpo.preferences.rules import RULES, Finding, check_lengths, check_texts, special_tokens, token_lengths
+from dpo.preferences.rules import RULES, TEXTS, Finding, check_lengths, check_texts, special_tokens, token_lengths
 
 GROUPS_ALONE = 8
 """So few row groups are done sooner than other processes start."""
@@ -40,7 +40,6 @@ SAMPLED_PROMPTS = 20_000
 EXAMPLES = 5
 """Rows of each broken rule that the report shows."""
 QUANTILES = {"median": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
-LENGTHS = ("prompt", "chosen", "rejected")
 FEW_PAIRS = 20
 """A source with fewer pairs says nothing about balance."""
 LARGEST_SOURCES = 50
@@ -222,7 +221,7 @@ def _examine(
     rows = [row for row, broken in found.items() if not any(rule in barring for rule, _ in broken)]
     pairs = [records[row - start] for row in rows]
     if tokenizer is None:
-        lengths = np.array([[len(pair[field]) for field in LENGTHS] for pair in pairs], np.int32).reshape(-1, 3)
+        lengths = np.array([[len(pair[field]) for field in TEXTS] for pair in pairs], np.int32).reshape(-1, 3)
     else:
         try:
             lengths = token_lengths(tokenizer, pairs)
@@ -249,7 +248,7 @@ def _examine(
 
 
 def _quantiles(lengths: NDArray[np.int32]) -> dict[str, dict[str, float]]:
-    columns = dict(zip(LENGTHS, lengths.T, strict=True)) | {"pair": lengths[:, 0] + lengths[:, 1:].max(1)}
+    columns = dict(zip(TEXTS, lengths.T, strict=True)) | {"pair": lengths[:, 0] + lengths[:, 1:].max(1)}
     return {
         name: {label: float(np.quantile(values, q, method="lower")) for label, q in QUANTILES.items()}
         for name, values in columns.items()
@@ -258,9 +257,7 @@ def _quantiles(lengths: NDArray[np.int32]) -> dict[str, dict[str, float]]:
 
 def _histograms(lengths: NDArray[np.int32]) -> dict[str, tuple[list[float], list[int]]]:
     top = max(1.0, float(np.quantile(lengths, 0.99)))
-    counted = {
-        name: np.histogram(np.minimum(lengths[:, i], top), BINS, (0, top)) for i, name in enumerate(LENGTHS)
-    }
+    counted = {name: np.histogram(np.minimum(lengths[:, i], top), BINS, (0, top)) for i, name in enumerate(TEXTS)}
     return {name: (edges.tolist(), counts.tolist()) for name, (counts, edges) in counted.items()}
 
 
@@ -358,6 +355,7 @@ def _write(
     file = pq.ParquetFile(candidates)
     examples: dict[str, list[dict[str, Any]]] = {}
     agreement: dict[str, list[float]] = {split: [] for split in used}
+    masks = {split: np.isin(np.arange(file.metadata.num_rows), rows) for split, rows in used.items()}
     with ExitStack() as stack:
         writers = {}
         for name in ("quarantine", *used):
@@ -371,8 +369,8 @@ def _write(
             start += len(table)
             aside_rows = [row for row in rows if row in barred]
             part = table.take(pa.array([row - rows.start for row in aside_rows], pa.int64()))
-            for column, value in (("rule", "rule"), ("reason", "reason")):
-                texts = pa.array([getattr(barred[row], value) for row in aside_rows], pa.string())
+            for column in ("rule", "reason"):
+                texts = pa.array([getattr(barred[row], column) for row in aside_rows], pa.string())
                 part = part.set_column(part.schema.get_field_index(column), column, texts)
             writers["quarantine"].write_table(part)
             for row in (row for row in rows if row in shown):
@@ -381,8 +379,8 @@ def _write(
                     examples.setdefault(finding.rule, []).append(
                         {**record, "rule": finding.rule, "reason": finding.reason}
                     )
-            for split, wanted in used.items():
-                part = table.filter(np.isin(rows, wanted)).select(PAIRS_SCHEMA.names)
+            for split, wanted in masks.items():
+                part = table.filter(wanted[rows.start : rows.stop]).select(PAIRS_SCHEMA.names)
                 if len(part):
                     agreement[split] += (
                         hold(Pairs, part.to_pandas(), str(candidates))["agreement"].dropna().tolist()
