@@ -36,9 +36,10 @@ from benchmarks.cases import CASES, PAIRS_PER_STEP, SEED, Case, case_rows, padde
 from benchmarks.flops import flop_ratio, flops
 from benchmarks.page import put_table
 from dpo.batching import StepSampler, TokenRow
-from dpo.config import LoraParams
+from dpo.config import LoraParams, load_params
 from dpo.files import write_json
 from dpo.logps import load_model, sequence_logps
+from dpo.losses import preference_loss
 from dpo.training import PackedTrainer, add_lora, cached_reference, dpo_objective
 
 MODEL = Path("models/base")
@@ -139,7 +140,8 @@ def train_ours(case: Case, model: Path, rows: Sequence[TokenRow], reference: Ref
     set_seed(SEED)
     if case.lora:
         add_lora(policy, LoraParams(rank=LORA["r"], alpha=LORA["lora_alpha"]))
-    objective = functools.partial(dpo_objective, beta=BETA, reference=cached_reference(reference, rows))
+    loss = functools.partial(preference_loss, beta=BETA, loss="sigmoid", settings=load_params().losses)
+    objective = functools.partial(dpo_objective, loss=loss, reference=cached_reference(reference, rows))
     with tempfile.TemporaryDirectory() as folder:
         args = TrainingArguments(folder, **arguments(case) | {"bf16": False}, **QUIET, remove_unused_columns=False)
         sampler = InOrder(rows, case.micro_batch)

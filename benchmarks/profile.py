@@ -4,6 +4,7 @@ One DPO step of 8 pairs with AdamW on the CPU, as in the engine's cases, under t
 small operations down more than large ones.
 """
 
+import functools
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -15,7 +16,9 @@ from transformers import AutoTokenizer
 from benchmarks.cases import PAIRS_PER_STEP, long_rows, short_rows
 from benchmarks.page import put_table
 from dpo.batching import TokenRow, pack
+from dpo.config import load_params
 from dpo.logps import load_model
+from dpo.losses import preference_loss
 from dpo.training import dpo_objective
 
 PAGE, MODEL = Path("docs/benchmarks.md"), Path("models/base")
@@ -32,9 +35,10 @@ GROUPS = {
 
 def step(model: torch.nn.Module, rows: list[TokenRow], micro_batch: int, optimizer: torch.optim.Optimizer) -> None:
     """One optimizer step over the rows, from a reference that gives every completion 0."""
+    dpo = functools.partial(preference_loss, beta=0.1, loss="sigmoid", settings=load_params().losses)
     for start in range(0, len(rows), micro_batch):
         packed = pack(rows[start : start + micro_batch])
-        loss, _ = dpo_objective(model, packed, beta=0.1, reference=lambda p: torch.zeros(2 * len(p["ids"])))
+        loss, _ = dpo_objective(model, packed, loss=dpo, reference=lambda p: torch.zeros(2 * len(p["ids"])))
         (loss / len(rows)).backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()

@@ -1,9 +1,10 @@
 """Typed parameters: `params.yaml` read into frozen dataclasses. Unknown or ill-typed keys are errors."""
 
+import itertools
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from ruamel.yaml import YAML
@@ -17,13 +18,18 @@ Rate = Annotated[float, Field(gt=0)]
 Action = Literal["error", "quarantine", "warn"]
 Unpaired = Literal["error", "quarantine"]
 Notice = Literal["error", "warn"]
+Share = Annotated[float, Field(ge=0, le=1)]
+LossName = Literal["sigmoid", "ipo", "conservative", "robust", "hinge", "length_normalised", "rpo", "dpop"]
 STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
-def _distinct(values: tuple[float, ...]) -> tuple[float, ...]:
+def _distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
     if len(set(values)) < len(values):
         raise ValueError("a value stands there twice")
     return values
+
+
+Several = (Field(min_length=1), AfterValidator(_distinct))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +107,7 @@ class ValidateParams:
 
     __pydantic_config__ = STRICT
 
-    max_quarantined: Annotated[float, Field(ge=0, le=1)]
+    max_quarantined: Share
     """Largest share of rows that may be set aside; more stops the pipeline."""
     near_duplicate_similarity: Annotated[float, Field(gt=0, le=1)]
     """Least Jaccard similarity, of neighbouring words, of two pairs that count as one."""
@@ -137,8 +143,6 @@ class OptimizerParams:
     """Passes over the training pairs."""
     pairs_per_step: Positive
     """Effective batch, in pairs."""
-    learning_rate: Rate
-    """Peak learning rate."""
     optimizer: Literal["adamw", "rmsprop", "adamw_8bit", "paged_adamw_8bit"]
     """The paper's code uses RMSprop; AdamW is the common choice since. 8-bit states need a CUDA GPU."""
     schedule: Literal["linear", "cosine", "constant"]
@@ -157,6 +161,8 @@ class SftParams(OptimizerParams):
 
     __pydantic_config__ = STRICT
 
+    learning_rate: Rate
+    """Peak learning rate."""
     completions: Literal["both", "chosen"]
     """Which side of each pair is imitated; both keep the reference neutral (Rafailov et al. 2023, section 6)."""
     max_pairs: Positive | None
@@ -191,18 +197,151 @@ class EarlyStopParams:
 
 @dataclass(frozen=True, kw_only=True)
 class DpoParams(OptimizerParams):
-    """Preference optimisation; one run for each beta."""
+    """Preference optimisation, the same for every cell of the sweep."""
 
     __pydantic_config__ = STRICT
 
-    betas: Annotated[tuple[Positive | Rate, ...], Field(min_length=1), AfterValidator(_distinct)]
-    """Strengths of the KL constraint, eq. 7."""
     reference: Literal["cached", "online"]
     """`cached` holds one model; `online` computes reference log-probs in training: a second model, or LoRA off."""
     lora: LoraParams | None
     """Train adapters and save them alone; null trains all weights."""
     early_stop: EarlyStopParams | None
     """Null trains all epochs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlainLoss:
+    """A loss without settings."""
+
+    __pydantic_config__ = STRICT
+
+
+@dataclass(frozen=True, kw_only=True)
+class SmoothedLoss:
+    """A loss that expects some labels to be wrong."""
+
+    __pydantic_config__ = STRICT
+
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)]
+    """Probability that chosen and rejected are the wrong way round."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RegularisedLoss:
+    """A loss with the likelihood of chosen added."""
+
+    __pydantic_config__ = STRICT
+
+    sft_weight: Rate
+    """Weight of the mean negative log-likelihood a token of the chosen completion."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PenalisedLoss:
+    """A loss that keeps the likelihood of chosen from falling."""
+
+    __pydantic_config__ = STRICT
+
+    penalty: Rate
+    """Weight of the nats that chosen has lost against the reference."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossParams:
+    """Settings of each loss; the equations are in `dpo.losses`."""
+
+    __pydantic_config__ = STRICT
+
+    sigmoid: PlainLoss
+    ipo: PlainLoss
+    conservative: SmoothedLoss
+    robust: SmoothedLoss
+    hinge: PlainLoss
+    length_normalised: PlainLoss
+    rpo: RegularisedLoss
+    dpop: PenalisedLoss
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One point of the sweep: one policy."""
+
+    loss: LossName
+    beta: float
+    learning_rate: float
+    seed: int
+
+    @property
+    def key(self) -> str:
+        """DVC's name of the cell, and the name of its files."""
+        return f"{self.loss}-{self.beta}-{self.learning_rate}-{self.seed}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepParams:
+    """Every combination of these is one policy."""
+
+    __pydantic_config__ = STRICT
+
+    losses: Annotated[tuple[LossName, ...], *Several]
+    """Objectives, by name."""
+    betas: Annotated[tuple[Positive | Rate, ...], *Several]
+    """Strengths of the KL constraint, eq. 7."""
+    learning_rates: Annotated[tuple[Rate, ...], *Several]
+    """Peak learning rates."""
+    seeds: Annotated[tuple[Annotated[int, Field(ge=0, lt=2**32)], ...], *Several]
+    """Orders of the training pairs."""
+
+    def cells(self) -> list[Cell]:
+        """All policies, in DVC's order."""
+        every = itertools.product(self.losses, self.betas, self.learning_rates, self.seeds)
+        return [Cell(loss=loss, beta=beta, learning_rate=rate, seed=seed) for loss, beta, rate, seed in every]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScorerParams:
+    """A judge that is a Python function."""
+
+    __pydantic_config__ = STRICT
+
+    kind: Literal["scorer"]
+    function: str
+    """`module:function` from prompts and answers to scores, higher is better."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardModelParams:
+    """A judge that is a sequence classifier with one output."""
+
+    __pydantic_config__ = STRICT
+
+    kind: Literal["reward_model"]
+    model: str
+    """A folder under `models/own/`, or a hub id."""
+    revision: str | None
+    """Commit, tag or branch of a hub id; a hub id without one is refused."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LlmParams:
+    """A judge that is asked over an OpenAI-compatible endpoint; its key is read from OPENAI_API_KEY alone."""
+
+    __pydantic_config__ = STRICT
+
+    kind: Literal["llm"]
+    model: str
+    base_url: str
+    """Such as https://api.openai.com/v1, or http://127.0.0.1:8000/v1 of a server of your own."""
+    criterion: str
+    """What makes an answer the better one, in a sentence that the judge is told."""
+    parallel: Positive
+    """Questions that are asked at once."""
+    input_price: Annotated[float, Field(ge=0)]
+    """Dollars per million tokens of questions."""
+    output_price: Annotated[float, Field(ge=0)]
+    """Dollars per million tokens of replies."""
+    max_cost: Rate
+    """Dollars that judging one policy may cost; before more would be spent, the stage stops."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,18 +356,46 @@ class EvaluateParams:
     """Most tokens of an answer."""
     temperature: Rate
     """Softmax temperature; 1 samples the model itself, and the KL estimate needs that."""
-    judge: str | None
-    """`module:function` from texts to scores, higher is better; null leaves the win rate out."""
+    judge: Annotated[ScorerParams | RewardModelParams | LlmParams, Field(discriminator="kind")] | None
+    """Who compares answers; null leaves the win rate out."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompareParams:
-    """What the comparison points out."""
+class SignParams:
+    """Limits past which a figure is called a sign of failure."""
 
     __pydantic_config__ = STRICT
 
     max_displacement: Rate
-    """Nats that the mean log-prob of chosen may fall against the reference before it is called displacement."""
+    """Nats that the mean log-prob of chosen may fall against the reference."""
+    max_perplexity_ratio: Rate
+    """Perplexity of the held-out completions, over the reference's."""
+    max_length_ratio: Rate
+    """Tokens of an answer, over those of the reference's answers."""
+    max_repetition_rise: Share
+    """Share of repeated 4-grams in an answer, above the reference's."""
+    min_distinct_ratio: Share
+    """Share of distinct 2-grams among all of the answers, over the reference's."""
+    max_empty: Share
+    """Share of answers without a word."""
+    max_unfinished_rise: Share
+    """Share of answers cut off by `max_new_tokens`, above the reference's."""
+    min_judged_gain: float
+    """Judged gain over the reference; an interval wholly below it, while the implicit reward rises, is
+    over-optimisation."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareParams:
+    """How the comparison points out one policy: the highest `select` within `max_kl` and without a sign."""
+
+    __pydantic_config__ = STRICT
+
+    select: Literal["win_rate", "length_controlled_win_rate", "reward_accuracy", "margin"]
+    """The figure to be highest."""
+    max_kl: Rate
+    """Nats an answer by which a policy may differ from its reference."""
+    signs: SignParams
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,13 +405,15 @@ class Params:
     __pydantic_config__ = STRICT
 
     seed: Annotated[int, Field(ge=0, lt=2**32)]
-    """Seed of every random choice."""
+    """Seed of data, reference and answers; the training of policies has seeds of its own in `sweep`."""
     model: ModelParams
     data: DataParams
     validate: ValidateParams
     engine: EngineParams
     sft: SftParams
     dpo: DpoParams
+    losses: LossParams
+    sweep: SweepParams
     evaluate: EvaluateParams
     compare: CompareParams
 
@@ -257,7 +426,7 @@ def load_params(path: Path = Path("params.yaml")) -> Params:
     """
     try:
         values = YAML(typ="safe", pure=True).load(path)
-        return TypeAdapter(Params).validate_json(json.dumps(values, default=str))
+        params: Params = TypeAdapter(Params).validate_json(json.dumps(values, default=str))
     except (YAMLError, OSError, TypeError) as error:
         raise InputError(f"{path}: {' '.join(str(error).split())}") from error
     except ValidationError as error:
@@ -266,6 +435,12 @@ def load_params(path: Path = Path("params.yaml")) -> Params:
             for fault in error.errors()
         ]
         raise InputError("\n".join(faults)) from error
+    if params.evaluate.judge is None and "win_rate" in params.compare.select:
+        raise InputError(
+            f"{path}: compare.select: {params.compare.select} needs a judge; set evaluate.judge, or select "
+            "reward_accuracy or margin"
+        )
+    return params
 
 
 def _words(fault: object) -> str:

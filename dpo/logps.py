@@ -127,20 +127,27 @@ def _forward(
     model: PreTrainedModel,
     *args: Any,
     packed: dict[str, Any] | None = None,
+    distributions: bool = False,
     in_stream: bool,
     precision: Precision,
     **kwargs: Any,
 ) -> Any:
-    """Forward of a causal language model that also answers `model(packed=pack(rows))` with log-probs [C]."""
+    """Forward of a causal language model that also answers `model(packed=pack(rows))` with log-probs [C].
+
+    With `distributions` the answer is the whole next-token distributions behind them, as chunks [n, vocabulary] of
+    fp32 logits, in the order of the N completion tokens; models of one kind give chunks of the same sizes.
+    """
     if packed is None:
         return type(model).forward(model, *args, **kwargs)
+    if distributions:
+        return (_stream_logits if in_stream else _plain_logits)(model, packed, precision)
     token_logps = (_stream_logps if in_stream else _plain_logps)(model, packed, precision)
     completions = sum(len(lengths) for _, lengths in packed["spans"])
     return torch.zeros(completions, device=token_logps.device).index_add(0, packed["owner"], token_logps)
 
 
-def _stream_logps(model: PreTrainedModel, packed: dict[str, Any], precision: Precision) -> Tensor:
-    """Log-probs [N] of the N completion tokens, from one pass over the packed stream."""
+def _stream_hidden(model: PreTrainedModel, packed: dict[str, Any], precision: Precision) -> Tensor:
+    """Hidden states [N, width] that predict the N completion tokens, from one pass over the packed stream."""
     with torch.autocast(model.device.type, torch.bfloat16, enabled=precision == "bf16"):
         hidden = model.get_decoder()(
             input_ids=packed["input_ids"],
@@ -148,24 +155,44 @@ def _stream_logps(model: PreTrainedModel, packed: dict[str, Any], precision: Pre
             layout=packed["spans"],
             use_cache=False,
         ).last_hidden_state[0]
-    head = model.get_output_embeddings()
-    hidden = hidden.index_select(0, packed["predict_from"]).to(head.weight.dtype)
+    return hidden.index_select(0, packed["predict_from"]).to(model.get_output_embeddings().weight.dtype)
+
+
+def _stream_logps(model: PreTrainedModel, packed: dict[str, Any], precision: Precision) -> Tensor:
+    """Log-probs [N] of the N completion tokens."""
+    hidden, head = _stream_hidden(model, packed, precision), model.get_output_embeddings()
     return _TokenLogps.apply(hidden, head.weight, getattr(head, "bias", None), packed["targets"])
 
 
-def _plain_logps(model: PreTrainedModel, packed: dict[str, Any], precision: Precision) -> Tensor:
-    """The same by the model's own forward pass, one prompt with one completion at a time."""
-    stream, start, parts = packed["input_ids"][0], 0, []
+def _stream_logits(model: PreTrainedModel, packed: dict[str, Any], precision: Precision) -> Iterator[Tensor]:
+    """Logits by chunks of `HEAD_CHUNK` completion tokens."""
+    head = model.get_output_embeddings()
+    for hidden in _stream_hidden(model, packed, precision).split(HEAD_CHUNK):
+        yield F.linear(hidden, head.weight, getattr(head, "bias", None)).float()
+
+
+def _plain_logits(model: PreTrainedModel, packed: dict[str, Any], precision: Precision) -> Iterator[Tensor]:
+    """Logits by the model's own forward pass, one prompt with one completion at a time."""
+    stream, start = packed["input_ids"][0], 0
     for prompt, completions in packed["spans"]:
         end = start + prompt
         for length in completions:
             ids = torch.cat([stream[start : start + prompt], stream[end : end + length]])[None]
             with torch.autocast(model.device.type, torch.bfloat16, enabled=precision == "bf16"):
-                logits = type(model).forward(model, input_ids=ids, use_cache=False).logits[0, prompt - 1 : -1]
-            parts.append(logits.float().log_softmax(1).gather(1, ids[0, prompt:, None])[:, 0])
+                logits = type(model).forward(model, input_ids=ids, use_cache=False).logits
+            yield logits[0, prompt - 1 : -1].float()
             end += length
         start = end
-    return torch.cat(parts)
+
+
+def _plain_logps(model: PreTrainedModel, packed: dict[str, Any], precision: Precision) -> Tensor:
+    """Log-probs [N] from those logits."""
+    lengths = [length for _, completions in packed["spans"] for length in completions]
+    targets = packed["targets"].split(lengths)
+    logits = _plain_logits(model, packed, precision)
+    return torch.cat(
+        [rows.log_softmax(1).gather(1, ids[:, None])[:, 0] for rows, ids in zip(logits, targets, strict=True)]
+    )
 
 
 def load_model(path: Path, precision: Precision = "fp32") -> PreTrainedModel:

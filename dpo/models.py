@@ -65,3 +65,12 @@ def _load_embedded() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         model.generation_config.eos_token_id = tokenizer.eos_token_id
         model.generation_config.pad_token_id = tokenizer.pad_token_id
     return model.eval(), tokenizer
+
+
+def load_checkpoint(folder: Path) -> PreTrainedModel:
+    """A checkpoint as a plain transformers model in fp32, a LoRA adapter put into the weights of its base."""
+    if (folder / "adapter_config.json").is_file():
+        from peft import AutoPeftModelForCausalLM
+
+        return AutoPeftModelForCausalLM.from_pretrained(folder, dtype=torch.float32).merge_and_unload().eval()
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True).eval()

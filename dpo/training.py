@@ -23,11 +23,11 @@ from transformers import (
 )
 
 from dpo.batching import StepSampler, TokenRow, pack
-from dpo.config import DpoParams, EarlyStopParams, LoraParams, OptimizerParams, SftParams
+from dpo.config import Cell, DpoParams, EarlyStopParams, LoraParams, LossParams, OptimizerParams, SftParams
 from dpo.errors import InputError
 from dpo.files import written_whole
 from dpo.logps import packed_batches
-from dpo.losses import dpo_loss, nll_loss
+from dpo.losses import nll_loss, preference_loss
 
 OPTIMIZERS = {
     "adamw": "adamw_torch_fused",
@@ -48,6 +48,9 @@ Objective = Callable[[torch.nn.Module, Packed], tuple[Tensor, dict[str, Tensor]]
 Reference = Callable[[Packed], Tensor]
 """From a packed micro-batch of R pairs to the reference log-probs [2R] of its completions, chosen first."""
 
+PairLoss = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+"""`dpo.losses.preference_loss` of a cell: from policy, reference and lengths [R, 2] to losses and rewards."""
+
 
 def sft_objective(model: torch.nn.Module, packed: Packed) -> tuple[Tensor, dict[str, Tensor]]:
     """Negative log-likelihood in nats, summed over the completions of the micro-batch."""
@@ -55,29 +58,29 @@ def sft_objective(model: torch.nn.Module, packed: Packed) -> tuple[Tensor, dict[
 
 
 def dpo_objective(
-    model: torch.nn.Module, packed: Packed, *, beta: float, reference: Reference
+    model: torch.nn.Module, packed: Packed, *, loss: PairLoss, reference: Reference
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """DPO loss (eq. 7) summed over pairs, and the sums behind the metrics that TRL users know by these names.
+    """Preference loss summed over pairs, and the sums behind the metrics that TRL users know by these names.
 
     Args:
         model: the policy.
         packed: R pairs, chosen first.
-        beta: strength of the KL constraint.
+        loss: of the cell that is trained.
         reference: of the 2R completions, in the order of `packed`.
     """
-    chosen, rejected = model(packed=packed).view(-1, 2).unbind(1)
-    reference_chosen, reference_rejected = reference(packed).to(chosen.device).view(-1, 2).unbind(1)
-    losses, chosen_rewards, rejected_rewards = dpo_loss(
-        chosen, rejected, reference_chosen, reference_rejected, beta
-    )
+    policy = model(packed=packed).view(-1, 2)
+    lengths = torch.tensor([lengths for _, lengths in packed["spans"]], device=policy.device)
+    losses, rewards = loss(policy, reference(packed).to(policy.device).view(-1, 2), lengths)
+    chosen_rewards, rejected_rewards = rewards.unbind(1)
     margins = chosen_rewards - rejected_rewards
+    chosen, rejected = policy.detach().sum(0)
     return losses.sum(), {
         "rewards/chosen": chosen_rewards.sum(),
         "rewards/rejected": rejected_rewards.sum(),
         "rewards/margins": margins.sum(),
         "rewards/accuracies": (margins > 0).sum(),
-        "logps/chosen": chosen.detach().sum(),
-        "logps/rejected": rejected.detach().sum(),
+        "logps/chosen": chosen,
+        "logps/rejected": rejected,
     }
 
 
@@ -137,7 +140,7 @@ class DivergenceAlarm(TrainerCallback):
         if max(moved) > ALARM_NATS:
             log.warning(
                 "step %d: the policy runs away from its reference: log-probs of chosen moved by %.0f nats, "
-                "of rejected by %.0f, margin %.3g, loss %.3g; lower dpo.learning_rate or raise beta",
+                "of rejected by %.0f, margin %.3g, loss %.3g; lower the learning rate or raise beta",
                 *(state.global_step, *moved, logs["rewards/margins"], logs["loss"]),
             )
 
@@ -253,7 +256,8 @@ def train_sft(
 
     The loss is the mean over the completion tokens of each step, prompts excluded.
     """
-    return _train(model, rows, params, sft_objective, "targets", tokens_per_batch, seed, callbacks)
+    rate = params.learning_rate
+    return _train(model, rows, params, rate, sft_objective, "targets", tokens_per_batch, seed, callbacks)
 
 
 def train_dpo(
@@ -261,13 +265,13 @@ def train_dpo(
     rows: Sequence[TokenRow],
     reference: Mapping[str, tuple[float, float]],
     params: DpoParams,
-    beta: float,
+    cell: Cell,
+    losses: LossParams,
     *,
     tokens_per_batch: int,
-    seed: int,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> list[dict[str, float]]:
-    """Optimise `model` in place on preference pairs; returns one log entry a step.
+    """Train `model` in place on preference pairs; returns one log entry a step.
 
     Args:
         model: starts as the reference policy, from `dpo.logps.load_model`; gets adapters if `params.lora` is set.
@@ -275,9 +279,9 @@ def train_dpo(
         reference: (chosen, rejected) reference log-probs of every row id; not read if `params.reference` is
             `online`.
         params: optimiser settings.
-        beta: strength of the KL constraint.
+        cell: loss, beta, learning rate, and the seed that decides the order of pairs.
+        losses: settings of the losses.
         tokens_per_batch: most tokens in one forward pass.
-        seed: decides the order of pairs.
         callbacks: told of every log entry.
 
     Raises:
@@ -291,17 +295,20 @@ def train_dpo(
         answer = cached_reference(reference, rows)
     if params.lora is not None:
         add_lora(model, params.lora)
-    objective = functools.partial(dpo_objective, beta=beta, reference=answer)
-    callbacks = [DivergenceAlarm(beta), *callbacks]
+    loss = functools.partial(preference_loss, beta=cell.beta, loss=cell.loss, settings=losses)
+    objective = functools.partial(dpo_objective, loss=loss, reference=answer)
+    callbacks = [DivergenceAlarm(cell.beta), *callbacks]
     return _train(
-        model, rows, params, objective, "ids", tokens_per_batch, seed, callbacks, early_stop=params.early_stop
-    )
+        model, rows, params, cell.learning_rate, objective, "ids", tokens_per_batch, cell.seed, callbacks,
+        early_stop=params.early_stop,
+    )  # fmt: skip
 
 
 def _train(
     model: PreTrainedModel,
     rows: Sequence[TokenRow],
     params: OptimizerParams,
+    learning_rate: float,
     objective: Objective,
     loss_per: str,
     tokens_per_batch: int,
@@ -330,7 +337,7 @@ def _train(
             output_dir=scratch,
             num_train_epochs=params.epochs,
             gradient_accumulation_steps=sampler.accumulation,
-            learning_rate=params.learning_rate,
+            learning_rate=learning_rate,
             optim=OPTIMIZERS[params.optimizer],
             lr_scheduler_type=params.schedule,
             warmup_steps=params.warmup_steps,

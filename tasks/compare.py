@@ -1,112 +1,129 @@
-"""Stage `compare`: all betas side by side, as figures, as a table and as a report."""
+"""Stage `compare`: all policies side by side; which one is selected, and why."""
 
 import json
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import plotly.express as px
-import plotly.graph_objects as go
 from jinja2 import Environment, FileSystemLoader
 from plotly.offline import get_plotlyjs
-from tqdm.auto import tqdm
 
-from dpo.config import load_params
+from dpo.config import Params, load_params
+from dpo.evaluation.preferences import reliability, slices
+from dpo.evaluation.selection import compare_policies, failure_signs, select
 from dpo.files import write_json, written_whole
-from tasks.stage import COMPARISON, METRICS, REPORT, evaluation, policy_samples, run, train_log
-from tasks.tracking import log_comparison
+from tasks.figures import calibration, curve, frontier, height, labels, margins
+from tasks.provenance import provenance
+from tasks.serving import log_models
+from tasks.stage import (
+    COMPARISON,
+    METRICS,
+    REPORT,
+    SFT,
+    evaluation,
+    policy_folder,
+    policy_margins,
+    policy_samples,
+    run,
+    train_log,
+)
+from tasks.tracking import log_comparison, seconds_of
 
-SHOWN_SAMPLES = 24
+SHOWN_ANSWERS = 100
+"""Answers of each policy in the report."""
 
 
 def main() -> None:
-    """Gather, draw, write."""
+    """Gather, test, select, draw, write."""
     params = load_params()
-    betas = [str(beta) for beta in params.dpo.betas]
-    rows = [json.loads(evaluation(beta).read_text()) for beta in tqdm(betas, desc="comparing", unit="policy")]
-    curves = pd.concat([pd.read_csv(train_log(beta)).assign(beta=beta) for beta in betas])
-    samples = pd.concat(
-        [pd.read_parquet(policy_samples(beta)).head(SHOWN_SAMPLES).assign(beta=beta) for beta in betas]
+    cells = params.sweep.cells()
+    names = labels(cells)
+    policies: dict[str, dict[str, Any]] = {c.key: json.loads(evaluation(c).read_text()) for c in cells}
+    pairs = {cell.key: pd.read_parquet(policy_margins(cell)) for cell in cells}
+    samples = {cell.key: pd.read_parquet(policy_samples(cell)) for cell in cells}
+    comparisons = compare_policies(*_outcomes(params, pairs, samples), params.seed)
+    selected, reason = select(policies, comparisons, params.compare)
+    signs = {key: failure_signs(metrics, params.compare) for key, metrics in policies.items()}
+
+    up = height(policies)
+    points = [
+        {"policy": key, "beta": row["cell"]["beta"], "kl": row["kl"], "reward": row[up]}
+        for key, row in policies.items()
+    ]
+    bins = _gather({key: reliability(table) for key, table in pairs.items()}, names)
+    parts = _gather({key: slices(table, params.seed) for key, table in pairs.items()}, names)
+    tests = pd.DataFrame([vars(c) | {"verdict": c.verdict} for c in comparisons])
+    write_json(
+        COMPARISON,
+        {
+            "selected": selected,
+            "reason": reason,
+            "policies": {
+                key: row | {"signs": [sign.name for sign in signs[key] if sign.tripped]}
+                for key, row in policies.items()
+            },
+        },
     )
+    for name, table in {
+        "frontier": pd.DataFrame(points), "calibration": bins, "slices": parts, "tests": tests
+    }.items():  # fmt: skip
+        with written_whole(METRICS / f"{name}.csv") as aside:
+            table.to_csv(aside, index=False)
+
+    curves = _gather({cell.key: pd.read_csv(train_log(cell)) for cell in cells}, names)
     figures = [
-        frontier(rows),
+        frontier(cells, policies),
+        margins(_gather(pairs, names)),
+        *([calibration(bins)] if len(bins) else []),
         *(curve(curves, name) for name in ("rewards/margins", "rewards/accuracies", "loss")),
     ]
-
-    write_json(COMPARISON, dict(zip(betas, rows, strict=True)))
-    with written_whole(METRICS / "frontier.csv") as aside:
-        height = "reward" if "reward" in rows[0] else "reward_accuracy"
-        pd.DataFrame([{"beta": r["beta"], "kl": r["kl"], "reward": r[height]} for r in rows]).to_csv(
-            aside, index=False
-        )
     template = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True).get_template(
         "report.html.jinja"
     )
+    shown = {k: table.head(SHOWN_ANSWERS).rename(columns={"policy": "answer"}) for k, table in samples.items()}
+    checkpoints = [SFT, *(policy_folder(cell) for cell in cells)]
     with written_whole(REPORT) as aside:
         aside.write_text(
             template.render(
-                rows=rows,
+                params=params,
+                params_text=Path("params.yaml").read_text(),
+                policies=policies,
+                names=names,
+                selected=selected,
+                reason=reason,
+                signs=signs,
+                tests=tests.to_dict("records"),
+                slices=parts.to_dict("records"),
+                answers=_gather(shown, names).to_dict("records"),
+                provenance=provenance(checkpoints) | {"training took": seconds_of(checkpoints)},
+                plotly=get_plotlyjs(),
                 figures=[
                     figure.to_html(
                         full_html=False,
                         include_plotlyjs=False,
-                        config={"responsive": True},
+                        config={"responsive": True, "displaylogo": False},
                         div_id=f"figure-{number}",
                     )
                     for number, figure in enumerate(figures)
                 ],
-                plotly=get_plotlyjs(),
-                samples=samples.to_dict("records"),
-                judge=params.evaluate.judge,
-                max_displacement=params.compare.max_displacement,
             )
         )
-    log_comparison(params, rows, [REPORT, COMPARISON])
+    log_comparison(params, policies, selected, reason, figures)
+    log_models(params, [SFT, *(policy_folder(cell) for cell in cells if cell.key == selected)])
 
 
-def frontier(rows: list[dict[str, Any]]) -> go.Figure:
-    """Reward against KL to the reference, one point a beta, with 95% intervals (Rafailov et al. 2023, fig. 2)."""
-    height = "reward" if "reward" in rows[0] else "reward_accuracy"
-    rows = sorted(rows, key=lambda row: row["kl"])
-    figure = go.Figure(
-        go.Scatter(
-            x=[row["kl"] for row in rows],
-            y=[row[height] for row in rows],
-            text=[f"β = {row['beta']:g}" for row in rows],
-            textposition="bottom right",
-            mode="lines+markers+text",
-            error_x=_bars(rows, "kl"),
-            error_y=_bars(rows, height),
-            name="policies",
-        )
-    )
-    if "reference_reward" in rows[0]:
-        figure.add_scatter(
-            x=[0], y=[rows[0]["reference_reward"]], text=["reference"], mode="markers+text",
-            textposition="bottom right", name="reference",
-        )  # fmt: skip
-    return figure.update_layout(
-        title="Reward against KL to the reference",
-        xaxis_title="KL(π ‖ π_ref), nats per answer",
-        yaxis_title="judge's score of the policy's answers" if height == "reward" else "reward accuracy",
-        template="plotly_white",
-        showlegend=False,
-    )
+def _outcomes(
+    params: Params, pairs: dict[str, pd.DataFrame], samples: dict[str, pd.DataFrame]
+) -> tuple[dict[str, list[float]], list[str]]:
+    """What the paired test compares, judged answers or else held-out pairs, and the prompt of each."""
+    column, tables = ("win", samples) if "win_rate" in params.compare.select else ("correct", pairs)
+    prompts = next(iter(tables.values()))["prompt"].tolist()
+    return {key: table[column].tolist() for key, table in tables.items()}, prompts
 
 
-def _bars(rows: list[dict[str, Any]], name: str) -> dict[str, Any]:
-    low, high = zip(*(row[f"{name}_ci"] for row in rows), strict=True)
-    values = [row[name] for row in rows]
-    return {
-        "array": [h - v for h, v in zip(high, values, strict=True)],
-        "arrayminus": [v - w for v, w in zip(values, low, strict=True)],
-    }
-
-
-def curve(curves: pd.DataFrame, name: str) -> go.Figure:
-    """One training metric by step, one line a beta."""
-    figure = px.line(curves, x="step", y=name, color="beta", title=f"Training: {name}", template="plotly_white")
-    return figure.update_layout(legend_title="beta")
+def _gather(tables: dict[str, pd.DataFrame], names: dict[str, str]) -> pd.DataFrame:
+    """One table under another, with the policy's short name."""
+    return pd.concat([table.assign(policy=names[key]) for key, table in tables.items()], ignore_index=True)
 
 
 if __name__ == "__main__":

@@ -1,26 +1,33 @@
-"""Stage `evaluate`: one policy against the reference on held-out data, `python -m tasks.evaluate BETA`."""
+"""Stage `evaluate`: one policy against the reference on held-out data, `python -m tasks.evaluate CELL`."""
 
+import dataclasses
+
+import numpy as np
 import pandas as pd
 import torch
+from dpo.evaluation.answers import answer_metrics
 from transformers import AutoTokenizer
 
-from dpo.batching import TokenRow
 from dpo.config import load_params
-from dpo.evaluation.judges import load_judge
-from dpo.evaluation.preferences import judged_metrics, preference_metrics, sample_metrics
+from dpo.evaluation.divergence import divergence
+from dpo.evaluation.judges import Scorer, load_judge
+from dpo.evaluation.preferences import pair_table, preference_metrics
 from dpo.evaluation.sampling import sample
 from dpo.files import write_json, written_whole
 from dpo.logps import load_model, sequence_logps
 from dpo.reference import cache_key, load_reference
 from dpo.tokens import encode_pairs, prompt_ids, prompt_of
+from tasks.card import write_card
+from tasks.provenance import weights
 from tasks.stage import (
     EVAL,
     REFERENCE_EVAL,
     REFERENCE_SAMPLES,
     SFT,
-    beta_argument,
+    cell_argument,
     evaluation,
     policy_folder,
+    policy_margins,
     policy_samples,
     run,
 )
@@ -29,63 +36,71 @@ from tasks.tracking import log_evaluation
 
 def main() -> None:
     """Score, sample, judge, save."""
-    beta = beta_argument()
     params = load_params()
-    judge = None if params.evaluate.judge is None else load_judge(params.evaluate.judge)
+    cell = cell_argument(params)
+    engine, asked = params.engine, params.evaluate
+    judge = None if asked.judge is None else load_judge(asked.judge)
     tokenizer = AutoTokenizer.from_pretrained(SFT)
-    table = pd.read_parquet(EVAL)
-    engine = params.engine
-    rows = encode_pairs(table.to_dict("records"), tokenizer, engine.max_length)
+    held_out = pd.read_parquet(EVAL)
+    rows = encode_pairs(held_out.to_dict("records"), tokenizer, engine.max_length)
     key = cache_key(SFT, tokenizer, rows, engine.max_length, engine.precision)
     cached = load_reference(REFERENCE_EVAL, key)
-    reference = torch.tensor([cached[row.id] for row in rows])
     baseline = pd.read_parquet(REFERENCE_SAMPLES)
     prompts = [prompt_of(pair, tokenizer) for pair in baseline.to_dict("records")]
 
-    model = load_model(policy_folder(beta), engine.precision)
-    policy = sequence_logps(model, rows, engine.tokens_per_batch, "policy log-probs")
+    model = load_model(policy_folder(cell), engine.precision)
+    pairs = pair_table(
+        held_out,
+        sequence_logps(model, rows, engine.tokens_per_batch, "policy log-probs"),
+        torch.tensor([cached[row.id] for row in rows]),
+        torch.tensor([[len(ids) for ids in row.completions] for row in rows]),
+        cell,
+        params.losses,
+    )
     answers = sample(
         model,
         tokenizer,
         prompts,
-        max_new_tokens=params.evaluate.max_new_tokens,
-        temperature=params.evaluate.temperature,
+        max_new_tokens=asked.max_new_tokens,
+        temperature=asked.temperature,
         seed=params.seed,
     )
-    answered = [
-        TokenRow(str(number), tuple(prompt), (tuple(answer),))
-        for number, (prompt, answer) in enumerate(zip(prompt_ids(tokenizer, prompts), answers, strict=True))
-    ]
-    under_policy = sequence_logps(model, answered, engine.tokens_per_batch, "answers under the policy")[:, 0]
-    del model
-    model = load_model(SFT, engine.precision)
-    under_reference = sequence_logps(model, answered, engine.tokens_per_batch, "answers under the reference")[:, 0]
-
+    distances = divergence(
+        model, load_model(SFT, engine.precision), prompt_ids(tokenizer, prompts), answers, engine.tokens_per_batch
+    )
+    texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
     samples = pd.DataFrame(
         {
             "prompt": baseline["prompt"],
             "reference": baseline["answer"],
-            "policy": tokenizer.batch_decode(answers, skip_special_tokens=True),
-            "policy_logp": under_policy.tolist(),
-            "reference_logp": under_reference.tolist(),
+            "policy": texts,
+            "reference_ids": baseline["ids"],
+            "policy_ids": answers,
+            "reference_finished": baseline["finished"],
+            "policy_finished": [answer[-1] == tokenizer.eos_token_id for answer in answers],
+            **distances,
+            "implicit_reward": cell.beta * (distances["policy_logp"] - distances["reference_logp"]),
         }
     )
-    ceiling = table["agreement"].mean()
+    if isinstance(judge, Scorer):
+        samples["policy_score"] = judge.score(prompts, texts)
+        samples["reference_score"] = baseline["score"]
+        samples["win"] = (np.sign(samples["policy_score"] - samples["reference_score"]) + 1) / 2
+    elif judge is not None:
+        samples["win"] = judge.compare(prompts, texts, baseline["answer"].tolist())
+
     metrics = {
-        "beta": float(beta),
-        "samples": len(samples),
-        "human_ceiling": None if pd.isna(ceiling) else float(ceiling),
-        **preference_metrics(policy, reference, float(beta), params.seed),
-        **sample_metrics(under_policy, under_reference, [len(answer) for answer in answers], params.seed),
+        "cell": dataclasses.asdict(cell),
+        "weights": weights(policy_folder(cell)),
+        **preference_metrics(pairs, params.seed, completions=params.sft.completions),
+        **answer_metrics(samples, params.seed),
     }
-    if judge is not None:
-        scores = {side: judge(samples[side].tolist()) for side in ("policy", "reference")}
-        samples = samples.assign(policy_score=scores["policy"], reference_score=scores["reference"])
-        metrics |= judged_metrics(scores["policy"], scores["reference"], params.seed)
-    with written_whole(policy_samples(beta)) as aside:
-        samples.to_parquet(aside, index=False)
-    write_json(evaluation(beta), metrics)
-    log_evaluation(params, beta, table, metrics, samples)
+    for path, table in ((policy_margins(cell), pairs), (policy_samples(cell), samples)):
+        with written_whole(path) as aside:
+            table.to_parquet(aside, index=False)
+    write_json(evaluation(cell), metrics)
+    write_card(params, cell, metrics)
+    log_evaluation(params, cell, held_out, metrics, samples)
 
 
 if __name__ == "__main__":

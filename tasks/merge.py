@@ -1,13 +1,12 @@
-"""Put a LoRA adapter into the weights of its base: `python -m tasks.merge models/dpo-BETA FOLDER`."""
+"""Put a LoRA adapter into the weights of its base: `python -m tasks.merge models/CELL FOLDER`."""
 
 import argparse
 from pathlib import Path
 
-import torch
-from peft import AutoPeftModelForCausalLM
 from transformers import AutoTokenizer
 
 from dpo.errors import InputError
+from dpo.models import load_checkpoint
 from dpo.training import save_checkpoint
 from tasks.stage import run
 
@@ -26,8 +25,7 @@ def main() -> None:
         )
     if given.folder.exists():
         raise InputError(f"{given.folder}: exists; name a new folder")
-    model = AutoPeftModelForCausalLM.from_pretrained(given.adapter, dtype=torch.float32).merge_and_unload()
-    save_checkpoint(model, AutoTokenizer.from_pretrained(given.adapter), given.folder)
+    save_checkpoint(load_checkpoint(given.adapter), AutoTokenizer.from_pretrained(given.adapter), given.folder)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The results on one screen, `python -m tasks.results`: the comparison's table and how to open the rest."""
 
 import json
+import textwrap
 
 from dpo.errors import InputError
 from tasks.stage import COMPARISON, run
@@ -18,12 +19,14 @@ def main() -> None:
     if not COMPARISON.is_file():
         raise InputError(f"{COMPARISON}: not there; run `make repro` first")
     comparison = json.loads(COMPARISON.read_text())
-    print("".join(f"{title:>24}" for title in ("beta", *COLUMNS.values())))
-    for beta, row in comparison.items():
-        print(f"{beta:>24}" + "".join(f"{_with_interval(row, name):>24}" for name in COLUMNS))
-    first = next(iter(comparison.values()))
-    if first["human_ceiling"] is not None:
+    policies = comparison["policies"]
+    print("".join(f"{title:>24}" for title in ("policy", *COLUMNS.values())))
+    for key, row in policies.items():
+        print(f"{key:>24}" + "".join(f"{_with_interval(row, name):>24}" for name in COLUMNS))
+    first = next(iter(policies.values()))
+    if "human_ceiling" in first:
         print(f"\nhuman ceiling for reward accuracy on these {first['pairs']} pairs: {first['human_ceiling']:.3f}")
+    print("\n" + textwrap.fill(comparison["reason"], 115))
     print("\nmake mlflow     experiments and sweeps, http://127.0.0.1:5000/#/experiments/1/runs")
     print("make prefect    flows and schedules, http://127.0.0.1:4200")
     print("make report     the comparison, reports/index.html")

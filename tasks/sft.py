@@ -12,7 +12,7 @@ from dpo.tokens import encode_pairs
 from dpo.training import save_checkpoint, train_sft
 from tasks.stage import BASE, METRICS, SFT, TRAIN, run
 from tasks.steplog import StepLog
-from tasks.tracking import reference_run
+from tasks.tracking import reference_run, tag_checkpoint
 
 
 def main() -> None:
@@ -35,7 +35,8 @@ def main() -> None:
             seed=params.seed,
             callbacks=[StepLog(run_id)],
         )
-    save_checkpoint(model, tokenizer, SFT)
+        save_checkpoint(model, tokenizer, SFT)
+        tag_checkpoint(run_id, SFT)
     with written_whole(METRICS / "sft.csv") as aside:
         pd.DataFrame(log).to_csv(aside, index=False)
 

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from dpo.config import Cell, Params
 from dpo.errors import InputError
 
 BASE = Path("models/base")
@@ -17,6 +18,8 @@ REFERENCE_TRAIN = Path("reference/train")
 REFERENCE_EVAL = Path("reference/eval")
 REFERENCE_PROGRESS = Path(".reference-progress")
 REFERENCE_SAMPLES = Path("samples/reference.parquet")
+SAMPLES = Path("samples")
+MARGINS = Path("margins")
 METRICS = Path("metrics")
 COMPARISON = METRICS / "comparison.json"
 PROFILE = METRICS / "profile.json"
@@ -24,24 +27,34 @@ REPORTS = Path("reports")
 REPORT = REPORTS / "index.html"
 
 
-def policy_folder(beta: str) -> Path:
-    """The checkpoint of one beta, written as in params.yaml."""
-    return Path("models") / f"dpo-{beta}"
+def policy_folder(cell: Cell) -> Path:
+    """The checkpoint of a cell."""
+    return Path("models") / cell.key
 
 
-def policy_samples(beta: str) -> Path:
-    """The answers of one beta's policy."""
-    return Path("samples") / f"dpo-{beta}.parquet"
+def model_card(cell: Cell) -> Path:
+    """The description beside the checkpoint."""
+    return Path("models") / f"{cell.key}.md"
 
 
-def train_log(beta: str) -> Path:
-    """The step log of one beta's training."""
-    return METRICS / "train" / f"{beta}.csv"
+def train_log(cell: Cell) -> Path:
+    """The step log of a cell's training."""
+    return METRICS / "train" / f"{cell.key}.csv"
 
 
-def evaluation(beta: str) -> Path:
-    """The held-out metrics of one beta's policy."""
-    return METRICS / "evaluate" / f"{beta}.json"
+def evaluation(cell: Cell) -> Path:
+    """The held-out metrics of a cell's policy."""
+    return METRICS / "evaluate" / f"{cell.key}.json"
+
+
+def policy_samples(cell: Cell) -> Path:
+    """The answers of a cell's policy."""
+    return SAMPLES / f"{cell.key}.parquet"
+
+
+def policy_margins(cell: Cell) -> Path:
+    """Rewards and margin of every held-out pair under a cell's policy."""
+    return MARGINS / f"{cell.key}.parquet"
 
 
 def run(main: Callable[[], None]) -> None:
@@ -54,8 +67,10 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(2)
 
 
-def beta_argument() -> str:
-    """The stage's only argument, the beta as written in params.yaml."""
-    if len(sys.argv) != 2:
-        raise InputError(f"usage: python -m {Path(sys.argv[0]).parent.name}.{Path(sys.argv[0]).stem} BETA")
-    return sys.argv[1]
+def cell_argument(params: Params) -> Cell:
+    """The cell that the stage's only argument names."""
+    cells = {cell.key: cell for cell in params.sweep.cells()}
+    if len(sys.argv) != 2 or sys.argv[1] not in cells:
+        name = f"{Path(sys.argv[0]).parent.name}.{Path(sys.argv[0]).stem}"
+        raise InputError(f"usage: python -m {name} CELL, one of {', '.join(cells)}; params.yaml: sweep names them")
+    return cells[sys.argv[1]]

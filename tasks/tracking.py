@@ -1,15 +1,13 @@
 """What MLflow remembers.
 
 One parent run holds a sweep: all policies trained from the same reference on the same data. Each training of one
-beta is a child run, with its parameters, step curves, held-out metrics and answers. A parent is found again by
+cell is a child run, with its parameters, step curves, held-out metrics and answers. A parent is found again by
 the hash of the reference cache, so stages in different processes, or days apart, meet in it.
 """
 
 import dataclasses
-import hashlib
 import os
 import re
-import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,16 +15,18 @@ from typing import Any
 
 import mlflow
 import pandas as pd
+import plotly.graph_objects as go
 from filelock import FileLock
-from mlflow.entities import Param
+from mlflow.entities import Param, Run
 
-from dpo.config import Params
-from dpo.files import sha256
-from tasks.stage import REFERENCE_TRAIN, TRAIN, policy_folder
+from dpo.config import Cell, Params
+from dpo.files import md5, sha256
+from tasks.provenance import commit, weights
+from tasks.stage import COMPARISON, REFERENCE_TRAIN, REPORT, TRAIN, policy_folder
 
 EXPERIMENT = "dpo-pipeline"
 DATABASE = "sqlite:///mlflow.db"
-SWEEP, CHECKPOINT, ROLE = "dpo.sweep", "dpo.checkpoint", "dpo.role"
+SWEEP, CELL, CHECKPOINT, ROLE = "dpo.sweep", "dpo.cell", "dpo.checkpoint", "dpo.role"
 
 
 def connect() -> None:
@@ -58,18 +58,18 @@ def reference_run(params: Params, table: pd.DataFrame) -> Iterator[str]:
 
 
 @contextmanager
-def policy_run(params: Params, beta: str, table: pd.DataFrame) -> Iterator[str]:
-    """A new child run of the sweep for one beta's training."""
+def policy_run(params: Params, cell: Cell, table: pd.DataFrame) -> Iterator[str]:
+    """A new child run of the sweep for one cell's training."""
     connect()
     parent = sweep_run(params)
-    tags = {**_git_tags(), SWEEP: _sweep(), ROLE: "policy"}
-    cut_off = f"tags.`{SWEEP}` = '{_sweep()}' and params.beta = '{beta}' and attributes.status = 'RUNNING'"
+    tags = {**_git_tags(), SWEEP: _sweep(), CELL: cell.key, ROLE: "policy"}
+    cut_off = f"tags.`{SWEEP}` = '{_sweep()}' and tags.`{CELL}` = '{cell.key}' and attributes.status = 'RUNNING'"
     for run in mlflow.search_runs(experiment_names=[EXPERIMENT], filter_string=cut_off, output_format="list"):
         mlflow.MlflowClient().set_terminated(run.info.run_id, "KILLED")
-    with mlflow.start_run(run_name=f"beta={beta}", parent_run_id=parent, nested=True, tags=tags) as run:
-        dpo = {k: v for k, v in dataclasses.asdict(params.dpo).items() if k != "betas"}
-        everything = {"seed": params.seed, "model": params.model, "data": params.data, "engine": params.engine}
-        mlflow.log_params({"beta": beta, **_flat({**everything, "dpo": dpo})})
+    with mlflow.start_run(run_name=cell.key, parent_run_id=parent, nested=True, tags=tags) as run:
+        own = dataclasses.asdict(cell) | dataclasses.asdict(getattr(params.losses, cell.loss))
+        shared = {"model": params.model, "data": params.data, "engine": params.engine, "dpo": params.dpo}
+        mlflow.log_params(own | _flat(shared))
         _log_data(table, "training")
         yield run.info.run_id
 
@@ -95,41 +95,65 @@ def sweep_run(params: Params) -> str:
 
 def tag_checkpoint(run_id: str, folder: Path) -> None:
     """Name the checkpoint that a run made, by content."""
-    mlflow.MlflowClient().set_tag(run_id, CHECKPOINT, sha256(*sorted(folder.glob("*.safetensors"))))
+    mlflow.MlflowClient().set_tag(run_id, CHECKPOINT, weights(folder))
+
+
+def run_of(folder: Path) -> Run | None:
+    """The latest run that made this checkpoint."""
+    made = f"tags.`{CHECKPOINT}` = '{weights(folder)}'"
+    found = mlflow.search_runs(experiment_names=[EXPERIMENT], filter_string=made, output_format="list")
+    return found[0] if found else None
 
 
 def log_evaluation(
-    params: Params, beta: str, table: pd.DataFrame, metrics: dict[str, Any], samples: pd.DataFrame
+    params: Params, cell: Cell, table: pd.DataFrame, metrics: dict[str, Any], samples: pd.DataFrame
 ) -> None:
     """Add held-out metrics and answers to the run that trained this checkpoint.
 
     Where no run here trained it (DVC may have pulled it), a child run is made for it.
     """
     connect()
-    checkpoint = sha256(*sorted(policy_folder(beta).glob("*.safetensors")))
-    found = mlflow.search_runs(
-        experiment_names=[EXPERIMENT], filter_string=f"tags.`{CHECKPOINT}` = '{checkpoint}'", output_format="list"
-    )
-    if not found:
-        with policy_run(params, beta, pd.read_parquet(TRAIN)) as run_id:
-            tag_checkpoint(run_id, policy_folder(beta))
+    run = run_of(policy_folder(cell))
+    if run is None:
+        with policy_run(params, cell, pd.read_parquet(TRAIN)) as run_id:
+            tag_checkpoint(run_id, policy_folder(cell))
     else:
-        run_id = found[0].info.run_id
+        run_id = run.info.run_id
     with mlflow.start_run(run_id=run_id):
         mlflow.log_metrics({f"eval/{k}": v for k, v in _numbers(metrics).items()})
         mlflow.log_table(samples, "samples.json")
         _log_data(table, "evaluation")
 
 
-def log_comparison(params: Params, rows: list[dict[str, Any]], files: list[Path]) -> None:
-    """Keep the comparison's figures and files in the sweep's parent run, and close it."""
+def log_comparison(
+    params: Params,
+    policies: dict[str, dict[str, Any]],
+    selected: str | None,
+    reason: str,
+    figures: list[go.Figure],
+) -> None:
+    """Keep the comparison's figures, report and choice in the sweep's parent run, and close it."""
     connect()
-    parent = sweep_run(params)
-    with mlflow.start_run(run_id=parent):
-        for row in rows:
-            mlflow.log_metrics({f"beta_{row['beta']:g}/{k}": v for k, v in _numbers(row).items()})
-        for file in files:
-            mlflow.log_artifact(str(file))
+    with mlflow.start_run(run_id=sweep_run(params)):
+        for key, metrics in policies.items():
+            mlflow.log_metrics({f"{key}/{name}": value for name, value in _numbers(metrics).items()})
+        mlflow.set_tags({"dpo.selected": selected or "none", "mlflow.note.content": reason})
+        mlflow.log_artifact(str(REPORT))
+        mlflow.log_artifact(str(COMPARISON))
+        for figure in figures:
+            name = re.sub(r"\W+", "-", figure.layout.title.text.lower()).strip("-")
+            mlflow.log_figure(figure, f"figures/{name}.html")
+
+
+def seconds_of(folders: list[Path]) -> dict[str, str]:
+    """How long the training of each checkpoint took, where a run here tells."""
+    connect()
+    runs = {folder: run_of(folder) for folder in folders}
+    return {
+        str(folder): f"{run.data.metrics['train/train_runtime']:.0f} s"
+        for folder, run in runs.items()
+        if run is not None and "train/train_runtime" in run.data.metrics
+    }
 
 
 def _numbers(metrics: dict[str, Any]) -> dict[str, float]:
@@ -167,15 +191,10 @@ def _flat(groups: dict[str, Any]) -> dict[str, Any]:
 
 def _log_data(table: pd.DataFrame, context: str) -> None:
     path = TRAIN if context == "training" else TRAIN.with_name("eval.parquet")
-    digest = hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()  # DVC's hash of the file
-    data = mlflow.data.from_pandas(table, source=str(path), name=path.stem, digest=digest)
+    data = mlflow.data.from_pandas(table, source=str(path), name=path.stem, digest=md5(path))
     mlflow.log_input(data, context=context)
 
 
 def _git_tags() -> dict[str, str]:
-    def git(*words: str) -> str:
-        return subprocess.run(["git", *words], capture_output=True, text=True, check=False).stdout.strip()
-
-    commit = git("rev-parse", "HEAD")
-    dirty = bool(git("status", "--porcelain", "--untracked-files=no"))
-    return {"git_commit": commit or "none", "git_dirty": str(dirty).lower()}
+    revision, dirty = commit()
+    return {"git_commit": revision, "git_dirty": str(dirty).lower()}

@@ -1,4 +1,4 @@
-"""Stage `train`: DPO from the reference for one beta, `python -m tasks.train BETA`."""
+"""Stage `train`: one cell of the sweep, from the reference to a policy, `python -m tasks.train CELL`."""
 
 import pandas as pd
 from transformers import AutoTokenizer
@@ -9,15 +9,15 @@ from dpo.logps import load_model
 from dpo.reference import cache_key, load_reference
 from dpo.tokens import encode_pairs
 from dpo.training import save_checkpoint, train_dpo
-from tasks.stage import REFERENCE_TRAIN, SFT, TRAIN, beta_argument, policy_folder, run, train_log
+from tasks.stage import REFERENCE_TRAIN, SFT, TRAIN, cell_argument, policy_folder, run, train_log
 from tasks.steplog import StepLog
 from tasks.tracking import policy_run, tag_checkpoint
 
 
 def main() -> None:
     """Load, train, save."""
-    beta = beta_argument()
     params = load_params()
+    cell = cell_argument(params)
     tokenizer = AutoTokenizer.from_pretrained(SFT)
     table = pd.read_parquet(TRAIN)
     engine = params.engine
@@ -25,20 +25,20 @@ def main() -> None:
     key = cache_key(SFT, tokenizer, rows, engine.max_length, engine.precision)
     reference = load_reference(REFERENCE_TRAIN, key)
     model = load_model(SFT, engine.precision)
-    with policy_run(params, beta, table) as run_id:
+    with policy_run(params, cell, table) as run_id:
         log = train_dpo(
             model,
             rows,
             reference,
             params.dpo,
-            float(beta),
+            cell,
+            params.losses,
             tokens_per_batch=engine.tokens_per_batch,
-            seed=params.seed,
             callbacks=[StepLog(run_id)],
         )
-        save_checkpoint(model, tokenizer, policy_folder(beta))
-        tag_checkpoint(run_id, policy_folder(beta))
-    with written_whole(train_log(beta)) as aside:
+        save_checkpoint(model, tokenizer, policy_folder(cell))
+        tag_checkpoint(run_id, policy_folder(cell))
+    with written_whole(train_log(cell)) as aside:
         pd.DataFrame(log).to_csv(aside, index=False)
 
 

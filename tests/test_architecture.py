@@ -1,7 +1,6 @@
 """The rules of the house: imports go down, and DVC knows every module that a stage's result depends on."""
 
 import ast
-import dataclasses
 import os
 import subprocess
 import sys
@@ -9,8 +8,6 @@ from pathlib import Path
 
 import pytest
 from ruamel.yaml import YAML
-
-from dpo.config import DpoParams
 
 ROOT = Path(__file__).parent.parent
 STAGES = YAML(typ="safe").load(ROOT / "dvc.yaml")["stages"]
@@ -53,9 +50,16 @@ def test_every_module_a_stage_imports_is_among_its_deps(stage):
     assert not code_deps - modules, "declared, yet not imported"
 
 
-def test_training_depends_on_every_dpo_parameter_but_the_list_of_betas():
-    declared = {p.removeprefix("dpo.") for p in STAGES["train"]["params"] if p.startswith("dpo.")}
-    assert declared == {field.name for field in dataclasses.fields(DpoParams)} - {"betas"}
+@pytest.mark.parametrize("stage", ["train", "evaluate"])
+def test_a_cell_depends_on_the_settings_of_its_own_loss_and_on_no_list_of_the_sweep(stage):
+    assert "losses.${item.loss}" in STAGES[stage]["params"]
+    assert not {"losses", "sweep"} & set(STAGES[stage]["params"])
+    assert STAGES[stage]["matrix"] == {
+        "loss": "${sweep.losses}",
+        "beta": "${sweep.betas}",
+        "learning_rate": "${sweep.learning_rates}",
+        "seed": "${sweep.seeds}",
+    }
 
 
 def test_telemetry_is_off():

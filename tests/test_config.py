@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from ruamel.yaml import YAML
 
-from dpo.config import Params, load_params
+from dpo.config import EvaluateParams, Params, ScorerParams, load_params
 from dpo.errors import InputError
 
 PARAMS = Path(__file__).parent.parent / "params.yaml"
@@ -21,7 +21,7 @@ def keys(value):
 def fields(kind):
     if not dataclasses.is_dataclass(kind):
         return None
-    hints = typing.get_type_hints(kind)
+    hints = typing.get_type_hints(kind) | ({"judge": ScorerParams} if kind is EvaluateParams else {})
     return {field.name: fields(hints[field.name]) for field in dataclasses.fields(kind)}
 
 
@@ -32,9 +32,9 @@ def test_the_keys_of_params_yaml_are_the_fields_of_the_dataclasses():
 def test_values_arrive_as_written():
     params, written = load_params(PARAMS), YAML(typ="safe").load(PARAMS)
     assert params.seed == written["seed"]
-    assert params.dpo.betas == tuple(written["dpo"]["betas"])
+    assert params.sweep.betas == tuple(written["sweep"]["betas"])
     assert params.sft.learning_rate == written["sft"]["learning_rate"]
-    assert params.evaluate.judge == written["evaluate"]["judge"]
+    assert dataclasses.asdict(params.evaluate.judge) == written["evaluate"]["judge"]
     with pytest.raises(dataclasses.FrozenInstanceError):
         params.seed = 1
 
@@ -73,10 +73,10 @@ ABSENT = type(None)
         ("seed", 1.5, "seed: input should be a valid integer, got 1.5"),
         ("sft.epochs", True, "sft.epochs: input should be a valid integer, got True"),
         ("data.min_rating_gap", math.inf, "data.min_rating_gap: input should be a finite number"),
-        ("dpo.betas", [0.1, 0.10], "dpo.betas: value error, a value stands there twice"),
+        ("sweep.betas", [0.1, 0.10], "sweep.betas: value error, a value stands there twice"),
         ("seed", 2**32, "seed: input should be less than 4294967296"),
         ("model.base", 3, "model.base: input should be a valid string, got 3"),
-        ("dpo.learning_rate", "fast", "dpo.learning_rate: input should be a valid number, got 'fast'"),
+        ("sft.learning_rate", "fast", "sft.learning_rate: input should be a valid number, got 'fast'"),
         (
             "dpo.optimizer",
             "adam",
@@ -91,7 +91,18 @@ ABSENT = type(None)
         ("data.eval_fraction", 1, "data.eval_fraction: input should be less than 1, got 1"),
         ("data.max_train_pairs", 0, "data.max_train_pairs: input should be greater than 0, got 0"),
         ("sft.warmup_steps", -1, "sft.warmup_steps: input should be greater than or equal to 0, got -1"),
-        ("dpo.betas", [], "dpo.betas: "),
+        ("sweep.betas", [], "sweep.betas: "),
+        ("sweep.losses", ["sigmoid", "kto"], "sweep.losses.1: input should be 'sigmoid', 'ipo'"),
+        ("sweep.seeds", [1, 1], "sweep.seeds: value error, a value stands there twice"),
+        (
+            "losses.robust",
+            {"label_smoothing": 0.5},
+            "losses.robust.label_smoothing: input should be less than 0.5",
+        ),
+        ("losses.sigmoid", {"label_smoothing": 0.1}, "losses.sigmoid.label_smoothing: unknown key"),
+        ("evaluate.judge", {"kind": "scoer"}, "evaluate.judge: input tag 'scoer'"),
+        ("evaluate.judge", {"kind": "scorer"}, "evaluate.judge.scorer.function: missing; add it"),
+        ("evaluate.judge", None, "compare.select: win_rate needs a judge; set evaluate.judge, or"),
         ("evaluate.temperature", 0, "evaluate.temperature: input should be greater than 0, got 0"),
     ],
 )
@@ -105,14 +116,14 @@ def test_each_fault_is_one_line_with_file_key_and_reason(change, key, value, wor
 
 @pytest.mark.parametrize("beta", [0, -0.1, "0.1", None])
 def test_a_bad_beta_is_named_by_its_place(change, beta):
-    path = change("dpo.betas", [0.1, beta])
+    path = change("sweep.betas", [0.1, beta])
     with pytest.raises(InputError) as error:
         load_params(path)
-    assert all(line.startswith(f"{path}: dpo.betas.1") for line in str(error.value).splitlines())
+    assert all(line.startswith(f"{path}: sweep.betas.1") for line in str(error.value).splitlines())
 
 
 def test_whole_numbers_are_betas_and_null_lifts_a_limit(change):
-    assert load_params(change("dpo.betas", [1, 0.5])).dpo.betas == (1, 0.5)
+    assert load_params(change("sweep.betas", [1, 0.5])).sweep.betas == (1, 0.5)
     assert load_params(change("data.max_train_pairs", None)).data.max_train_pairs is None
 
 
@@ -171,3 +182,21 @@ def test_a_key_that_is_no_word_is_named(tmp_path):
     path.write_text(PARAMS.read_text() + "? [a, b]\n: 1\n")
     with pytest.raises(InputError, match=r"params\.yaml: keys must be"):
         load_params(path)
+
+
+def test_cells_are_every_combination_named_as_dvc_names_them(change):
+    path = change(
+        "sweep", {"losses": ["sigmoid", "ipo"], "betas": [0.1, 1], "learning_rates": [5e-5], "seeds": [1, 2]}
+    )
+    cells = load_params(path).sweep.cells()
+    assert [cell.key for cell in cells] == [
+        f"{loss}-{beta}-5e-05-{seed}" for loss in ("sigmoid", "ipo") for beta in ("0.1", "1") for seed in (1, 2)
+    ]
+    assert cells[-1].loss == "ipo"
+    assert (cells[-1].beta, cells[-1].learning_rate, cells[-1].seed) == (1, 5e-5, 2)
+
+
+def test_without_a_judge_another_figure_selects(change):
+    path = change("evaluate.judge", None)
+    path.write_text(path.read_text().replace("select: win_rate", "select: margin"))
+    assert load_params(path).compare.select == "margin"

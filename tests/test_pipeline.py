@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,10 +13,12 @@ from pathlib import Path
 import mlflow
 import pandas as pd
 import pytest
+from huggingface_hub import ModelCard
 from ruamel.yaml import YAML
 
 ROOT = Path(__file__).parent.parent
-STAGES = ["base", "preferences", "validate", "sft", "reference"]
+STAGES = ["base", "preferences", "validate", "sft", "reference", "baseline"]
+CELL = "sigmoid-0.1-0.01-17"
 ENV = {
     **os.environ,
     "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
@@ -51,8 +54,8 @@ def make_project(folder: Path, model: Path) -> Path:
             "engine.max_length": 128,
             "engine.tokens_per_batch": 400,
             "sft.learning_rate": 1e-2,
-            "dpo.learning_rate": 1e-2,
-            "dpo.betas": [0.1],
+            "sweep.learning_rates": [1e-2],
+            "sweep.betas": [0.1],
             "evaluate.samples": 8,
             "evaluate.max_new_tokens": 6,
         },
@@ -95,12 +98,12 @@ def project(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> P
     """Run once from nothing through DVC."""
     folder = make_project(tmp_path_factory.mktemp("project"), tiny_model_dir)
     output = execute(folder, "dvc", "repro")
-    assert ran(output) == [*STAGES, "train@0.1", "evaluate@0.1", "compare"]
+    assert ran(output) == [*STAGES, f"train@{CELL}", f"evaluate@{CELL}", "compare"]
     return folder
 
 
 def test_training_starts_at_margin_zero_and_loss_log_2_through_the_cache(project):
-    log = pd.read_csv(project / "metrics/train/0.1.csv")
+    log = pd.read_csv(project / f"metrics/train/{CELL}.csv")
     assert log["rewards/margins"].iloc[0] == 0.0
     assert log["rewards/chosen"].iloc[0] == 0.0
     assert log["loss"].iloc[0] == pytest.approx(math.log(2), abs=1e-7)
@@ -108,32 +111,72 @@ def test_training_starts_at_margin_zero_and_loss_log_2_through_the_cache(project
 
 
 def test_evaluation_reports_every_headline_figure(project):
-    metrics = json.loads((project / "metrics/evaluate/0.1.json").read_text())
+    metrics = json.loads((project / f"metrics/evaluate/{CELL}.json").read_text())
     assert metrics["pairs"] == 16
     assert metrics["human_ceiling"] == 0.75
     assert 0 <= metrics["reward_accuracy"] <= 1
     assert metrics["margin_ci"][0] <= metrics["margin"] <= metrics["margin_ci"][1]
     assert metrics["kl"] > 0
     assert "win_rate" in metrics
-    assert json.loads((project / "metrics/comparison.json").read_text())["0.1"] == metrics
+    compared = json.loads((project / "metrics/comparison.json").read_text())["policies"][CELL]
+    assert compared == metrics | {"signs": compared["signs"]}
 
 
 def test_the_sft_checkpoint_is_a_plain_transformers_model(project):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    for name in ("sft", "dpo-0.1"):
+    for name in ("sft", CELL):
         AutoTokenizer.from_pretrained(project / "models" / name)
         AutoModelForCausalLM.from_pretrained(project / "models" / name)
 
 
-def test_report_and_table_show_the_policy(project):
+def test_report_and_table_show_the_policy_and_the_choice(project):
     page = (project / "reports/index.html").read_text()
-    assert "Reward against KL" in page
-    assert "Say something about film" in page
-    assert "Likelihood displacement at beta" not in page
+    comparison = json.loads((project / "metrics/comparison.json").read_text())
+    for words in ("Reward against KL", "Say something about film", "Signs of failure", comparison["reason"]):
+        assert words in page
+    assert comparison["selected"] == CELL
+    assert "<script src" not in page
+    outside_scripts = re.sub(r"<script.*?</script>", "", page, flags=re.DOTALL)
+    assert not re.search(r"""(src|href)=["']?http""", outside_scripts), "the page opens offline"
     table = execute(project, sys.executable, "-m", "tasks.results")
     assert "reward accuracy" in table
+    assert f"{CELL} has the highest win rate" in " ".join(table.split())
     assert "make mlflow" in table
+
+
+def test_answers_and_margins_are_kept_beside_the_figures(project):
+    samples = pd.read_parquet(project / f"samples/{CELL}.parquet")
+    metrics = json.loads((project / f"metrics/evaluate/{CELL}.json").read_text())
+    assert len(samples) == metrics["samples"] == 8
+    assert samples["kl"].mean() == pytest.approx(metrics["kl"])
+    assert samples["win"].mean() == pytest.approx(metrics["win_rate"])
+    margins = pd.read_parquet(project / f"margins/{CELL}.parquet")
+    assert margins["margin"].mean() == pytest.approx(metrics["margin"])
+    assert {"frontier", "calibration", "slices", "tests"} <= {f.stem for f in (project / "metrics").glob("*.csv")}
+
+
+def test_the_model_card_is_one_that_the_hub_reads(project):
+    card = ModelCard.load(project / f"models/{CELL}.md")
+    metrics = json.loads((project / f"metrics/evaluate/{CELL}.json").read_text())
+    results = {result.metric_type: result.metric_value for result in card.data.eval_results}
+    assert results["reward_accuracy"] == metrics["reward_accuracy"]
+    assert card.data.library_name == "transformers"
+    assert metrics["weights"] in card.text
+
+
+def test_the_policy_and_the_reference_are_models_in_mlflow_that_answer(project):
+    mlflow.set_tracking_uri(f"sqlite:///{project}/mlflow.db")
+    models = {m.name: m for m in mlflow.search_logged_models(experiment_ids=["1"], output_format="list")}
+    assert sorted(models) == ["policy", "reference"]
+    code = (
+        "import mlflow, sys; mlflow.set_tracking_uri('sqlite:///mlflow.db')\n"
+        "model = mlflow.pyfunc.load_model(sys.argv[1])\n"
+        "answer = model.predict({'messages': [{'role': 'user', 'content': 'Hi'}], 'max_tokens': 4})\n"
+        "print('tokens', answer[0]['usage']['completion_tokens'], bool(model.metadata.signature))"
+    )
+    output = execute(project, sys.executable, "-c", code, f"models:/{models['policy'].model_id}")
+    assert "tokens 4 True" in output
 
 
 def test_mlflow_holds_the_sweep(project):
@@ -144,11 +187,11 @@ def test_mlflow_holds_the_sweep(project):
     policy, sweep = roles["policy"], roles["sweep"]
     assert policy.data.tags["mlflow.parentRunId"] == sweep.info.run_id
     assert policy.data.params["beta"] == "0.1"
-    assert policy.data.params["dpo.learning_rate"] == "0.01"
+    assert policy.data.params["learning_rate"] == "0.01"
     assert len(policy.data.tags["git_commit"]) == 40
-    evaluated = json.loads((project / "metrics/evaluate/0.1.json").read_text())
+    evaluated = json.loads((project / f"metrics/evaluate/{CELL}.json").read_text())
     assert policy.data.metrics["eval/reward_accuracy"] == evaluated["reward_accuracy"]
-    assert sweep.data.metrics["beta_0.1/kl"] == evaluated["kl"]
+    assert sweep.data.metrics[f"{CELL}/kl"] == evaluated["kl"]
     digests = {data.dataset.name: data.dataset.digest for data in policy.inputs.dataset_inputs}
     md5 = hashlib.md5((project / "data/train.parquet").read_bytes(), usedforsecurity=False).hexdigest()
     assert digests["train"] == md5
@@ -159,16 +202,17 @@ def test_mlflow_holds_the_sweep(project):
 
 
 def test_same_seed_gives_the_same_checkpoint(project):
-    weights = project / "models/dpo-0.1/model.safetensors"
+    weights = project / f"models/{CELL}/model.safetensors"
     before = hashlib.sha256(weights.read_bytes()).hexdigest()
-    execute(project, "dvc", "repro", "--force", "--single-item", "train@0.1")
+    execute(project, "dvc", "repro", "--force", "--single-item", f"train@{CELL}")
     assert hashlib.sha256(weights.read_bytes()).hexdigest() == before
 
 
 def test_nothing_runs_twice_and_a_new_beta_runs_its_own_cells_only(project):
     assert ran(execute(project, "dvc", "repro")) == []
-    change(project, {"dpo.betas": [0.1, 0.5]})
-    assert ran(execute(project, "dvc", "repro")) == ["train@0.5", "evaluate@0.5", "compare"]
+    other = CELL.replace("0.1", "0.5")
+    change(project, {"sweep.betas": [0.1, 0.5]})
+    assert ran(execute(project, "dvc", "repro")) == [f"train@{other}", f"evaluate@{other}", "compare"]
     assert "up to date" in execute(project, "dvc", "status")
 
 
@@ -190,7 +234,7 @@ def test_a_stale_reference_cache_is_refused(project, stage, split):
     manifest = project / f"reference/{split}/manifest.json"
     original = manifest.read_text()
     manifest.write_text(original.replace('"max_length": 128', '"max_length": 127'))
-    output = execute(project, sys.executable, "-m", f"tasks.{stage}", "0.1", fails=True)
+    output = execute(project, sys.executable, "-m", f"tasks.{stage}", CELL, fails=True)
     manifest.write_text(original)
     assert f"reference/{split}: stale reference cache, refused: max_length differ" in output
     assert "Traceback" not in output
@@ -200,8 +244,8 @@ def test_a_policy_is_never_its_own_reference(project):
     weights = project / "models/sft/model.safetensors"
     original = weights.read_bytes()
     weights.unlink()
-    shutil.copy(project / "models/dpo-0.1/model.safetensors", weights)
-    output = execute(project, sys.executable, "-m", "tasks.evaluate", "0.1", fails=True)
+    shutil.copy(project / f"models/{CELL}/model.safetensors", weights)
+    output = execute(project, sys.executable, "-m", "tasks.evaluate", CELL, fails=True)
     weights.unlink()
     weights.write_bytes(original)
     assert "reference/eval: stale reference cache, refused: weights differ" in output

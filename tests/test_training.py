@@ -4,6 +4,8 @@ import dataclasses
 import json
 import math
 import re
+from pathlib import Path
+from typing import get_args
 
 import datasets
 import pytest
@@ -14,15 +16,25 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer
 
 from dpo.batching import StepSampler, TokenRow
-from dpo.config import DpoParams, EarlyStopParams, LoraParams, OptimizerParams, SftParams
+from dpo.config import (
+    Cell,
+    DpoParams,
+    EarlyStopParams,
+    LoraParams,
+    LossName,
+    OptimizerParams,
+    SftParams,
+    load_params,
+)
 from dpo.errors import InputError
 from dpo.logps import load_model, sequence_logps
-from dpo.losses import dpo_loss
+from dpo.losses import preference_loss
 from dpo.reference import cache_key, load_reference, save_reference
 from dpo.tokens import encode_pairs
 from dpo.training import _hold_out, save_checkpoint, train_dpo, train_sft
 
 SHARED = {field.name for field in dataclasses.fields(OptimizerParams)}
+POINT = {field.name for field in dataclasses.fields(Cell)}
 METRICS = {
     "rewards/chosen",
     "rewards/rejected",
@@ -35,10 +47,8 @@ METRICS = {
 
 def dpo_params(**changes):
     defaults = {
-        "betas": (0.1,),
         "epochs": 1,
         "pairs_per_step": 4,
-        "learning_rate": 1e-3,
         "optimizer": "adamw",
         "schedule": "constant",
         "warmup_steps": 0,
@@ -51,9 +61,16 @@ def dpo_params(**changes):
     return DpoParams(**{**defaults, **changes})
 
 
+LOSSES = load_params(Path(__file__).parent.parent / "params.yaml").losses
+
+
+def cell(beta=0.1, learning_rate=1e-3, seed=3, loss="sigmoid"):
+    return Cell(loss=loss, beta=beta, learning_rate=learning_rate, seed=seed)
+
+
 def sft_params(**changes):
     shared = {k: v for k, v in dataclasses.asdict(dpo_params()).items() if k in SHARED}
-    return SftParams(**{**shared, "completions": "both", "max_pairs": None, **changes})
+    return SftParams(**{**shared, "learning_rate": 1e-3, "completions": "both", "max_pairs": None, **changes})
 
 
 def make_pairs(count):
@@ -83,10 +100,12 @@ def reference(tiny_model_dir, rows):
     return {row.id: tuple(logps) for row, logps in zip(rows, table.tolist(), strict=True)}
 
 
-def run_dpo(folder, rows, reference, beta=0.1, tokens_per_batch=10_000, seed=3, **changes):
+def run_dpo(folder, rows, reference, tokens_per_batch=10_000, **changes):
     model = load_model(folder)
-    params = dpo_params(**changes)
-    log = train_dpo(model, rows, reference, params, beta, tokens_per_batch=tokens_per_batch, seed=seed)
+    point = cell(**{name: changes.pop(name) for name in POINT & changes.keys()})
+    log = train_dpo(
+        model, rows, reference, dpo_params(**changes), point, LOSSES, tokens_per_batch=tokens_per_batch
+    )
     return log, {name: weight.detach().clone() for name, weight in model.state_dict().items()}
 
 
@@ -230,7 +249,7 @@ def test_sft_learns_the_completions(tiny_model_dir, rows):
 
 def test_a_checkpoint_gives_the_trained_numbers_again(tiny_model_dir, tmp_path, rows, reference):
     model, tokenizer = load_model(tiny_model_dir), AutoTokenizer.from_pretrained(tiny_model_dir)
-    train_dpo(model, rows, reference, dpo_params(), 0.1, tokens_per_batch=500, seed=3)
+    train_dpo(model, rows, reference, dpo_params(), cell(), LOSSES, tokens_per_batch=500)
     save_checkpoint(model, tokenizer, tmp_path / "policy")
     again = load_model(tmp_path / "policy")
     assert torch.equal(sequence_logps(again, rows, 500), sequence_logps(model, rows, 500))
@@ -259,8 +278,8 @@ def test_ten_steps_equal_those_of_trl(tiny_model_dir, tmp_path, changes):
     model = load_model(tiny_model_dir)
     table = sequence_logps(model, rows, 1000).tolist()
     reference = {row.id: tuple(logps) for row, logps in zip(rows, table, strict=True)}
-    params = dpo_params(learning_rate=3e-4, **changes)
-    ours = train_dpo(model, rows, reference, params, beta, tokens_per_batch=100, seed=seed)
+    params, point = dpo_params(**changes), cell(beta, 3e-4, seed)
+    ours = train_dpo(model, rows, reference, params, point, LOSSES, tokens_per_batch=100)
 
     by_id = {pair["id"]: pair for pair in pairs}
     order = [by_id[row.id] for step in steps_of(rows, seed) for row in step]
@@ -272,7 +291,7 @@ def test_ten_steps_equal_those_of_trl(tiny_model_dir, tmp_path, changes):
             beta=beta,
             per_device_train_batch_size=4,
             num_train_epochs=1,
-            learning_rate=params.learning_rate,
+            learning_rate=point.learning_rate,
             optim={"adamw": "adamw_torch", "rmsprop": "rmsprop"}[params.optimizer],
             lr_scheduler_type=params.schedule,
             warmup_steps=params.warmup_steps,
@@ -298,6 +317,7 @@ def test_ten_steps_equal_those_of_trl(tiny_model_dir, tmp_path, changes):
         torch.testing.assert_close(weight, trained, rtol=0, atol=1e-4, msg=name)
 
 
+LOSS_NAMES = get_args(LossName)
 LORA = LoraParams(rank=4, alpha=8)
 
 
@@ -312,9 +332,10 @@ def test_gradient_checkpointing_changes_nothing(tiny_model_dir, rows, reference)
 def test_the_reference_computed_online_equals_the_cached_one(tiny_model_dir, rows, reference, lora):
     logs = {}
     for mode, table in (("cached", reference), ("online", {})):
-        params = dpo_params(reference=mode, lora=lora, learning_rate=1e-2)
+        params = dpo_params(reference=mode, lora=lora)
         model = load_model(tiny_model_dir)
-        logs[mode] = train_dpo(model, rows, table, params, 0.1, tokens_per_batch=500, seed=3)
+        point = cell(learning_rate=1e-2)
+        logs[mode] = train_dpo(model, rows, table, params, point, LOSSES, tokens_per_batch=500)
     assert logs["cached"][-1]["rewards/margins"] > 0.1
     for name in ("loss", *METRICS):
         online, cached = ([entry[name] for entry in logs[mode]] for mode in ("online", "cached"))
@@ -324,8 +345,8 @@ def test_the_reference_computed_online_equals_the_cached_one(tiny_model_dir, row
 def test_lora_trains_and_saves_the_adapter_alone(tiny_model_dir, tmp_path, rows, reference):
     model, tokenizer = load_model(tiny_model_dir), AutoTokenizer.from_pretrained(tiny_model_dir)
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
-    params = dpo_params(lora=LORA, learning_rate=1e-2)
-    train_dpo(model, rows, reference, params, 0.1, tokens_per_batch=500, seed=3)
+    point = cell(learning_rate=1e-2)
+    train_dpo(model, rows, reference, dpo_params(lora=LORA), point, LOSSES, tokens_per_batch=500)
     after = model.state_dict()
     assert all(
         torch.equal(weight, after[name.replace("proj.", "proj.base_layer.")]) for name, weight in before.items()
@@ -352,15 +373,14 @@ def test_early_stop_ends_after_its_patience_and_keeps_the_best_weights(tiny_mode
     reference = {key: value[::-1] if key in flipped else value for key, value in reference.items()}
     early_stop = EarlyStopParams(validation_share=0.3, every_steps=1, patience=2)
     model = load_model(tiny_model_dir)
-    log = train_dpo(
-        model, rows, reference, dpo_params(early_stop=early_stop, epochs=9), 0.1, tokens_per_batch=500, seed=3
-    )
+    params = dpo_params(early_stop=early_stop, epochs=9)
+    log = train_dpo(model, rows, reference, params, cell(), LOSSES, tokens_per_batch=500)
     validation = [entry["eval_loss"] for entry in log]
     assert validation == sorted(validation)
     assert len(log) == 1 + 2
     policy = sequence_logps(model, list(flipped.values()), 500)
     cached = torch.tensor([reference[name] for name in flipped])
-    losses = dpo_loss(policy[:, 0], policy[:, 1], cached[:, 0], cached[:, 1], 0.1)[0]
+    losses = preference_loss(policy, cached, torch.ones_like(policy), 0.1, "sigmoid", LOSSES)[0]
     assert losses.mean().item() == pytest.approx(validation[0], rel=1e-6)
     assert validation[1] > validation[0] * 1.001
 
@@ -388,7 +408,7 @@ def test_bf16_starts_at_margin_zero_through_its_own_cache_and_learns(tiny_model_
     model = load_model(tiny_model_dir, "bf16")
     table = sequence_logps(model, rows, 1000).tolist()
     cached = {row.id: tuple(logps) for row, logps in zip(rows, table, strict=True)}
-    log = train_dpo(model, rows, cached, dpo_params(epochs=3), 0.1, tokens_per_batch=100, seed=3)
+    log = train_dpo(model, rows, cached, dpo_params(epochs=3), cell(), LOSSES, tokens_per_batch=100)
     assert log[0]["rewards/margins"] == log[0]["rewards/chosen"] == 0.0
     assert log[-1]["loss"] < math.log(2) - 0.05
     assert {p.dtype for p in model.parameters()} == {torch.float32}
@@ -407,3 +427,11 @@ def test_a_loss_that_is_not_finite_stops_the_training_with_step_and_pairs(tiny_m
     broken = reference | {"pair 5": (math.nan, 0.0)}
     with pytest.raises(FloatingPointError, match=r"step \d: the loss is nan, .*pair 5\b"):
         run_dpo(tiny_model_dir, rows, broken)
+
+
+@pytest.mark.parametrize("loss", LOSS_NAMES)
+def test_every_loss_trains_to_margins_above_zero(tiny_model_dir, rows, reference, loss):
+    log, _ = run_dpo(tiny_model_dir, rows, reference, loss=loss, learning_rate=3e-3, epochs=3)
+    assert log[0]["rewards/margins"] == 0.0
+    assert log[-1]["rewards/margins"] > 0.05 * (0.1 if loss == "length_normalised" else 1)
+    assert log[-1]["loss"] < log[0]["loss"]

@@ -1,30 +1,93 @@
-"""Judges: functions from texts to scores, higher is better, named in params.yaml as `module:function`."""
+"""Judges of answers: a function, a reward model or a language model, as `evaluate.judge` names them."""
 
 import importlib
+import inspect
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
+from dpo.config import LlmParams, RewardModelParams, ScorerParams
 from dpo.errors import InputError
+from dpo.evaluation.llm_judge import LlmJudge
+from dpo.evaluation.reward_model import reward_scorer
+from dpo.tokens import Prompt
 
-Judge = Callable[[Sequence[str]], list[float]]
+Score = Callable[[Sequence[Prompt], Sequence[str]], list[float]]
+"""From prompts and their answers to one score each."""
 
 
-def load_judge(name: str) -> Judge:
-    """Import a judge by its `module:function` name.
+@dataclass(frozen=True)
+class Scorer:
+    """Gives every answer a score of its own, higher is better."""
+
+    score: Score
+
+
+@dataclass(frozen=True)
+class Comparer:
+    """Says how often the first of two answers is the better one: 1, 0, or between."""
+
+    compare: Callable[[Sequence[Prompt], Sequence[str], Sequence[str]], list[float]]
+    """From prompts, answers and other answers to the same prompts."""
+
+
+Judge = Scorer | Comparer
+
+
+def load_judge(params: ScorerParams | RewardModelParams | LlmParams) -> Judge:
+    """The judge that the parameters name. Models are loaded, and servers asked, when it first judges.
 
     Raises:
-        InputError: the name has another form, or nothing of that name can be imported.
+        InputError: a function cannot be imported or called; a model is no folder under `models/own/` and no hub
+            id with a revision; a URL is none.
     """
-    module, _, function = name.partition(":")
-    try:
-        judge: Judge = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise InputError(f"params.yaml: evaluate.judge: '{name}' is no `module:function`: {error}") from error
-    return judge
+    if isinstance(params, ScorerParams):
+        return Scorer(_checked("function", params.function, _load_function(params.function)))
+    if isinstance(params, RewardModelParams):
+        return Scorer(_checked("model", params.model, reward_scorer(params)))
+    return Comparer(LlmJudge(params).compare)
 
 
-def vader_compound(texts: Sequence[str]) -> list[float]:
-    """Sentiment of each text from -1 to 1, by the lexicon of Hutto and Gilbert 2014; no training stage uses it."""
+def vader_compound(prompts: Sequence[Prompt], answers: Sequence[str]) -> list[float]:
+    """Sentiment of each answer from -1 to 1, by the lexicon of Hutto and Gilbert 2014; prompts are not looked at.
+
+    No training stage uses it.
+    """
     from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
     analyzer = SentimentIntensityAnalyzer()
-    return [analyzer.polarity_scores(text)["compound"] for text in texts]
+    return [analyzer.polarity_scores(answer)["compound"] for answer in answers]
+
+
+def _load_function(name: str) -> Score:
+    where = f"params.yaml: evaluate.judge.function: '{name}'"
+    module, _, attribute = name.partition(":")
+    try:
+        function: Score = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise InputError(f"{where} is no `module:function`: {error}") from error
+    try:
+        inspect.signature(function).bind([], [])
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{where} cannot be called with prompts and answers: {error}") from error
+    return function
+
+
+def _checked(field: str, name: str, score: Score) -> Score:
+    """The same scorer, that ends in one clear error where it gives anything but a finite number an answer."""
+    where = f"params.yaml: evaluate.judge.{field}: '{name}' gave"
+
+    def checked(prompts: Sequence[Prompt], answers: Sequence[str]) -> list[float]:
+        given = score(prompts, answers)
+        try:
+            scores = [float(value) for value in given]
+        except (TypeError, ValueError) as error:
+            raise InputError(f"{where} no list of numbers: {error}; give one for each answer") from error
+        if len(scores) != len(answers):
+            raise InputError(f"{where} {len(scores)} scores for {len(answers)} answers; give one for each answer")
+        for number, (value, answer) in enumerate(zip(scores, answers, strict=True), 1):
+            if not math.isfinite(value):
+                raise InputError(f"{where} answer {number}, {answer[:80]!r}, the score {value}; it must be finite")
+        return scores
+
+    return checked

@@ -1,93 +1,195 @@
-"""What held-out preference pairs say of a policy."""
+"""What held-out preference pairs say of a policy: accuracy, margins, likelihood and calibration."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator
+from typing import Literal
 
 import numpy as np
-import torch
-from scipy.stats import bootstrap
+import pandas as pd
+from scipy.special import expit
 from torch import Tensor
 
-from dpo.losses import dpo_loss
+from dpo.config import Cell, LossParams
+from dpo.errors import InputError
+from dpo.evaluation.intervals import Numbers, Statistic, bootstrap, mean, quantile, ratio
+from dpo.losses import preference_loss
+
+BINS = 10
+"""Of equal width, for the calibration of confidences from 0.5 to 1."""
+
+SHOWN_PROMPTS, PAIRS_PER_PROMPT = 20, 5
+"""How many prompts become slices of their own, and how many pairs each needs for that."""
 
 
-def mean_interval(values: Sequence[float], seed: int) -> list[float]:
-    """95% percentile-bootstrap interval [low, high] of the mean; constant values are their own interval."""
-    data = np.asarray(values, dtype=float)
-    if np.ptp(data) == 0:
-        return [float(data[0])] * 2
-    found = bootstrap((data,), np.mean, method="percentile", rng=np.random.default_rng(seed)).confidence_interval
-    return [float(found.low), float(found.high)]
+def pair_table(
+    pairs: pd.DataFrame, policy: Tensor, reference: Tensor, lengths: Tensor, cell: Cell, losses: LossParams
+) -> pd.DataFrame:
+    """What a policy makes of each held-out pair.
+
+    Args:
+        pairs: P rows of the held-out table.
+        policy: log pi(y|x) of chosen and rejected, summed over completion tokens, in nats, shape [P, 2].
+        reference: log pi_ref(y|x), shape [P, 2].
+        lengths: tokens of each completion, shape [P, 2].
+        cell: the loss and the beta that the policy was trained with.
+        losses: the settings of its loss.
+
+    Returns:
+        One row a pair: its `id`, `prompt`, `source` and `agreement`; `tokens` of both completions; rewards,
+        `margin` and `loss` as `dpo.losses` defines them; `correct`, which is 0.5 at a margin of 0;
+        `chosen_logp_change`, policy minus reference; and for each side its log-probs and tokens.
+
+    Raises:
+        InputError: a log-prob is not finite.
+    """
+    policy, reference = policy.double(), reference.double()
+    unsound = ~(policy.isfinite() & reference.isfinite()).all(1).numpy()
+    if unsound.any():
+        raise InputError(
+            f"pair '{pairs['id'].iloc[unsound.argmax()]}': its log-probs are not finite, so the weights have "
+            "diverged; lower the learning rate in params.yaml"
+        )
+    loss, rewards = preference_loss(policy, reference, lengths, cell.beta, cell.loss, losses)
+    margin = (rewards[:, 0] - rewards[:, 1]).numpy()
+    return pairs[["id", "prompt", "source", "agreement"]].assign(
+        tokens=lengths.sum(1).numpy(),
+        chosen_reward=rewards[:, 0].numpy(),
+        rejected_reward=rewards[:, 1].numpy(),
+        margin=margin,
+        loss=loss.numpy(),
+        correct=(np.sign(margin) + 1) / 2,
+        chosen_logp_change=(policy - reference)[:, 0].numpy(),
+        chosen_logp=policy[:, 0].numpy(),
+        rejected_logp=policy[:, 1].numpy(),
+        chosen_reference_logp=reference[:, 0].numpy(),
+        rejected_reference_logp=reference[:, 1].numpy(),
+        chosen_tokens=lengths[:, 0].numpy(),
+        rejected_tokens=lengths[:, 1].numpy(),
+    )
 
 
 def preference_metrics(
-    policy: Tensor, reference: Tensor, beta: float, seed: int
+    table: pd.DataFrame, seed: int, *, completions: Literal["both", "chosen"]
 ) -> dict[str, float | list[float]]:
-    """Implicit reward accuracy, margin, rewards and loss on preference pairs.
+    """Figures of a `pair_table`, each with its 95% interval `*_ci`; whole prompts are drawn.
+
+    - `reward_accuracy`, `margin`, `chosen_reward`, `rejected_reward`, `loss`, `chosen_logp_change`: means;
+      `margin_p05` to `margin_p95`: quantiles; `chosen_logp_fell_share`: share of pairs whose chosen completion
+      is less likely than under the reference.
+    - `perplexity`, `reference_perplexity` and `perplexity_ratio`, one over the other: a token, of `completions`.
+    - Where people's agreement is known: `human_ceiling`, its mean, the accuracy of one person against another;
+      `ece`, the expected calibration error over ten bins of confidence (Guo et al. 2017, "On Calibration of
+      Modern Neural Networks"), see `calibration`; `brier`, E (p - Y)^2 with p = sigmoid(margin), the
+      policy's probability that chosen is preferred, and Y ~ Bernoulli(agreement), whether a person prefers it.
+      Resampling adds noise within the bins, so the interval of `ece` lies high.
 
     Args:
-        policy: log pi(y|x) of (chosen, rejected), shape [pairs, 2], nats.
-        reference: the same of the reference policy.
-        beta: the beta that the policy was trained with; scales rewards (Rafailov et al. 2023, eq. 5).
+        table: from `pair_table`.
         seed: of the bootstrap.
+        completions: those that supervised fine-tuning imitates, and perplexity is measured on.
+    """
+    sides = ("chosen", "rejected") if completions == "both" else ("chosen",)
+    policy, reference, tokens = (
+        sum(table[f"{side}_{name}"] for side in sides) for name in ("logp", "reference_logp", "tokens")
+    )
+    statistics = {
+        "reward_accuracy": mean(table["correct"]),
+        "margin": mean(table["margin"]),
+        **{f"margin_p{percent:02}": quantile(table["margin"], percent / 100) for percent in (5, 25, 50, 75, 95)},
+        "chosen_reward": mean(table["chosen_reward"]),
+        "rejected_reward": mean(table["rejected_reward"]),
+        "loss": mean(table["loss"]),
+        "chosen_logp_change": mean(table["chosen_logp_change"]),
+        "chosen_logp_fell_share": mean(table["chosen_logp_change"] < 0),
+        "perplexity": _exp(ratio(-policy, tokens)),
+        "reference_perplexity": _exp(ratio(-reference, tokens)),
+        "perplexity_ratio": _exp(ratio(reference - policy, tokens)),
+        **_against_people(table),
+    }
+    return {"pairs": len(table), **bootstrap(statistics, table["prompt"].tolist(), seed)}
+
+
+def _exp(statistic: Statistic) -> Statistic:
+    return lambda weights: np.exp(statistic(weights))
+
+
+def _against_people(table: pd.DataFrame) -> dict[str, Statistic]:
+    known = table["agreement"].notna()
+    agreement = table["agreement"].fillna(0)
+    p = expit(table["margin"])
+    brier = agreement * (1 - p) ** 2 + (known - agreement) * p**2
+    places = calibration(table).reindex(table.index)
+    gap = (places["confidence"] - places["agreement"]).fillna(0)
+    gaps = [ratio(gap.where(places["bin"] == number, 0), known) for number in range(BINS)]
+
+    def ece(weights: Numbers) -> Numbers:
+        return np.sum([np.abs(statistic(weights)) for statistic in gaps], axis=0)
+
+    return {"human_ceiling": ratio(agreement, known), "ece": ece, "brier": ratio(brier, known)}
+
+
+def calibration(table: pd.DataFrame) -> pd.DataFrame:
+    """How sure the policy is of its side in each pair, and how many people take that side.
+
+    Which completion is called chosen must not matter, so a pair is read from the policy's side.
 
     Returns:
-        Means over pairs; `*_ci` are 95% intervals. A margin of exactly 0 counts half in the accuracy.
+        `bin` from 0, `confidence` max(p, 1 - p) with p = sigmoid(margin), and `agreement`, the share of people on
+        the policy's side, 0.5 at a margin of 0. Pairs of unknown agreement are left out; the index is the table's.
     """
-    losses, chosen, rejected = dpo_loss(policy[:, 0], policy[:, 1], reference[:, 0], reference[:, 1], beta)
-    margins = chosen - rejected
-    correct = (margins > 0).double() + (margins == 0).double() / 2
-    displaced = (policy - reference)[:, 0]
-    return {
-        "pairs": len(margins),
-        "reward_accuracy": correct.mean().item(),
-        "reward_accuracy_ci": mean_interval(correct.tolist(), seed),
-        "margin": margins.mean().item(),
-        "margin_ci": mean_interval(margins.tolist(), seed),
-        "chosen_reward": chosen.mean().item(),
-        "rejected_reward": rejected.mean().item(),
-        "loss": losses.mean().item(),
-        "chosen_logp_change": displaced.mean().item(),
-        "chosen_logp_fell_share": (displaced < 0).double().mean().item(),
-    }
+    table = table[table["agreement"].notna()]
+    p = expit(table["margin"])
+    confidence = np.maximum(p, 1 - p)
+    number = np.minimum((confidence - 0.5) * 2 * BINS, BINS - 1).astype(int)
+    agreement = table["correct"] * table["agreement"] + (1 - table["correct"]) * (1 - table["agreement"])
+    return pd.DataFrame({"bin": number, "confidence": confidence, "agreement": agreement})
 
 
-def sample_metrics(
-    policy_logps: Tensor, reference_logps: Tensor, lengths: Sequence[int], seed: int
-) -> dict[str, float | list[float]]:
-    """KL(pi || pi_ref) by Monte Carlo on the policy's own samples.
+def reliability(table: pd.DataFrame) -> pd.DataFrame:
+    """The calibration curve of a `pair_table`.
+
+    Returns:
+        One row for each bin that holds a pair: its limits `low` and `high`, `pairs`, mean `confidence` and mean
+        `agreement`; no rows where no agreement is known.
+    """
+    bins = calibration(table).groupby("bin")
+    curve = bins.agg(pairs=("bin", "size"), confidence=("confidence", "mean"), agreement=("agreement", "mean"))
+    low = 0.5 + curve.index.to_numpy() / (2 * BINS)
+    curve.insert(0, "low", low)
+    curve.insert(1, "high", low + 0.5 / BINS)
+    return curve.reset_index(drop=True)
+
+
+def slices(table: pd.DataFrame, seed: int) -> pd.DataFrame:
+    """The main figures by source, by quarter of length, and by prompt.
 
     Args:
-        policy_logps: log pi(y|x) of S samples y ~ pi, shape [S], nats.
-        reference_logps: log pi_ref(y|x) of the same samples, shape [S].
-        lengths: tokens in each sample.
-        seed: of the bootstrap.
+        table: from `pair_table`.
+        seed: of the bootstraps.
+
+    Returns:
+        One row a slice: `slice` (`source`, `length` or `prompt`), `value`, `pairs`; `reward_accuracy`, `margin`
+        and `chosen_logp_change` with the limits `_low` and `_high` of their 95% intervals. Lengths are tokens of
+        both completions; prompts are the 20 most frequent, of at least five pairs. Whole prompts are drawn, and
+        within a slice of one prompt pairs.
     """
-    ratios = (policy_logps - reference_logps).double()
-    return {
-        "kl": ratios.mean().item(),
-        "kl_ci": mean_interval(ratios.tolist(), seed),
-        "kl_per_token": (ratios.sum() / torch.tensor(lengths).sum()).item(),
-        "sample_tokens": float(np.mean(lengths)),
-    }
+    figures = {"reward_accuracy": "correct", "margin": "margin", "chosen_logp_change": "chosen_logp_change"}
+    rows = []
+    for name, value, part in _parts(table):
+        statistics = {figure: mean(part[column]) for figure, column in figures.items()}
+        found = bootstrap(statistics, part["prompt"].tolist(), seed)
+        rows.append({"slice": name, "value": value, "pairs": len(part), **found})
+    every = pd.DataFrame(rows)
+    for figure in figures:
+        every[[f"{figure}_low", f"{figure}_high"]] = every.pop(f"{figure}_ci").tolist()
+    return every
 
 
-def judged_metrics(
-    policy: Sequence[float], reference: Sequence[float], seed: int
-) -> dict[str, float | list[float]]:
-    """Win rate and reward of policy answers against reference answers to the same prompts, ties half.
-
-    Args:
-        policy: judge's scores of S policy answers, higher is better.
-        reference: scores of the reference's answers to the same prompts.
-        seed: of the bootstrap.
-    """
-    difference = np.subtract(policy, reference)
-    wins = (difference > 0) + (difference == 0) / 2
-    return {
-        "win_rate": float(wins.mean()),
-        "win_rate_ci": mean_interval(wins.tolist(), seed),
-        "tie_rate": float((difference == 0).mean()),
-        "reward": float(np.mean(policy)),
-        "reward_ci": mean_interval(policy, seed),
-        "reference_reward": float(np.mean(reference)),
-    }
+def _parts(table: pd.DataFrame) -> Iterator[tuple[str, str, pd.DataFrame]]:
+    for source, part in table.groupby("source"):
+        yield "source", str(source), part
+    quarter = np.searchsorted(np.quantile(table["tokens"], [0.25, 0.5, 0.75]), table["tokens"])
+    for _, part in table.groupby(quarter):
+        yield "length", f"{part['tokens'].min()}-{part['tokens'].max()} tokens", part
+    counts = table["prompt"].value_counts().head(SHOWN_PROMPTS)
+    for prompt in counts[counts >= PAIRS_PER_PROMPT].index:
+        yield "prompt", prompt, table[table["prompt"] == prompt]

@@ -32,7 +32,7 @@ def sample(
     pad = 0 if end is None else end
     answers: list[list[int]] = []
     torch.manual_seed(seed)
-    with generating(model), tqdm(total=len(prompts), desc="answers", unit="row") as bar:
+    with generating(model), tqdm(total=len(prompts), desc="answers", unit="row", disable=len(prompts) == 1) as bar:
         for first in range(0, len(prompts), ROWS_AT_ONCE):
             rows = prompt_ids(tokenizer, prompts[first : first + ROWS_AT_ONCE])
             width = max(map(len, rows))

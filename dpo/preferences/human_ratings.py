@@ -28,11 +28,26 @@ TRAIN_PHRASINGS = (
     "Compose a sentence for a {}.",
     "What might a {} say?",
     "Please write a line of a {}.",
+    "I need a sentence for a {}.",
+    "Can you write a single sentence of a {}?",
+    "Produce one line of a {}.",
+    "Draft a sentence that could stand in a {}.",
+    "Say something that belongs in a {}.",
+    "Write a sentence as it might appear in a {}.",
 )
 EVAL_PHRASINGS = (
     "Make up a sentence from a {}.",
     "Show me one line of a {}.",
     "Write a short excerpt from a {}.",
+    "Invent a line of a {}.",
+    "Could you give me one sentence of a {}?",
+    "Let me read a sentence of a {}.",
+    "Come up with a line for a {}.",
+    "What would one sentence of a {} be?",
+    "Think of a sentence in a {}.",
+    "Imagine a {} and write one of its sentences.",
+    "One line of a {}, please.",
+    "Put down a sentence of a {}.",
 )
 """Held out, so that no prompt is in both splits."""
 

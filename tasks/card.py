@@ -1,0 +1,72 @@
+"""The model card beside a checkpoint."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from jinja2 import Environment, FileSystemLoader
+
+from dpo.config import Cell, Params
+from dpo.embedded import MODEL_NAME
+from dpo.files import md5, written_whole
+from tasks.provenance import weights
+from tasks.stage import BASE, EVAL, SFT, TRAIN, model_card, policy_folder
+
+FIGURES = {
+    "reward_accuracy": "reward accuracy on held-out pairs",
+    "margin": "margin on held-out pairs",
+    "win_rate": "win rate against the reference",
+    "length_controlled_win_rate": "win rate, lengths made equal",
+    "kl": "KL to the reference, nats an answer",
+    "perplexity_ratio": "perplexity of held-out completions, over the reference's",
+    "length_ratio": "tokens of an answer, over the reference's",
+}
+
+
+def write_card(params: Params, cell: Cell, metrics: dict[str, Any]) -> None:
+    """Describe a policy in the hub's format: metadata that the hub reads, then text for people."""
+    embedded = params.model.base == "embedded"
+    base = MODEL_NAME if embedded else params.model.base
+    source = params.data.source if isinstance(params.data.source, str) else ", ".join(params.data.source)
+    results = [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type="preferences",
+            dataset_name=f"{source}, held-out pairs",
+            metric_type=figure,
+            metric_name=words,
+            metric_value=metrics[figure],
+        )
+        for figure, words in FIGURES.items()
+        if figure in metrics
+    ]
+    data = ModelCardData(
+        base_model=base if embedded or params.model.revision else None,
+        library_name="peft" if params.dpo.lora else "transformers",
+        pipeline_tag="text-generation",
+        tags=["dpo", "preference-optimization", cell.loss],
+        model_name=cell.key,
+        eval_results=results,
+    )
+    template = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), trim_blocks=True, autoescape=False
+    ).get_template("card.md.jinja")
+    body = template.render(
+        name=cell.key,
+        base=base,
+        source=source,
+        cell=cell,
+        metrics=metrics,
+        figures=FIGURES,
+        interval=lambda ends: f"{ends[0]:.3f} to {ends[1]:.3f}",
+        evaluate=params.evaluate,
+        judge=getattr(params.evaluate.judge, "function", getattr(params.evaluate.judge, "model", None)),
+        settings=dataclasses.asdict(cell)
+        | dataclasses.asdict(getattr(params.losses, cell.loss))
+        | dataclasses.asdict(params.dpo),
+        hashes={f"{path} (MD5)": md5(path) for path in (TRAIN, EVAL)}
+        | {f"{path} (SHA-256)": weights(path) for path in (BASE, SFT, policy_folder(cell))},
+    )
+    with written_whole(model_card(cell)) as aside:
+        ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}").save(aside)

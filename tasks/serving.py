@@ -1,0 +1,40 @@
+"""Checkpoints as MLflow models: `mlflow models serve` answers a prompt with them."""
+
+import logging
+from importlib.metadata import version
+from pathlib import Path
+
+import mlflow
+from transformers import AutoTokenizer
+
+from dpo.config import Params
+from dpo.models import load_checkpoint
+from tasks import tracking
+from tasks.provenance import weights
+from tasks.stage import SFT
+
+NEEDED = ("mlflow", "torch", "transformers", "accelerate")
+logging.getLogger("mlflow.transformers").setLevel(logging.ERROR)  # it warns of each checkpoint without a licence
+
+
+def log_models(params: Params, folders: list[Path]) -> None:
+    """Keep checkpoints as MLflow models that answer a prompt when served, each in the run that made it, once."""
+    tracking.connect()
+    for folder in folders:
+        made, logged = tracking.run_of(folder), f"dpo.logged.{weights(folder)[:16]}"
+        run_id = tracking.sweep_run(params) if made is None else made.info.run_id
+        if logged in mlflow.get_run(run_id).data.tags:
+            continue
+        tokenizer, model = AutoTokenizer.from_pretrained(folder), load_checkpoint(folder)
+        model.name_or_path = f"./{folder}"  # no hub id: MLflow would ask the hub for its licence
+        chat = bool(tokenizer.chat_template)
+        words = {"messages": [{"role": "user", "content": "Hello"}]} if chat else {"prompt": "Hello"}
+        with mlflow.start_run(run_id=run_id):
+            mlflow.transformers.log_model(
+                {"model": model, "tokenizer": tokenizer},
+                name="reference" if folder == SFT else "policy",
+                task=f"llm/v1/{'chat' if chat else 'completions'}",
+                input_example={**words, "max_tokens": 16},
+                pip_requirements=[f"{name}=={version(name)}" for name in NEEDED],
+            )
+            mlflow.set_tag(logged, "true")
