@@ -5,7 +5,8 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from tasks.compare import frontier
+from dpo.config import load_params
+from tasks.figures import frontier
 from tasks.stage import COMPARISON
 
 IMAGES = Path(__file__).parent / "images"
@@ -15,12 +16,11 @@ def main() -> None:
     """Draw the graph of the stages with graphviz, and the frontier of the last comparison in Chromium."""
     dot = subprocess.run(["dvc", "dag", "--dot"], check=True, capture_output=True, text=True).stdout
     subprocess.run(["dot", "-Tsvg", "-o", str(IMAGES / "dag.svg")], input=dot, check=True, text=True)
-    rows = list(json.loads(COMPARISON.read_text()).values())
+    policies = json.loads(COMPARISON.read_text())["policies"]
+    figure = frontier(load_params().sweep.cells(), policies)
     with tempfile.TemporaryDirectory() as folder:
         page = Path(folder) / "frontier.html"
-        page.write_text(
-            frontier(rows).update_layout(width=900, height=520).to_html(config={"displayModeBar": False})
-        )
+        page.write_text(figure.update_layout(width=900, height=520).to_html(config={"displayModeBar": False}))
         browser = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
         subprocess.run(
             [

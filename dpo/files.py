@@ -7,6 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+PROVENANCE = "provenance.json"
+"""The file in a checkpoint that tells what made it."""
+
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:

@@ -25,7 +25,7 @@ from transformers import (
 from dpo.batching import StepSampler, TokenRow, pack
 from dpo.config import Cell, DpoParams, EarlyStopParams, LoraParams, LossParams, OptimizerParams, SftParams
 from dpo.errors import InputError
-from dpo.files import written_whole
+from dpo.files import PROVENANCE, sha256, write_json, written_whole
 from dpo.logps import packed_batches
 from dpo.losses import nll_loss, preference_loss
 
@@ -377,8 +377,13 @@ def _hold_out(rows: Sequence[TokenRow], share: float) -> tuple[list[TokenRow], l
     return sides
 
 
-def save_checkpoint(model: PreTrainedModel, tokenizer: Any, folder: Path) -> None:
-    """Write safetensors weights (with LoRA, the adapter alone) and tokenizer to `folder`, all or nothing."""
+def save_checkpoint(model: PreTrainedModel, tokenizer: Any, folder: Path, facts: Mapping[str, object]) -> None:
+    """Write safetensors weights (with LoRA, the adapter alone) and tokenizer to `folder`, all or nothing.
+
+    `facts`, what made the checkpoint, go into its `provenance.json`, with the SHA-256 of the weights.
+    """
     with written_whole(folder) as aside:
         model.save_pretrained(aside)
         tokenizer.save_pretrained(aside)
+        weights = sha256(*sorted(aside.glob("*.safetensors")))
+        write_json(aside / PROVENANCE, {**facts, "weights": weights})

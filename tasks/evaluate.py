@@ -5,10 +5,10 @@ import dataclasses
 import numpy as np
 import pandas as pd
 import torch
-from dpo.evaluation.answers import answer_metrics
 from transformers import AutoTokenizer
 
 from dpo.config import load_params
+from dpo.evaluation.answers import answer_metrics
 from dpo.evaluation.divergence import divergence
 from dpo.evaluation.judges import Scorer, load_judge
 from dpo.evaluation.preferences import pair_table, preference_metrics

@@ -8,6 +8,7 @@ from transformers import AutoTokenizer
 from dpo.errors import InputError
 from dpo.models import load_checkpoint
 from dpo.training import save_checkpoint
+from tasks.lineage import of_folder
 from tasks.stage import run
 
 
@@ -25,7 +26,10 @@ def main() -> None:
         )
     if given.folder.exists():
         raise InputError(f"{given.folder}: exists; name a new folder")
-    save_checkpoint(load_checkpoint(given.adapter), AutoTokenizer.from_pretrained(given.adapter), given.folder)
+    adapter = of_folder(given.adapter)
+    facts = {**adapter, "merged_from": adapter["weights"]}
+    tokenizer = AutoTokenizer.from_pretrained(given.adapter)
+    save_checkpoint(load_checkpoint(given.adapter), tokenizer, given.folder, facts)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,21 @@
-"""What made a result: code, data, models, packages, machine."""
+"""What made a result: code, data, models, settings, packages, machine, runs."""
 
+import dataclasses
+import os
 import platform
 import subprocess
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
+from dpo.config import Cell, Params
 from dpo.files import md5, sha256
-from tasks.stage import BASE, EVAL, TRAIN
+from tasks.stage import BASE, EVAL, SFT, TRAIN
 
-PACKAGES = ("torch", "transformers", "accelerate", "peft", "datasets", "dvc", "mlflow", "prefect")
+PACKAGES = ("torch", "transformers", "tokenizers", "accelerate", "peft", "datasets", "dvc", "mlflow", "prefect")
+FLOW_RUN = "DPO_PREFECT_FLOW_RUN"
+"""Environment variable by which a flow tells its stages the id of its run."""
 
 
 def commit() -> tuple[str, bool]:
@@ -26,18 +32,48 @@ def weights(folder: Path) -> str:
     return sha256(*sorted(folder.glob("*.safetensors")))
 
 
-def provenance(checkpoints: Sequence[Path]) -> dict[str, dict[str, str]]:
-    """Groups of facts about checkpoints trained here, ready to be shown."""
+def packages() -> dict[str, str]:
+    """Versions that a result depends on."""
+    return {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
+
+
+def made_by(params: Params, mlflow_run: str, cell: Cell | None = None) -> dict[str, Any]:
+    """Facts for the provenance file of a checkpoint: of a cell's policy, or of the reference."""
+    revision, dirty = commit()
+    settings: dict[str, Any] = {"engine": params.engine, "model": params.model}
+    settings |= {"data": params.data, "sft": params.sft}
+    if cell is not None:
+        settings |= {"cell": cell, "loss": getattr(params.losses, cell.loss), "dpo": params.dpo}
+    return {
+        "git_commit": revision,
+        "git_changes_since": dirty,
+        "data": {str(TRAIN): md5(TRAIN)},
+        "models": {str(folder): weights(folder) for folder in ([BASE] if cell is None else [BASE, SFT])},
+        "params": {"seed": params.seed} | {name: dataclasses.asdict(group) for name, group in settings.items()},
+        "packages": packages(),
+        "machine": machine(),
+        "mlflow_run": mlflow_run,
+        "prefect_flow_run": os.environ.get(FLOW_RUN),
+    }
+
+
+def machine() -> dict[str, str]:
+    """System and processors."""
     import torch  # here, so that stages which only ask for the commit start without it
 
-    revision, dirty = commit()
-    machine = f"{platform.machine()}, {torch.get_num_threads()} threads"
+    processor = f"{platform.machine()}, {torch.get_num_threads()} threads"
     if torch.cuda.is_available():
-        machine += f", {torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+        processor += f", {torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    return {"system": platform.platform(), "processor": processor}
+
+
+def provenance(checkpoints: Sequence[Path]) -> dict[str, dict[str, str]]:
+    """Groups of facts about checkpoints trained here, ready to be shown."""
+    revision, dirty = commit()
     return {
         "code": {"git commit": revision + (" and changes since" if dirty else "")},
         "data (MD5, as in dvc.lock)": {str(path): md5(path) for path in (TRAIN, EVAL)},
         "weights (SHA-256)": {str(path): weights(path) for path in (BASE, *checkpoints)},
-        "packages": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
-        "machine": {"system": platform.platform(), "processor": machine},
+        "packages": packages(),
+        "machine": machine(),
     }

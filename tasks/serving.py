@@ -8,6 +8,7 @@ import mlflow
 from transformers import AutoTokenizer
 
 from dpo.config import Params
+from dpo.files import PROVENANCE
 from dpo.models import load_checkpoint
 from tasks import tracking
 from tasks.provenance import weights
@@ -34,6 +35,7 @@ def log_models(params: Params, folders: list[Path]) -> None:
                 {"model": model, "tokenizer": tokenizer},
                 name="reference" if folder == SFT else "policy",
                 task=f"llm/v1/{'chat' if chat else 'completions'}",
+                metadata={"provenance": (folder / PROVENANCE).read_text()},
                 input_example={**words, "max_tokens": 16},
                 pip_requirements=[f"{name}=={version(name)}" for name in NEEDED],
             )

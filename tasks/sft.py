@@ -10,6 +10,7 @@ from dpo.files import written_whole
 from dpo.logps import load_model
 from dpo.tokens import encode_pairs
 from dpo.training import save_checkpoint, train_sft
+from tasks.provenance import made_by
 from tasks.stage import BASE, METRICS, SFT, TRAIN, run
 from tasks.steplog import StepLog
 from tasks.tracking import reference_run, tag_checkpoint
@@ -35,7 +36,7 @@ def main() -> None:
             seed=params.seed,
             callbacks=[StepLog(run_id)],
         )
-        save_checkpoint(model, tokenizer, SFT)
+        save_checkpoint(model, tokenizer, SFT, made_by(params, run_id))
         tag_checkpoint(run_id, SFT)
     with written_whole(METRICS / "sft.csv") as aside:
         pd.DataFrame(log).to_csv(aside, index=False)

@@ -9,6 +9,7 @@ from dpo.logps import load_model
 from dpo.reference import cache_key, load_reference
 from dpo.tokens import encode_pairs
 from dpo.training import save_checkpoint, train_dpo
+from tasks.provenance import made_by
 from tasks.stage import REFERENCE_TRAIN, SFT, TRAIN, cell_argument, policy_folder, run, train_log
 from tasks.steplog import StepLog
 from tasks.tracking import policy_run, tag_checkpoint
@@ -36,7 +37,7 @@ def main() -> None:
             tokens_per_batch=engine.tokens_per_batch,
             callbacks=[StepLog(run_id)],
         )
-        save_checkpoint(model, tokenizer, policy_folder(cell))
+        save_checkpoint(model, tokenizer, policy_folder(cell), made_by(params, run_id, cell))
         tag_checkpoint(run_id, policy_folder(cell))
     with written_whole(train_log(cell)) as aside:
         pd.DataFrame(log).to_csv(aside, index=False)

@@ -24,7 +24,7 @@ def test_a_merged_model_gives_the_numbers_of_base_and_adapter(tiny_model_dir, tm
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.3)
-    save_checkpoint(model, tokenizer, tmp_path / "adapter")
+    save_checkpoint(model, tokenizer, tmp_path / "adapter", {"seed": 3})
     monkeypatch.setattr(sys, "argv", ["merge", str(tmp_path / "adapter"), str(tmp_path / "whole")])
     merge.main()
     merged = sequence_logps(load_model(tmp_path / "whole"), rows, 500)

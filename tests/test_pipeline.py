@@ -165,6 +165,23 @@ def test_the_model_card_is_one_that_the_hub_reads(project):
     assert metrics["weights"] in card.text
 
 
+def test_a_checkpoint_and_a_model_in_mlflow_tell_what_made_them(project, tmp_path):
+    moved = shutil.copytree(project / f"models/{CELL}", tmp_path / "moved")
+    facts = json.loads(execute(ROOT, sys.executable, "-m", "tasks.lineage", str(moved), "--json"))
+    manifest = json.loads((project / "reference/train/manifest.json").read_text())
+    assert facts["models"]["models/sft"] == manifest["weights"]
+    assert facts["params"]["cell"] == {"loss": "sigmoid", "beta": 0.1, "learning_rate": 0.01, "seed": 17}
+    assert facts["data"]["data/train.parquet"] in (project / "dvc.lock").read_text()
+    assert len(facts["git_commit"]) == 40
+    mlflow.set_tracking_uri(f"sqlite:///{project}/mlflow.db")
+    assert mlflow.get_run(facts["mlflow_run"]).data.tags["dpo.cell"] == CELL
+    (policy,) = mlflow.search_logged_models(
+        experiment_ids=["1"], filter_string="name = 'policy'", output_format="list"
+    )
+    uri = f"models:/{policy.model_id}"
+    assert json.loads(execute(project, sys.executable, "-m", "tasks.lineage", uri, "--json")) == facts
+
+
 def test_the_policy_and_the_reference_are_models_in_mlflow_that_answer(project):
     mlflow.set_tracking_uri(f"sqlite:///{project}/mlflow.db")
     models = {m.name: m for m in mlflow.search_logged_models(experiment_ids=["1"], output_format="list")}
@@ -206,6 +223,8 @@ def test_same_seed_gives_the_same_checkpoint(project):
     before = hashlib.sha256(weights.read_bytes()).hexdigest()
     execute(project, "dvc", "repro", "--force", "--single-item", f"train@{CELL}")
     assert hashlib.sha256(weights.read_bytes()).hexdigest() == before
+    again = ran(execute(project, "dvc", "repro"))
+    assert again == [f"evaluate@{CELL}"], "its provenance names another run; its figures are the same"
 
 
 def test_nothing_runs_twice_and_a_new_beta_runs_its_own_cells_only(project):

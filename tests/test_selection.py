@@ -51,6 +51,11 @@ def test_without_a_judge_over_optimisation_is_not_claimed():
     assert "over-optimisation" not in {sign.name for sign in failure_signs(unjudged, COMPARE)}
 
 
+def test_a_figure_that_the_data_does_not_give_is_no_sign():
+    bare = {name: value for name, value in SOUND.items() if name != "distinct_2_ratio"}
+    assert "lost diversity" not in {sign.name for sign in failure_signs(bare, COMPARE)}
+
+
 def wins(share, count=200):
     return [1.0] * round(share * count) + [0.0] * round((1 - share) * count)
 

@@ -250,7 +250,7 @@ def test_sft_learns_the_completions(tiny_model_dir, rows):
 def test_a_checkpoint_gives_the_trained_numbers_again(tiny_model_dir, tmp_path, rows, reference):
     model, tokenizer = load_model(tiny_model_dir), AutoTokenizer.from_pretrained(tiny_model_dir)
     train_dpo(model, rows, reference, dpo_params(), cell(), LOSSES, tokens_per_batch=500)
-    save_checkpoint(model, tokenizer, tmp_path / "policy")
+    save_checkpoint(model, tokenizer, tmp_path / "policy", {"seed": 3})
     again = load_model(tmp_path / "policy")
     assert torch.equal(sequence_logps(again, rows, 500), sequence_logps(model, rows, 500))
     assert AutoTokenizer.from_pretrained(tmp_path / "policy").chat_template == tokenizer.chat_template
@@ -352,7 +352,7 @@ def test_lora_trains_and_saves_the_adapter_alone(tiny_model_dir, tmp_path, rows,
         torch.equal(weight, after[name.replace("proj.", "proj.base_layer.")]) for name, weight in before.items()
     )
     for folder in ("once", "twice"):
-        save_checkpoint(model, tokenizer, tmp_path / folder)
+        save_checkpoint(model, tokenizer, tmp_path / folder, {"seed": 3})
     assert not (tmp_path / "once/model.safetensors").exists()
     trained = {name.replace(".default", "") for name, p in model.named_parameters() if p.requires_grad}
     saved = load_file(tmp_path / "once/adapter_model.safetensors")

@@ -51,6 +51,8 @@ def failure_signs(metrics: Metrics, params: CompareParams) -> list[Sign]:
     ]  # fmt: skip
     found = []
     for name, figure, limit, meaning in above:
+        if figure not in metrics:  # the reference's answers have no two words to count, say
+            continue
         low_is_bad = figure in ("chosen_logp_change", "distinct_2_ratio")
         value = metrics[figure]
         tripped = value < limit if low_is_bad else value > limit

@@ -1,10 +1,8 @@
-"""Samples under padding, judges by name."""
+"""Answers under padding, seeds and end tokens."""
 
 import pytest
 from transformers import AutoTokenizer
 
-from dpo.errors import InputError
-from dpo.evaluation.judges import load_judge, vader_compound
 from dpo.evaluation.sampling import sample
 from dpo.logps import load_model
 
@@ -35,13 +33,3 @@ def test_same_seed_same_answers_and_no_token_after_the_end(tiny_model_dir, token
     assert any(len(answer) < 30 for answer in first)
     assert all(end not in answer[:-1] for answer in first)
     assert all(len(answer) == 30 or answer[-1] == end for answer in first)
-
-
-def test_judges_are_found_by_name():
-    judge = load_judge("dpo.evaluation.judges:vader_compound")
-    assert judge is vader_compound
-    good, bad = judge(["What a wonderful, moving film.", "A dreadful, boring mess."])
-    assert -1 <= bad < 0 < good <= 1
-    for name in ("nothing", "dpo.evaluation.judges:absent", "no.such.module:f", ""):
-        with pytest.raises(InputError, match=r"evaluate\.judge"):
-            load_judge(name)

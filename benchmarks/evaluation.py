@@ -1,0 +1,80 @@
+"""What evaluating a policy takes, over training it, on this machine: `python -m benchmarks.evaluation`.
+
+Both stages run on the results of `dvc repro`, in a copy of the project, on 256 prompts with answers of 32 tokens.
+"""
+
+import argparse
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from ruamel.yaml import YAML
+
+from benchmarks.page import put_table
+from dpo.config import Cell, load_params
+from dpo.files import write_json
+
+RESULTS = Path("benchmarks/results/evaluation.json")
+PAGE = Path("docs/evaluation.md")
+ANSWERS, NEW_TOKENS = 256, 32
+NEEDED = ("params.yaml", "dpo", "tasks", "data", "models/base", "models/sft", "reference")
+
+
+def prepare(folder: Path) -> None:
+    """Copy what the two stages read, and ask for more answers."""
+    for name in NEEDED:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (shutil.copytree if Path(name).is_dir() else shutil.copy)(name, folder / name)
+    yaml = YAML()
+    params = yaml.load(folder / "params.yaml")
+    params["evaluate"] |= {"samples": ANSWERS, "max_new_tokens": NEW_TOKENS}
+    yaml.dump(params, folder / "params.yaml")
+    subprocess.run([sys.executable, "-m", "tasks.baseline"], cwd=folder, check=True)
+
+
+def seconds(folder: Path, stage: str, cell: Cell) -> float:
+    """How long a stage takes, its start included."""
+    start = time.perf_counter()
+    subprocess.run([sys.executable, "-m", f"tasks.{stage}", cell.key], cwd=folder, check=True)
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    """Measure in turns; write medians and their ratio."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.evaluation", description=__doc__)
+    parser.add_argument("--repeats", type=int, default=1)
+    repeats = parser.parse_args().repeats
+    params = load_params()
+    cell = params.sweep.cells()[0]
+    taken: dict[str, list[float]] = {"train": [], "evaluate": []}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        prepare(folder)
+        for _ in range(repeats):
+            for stage, times in taken.items():
+                times.append(seconds(folder, stage, cell))
+    train, evaluate = (statistics.median(times) for times in taken.values())
+    result = {
+        "training_pairs": params.data.max_train_pairs,
+        "answers": ANSWERS,
+        "new_tokens": NEW_TOKENS,
+        "repeats": repeats,
+        "train_seconds": train,
+        "evaluate_seconds": evaluate,
+        "ratio": evaluate / train,
+    }
+    write_json(RESULTS, result)
+    put_table(
+        PAGE,
+        "evaluation",
+        "| training, s | evaluation, s | evaluation / training |\n| ---: | ---: | ---: |\n"
+        f"| {train:.0f} | {evaluate:.0f} | {evaluate / train:.2f} |",
+    )
+
+
+if __name__ == "__main__":
+    main()
