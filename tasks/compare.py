@@ -101,7 +101,7 @@ def main() -> None:
                     figure.to_html(
                         full_html=False,
                         include_plotlyjs=False,
-                        config={"responsive": True, "displaylogo": False},
+                        config={"responsive": True, "displayModeBar": False},
                         div_id=f"figure-{number}",
                     )
                     for number, figure in enumerate(figures)

@@ -100,7 +100,7 @@ def main() -> None:
             table.to_parquet(aside, index=False)
     write_json(evaluation(cell), metrics)
     write_card(params, cell, metrics)
-    log_evaluation(params, cell, held_out, metrics, samples)
+    log_evaluation(params, cell, held_out, metrics, samples.drop(columns=["policy_ids", "reference_ids"]))
 
 
 if __name__ == "__main__":

@@ -14,17 +14,21 @@ from dpo.files import md5, sha256
 from tasks.stage import BASE, EVAL, SFT, TRAIN
 
 PACKAGES = ("torch", "transformers", "tokenizers", "accelerate", "peft", "datasets", "dvc", "mlflow", "prefect")
+RESULTS = (":!dvc.lock", ":!metrics", ":!*.gitignore")
+"""What the pipeline itself changes while it runs, as git leaves it out."""
+
 FLOW_RUN = "DPO_PREFECT_FLOW_RUN"
 """Environment variable by which a flow tells its stages the id of its run."""
 
 
 def commit() -> tuple[str, bool]:
-    """Git's commit (`none` outside a repository) and whether tracked files differ from it."""
+    """Git's commit (`none` outside a repository) and whether tracked files differ from it, results aside."""
 
     def git(*words: str) -> str:
         return subprocess.run(["git", *words], capture_output=True, text=True, check=False).stdout.strip()
 
-    return git("rev-parse", "HEAD") or "none", bool(git("status", "--porcelain", "--untracked-files=no"))
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", *RESULTS)
+    return git("rev-parse", "HEAD") or "none", bool(changed)
 
 
 def weights(folder: Path) -> str:
