@@ -766,7 +766,7 @@ RUN = """
 import json, sys
 from dpo.config import LlmParams
 from dpo.evaluation.judges import load_judge
-prices = {"criterion": "It is longer.", "input_price": 0.0, "output_price": 0.0, "max_cost": 1.0}
+prices = {"criterion": "Length.", "input_price": 0.0, "output_price": 0.0, "max_cost": 1.0}
 params = LlmParams(kind="llm", model="some-model", base_url=sys.argv[1], parallel=8, **prices)
 answers = ["x" * n for n in range(60)]
 print(json.dumps(load_judge(params).compare(["film"] * 60, answers, ["x" * 30] * 60)))
