@@ -8,7 +8,7 @@ export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export DVC_NO_ANALYTICS := true
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: setup repro test check bench images mlflow prefect report
+.PHONY: setup repro test check bench images up down mlflow prefect report
 
 setup: .venv/installed
 
@@ -40,6 +40,14 @@ bench: setup
 # The pictures of the README, needs graphviz and Chromium.
 images: setup
 	python -m docs.images
+
+# Prefect, MLflow and a worker in the background, with the deployments of prefect.yaml; logs are in .servers/. Ports of
+# your own: make up PREFECT_PORT=4300 MLFLOW_PORT=5100
+up: setup
+	python -m flows.servers up
+
+down: setup
+	python -m flows.servers down
 
 mlflow: setup
 	mlflow ui --backend-store-uri $(or $(MLFLOW_TRACKING_URI),sqlite:///mlflow.db) --host 127.0.0.1 --port 5000

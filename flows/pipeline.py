@@ -15,13 +15,12 @@ import subprocess
 import sys
 import threading
 import time
-from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from datetime import datetime
 from graphlib import TopologicalSorter
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from dvc.repo import Repo
 from prefect import flow, get_run_logger, task
@@ -29,10 +28,14 @@ from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
 from prefect.futures import PrefectFuture
+from prefect.runtime import flow_run
 from prefect.states import Cancelled, Completed
 from prefect.task_runners import ThreadPoolTaskRunner
 from pydantic import PositiveInt
 
+from tasks.provenance import FLOW_RUN
+
+Logger: TypeAlias = "logging.Logger | logging.LoggerAdapter[Any]"
 RAN, RESTORED, UP_TO_DATE, STOPPED = "ran", "restored", "up to date", "stopped"
 VERDICTS = {
     "Running stage '{}':": RAN,
@@ -43,6 +46,12 @@ VERDICTS = {
 LEVEL = re.compile(r"\b(ERROR|WARNING)\b|^(error|warning):")
 LEVELS = {"ERROR": logging.ERROR, "WARNING": logging.WARNING}
 ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+NETWORK_FAULT = re.compile(
+    r"could not fetch|connection (error|refused|reset|aborted)|ConnectionError|timed? ?out|name resolution|"
+    r"\b(429|50[0234])\b[ :,]*(client|server|too many|internal|bad gateway|service|gateway)",
+    re.IGNORECASE,
+)
+RETRY_SECONDS = [30.0, 300.0]
 BAR_SECONDS = 10.0
 POLL_SECONDS = 0.5
 TAIL_LINES = 15
@@ -103,13 +112,16 @@ def visible(line: str) -> str:
     return next((state for state in reversed(states) if state), "")
 
 
-def run_stage(stage: str, stop: threading.Event, logger: "logging.Logger | logging.LoggerAdapter[Any]") -> str:
-    """Bring one stage up to date through DVC; log its output line by line; return what DVC did.
+def execute(command: list[str], stop: threading.Event, logger: Logger) -> tuple[int, list[str]]:
+    """Run a Python module of this environment, `python -m COMMAND`; log its output line by line.
 
-    Nothing that the stage started outlives this call, however it ends. Raises StageError if DVC fails.
+    Nothing that it started outlives this call, however it ends.
+
+    Returns:
+        Its exit code, not 0 if `stop` ended it, and its lines.
     """
     process = subprocess.Popen(
-        [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", "--single-item", stage],
+        [sys.executable, "-m", *command],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -117,29 +129,45 @@ def run_stage(stage: str, stop: threading.Event, logger: "logging.Logger | loggi
             **os.environ,
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
             "PYTHONUNBUFFERED": "1",
+            **({FLOW_RUN: flow_run.id} if flow_run.id else {}),
         },
         start_new_session=True,
     )
-    verdicts = {line.format(stage): verdict for line, verdict in VERDICTS.items()}
-    verdict = None
-    tail: deque[str] = deque(maxlen=TAIL_LINES)
+    lines = []
     try:
         for line in filter(None, split_lines(read_output(process, stop))):
             found = LEVEL.search(line)
             logger.log(LEVELS[found[0].rstrip(":").upper()] if found else logging.INFO, line)
-            verdict = verdict or verdicts.get(line)  # DVC speaks first: a stage's own output cannot pose as it
-            tail.append(line)
+            lines.append(line)
         if not stop.is_set():
             process.wait()
     finally:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-    if process.returncode and stop.is_set():
+    return process.returncode, lines
+
+
+def run_stage(stage: str, stop: threading.Event, logger: Logger) -> str:
+    """Bring one stage up to date through DVC; return what DVC did. Raises StageError if DVC fails."""
+    code, lines = execute(["dvc", "--wait-for-lock", "repro", "--single-item", stage], stop, logger)
+    if code and stop.is_set():
         return STOPPED
-    if process.returncode:
-        raise StageError("\n".join([f"{stage} failed; its last output:", *tail]))
-    return verdict or RAN
+    if code:
+        raise StageError("\n".join([f"{stage} failed; its last output:", *lines[-TAIL_LINES:]]))
+    verdicts = {line.format(stage): verdict for line, verdict in VERDICTS.items()}
+    return next((verdicts[line] for line in lines if line in verdicts), RAN)  # DVC speaks first
+
+
+def may_pass(task: object, run: object, state: State[Any]) -> bool:
+    """Whether a task failed for a fault of the network, which may be gone soon: Prefect then tries it again.
+
+    Where the output names the user's error, only that decides: bad data that speaks of a network stays bad.
+    """
+    fault = state.result(raise_on_failure=False)
+    lines = str(fault).splitlines() if isinstance(fault, StageError) else []
+    errors = [line for line in lines if line.startswith("error: ")]
+    return any(NETWORK_FAULT.search(line) for line in errors or lines)
 
 
 def name_flow_run() -> str:
@@ -154,9 +182,19 @@ def show_page(stage: str) -> None:
         create_markdown_artifact(page.read_text(), key=re.sub(r"[^a-z0-9]+", "-", stage.lower()))
 
 
-@task(name="stage", task_run_name="{stage}", cache_policy=NO_CACHE)
+@task(
+    name="stage",
+    task_run_name="{stage}",
+    cache_policy=NO_CACHE,
+    retries=len(RETRY_SECONDS),
+    retry_delay_seconds=RETRY_SECONDS,
+    retry_condition_fn=may_pass,
+)
 def bring_up_to_date(stage: str, stop: threading.Event) -> str | State[str]:
-    """One stage as one task run, whose state tells what DVC did. Raises StageError if the stage fails."""
+    """One stage as one task run, whose state tells what DVC did. Raises StageError if the stage fails.
+
+    A fault that can pass is tried again, twice; a stage that failed for bad data or settings is not.
+    """
     try:
         verdict = run_stage(stage, stop, get_run_logger())
     finally:

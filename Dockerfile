@@ -1,0 +1,26 @@
+# What the stages and flows need, without weights and without data: those are in DVC's cache and remote.
+FROM python:3.11-slim
+
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends git make \
+    && rm -rf /var/lib/apt/lists/* \
+    && useradd --create-home --uid 1000 dpo
+
+COPY constraints.txt pyproject.toml README.md LICENSE /opt/dpo-pipeline/
+COPY dpo /opt/dpo-pipeline/dpo
+COPY tasks /opt/dpo-pipeline/tasks
+COPY flows /opt/dpo-pipeline/flows
+RUN pip install --no-cache-dir --constraint /opt/dpo-pipeline/constraints.txt /opt/dpo-pipeline
+
+ENV DO_NOT_TRACK=true \
+    DVC_NO_ANALYTICS=true \
+    HF_HUB_DISABLE_TELEMETRY=1 \
+    MLFLOW_DISABLE_TELEMETRY=true \
+    PREFECT_SERVER_ANALYTICS_ENABLED=false \
+    DPO_WORKSPACE=/workspace \
+    PYTHONPATH=/workspace
+
+# A clone of the repository is mounted here, and its code is what runs; what was installed above brings the dependencies.
+USER dpo
+WORKDIR /workspace
+CMD ["python", "-m", "flows.pipeline"]

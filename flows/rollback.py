@@ -1,0 +1,113 @@
+"""Go back to the champion before this one: `python -m flows.rollback`.
+
+The files of git and DVC return to the commit that the earlier champion was promoted from, then MLflow's alias
+moves. A second run goes back one more.
+"""
+
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+from prefect import flow, get_run_logger, task
+from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import State
+from prefect.states import Cancelled, Completed
+
+from dpo.errors import InputError
+from flows.pipeline import StageError, name_flow_run
+from flows.repository import commit, default_remote, dvc, git, known
+from flows.retrain import LOCK, PENDING, notify, refuse
+from tasks import registry
+from tasks.registry import COMMIT, LANDED, VERSIONED, uncommitted
+from tasks.tracking import connect
+
+
+@dataclass(frozen=True)
+class RolledBack:
+    """Which version of the registered model served, which serves now, and the commit that it was made from."""
+
+    version: str
+    to: str
+    git_commit: str
+
+
+@flow(name="rollback", flow_run_name=name_flow_run)
+def rollback() -> State[RolledBack]:
+    """Make the champion's predecessor the champion again, with its settings, data, results and checkpoints.
+
+    Files that landed since are remembered as refused: the next retraining would otherwise take them in and come to
+    the same policy.
+
+    Raises:
+        InputError: there is no predecessor, or files that would be overwritten differ from git's last commit.
+        StageError: data is neither in DVC's cache nor at its remote; all is then as it was before.
+    """
+    LOCK.parent.mkdir(exist_ok=True)
+    try:
+        with FileLock(LOCK, timeout=0):
+            return _rollback()
+    except Timeout:
+        words = f"a retraining, or another rollback, holds {LOCK}; this one did nothing"
+        get_run_logger().warning(words)
+        return Cancelled(name="AlreadyRunning", message=words)
+
+
+def _rollback() -> State[RolledBack]:
+    if changed := uncommitted(*VERSIONED):
+        raise InputError(
+            f"git: not committed: {', '.join(changed)}; a rollback would overwrite them: commit first"
+        )
+    connect()
+    now, earlier = registry.predecessor()
+    before = landed()
+    restore(earlier.tags[COMMIT], f"Rolled back from version {now.version} to {earlier.version}")
+    registry.roll_back(earlier)
+    for name in sorted(before - landed()):
+        refuse(name, f"rolled back with version {now.version}")
+    PENDING.unlink(missing_ok=True)
+    notify("rolled-back", {"from": now.version, "to": earlier.version})
+    done = RolledBack(str(now.version), str(earlier.version), earlier.tags[COMMIT])
+    words = f"version {done.to} is the champion again, as of commit {done.git_commit[:7]}"
+    get_run_logger().info(words)
+    return Completed(name="RolledBack", message=words, data=done)
+
+
+def landed() -> set[str]:
+    """Names of the files that were taken in."""
+    return {path.name for path in LANDED.glob("*")}
+
+
+@task(name="restore", cache_policy=NO_CACHE)
+def restore(revision: str, message: str) -> None:
+    """Bring the versioned files and what they name back to a commit, as a new commit; or leave all as it was."""
+    paths = known(VERSIONED, revision)
+    try:
+        check_out(revision, paths)
+    except StageError:
+        check_out("HEAD", paths)
+        raise
+    commit(message, *paths)
+
+
+def check_out(revision: str, paths: list[str]) -> None:
+    """Files of git from a commit, and those of DVC from its cache, or else from its remote."""
+    git("restore", f"--source={revision}", "--staged", "--worktree", "--", *paths)
+    if not Path(f"{LANDED}.dvc").exists() and LANDED.exists():
+        shutil.rmtree(LANDED)  # nothing had landed then; what did since is in DVC's cache
+    try:
+        dvc("checkout")
+    except StageError:
+        if default_remote() is None:
+            raise
+        dvc("pull")
+
+
+def main() -> int:
+    """Roll back now; exit code 1 on failure."""
+    return 0 if rollback(return_state=True).is_completed() else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

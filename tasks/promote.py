@@ -1,0 +1,248 @@
+"""The gate: `python -m tasks.promote` makes the selected policy the champion if it is shown to be better.
+
+The first champion has to beat its reference. Every later one has to beat the champion, on answers to the same
+held-out prompts with the same seed, or without a judge on the held-out pairs. Better means that the 95% interval
+lies wholly above one half; whole prompts are drawn for it. A tie changes nothing.
+"""
+
+import json
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import numpy as np
+import pandas as pd
+import torch
+from transformers import AutoTokenizer
+
+from dpo.config import Cell, Params, load_params
+from dpo.errors import InputError
+from dpo.evaluation.intervals import bootstrap, mean
+from dpo.evaluation.judges import Scorer, load_judge
+from dpo.evaluation.preferences import pair_table
+from dpo.evaluation.sampling import sample
+from dpo.files import md5, write_json, written_whole
+from dpo.logps import load_model, sequence_logps
+from dpo.tokens import encode_pairs, prompt_of
+from tasks import registry, tracking
+from tasks.lineage import of_version
+from tasks.provenance import commit, weights
+from tasks.serving import log_models
+from tasks.stage import (
+    COMPARISON,
+    EVAL,
+    REFERENCE_SAMPLES,
+    REPORTS,
+    TRAIN,
+    policy_folder,
+    policy_margins,
+    policy_samples,
+    run,
+)
+
+GATE = REPORTS / "gate.json"
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """How a policy did against another: 1 always better, 0 always worse, with its 95% interval."""
+
+    figure: str
+    against: str
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the gate decided, and why in words."""
+
+    promoted: bool
+    reason: str
+    challenger: str | None = None
+    evidence: Evidence | None = None
+
+
+def decide(challenger: str, signs: Sequence[str], evidence: Evidence) -> Verdict:
+    """Promote a policy only if it shows no sign of failure and its interval lies wholly above one half.
+
+    Args:
+        challenger: its name.
+        signs: the signs of failure that it shows, the KL budget among them.
+        evidence: against the champion, or against the reference where there is no champion.
+    """
+    found = f"{evidence.figure} against {evidence.against}: {evidence.value:.3f} "
+    found += f"[{evidence.low:.3f}, {evidence.high:.3f}]"
+    if signs:
+        reason = f"{challenger} is not promoted: it shows a sign of failure ({', '.join(signs)}). Its {found}."
+        return Verdict(False, reason, challenger, evidence)
+    if evidence.low > 0.5:
+        return Verdict(True, f"{challenger} is better: {found} lies wholly above 0.5.", challenger, evidence)
+    how = "worse" if evidence.high < 0.5 else "not shown to be better"
+    return Verdict(False, f"{challenger} is {how}: {found} does not lie wholly above 0.5.", challenger, evidence)
+
+
+def main() -> None:
+    """Weigh, decide, move the alias, write down why."""
+    params = load_params()
+    compared = read_comparison()
+    changed = registry.uncommitted(*registry.VERSIONED)
+    if changed:
+        raise InputError(f"git: not committed: {', '.join(changed)}; commit first, so that a rollback finds it")
+    tracking.connect()
+    champion = registry.champion()
+    if compared["selected"] is None:
+        record(Verdict(False, compared["reason"]))
+        return
+    cell = selected_cell(params, compared)
+    facts = of_version(f"models:/{registry.REGISTERED}/{champion.version}") if champion else {}
+    if champion and facts["weights"] == weights(policy_folder(cell)):
+        record(Verdict(False, f"{cell.key} is the champion already, version {champion.version}.", cell.key))
+        return
+    metrics = compared["policies"][cell.key]
+    evidence = against_champion(params, cell, champion.version) if champion else against_reference(params, metrics)
+    verdict = decide(cell.key, metrics["signs"], evidence)
+    run_id, model_id = logged_model(params, policy_folder(cell))
+    if verdict.promoted:
+        revision, _ = commit()
+        registry.promote(model_id, {registry.COMMIT: revision, "data_md5": md5(TRAIN), "cell": cell.key})
+    tags = {"dpo.gate": "promoted" if verdict.promoted else "kept", "dpo.gate_reason": verdict.reason}
+    for name, value in tags.items():
+        mlflow.MlflowClient().set_tag(run_id, name, value)
+    record(verdict)
+
+
+def read_comparison() -> dict[str, Any]:
+    """What the stage `compare` wrote.
+
+    Raises:
+        InputError: it has not run yet.
+    """
+    try:
+        compared: dict[str, Any] = json.loads(COMPARISON.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{COMPARISON}: {error}; `dvc repro` writes it") from error
+    return compared
+
+
+def selected_cell(params: Params, compared: dict[str, Any]) -> Cell:
+    """The cell that was selected, whose checkpoint must be the one that was compared.
+
+    Raises:
+        InputError: the comparison is not of these settings or of this checkpoint.
+    """
+    key = compared["selected"]
+    cells = {cell.key: cell for cell in params.sweep.cells()}
+    if key not in cells or compared["policies"][key]["weights"] != weights(policy_folder(cells[key])):
+        raise InputError(f"{COMPARISON}: it selects {key} as it was before; `dvc repro` brings all up to date")
+    return cells[key]
+
+
+def against_reference(params: Params, metrics: dict[str, Any]) -> Evidence:
+    """How the selected policy did against the reference: what the stage `evaluate` found."""
+    figure = "reward_accuracy" if params.evaluate.judge is None else "win_rate"
+    return Evidence(figure.replace("_", " "), "the reference", metrics[figure], *metrics[f"{figure}_ci"])
+
+
+def against_champion(params: Params, cell: Cell, version: str) -> Evidence:
+    """The selected policy against the champion, head to head.
+
+    The champion's weights come from MLflow: no checkpoint here needs to be the one that it was made from.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        uri = f"models:/{registry.REGISTERED}/{version}"
+        champion = Path(mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=folder))
+        judged = params.evaluate.judge is not None
+        prompts, wins = judged_wins(params, cell, champion) if judged else ranked_wins(params, cell, champion)
+    found: Any = bootstrap({"wins": mean(wins)}, prompts, params.seed)
+    figure = "win rate" if judged else "win rate in ranking held-out pairs"
+    return Evidence(figure, f"the champion, version {version}", found["wins"], *found["wins_ci"])
+
+
+def judged_wins(params: Params, cell: Cell, champion: Path) -> tuple[list[str], list[float]]:
+    """For each answer its prompt, and how often the policy's is better than the champion's.
+
+    The policy's answers are those that were kept when it was evaluated; the champion answers the same prompts with
+    the same seed and settings.
+    """
+    asked = params.evaluate
+    assert asked.judge is not None
+    judge = load_judge(asked.judge)
+    own, baseline = pd.read_parquet(policy_samples(cell)), pd.read_parquet(REFERENCE_SAMPLES)
+    tokenizer = AutoTokenizer.from_pretrained(champion / "components/tokenizer")
+    prompts = [prompt_of(pair, tokenizer) for pair in baseline.to_dict("records")]
+    answers = sample(
+        load_model(champion / "model", params.engine.precision),
+        tokenizer,
+        prompts,
+        max_new_tokens=asked.max_new_tokens,
+        temperature=asked.temperature,
+        seed=params.seed,
+    )
+    texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
+    if isinstance(judge, Scorer):
+        ahead = np.array(own["policy_score"]) - np.array(judge.score(prompts, texts))
+        wins = ((np.sign(ahead) + 1) / 2).tolist()
+    else:
+        wins = judge.compare(prompts, own["policy"].tolist(), texts)
+    return own["prompt"].tolist(), wins
+
+
+def ranked_wins(params: Params, cell: Cell, champion: Path) -> tuple[list[str], list[float]]:
+    """For each held-out pair its prompt, and 1 if only the policy ranks it rightly, 0 if only the champion does.
+
+    Both rewards are measured from today's reference, whose log-probs were kept when the policy was evaluated.
+    """
+    engine = params.engine
+    held_out, own = pd.read_parquet(EVAL), pd.read_parquet(policy_margins(cell))
+    tokenizer = AutoTokenizer.from_pretrained(champion / "components/tokenizer")
+    rows = encode_pairs(held_out.to_dict("records"), tokenizer, engine.max_length)
+    model = load_model(champion / "model", engine.precision)
+    theirs = pair_table(
+        held_out,
+        sequence_logps(model, rows, engine.tokens_per_batch, "champion log-probs"),
+        torch.tensor(own[["chosen_reference_logp", "rejected_reference_logp"]].to_numpy()),
+        torch.tensor([[len(ids) for ids in row.completions] for row in rows]),
+        cell,
+        params.losses,
+    )
+    return own["prompt"].tolist(), ((1 + own["correct"] - theirs["correct"]) / 2).tolist()
+
+
+def logged_model(params: Params, folder: Path) -> tuple[str, str]:
+    """The run that made a checkpoint and MLflow's id of the model in it; logged now if no run here has it.
+
+    Raises:
+        InputError: MLflow has lost the model.
+    """
+    log_models(params, [folder])
+    made = tracking.run_of(folder)
+    run_id = tracking.sweep_run(params) if made is None else made.info.run_id
+    models = mlflow.search_logged_models(
+        experiment_ids=[mlflow.get_run(run_id).info.experiment_id],
+        filter_string=f"name = 'policy' AND source_run_id = '{run_id}'",
+        output_format="list",
+    )
+    for model in models:
+        if of_version(f"models:/{model.model_id}")["weights"] == weights(folder):
+            return run_id, model.model_id
+    raise InputError(f"MLflow: run {run_id} has lost the model of {folder}; train it again: `dvc repro -f -s`")
+
+
+def record(verdict: Verdict) -> None:
+    """Keep the verdict for people and for programs, and print it."""
+    champion = registry.champion()
+    serves = f"version {champion.version}" if champion else "none"
+    heading = "Promoted" if verdict.promoted else "Not promoted"
+    write_json(GATE, asdict(verdict) | {"champion": str(champion.version) if champion else None})
+    with written_whole(GATE.with_suffix(".md")) as aside:
+        aside.write_text(f"## Gate: {heading.lower()}\n\n{verdict.reason}\n\nChampion: {serves}.\n")
+    print(f"{heading}: {verdict.reason} Champion: {serves}.")  # noqa: T201
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,305 @@
+"""Schedules, forms and the servers behind them, as a user starts them: real servers, a real worker."""
+
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+from ruamel.yaml import YAML
+
+from dpo.errors import InputError
+from flows import servers, sweep
+
+ROOT = Path(__file__).parent.parent
+DVC_YAML = """
+stages:
+  validate:
+    cmd: mkdir -p reports && echo '## Ten pairs are sound' > reports/validate.md && echo ten > sound.txt
+    outs: [sound.txt]
+  train:
+    matrix: {beta: [0.1, 0.5]}
+    cmd: cat sound.txt > ${item.beta}.txt && cat pause.txt && sleep $(cat pause.txt)
+    deps: [sound.txt]
+    outs: ["${item.beta}.txt"]
+  compare:
+    cmd: cat 0.1.txt 0.5.txt > compared.txt
+    deps: [0.1.txt, 0.5.txt]
+    outs: [compared.txt]
+"""
+
+
+class Project:
+    """A checkout whose stages do next to nothing, with servers of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.ports = free_ports(2)
+        self.url = f"http://127.0.0.1:{self.ports[0]}"
+        self.environment = {
+            **os.environ,
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+            "PREFECT_HOME": str(folder.parent / "prefect"),
+            "PREFECT_PORT": str(self.ports[0]),
+            "MLFLOW_PORT": str(self.ports[1]),
+            "PREFECT_WORKER_QUERY_SECONDS": "2",
+            "PREFECT_WORKER_PREFETCH_SECONDS": "2",
+        }
+        for name in ("PREFECT_API_URL", "MLFLOW_TRACKING_URI"):
+            self.environment.pop(name, None)
+        for name in ("dpo", "tasks", "flows"):
+            shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+        for name in ("prefect.yaml", "prefect.toml", "params.yaml", ".gitignore"):
+            shutil.copy(ROOT / name, folder / name)
+        (folder / "dvc.yaml").write_text(DVC_YAML)
+        (folder / "pause.txt").write_text("0")
+        for command in (["git", "init", "-q"], ["dvc", "init", "-q"], ["git", "add", "-A"]):
+            self.execute(*command)
+        self.execute("git", "-c", "user.name=t", "-c", "user.email=t@example.org", "commit", "-qm", "start")
+
+    def execute(self, *command: str, **more: str) -> str:
+        environment = self.environment | more
+        done = subprocess.run(command, cwd=self.folder, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+        return done.stdout
+
+    def servers(self, action: str) -> str:
+        return self.execute(sys.executable, "-m", "flows.servers", action)
+
+    def ask(self, method: str, path: str, **body: Any) -> Any:
+        """What Prefect's API answers; 503 is its way to say that the database is busy."""
+        for _ in range(20):
+            answer = httpx.request(method, f"{self.url}/api/{path}", json=body or None, timeout=10)
+            if answer.status_code != 503:
+                break
+            time.sleep(0.5)
+        return answer.raise_for_status().json() if answer.content else None
+
+    def deployment(self, name: str) -> Any:
+        return self.ask("GET", f"deployments/name/{name}")
+
+    def runs(self, name: str) -> Any:
+        """The flow runs of a deployment, the latest last."""
+        only = {"id": {"any_": [self.deployment(name)["id"]]}}
+        return self.ask("POST", "flow_runs/filter", deployments=only, sort="START_TIME_ASC")
+
+    def await_run(self, identity: str, state: str, seconds: float = 60) -> Any:
+        wait_for(lambda: self.ask("GET", f"flow_runs/{identity}")["state_name"] == state, seconds)
+        return self.ask("GET", f"flow_runs/{identity}")
+
+    def submit(self, name: str, **parameters: object) -> str:
+        identity = self.deployment(name)["id"]
+        return self.ask("POST", f"deployments/{identity}/create_flow_run", parameters=parameters)["id"]
+
+
+def free_ports(count: int) -> list[int]:
+    with_ports = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [listener.getsockname()[1] for listener in with_ports]
+    for listener in with_ports:
+        listener.close()
+    return ports
+
+
+def wait_for(condition: Callable[[], bool], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {seconds} seconds"
+        time.sleep(0.5)
+
+
+def processes_in(folder: Path) -> list[psutil.Process]:
+    """Everything that runs in this folder, or was started for it."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get("DPO_WORKSPACE") == str(folder) and process.status() != "zombie":
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
+    """Up, with the deployment of the pipeline scheduled every minute."""
+    folder = tmp_path_factory.mktemp("operations") / "checkout"
+    folder.mkdir()
+    project = Project(folder)
+    yaml = YAML()
+    declared = yaml.load(folder / "prefect.yaml")
+    declared["deployments"][0]["schedules"] = [{"cron": "* * * * *", "timezone": "UTC"}]
+    yaml.dump(declared, folder / "prefect.yaml")
+    try:
+        project.servers("up")
+        yield project
+    finally:
+        project.servers("down")
+        for left in processes_in(folder):
+            left.kill()
+
+
+def test_a_schedule_fires_by_itself_and_its_run_completes(project):
+    def completed() -> list[Any]:
+        return [run for run in project.runs("pipeline/pipeline") if run["state_name"] == "Completed"]
+
+    wait_for(lambda: bool(completed()), 110)
+    run = completed()[0]
+    assert run["auto_scheduled"]
+    assert run["created_by"]["type"] == "SCHEDULE"
+    head = project.execute("git", "rev-parse", "--short", "HEAD").strip()
+    assert run["deployment_version"] == head
+    assert (project.folder / "compared.txt").read_text() == "ten\nten\n"
+    stages = project.ask("POST", "task_runs/filter", flow_runs={"id": {"any_": [run["id"]]}})
+    assert sorted(stage["name"] for stage in stages) == ["compare", "train@0.1", "train@0.5", "validate"]
+    (artifact,) = project.ask("POST", "artifacts/filter", flow_runs={"id": {"any_": [run["id"]]}})
+    assert artifact["data"] == "## Ten pairs are sound\n"
+    identity = project.deployment("pipeline/pipeline")["id"]
+    project.ask("PATCH", f"deployments/{identity}", paused=True)
+
+
+def test_the_deployments_and_their_forms_are_those_of_the_flows(project):
+    retrain = project.deployment("retrain/retrain")
+    (nightly,) = retrain["schedules"]
+    assert (nightly["schedule"]["cron"], nightly["schedule"]["timezone"]) == ("0 2 * * *", "UTC")
+    for name in ("pipeline", "retrain", "sweep", "rollback"):
+        deployment = project.deployment(f"{name}/{name}")
+        assert deployment["work_pool_name"] == "dpo"
+        assert deployment["global_concurrency_limit"]["limit"] == 1
+        assert deployment["concurrency_options"]["collision_strategy"] == "ENQUEUE"
+        assert set(deployment["parameters"]) <= set(deployment["parameter_openapi_schema"].get("properties", {}))
+        (step,) = deployment["pull_steps"]
+        assert list(step.values()) == [{"directory": "{{ $DPO_WORKSPACE }}"}], "each worker knows its own folder"
+    form = project.deployment("sweep/sweep")["parameter_openapi_schema"]["properties"]
+    assert form["betas"]["description"] == "strengths of the KL constraint."
+    assert "sigmoid" in json.dumps(form["losses"])
+    assert retrain["parameter_openapi_schema"]["required"] == ["landing"]
+
+
+def test_two_deployments_do_not_write_the_checkout_at_once(project):
+    (project.folder / "pause.txt").write_text("3")
+    stages = (project.folder / "dvc.yaml").read_text().replace("deps: [sound.txt]", "deps: [sound.txt, pause.txt]")
+    (project.folder / "dvc.yaml").write_text(stages)
+    first = project.submit("pipeline/pipeline")
+    project.await_run(first, "Running")
+    second = project.submit("sweep/sweep", betas=[0.2, 0.3])
+    ended = project.await_run(first, "Completed")["end_time"]
+    assert project.await_run(second, "Completed")["start_time"] > ended
+    assert "betas: [0.2, 0.3]" in project.execute("git", "diff", "params.yaml")
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="Chromium takes the pictures, and is not installed")
+def test_pictures_are_taken_of_the_run_the_form_and_the_artifacts(project, tmp_path):
+    words = [sys.executable, "-m", "docs.screens", "--output", str(tmp_path)]
+    environment = {**project.environment, "PREFECT_API_URL": f"{project.url}/api"}
+    subprocess.run(words, cwd=ROOT, env=environment, check=True)
+    for name in ("run", "form", "artifacts"):
+        assert (tmp_path / f"prefect-{name}.png").stat().st_size > 20_000, "an empty page is smaller"
+
+
+def test_a_second_up_starts_nothing_and_down_leaves_nothing(project):
+    (project.folder / "pause.txt").write_text("300")
+    before = {process.pid for process in processes_in(project.folder)}
+    words = project.servers("up")
+    assert re.findall(r"(\w+) +runs already", words) == ["prefect", "mlflow", "worker"]
+    assert {process.pid for process in processes_in(project.folder)} == before
+    assert httpx.get(f"http://127.0.0.1:{project.ports[1]}/health").is_success
+    interrupted = project.submit("pipeline/pipeline")
+    wait_for(lambda: any(process.name() == "sleep" for process in processes_in(project.folder)), 60)
+    stranger = subprocess.Popen(["sleep", "60"], cwd=project.folder, start_new_session=True)
+    try:
+        project.servers("down")
+        assert processes_in(project.folder) == []
+        assert stranger.poll() is None
+    finally:
+        stranger.kill()
+        stranger.wait()
+    assert project.execute("git", "status", "--porcelain", ".servers") == ""
+    assert "does not run" in project.servers("down")
+    project.servers("up")
+    assert project.await_run(interrupted, "Crashed"), "what was stored is still there, and no run holds the pool"
+
+
+def test_a_process_that_got_the_id_of_a_server_is_not_stopped(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    stranger = subprocess.Popen(["sleep", "60"])
+    try:
+        servers.FOLDER.mkdir()
+        record = {"name": "worker", "pid": stranger.pid, "command": ["sleep", "61"], "url": ""}
+        (servers.FOLDER / "worker.json").write_text(json.dumps(record))
+        servers.down()
+        assert stranger.poll() is None
+    finally:
+        stranger.kill()
+        stranger.wait()
+
+
+def test_a_port_of_another_program_is_named_with_the_mend(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        monkeypatch.setenv("PREFECT_PORT", str(port))
+        with pytest.raises(InputError, match=f"port {port} belongs to another program.*make up PREFECT_PORT=PORT"):
+            servers.up()
+    monkeypatch.setenv("PREFECT_PORT", "many")
+    with pytest.raises(InputError, match="PREFECT_PORT=many: not a port"):
+        servers.up()
+    assert not list(servers.FOLDER.glob("*.json")), "nothing was started"
+
+
+def test_a_server_that_does_not_start_is_reported_with_the_end_of_its_log(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    servers.FOLDER.mkdir()
+    server = servers.start("odd", "http://127.0.0.1:1", "no_such_module", prefect_url="http://127.0.0.1:1")
+    with pytest.raises(InputError, match=r"odd did not start; the end of \.servers/odd\.log:\n.*no_such_module"):
+        servers.await_health(server, lambda: False)
+
+
+def test_a_sweep_changes_its_lists_alone_and_nothing_if_they_are_invalid(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    before = (ROOT / "params.yaml").read_text()
+    sweep.PARAMS.write_text(before)
+    sweep.set_lists({"losses": ["sigmoid", "ipo"], "learning_rates": [1e-5]})
+    lines = list(zip(before.splitlines(), sweep.PARAMS.read_text().splitlines(), strict=True))
+    changed = {new.strip() for old, new in lines if old != new}
+    assert {line.split(":")[0] for line in changed} == {"losses", "learning_rates"}
+    (cell, other) = {cell.key for cell in sweep.load_params().sweep.cells() if cell.beta == 0.1}
+    assert {cell, other} == {"sigmoid-0.1-1e-05-17", "ipo-0.1-1e-05-17"}
+    changed_once = sweep.PARAMS.read_text()
+    with pytest.raises(InputError, match=r"params\.yaml: sweep\.seeds"):
+        sweep.set_lists({"seeds": [1, 1]})
+    assert sweep.PARAMS.read_text() == changed_once
+
+
+def test_garbage_collection_keeps_champions(tmp_path):
+    """The commands of docs/operations.md, on four versions of one output, one of them uncommitted."""
+
+    def execute(*words: str) -> None:
+        subprocess.run(words, cwd=tmp_path, check=True, capture_output=True)
+
+    def left_by(option: str) -> set[str]:
+        assert f"dvc gc --workspace {option}\n" in (ROOT / "docs/operations.md").read_text()
+        execute(*dvc, "gc", "--workspace", option, "--force")
+        return {file.read_text() for file in (tmp_path / ".dvc/cache/files").rglob("*") if file.is_file()}
+
+    dvc = [sys.executable, "-m", "dvc"]
+    execute("git", "init", "-q")
+    execute(*dvc, "init", "-q")
+    for version in ("champion", "forgotten", "uncommitted", "now"):
+        (tmp_path / "weights").write_text(version)
+        execute(*dvc, "add", "weights")
+        if version != "uncommitted":
+            execute("git", "add", "-A")
+            execute("git", "-c", "user.name=t", "-c", "user.email=t@example.org", "commit", "-qm", version)
+        if version == "champion":
+            execute("git", "tag", "champion-1")
+    assert left_by("--all-commits") == {"champion", "forgotten", "now"}
+    assert left_by("--all-tags") == {"champion", "now"}
