@@ -17,11 +17,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import httpx
 from ruamel.yaml import YAML
 
 from benchmarks.page import put_table
 from dpo.files import write_json
+from flows.servers import answers
 
 ROOT = Path(__file__).parent.parent
 RESULTS, PAGE = Path("benchmarks/results/orchestration.json"), Path("docs/operations.md")
@@ -63,7 +63,7 @@ def server(port: int, variables: dict[str, str]) -> Iterator[dict[str, str]]:
     api = f"http://127.0.0.1:{port}/api"
     process = subprocess.Popen(command, env=variables, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        while not healthy(api):
+        while not answers(f"{api}/health"):
             if process.poll() is not None:
                 sys.exit(f"Prefect's server ended before it was ready; is port {port} free?")
             time.sleep(0.2)
@@ -71,14 +71,6 @@ def server(port: int, variables: dict[str, str]) -> Iterator[dict[str, str]]:
     finally:
         process.terminate()
         process.wait()
-
-
-def healthy(api: str) -> bool:
-    """Whether the server answers."""
-    try:
-        return httpx.get(f"{api}/health", trust_env=False).is_success
-    except httpx.HTTPError:
-        return False
 
 
 def measure(command: list[str], folder: Path, variables: dict[str, str], repeats: int) -> list[float]:

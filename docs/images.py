@@ -5,6 +5,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+from docs.browser import photograph
 from dpo.config import load_params
 from tasks.figures import frontier
 from tasks.stage import COMPARISON
@@ -21,20 +22,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         page = Path(folder) / "frontier.html"
         page.write_text(figure.update_layout(width=900, height=520).to_html(config={"displayModeBar": False}))
-        browser = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
-        subprocess.run(
-            [
-                *browser,
-                f"--user-data-dir={folder}/profile",
-                "--disable-background-networking",
-                "--window-size=920,540",
-                "--virtual-time-budget=10000",
-                f"--screenshot={IMAGES / 'frontier.png'}",
-                page.as_uri(),
-            ],
-            check=True,
-            capture_output=True,
-        )
+        photograph(page.as_uri(), IMAGES / "frontier.png", 920, 540)
 
 
 if __name__ == "__main__":

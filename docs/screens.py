@@ -5,8 +5,6 @@ The server is that of PREFECT_API_URL, or else the one of `make up`. Needs Chrom
 
 import argparse
 import os
-import subprocess
-import tempfile
 from pathlib import Path
 
 from prefect.client.orchestration import SyncPrefectClient
@@ -19,6 +17,8 @@ from prefect.client.schemas.filters import (
 )
 from prefect.client.schemas.objects import StateType
 from prefect.client.schemas.sorting import FlowRunSort
+
+from docs.browser import photograph
 
 IMAGES = Path(__file__).parent / "images"
 COMPLETED = [StateType.COMPLETED]
@@ -43,16 +43,6 @@ def pages(api: str) -> dict[str, str]:
     }
 
 
-def photograph(url: str, picture: Path) -> None:
-    """Let Chromium open a page and save what it shows."""
-    with tempfile.TemporaryDirectory() as profile:
-        command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
-        command += ["--disable-background-networking", f"--user-data-dir={profile}", "--window-size=1280,900"]
-        command += ["--force-prefers-reduced-motion", "--run-all-compositor-stages-before-draw"]
-        command += ["--virtual-time-budget=20000", f"--screenshot={picture}", url]
-        subprocess.run(command, check=True, capture_output=True, timeout=120)
-
-
 def main() -> None:
     """Take each picture."""
     parser = argparse.ArgumentParser(prog="python -m docs.screens", description=__doc__)
@@ -60,7 +50,7 @@ def main() -> None:
     folder = parser.parse_args().output
     folder.mkdir(parents=True, exist_ok=True)
     for name, url in pages(os.environ.get("PREFECT_API_URL", API)).items():
-        photograph(url, folder / f"prefect-{name}.png")
+        photograph(url, folder / f"prefect-{name}.png", 1280, 900)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,37 @@ from dpo.errors import InputError
 OWN_MODELS = Path("models/own")
 
 
+def check_place(group: str, field: str, name: str, revision: str | None, *, embedded: bool = False) -> None:
+    """A model is a folder that DVC watches, a hub id with its revision or, with `embedded`, the embedded one.
+
+    Args:
+        group: of params.yaml, that `field` and `revision` stand in.
+        field: what names the model.
+        name: what it says.
+        revision: of a hub id.
+        embedded: whether the name `embedded` is one of its own.
+
+    Raises:
+        InputError: a hub id has no revision or something else has one, or the folder lies elsewhere.
+    """
+    folder, here = Path(name), f"params.yaml: {group}.{field}"
+    local = folder.is_dir() or (embedded and name == "embedded")
+    if local and revision is not None:
+        raise InputError(
+            f"params.yaml: {group}.revision has no effect: {group}.{field} is no hub id; set it to null"
+        )
+    if folder.is_dir() and OWN_MODELS.resolve() not in folder.absolute().parents:
+        raise InputError(
+            f"{here}: {folder} is outside {OWN_MODELS}/, the folder that DVC watches; "
+            f"copy the model there and name it as {OWN_MODELS / folder.name}"
+        )
+    if not local and revision is None:
+        raise InputError(
+            f"{here}: '{name}' is {'neither `embedded` nor a' if embedded else 'no'} folder, so it is taken for a "
+            f"hub id, which needs {group}.revision: without one nobody can reproduce the run"
+        )
+
+
 def load_base(params: ModelParams) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model that `params.base` names, in fp32, with its tokenizer.
 
@@ -21,22 +52,9 @@ def load_base(params: ModelParams) -> tuple[PreTrainedModel, PreTrainedTokenizer
         InputError: the folder or hub model is not there or cannot be read, a hub id has no revision or something
             else has one, or a folder lies where DVC does not watch it.
     """
-    if params.revision is not None and (params.base == "embedded" or Path(params.base).is_dir()):
-        raise InputError("params.yaml: model.revision has no effect: model.base is no hub id; set it to null")
+    check_place("model", "base", params.base, params.revision, embedded=True)
     if params.base == "embedded":
         return _load_embedded()
-    folder = Path(params.base)
-    if folder.is_dir():
-        if OWN_MODELS.resolve() not in folder.absolute().parents:
-            raise InputError(
-                f"params.yaml: model.base: {folder} is outside {OWN_MODELS}/, the folder that DVC watches; "
-                f"copy the model there and name it as {OWN_MODELS / folder.name}"
-            )
-    elif params.revision is None:
-        raise InputError(
-            f"params.yaml: model.base: '{params.base}' is neither `embedded` nor a folder, so it is taken for a "
-            "hub id, which needs model.revision: without one nobody can reproduce the run"
-        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(params.base, revision=params.revision or "main")
         model = AutoModelForCausalLM.from_pretrained(

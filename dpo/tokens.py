@@ -76,7 +76,7 @@ def _completion_ids(
 ) -> list[list[int]]:
     if tokenizer.chat_template:
         answered = [
-            [*_turns(prompt), {"role": "assistant", "content": completion}]
+            [*turns_of(prompt), {"role": "assistant", "content": completion}]
             for prompt, completion in zip(prompts, completions, strict=True)
         ]
         completions = [
@@ -98,14 +98,15 @@ def _completion_ids(
     return rows
 
 
-def _turns(prompt: Prompt) -> list[Mapping[str, str]]:
+def turns_of(prompt: Prompt) -> list[Mapping[str, str]]:
+    """The turns of a prompt; a text is one turn of the user's."""
     return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
 
 
 def _prompt_texts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]) -> list[str]:
     if not tokenizer.chat_template:
         return [str(prompt) for prompt in prompts]
-    return _render(tokenizer, [_turns(prompt) for prompt in prompts], add_generation_prompt=True)
+    return _render(tokenizer, [turns_of(prompt) for prompt in prompts], add_generation_prompt=True)
 
 
 def _render(

@@ -182,14 +182,15 @@ def show_page(stage: str) -> None:
         create_markdown_artifact(page.read_text(), key=re.sub(r"[^a-z0-9]+", "-", stage.lower()))
 
 
-@task(
-    name="stage",
-    task_run_name="{stage}",
-    cache_policy=NO_CACHE,
-    retries=len(RETRY_SECONDS),
-    retry_delay_seconds=RETRY_SECONDS,
-    retry_condition_fn=may_pass,
-)
+PATIENT: dict[str, Any] = {
+    "retries": len(RETRY_SECONDS),
+    "retry_delay_seconds": RETRY_SECONDS,
+    "retry_condition_fn": may_pass,
+}
+"""Of a task that is tried again when its fault may pass by itself."""
+
+
+@task(name="stage", task_run_name="{stage}", cache_policy=NO_CACHE, **PATIENT)
 def bring_up_to_date(stage: str, stop: threading.Event) -> str | State[str]:
     """One stage as one task run, whose state tells what DVC did. Raises StageError if the stage fails.
 

@@ -11,13 +11,13 @@ import json
 import re
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-import fsspec  # type: ignore[import-untyped]
+import fsspec
 from filelock import FileLock, Timeout
 from prefect import flow, get_run_logger, task
 from prefect.artifacts import create_markdown_artifact
@@ -33,21 +33,19 @@ from dpo.errors import InputError
 from dpo.files import write_json, written_whole
 from dpo.preferences.sources import READERS
 from flows.pipeline import (
-    RETRY_SECONDS,
+    PATIENT,
     TAIL_LINES,
     StageError,
     execute,
-    may_pass,
     name_flow_run,
     pipeline,
     show_page,
 )
 from flows.repository import commit, default_remote, dvc, git, module, switch
-from tasks.registry import LANDED, VERSIONED, uncommitted
+from tasks.registry import GATE, LANDED, VERSIONED, uncommitted
 
 WORK = Path(".retrain")
 LOCK, PENDING, INCOMING, REFUSED = WORK / "lock", WORK / "pending", WORK / "incoming", WORK / "refused"
-GATE = Path("reports/gate.json")
 HASH_LENGTH = 16
 CHUNK = 2**20
 EMPTY_SPLIT = "no sound pair is in split"
@@ -85,12 +83,17 @@ def retrain(
     Raises:
         InputError, StageError: nothing can be taken in here, or a step failed; the next run goes on from there.
     """
-    WORK.mkdir(exist_ok=True)
+    return alone(lambda: _retrain(landing, branch, parallel, push))
+
+
+def alone(work: Callable[[], State[Any]]) -> State[Any]:
+    """Do this unless a retraining or a rollback of this checkout is at work: then end as AlreadyRunning."""
+    LOCK.parent.mkdir(exist_ok=True)
     try:
         with FileLock(LOCK, timeout=0):
-            return _retrain(landing, branch, parallel, push)
+            return work()
     except Timeout:
-        words = f"another retraining, or a rollback, holds {LOCK}; this one did nothing"
+        words = f"another retraining or rollback holds {LOCK}; this one did nothing"
         get_run_logger().warning(words)
         return Cancelled(name="AlreadyRunning", message=words)
 
@@ -145,13 +148,7 @@ def check_project() -> None:
     git("var", "GIT_COMMITTER_IDENT")
 
 
-@task(
-    name="look for new files",
-    cache_policy=NO_CACHE,
-    retries=len(RETRY_SECONDS),
-    retry_delay_seconds=RETRY_SECONDS,
-    retry_condition_fn=may_pass,
-)
+@task(name="look for new files", cache_policy=NO_CACHE, **PATIENT)
 def fetch_new(landing: str, owed: Sequence[str]) -> list[Path]:
     """Copy what is in `landing` and not known here, by the SHA-256 of its content, to `.retrain/incoming/`.
 
@@ -278,13 +275,7 @@ def ask_gate() -> tuple[bool, str]:
     return verdict["promoted"], verdict["reason"]
 
 
-@task(
-    name="push",
-    cache_policy=NO_CACHE,
-    retries=len(RETRY_SECONDS),
-    retry_delay_seconds=RETRY_SECONDS,
-    retry_condition_fn=may_pass,
-)
+@task(name="push", cache_policy=NO_CACHE, **PATIENT)
 def push_results() -> None:
     """Send data, checkpoints and results to DVC's default remote."""
     if default_remote() is None:

@@ -9,16 +9,15 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from filelock import FileLock, Timeout
 from prefect import flow, get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
-from prefect.states import Cancelled, Completed
+from prefect.states import Completed
 
 from dpo.errors import InputError
 from flows.pipeline import StageError, name_flow_run
 from flows.repository import commit, default_remote, dvc, git, known
-from flows.retrain import LOCK, PENDING, notify, refuse
+from flows.retrain import PENDING, alone, notify, refuse
 from tasks import registry
 from tasks.registry import COMMIT, LANDED, VERSIONED, uncommitted
 from tasks.tracking import connect
@@ -44,14 +43,7 @@ def rollback() -> State[RolledBack]:
         InputError: there is no predecessor, or files that would be overwritten differ from git's last commit.
         StageError: data is neither in DVC's cache nor at its remote; all is then as it was before.
     """
-    LOCK.parent.mkdir(exist_ok=True)
-    try:
-        with FileLock(LOCK, timeout=0):
-            return _rollback()
-    except Timeout:
-        words = f"a retraining, or another rollback, holds {LOCK}; this one did nothing"
-        get_run_logger().warning(words)
-        return Cancelled(name="AlreadyRunning", message=words)
+    return alone(_rollback)
 
 
 def _rollback() -> State[RolledBack]:

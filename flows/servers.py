@@ -19,7 +19,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import httpx
-import psutil  # type: ignore[import-untyped]
+import psutil
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.client.schemas.filters import (
@@ -35,13 +35,12 @@ from prefect.states import Crashed
 from prefect.workers.process import ProcessWorker
 
 from dpo.errors import InputError
-from tasks.stage import run
+from tasks.stage import MLFLOW_STORE, run
 
 FOLDER = Path(".servers")
 HOST = "127.0.0.1"
 POOL = "dpo"
 PREFECT, MLFLOW, WORKER = "prefect", "mlflow", "worker"
-STORE = "sqlite:///mlflow.db"
 WORKSPACE = "DPO_WORKSPACE"
 START_SECONDS, GRACE_SECONDS, POLL_SECONDS = 120.0, 15.0, 0.2
 TAIL_LINES = 15
@@ -195,7 +194,7 @@ def up() -> None:
     FOLDER.mkdir(exist_ok=True)
     (FOLDER / ".gitignore").write_text("*\n")
     prefect_url = address(PREFECT, "PREFECT_PORT", 4200)
-    store = os.environ.get("MLFLOW_TRACKING_URI", STORE)
+    store = os.environ.get("MLFLOW_TRACKING_URI", MLFLOW_STORE)
     remote = store.startswith(("http://", "https://"))
     mlflow_url = store if remote else address(MLFLOW, "MLFLOW_PORT", 5000)
 

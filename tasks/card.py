@@ -66,7 +66,8 @@ def write_card(params: Params, cell: Cell, metrics: dict[str, Any]) -> None:
         | dataclasses.asdict(getattr(params.losses, cell.loss))
         | dataclasses.asdict(params.dpo),
         hashes={f"{path} (MD5)": md5(path) for path in (TRAIN, EVAL)}
-        | {f"{path} (SHA-256)": weights(path) for path in (BASE, SFT, policy_folder(cell))},
+        | {f"{path} (SHA-256)": weights(path) for path in (BASE, SFT)}
+        | {f"{policy_folder(cell)} (SHA-256)": metrics["weights"]},
     )
     with written_whole(model_card(cell)) as aside:
         ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}").save(aside)

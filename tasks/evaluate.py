@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import numpy as np
 import pandas as pd
 import torch
 from transformers import AutoTokenizer
@@ -10,9 +9,9 @@ from transformers import AutoTokenizer
 from dpo.config import load_params
 from dpo.evaluation.answers import answer_metrics
 from dpo.evaluation.divergence import divergence
-from dpo.evaluation.judges import Scorer, load_judge
+from dpo.evaluation.judges import Scorer, load_judge, score_wins
 from dpo.evaluation.preferences import pair_table, preference_metrics
-from dpo.evaluation.sampling import sample
+from dpo.evaluation.sampling import answer_table
 from dpo.files import write_json, written_whole
 from dpo.logps import load_model, sequence_logps
 from dpo.reference import cache_key, load_reference
@@ -39,7 +38,7 @@ def main() -> None:
     params = load_params()
     cell = cell_argument(params)
     engine, asked = params.engine, params.evaluate
-    judge = None if asked.judge is None else load_judge(asked.judge)
+    judge = load_judge(asked.judge)
     tokenizer = AutoTokenizer.from_pretrained(SFT)
     held_out = pd.read_parquet(EVAL)
     rows = encode_pairs(held_out.to_dict("records"), tokenizer, engine.max_length)
@@ -57,27 +56,19 @@ def main() -> None:
         cell,
         params.losses,
     )
-    answers = sample(
-        model,
-        tokenizer,
-        prompts,
-        max_new_tokens=asked.max_new_tokens,
-        temperature=asked.temperature,
-        seed=params.seed,
-    )
-    distances = divergence(
-        model, load_model(SFT, engine.precision), prompt_ids(tokenizer, prompts), answers, engine.tokens_per_batch
-    )
-    texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
+    answers = answer_table(model, tokenizer, prompts, asked, params.seed)
+    ids, texts = answers["ids"].tolist(), answers["answer"].tolist()
+    reference = load_model(SFT, engine.precision)
+    distances = divergence(model, reference, prompt_ids(tokenizer, prompts), ids, engine.tokens_per_batch)
     samples = pd.DataFrame(
         {
             "prompt": baseline["prompt"],
             "reference": baseline["answer"],
             "policy": texts,
             "reference_ids": baseline["ids"],
-            "policy_ids": answers,
+            "policy_ids": ids,
             "reference_finished": baseline["finished"],
-            "policy_finished": [answer[-1] == tokenizer.eos_token_id for answer in answers],
+            "policy_finished": answers["finished"],
             **distances,
             "implicit_reward": cell.beta * (distances["policy_logp"] - distances["reference_logp"]),
         }
@@ -85,7 +76,7 @@ def main() -> None:
     if isinstance(judge, Scorer):
         samples["policy_score"] = judge.score(prompts, texts)
         samples["reference_score"] = baseline["score"]
-        samples["win"] = (np.sign(samples["policy_score"] - samples["reference_score"]) + 1) / 2
+        samples["win"] = score_wins(samples["policy_score"], samples["reference_score"])
     elif judge is not None:
         samples["win"] = judge.compare(prompts, texts, baseline["answer"].tolist())
 

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import mlflow
-import numpy as np
 import pandas as pd
 import torch
 from transformers import AutoTokenizer
@@ -21,9 +20,9 @@ from transformers import AutoTokenizer
 from dpo.config import Cell, Params, load_params
 from dpo.errors import InputError
 from dpo.evaluation.intervals import bootstrap, mean
-from dpo.evaluation.judges import Scorer, load_judge
+from dpo.evaluation.judges import Scorer, load_judge, score_wins
 from dpo.evaluation.preferences import pair_table
-from dpo.evaluation.sampling import sample
+from dpo.evaluation.sampling import answer_table
 from dpo.files import md5, write_json, written_whole
 from dpo.logps import load_model, sequence_logps
 from dpo.tokens import encode_pairs, prompt_of
@@ -35,15 +34,12 @@ from tasks.stage import (
     COMPARISON,
     EVAL,
     REFERENCE_SAMPLES,
-    REPORTS,
     TRAIN,
     policy_folder,
     policy_margins,
     policy_samples,
     run,
 )
-
-GATE = REPORTS / "gate.json"
 
 
 @dataclass(frozen=True)
@@ -169,24 +165,15 @@ def judged_wins(params: Params, cell: Cell, champion: Path) -> tuple[list[str], 
     The policy's answers are those that were kept when it was evaluated; the champion answers the same prompts with
     the same seed and settings.
     """
-    asked = params.evaluate
-    assert asked.judge is not None
-    judge = load_judge(asked.judge)
+    judge = load_judge(params.evaluate.judge)
+    assert judge is not None
     own, baseline = pd.read_parquet(policy_samples(cell)), pd.read_parquet(REFERENCE_SAMPLES)
     tokenizer = AutoTokenizer.from_pretrained(champion / "components/tokenizer")
     prompts = [prompt_of(pair, tokenizer) for pair in baseline.to_dict("records")]
-    answers = sample(
-        load_model(champion / "model", params.engine.precision),
-        tokenizer,
-        prompts,
-        max_new_tokens=asked.max_new_tokens,
-        temperature=asked.temperature,
-        seed=params.seed,
-    )
-    texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
+    model = load_model(champion / "model", params.engine.precision)
+    texts = answer_table(model, tokenizer, prompts, params.evaluate, params.seed)["answer"].tolist()
     if isinstance(judge, Scorer):
-        ahead = np.array(own["policy_score"]) - np.array(judge.score(prompts, texts))
-        wins = ((np.sign(ahead) + 1) / 2).tolist()
+        wins = score_wins(own["policy_score"], judge.score(prompts, texts))
     else:
         wins = judge.compare(prompts, own["policy"].tolist(), texts)
     return own["prompt"].tolist(), wins
@@ -238,8 +225,8 @@ def record(verdict: Verdict) -> None:
     champion = registry.champion()
     serves = f"version {champion.version}" if champion else "none"
     heading = "Promoted" if verdict.promoted else "Not promoted"
-    write_json(GATE, asdict(verdict) | {"champion": str(champion.version) if champion else None})
-    with written_whole(GATE.with_suffix(".md")) as aside:
+    write_json(registry.GATE, asdict(verdict) | {"champion": str(champion.version) if champion else None})
+    with written_whole(registry.GATE.with_suffix(".md")) as aside:
         aside.write_text(f"## Gate: {heading.lower()}\n\n{verdict.reason}\n\nChampion: {serves}.\n")
     print(f"{heading}: {verdict.reason} Champion: {serves}.")  # noqa: T201
 

@@ -12,10 +12,13 @@ import mlflow
 from mlflow.entities.model_registry import ModelVersion
 
 from dpo.errors import InputError
+from tasks.stage import REPORTS
 
 REGISTERED = "dpo-policy"
 CHAMPION, PREVIOUS = "champion", "previous"
 PREDECESSOR, COMMIT, PROMOTED_AT = "predecessor", "git_commit", "promoted_at"
+GATE = REPORTS / "gate.json"
+"""What the gate decided last, for programs; people read the page beside it."""
 LANDED = Path("data/own/landed")
 """The folder of data files that a retraining takes in."""
 VERSIONED = ("params.yaml", "dvc.yaml", "dvc.lock", f"{LANDED}.dvc", str(LANDED.parent / ".gitignore"), "metrics")

@@ -22,6 +22,7 @@ SAMPLES = Path("samples")
 MARGINS = Path("margins")
 METRICS = Path("metrics")
 COMPARISON = METRICS / "comparison.json"
+MLFLOW_STORE = "sqlite:///mlflow.db"
 PROFILE = METRICS / "profile.json"
 REPORTS = Path("reports")
 REPORT = REPORTS / "index.html"

@@ -22,16 +22,15 @@ from mlflow.entities import Param, Run
 from dpo.config import Cell, Params
 from dpo.files import md5, sha256
 from tasks.provenance import commit, weights
-from tasks.stage import COMPARISON, REFERENCE_TRAIN, REPORT, TRAIN, policy_folder
+from tasks.stage import COMPARISON, MLFLOW_STORE, REFERENCE_TRAIN, REPORT, TRAIN, policy_folder
 
 EXPERIMENT = "dpo-pipeline"
-DATABASE = "sqlite:///mlflow.db"
 SWEEP, CELL, CHECKPOINT, ROLE = "dpo.sweep", "dpo.cell", "dpo.checkpoint", "dpo.role"
 
 
 def connect() -> None:
     """Use MLFLOW_TRACKING_URI or `mlflow.db` here; the lock keeps two stages from creating it at once."""
-    mlflow.set_tracking_uri(os.environ.get("MLFLOW_TRACKING_URI", DATABASE))
+    mlflow.set_tracking_uri(os.environ.get("MLFLOW_TRACKING_URI", MLFLOW_STORE))
     with FileLock("mlflow.db.lock"):
         mlflow.set_experiment(EXPERIMENT)
         mlflow.set_experiment_tag("mlflow.experimentKind", "custom_model_development")  # runs, not traces

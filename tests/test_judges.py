@@ -30,7 +30,7 @@ from transformers import (
 from dpo.config import LlmParams, RewardModelParams, ScorerParams
 from dpo.errors import InputError
 from dpo.evaluation import llm_judge
-from dpo.evaluation.judges import Comparer, Scorer, load_judge
+from dpo.evaluation.judges import Comparer, Scorer, load_judge, score_wins
 from dpo.evaluation.reward_model import ROWS_AT_ONCE, reward_scores
 
 # ---------------------------------------------------------------- functions
@@ -814,3 +814,8 @@ def test_a_cache_that_cannot_be_used_is_named(server):
 def test_the_judge_is_told_what_counts(server):
     server.judge(criterion="The more cheerful one.").compare(*PAIRS)
     assert all("What counts: The more cheerful one." in text for text in server.asked())
+
+
+def test_the_higher_score_wins_and_equal_ones_tie():
+    assert score_wins([0.2, -1.0, 3.0], [0.1, 0.5, 3.0]) == [1.0, 0.0, 0.5]
+    assert load_judge(None) is None

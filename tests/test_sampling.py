@@ -3,7 +3,8 @@
 import pytest
 from transformers import AutoTokenizer
 
-from dpo.evaluation.sampling import sample
+from dpo.config import EvaluateParams
+from dpo.evaluation.sampling import answer_table, sample
 from dpo.logps import load_model
 
 
@@ -33,3 +34,17 @@ def test_same_seed_same_answers_and_no_token_after_the_end(tiny_model_dir, token
     assert any(len(answer) < 30 for answer in first)
     assert all(end not in answer[:-1] for answer in first)
     assert all(len(answer) == 30 or answer[-1] == end for answer in first)
+
+
+def test_a_table_of_answers_is_what_was_sampled_with_its_text_and_its_end(tiny_model_dir, tokenizer):
+    model = load_model(str(tiny_model_dir))
+    asked = EvaluateParams(samples=1, max_new_tokens=30, temperature=3.0, judge=None)
+    table = answer_table(model, tokenizer, ["film"] * 64, asked, 3)
+    assert table["ids"].tolist() == sample(
+        model, tokenizer, ["film"] * 64, max_new_tokens=30, temperature=3.0, seed=3
+    )
+    assert table["answer"].tolist() == tokenizer.batch_decode(table["ids"].tolist(), skip_special_tokens=True)
+    assert table["finished"].tolist() == [
+        len(ids) < 30 or ids[-1] == tokenizer.eos_token_id for ids in table["ids"]
+    ]
+    assert 0 < table["finished"].sum() < 64

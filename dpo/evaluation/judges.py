@@ -6,6 +6,9 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import ArrayLike
+
 from dpo.config import LlmParams, RewardModelParams, ScorerParams
 from dpo.errors import InputError
 from dpo.evaluation.llm_judge import LlmJudge
@@ -34,18 +37,28 @@ class Comparer:
 Judge = Scorer | Comparer
 
 
-def load_judge(params: ScorerParams | RewardModelParams | LlmParams) -> Judge:
-    """The judge that the parameters name. Models are loaded, and servers asked, when it first judges.
+def load_judge(params: ScorerParams | RewardModelParams | LlmParams | None) -> Judge | None:
+    """The judge that the parameters name, None where they name none.
+
+    Models are loaded, and servers asked, when it first judges.
 
     Raises:
         InputError: a function cannot be imported or called; a model is no folder under `models/own/` and no hub
             id with a revision; a URL is none.
     """
+    if params is None:
+        return None
     if isinstance(params, ScorerParams):
         return Scorer(_checked("function", params.function, _load_function(params.function)))
     if isinstance(params, RewardModelParams):
         return Scorer(_checked("model", params.model, reward_scorer(params)))
     return Comparer(LlmJudge(params).compare)
+
+
+def score_wins(scores: ArrayLike, others: ArrayLike) -> list[float]:
+    """For each answer 1 if its score is above that of the other answer, 0 if below, 0.5 if they are equal."""
+    wins: list[float] = ((np.sign(np.subtract(scores, others)) + 1) / 2).tolist()
+    return wins
 
 
 def vader_compound(prompts: Sequence[Prompt], answers: Sequence[str]) -> list[float]:

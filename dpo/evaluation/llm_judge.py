@@ -28,7 +28,7 @@ from tqdm.auto import tqdm
 
 from dpo.config import LlmParams
 from dpo.errors import InputError
-from dpo.tokens import Prompt
+from dpo.tokens import Prompt, turns_of
 
 CACHE = Path(".judge-cache")
 """Folder of the replies."""
@@ -307,8 +307,7 @@ def _is_address(url: str) -> bool:
 
 def _question(criterion: str, prompt: Prompt, first: str, second: str) -> str:
     """The text of a question. The mark depends on all of it, so no text can hold the tag that closes it."""
-    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-    parts = [(f"turn-of-{turn['role']}", turn["content"]) for turn in turns]
+    parts = [(f"turn-of-{turn['role']}", turn["content"]) for turn in turns_of(prompt)]
     parts += [("answer-A", first), ("answer-B", second)]
     mark = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
     texts = "\n\n".join(f"<{name}-{mark}>\n{text}\n</{name}-{mark}>" for name, text in parts)

@@ -4,7 +4,6 @@ import functools
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from os.path import commonprefix
-from pathlib import Path
 
 import torch
 from jinja2 import TemplateError
@@ -20,8 +19,8 @@ from transformers import (
 
 from dpo.config import RewardModelParams
 from dpo.errors import InputError
-from dpo.models import OWN_MODELS
-from dpo.tokens import Prompt
+from dpo.models import check_place
+from dpo.tokens import Prompt, turns_of
 
 ROWS_AT_ONCE = 16
 """Answers, of nearly equal length, in one forward pass."""
@@ -39,20 +38,7 @@ def reward_scorer(params: RewardModelParams) -> Callable[[Sequence[Prompt], Sequ
         InputError: the model is a folder outside `models/own/` or with a revision, or a hub id without one. At
             the first call: it cannot be read, has no safetensors, has not one output, or lacks weights.
     """
-    folder = Path(params.model)
-    if folder.is_dir():
-        if params.revision is not None:
-            raise InputError(f"{WHERE}.revision has no effect: evaluate.judge.model is no hub id; set it to null")
-        if OWN_MODELS.resolve() not in folder.absolute().parents:
-            raise InputError(
-                f"{WHERE}.model: {folder} is outside {OWN_MODELS}/, the folder that DVC watches; copy the model "
-                f"there and name it as {OWN_MODELS / folder.name}"
-            )
-    elif params.revision is None:
-        raise InputError(
-            f"{WHERE}.model: '{params.model}' is no folder, so it is taken for a hub id, which needs "
-            "evaluate.judge.revision: without one nobody can reproduce the run"
-        )
+    check_place("evaluate.judge", "model", params.model, params.revision)
     load = functools.cache(functools.partial(_load, params))
     return lambda prompts, answers: reward_scores(*load(), prompts, answers)
 
@@ -129,7 +115,7 @@ def reward_scores(
 def _row(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, answer: str, longest: int) -> Row:
     encode = functools.partial(tokenizer, return_attention_mask=True, verbose=False)
     if tokenizer.chat_template:
-        asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+        asked = turns_of(prompt)
         answered = [*asked, {"role": "assistant", "content": answer}]
         before, whole = tokenizer.apply_chat_template([asked, answered], tokenize=False)
         row: Row = encode(whole, add_special_tokens=False)

@@ -2,10 +2,12 @@
 
 from collections.abc import Sequence
 
+import pandas as pd
 import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from dpo.config import EvaluateParams
 from dpo.logps import generating
 from dpo.tokens import Prompt, prompt_ids
 
@@ -53,3 +55,32 @@ def sample(
                 answers.append(row[: row.index(end) + 1] if end in row else row)
             bar.update(len(rows))
     return answers
+
+
+def answer_table(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    params: EvaluateParams,
+    seed: int,
+) -> pd.DataFrame:
+    """One answer a prompt, by `sample` with the settings of `params`.
+
+    Returns:
+        One row a prompt: `answer`, its text; `ids`, its tokens; `finished`, whether it ended with the end token.
+    """
+    answers = sample(
+        model,
+        tokenizer,
+        prompts,
+        max_new_tokens=params.max_new_tokens,
+        temperature=params.temperature,
+        seed=seed,
+    )
+    return pd.DataFrame(
+        {
+            "answer": tokenizer.batch_decode(answers, skip_special_tokens=True),
+            "ids": answers,
+            "finished": [answer[-1] == tokenizer.eos_token_id for answer in answers],
+        }
+    )

@@ -36,7 +36,7 @@ def failure_signs(metrics: Metrics, params: CompareParams) -> list[Sign]:
         params: limits, and the KL budget.
     """
     limits = params.signs
-    above = [
+    checks = [
         ("likelihood displacement", "chosen_logp_change", -limits.max_displacement,
          "The mean log-prob of the chosen completions fell, in nats: probability went to texts nobody compared."),
         ("KL blow-up", "kl", params.max_kl, "Answers are further from the reference than the budget allows."),
@@ -50,7 +50,7 @@ def failure_signs(metrics: Metrics, params: CompareParams) -> list[Sign]:
          "More answers than the reference's do not end by themselves."),
     ]  # fmt: skip
     found = []
-    for name, figure, limit, meaning in above:
+    for name, figure, limit, meaning in checks:
         if figure not in metrics:  # the reference's answers have no two words to count, say
             continue
         low_is_bad = figure in ("chosen_logp_change", "distinct_2_ratio")
