@@ -40,7 +40,8 @@ from dpo.config import LoraParams, load_params
 from dpo.files import write_json
 from dpo.logps import load_model, sequence_logps
 from dpo.losses import preference_loss
-from dpo.training import PackedTrainer, add_lora, cached_reference, dpo_objective
+from dpo.trainer import PackedTrainer
+from dpo.training import add_lora, cached_reference, dpo_objective
 
 MODEL = Path("models/base")
 RESULTS, PAGE = Path("benchmarks/results/engine.json"), Path("docs/benchmarks.md")
@@ -145,7 +146,7 @@ def train_ours(case: Case, model: Path, rows: Sequence[TokenRow], reference: Ref
     with tempfile.TemporaryDirectory() as folder:
         args = TrainingArguments(folder, **arguments(case) | {"bf16": False}, **QUIET, remove_unused_columns=False)
         sampler = InOrder(rows, case.micro_batch)
-        return train(PackedTrainer(policy, args, rows, sampler, objective, "ids", [], []), case, rows)
+        return train(PackedTrainer(policy, args, rows, sampler, objective, "ids", [], False, []), case, rows)
 
 
 def score_ours(case: Case, model: Path, rows: Sequence[TokenRow]) -> Run:

@@ -111,13 +111,22 @@ class StepSampler:
     """Batch sampler that keeps the effective batch exact in rows and every micro-batch under a token budget.
 
     Each epoch is a seeded shuffle cut into optimizer steps of `rows_per_step` rows (the last may be smaller; it
-    is kept). Every full step is split into the same number of micro-batches, `accumulation`: the least for
-    which every micro-batch of every epoch fits in `tokens_per_batch`, or one row each where a row alone exceeds
-    the budget.
+    is kept). Every full step is split into the same number of micro-batches, `accumulation` for each of the
+    processes that train together: the least for which every micro-batch of every epoch fits in
+    `tokens_per_batch`, or one row each where a row alone exceeds the budget. All processes get the same number of
+    micro-batches; one for which a short step has no rows left is empty.
     """
 
     def __init__(
-        self, lengths: Sequence[int], *, rows_per_step: int, tokens_per_batch: int, epochs: int, seed: int
+        self,
+        lengths: Sequence[int],
+        *,
+        rows_per_step: int,
+        tokens_per_batch: int,
+        epochs: int,
+        seed: int,
+        processes: int = 1,
+        process: int = 0,
     ) -> None:
         if not lengths:
             raise ValueError("there are no rows to train on")
@@ -125,13 +134,14 @@ class StepSampler:
         self.rows_per_step = min(rows_per_step, len(self.lengths))
         self.tokens_per_batch = tokens_per_batch
         self.seed = seed
+        self.processes, self.process = processes, process
         self.epoch = 0
         steps = [step for epoch in range(epochs) for step in self._steps(epoch)]
         self.accumulation = 1
-        while self.accumulation < self.rows_per_step and any(
+        while self.accumulation * processes < self.rows_per_step and any(
             sum(self.lengths[i] for i in group) > tokens_per_batch
             for step in steps
-            for group in balance(step, self.lengths, self.accumulation)
+            for group in balance(step, self.lengths, self.accumulation * processes)
         ):
             self.accumulation += 1
 
@@ -145,8 +155,10 @@ class StepSampler:
 
     def __iter__(self) -> Iterator[list[int]]:
         for step in self._steps(self.epoch):
-            yield from balance(step, self.lengths, self.accumulation)
+            groups = balance(step, self.lengths, self.accumulation * self.processes)
+            groups += [[]] * (-len(groups) % self.processes)
+            yield from groups[self.process :: self.processes]
 
     def __len__(self) -> int:
         full, rest = divmod(len(self.lengths), self.rows_per_step)
-        return full * self.accumulation + min(rest, self.accumulation)
+        return full * self.accumulation + min(-(-rest // self.processes), self.accumulation)

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -9,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
+from ruamel.yaml.events import AliasEvent
 
 from dpo.errors import InputError
 
@@ -20,6 +22,7 @@ Unpaired = Literal["error", "quarantine"]
 Notice = Literal["error", "warn"]
 Share = Annotated[float, Field(ge=0, le=1)]
 LossName = Literal["sigmoid", "ipo", "conservative", "robust", "hinge", "length_normalised", "rpo", "dpop"]
+CREDENTIALS = re.compile(r"//[^/\s]*@")
 STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
@@ -153,6 +156,8 @@ class OptimizerParams:
     """Gradients are clipped to this norm; 10 in the paper's code."""
     gradient_checkpointing: bool
     """Keep fewer activations and compute them again in the backward pass: less memory, about a third more time."""
+    non_finite: Literal["stop", "skip"]
+    """What to do at a step whose loss or gradient is not finite; its pairs are kept for a look either way."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -399,6 +404,18 @@ class CompareParams:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RunParams:
+    """How stages run. Results do not depend on it, so no stage does."""
+
+    __pydantic_config__ = STRICT
+
+    checkpoint_minutes: Annotated[float, Field(ge=0)]
+    """Minutes of training that a kill may undo; 0 keeps a checkpoint of every step."""
+    launch: str | None
+    """A configuration of `accelerate launch` for the stages that run the model; null runs one process."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Params:
     """The whole of `params.yaml`."""
 
@@ -416,6 +433,7 @@ class Params:
     sweep: SweepParams
     evaluate: EvaluateParams
     compare: CompareParams
+    run: RunParams
 
 
 def load_params(path: Path = Path("params.yaml")) -> Params:
@@ -425,10 +443,16 @@ def load_params(path: Path = Path("params.yaml")) -> Params:
         InputError: one line for each fault: file, key, what is wrong.
     """
     try:
-        values = YAML(typ="safe", pure=True).load(path)
-        params: Params = TypeAdapter(Params).validate_json(json.dumps(values, default=str))
-    except (YAMLError, OSError, TypeError) as error:
+        text = path.read_text()
+        if any(isinstance(event, AliasEvent) for event in YAML(typ="safe", pure=True).parse(text)):
+            raise YAMLError("an alias, as `*name`; write out what it stands for")
+        values = YAML(typ="safe", pure=True).load(text)
+        as_json = json.dumps(values, default=str)
+    except (YAMLError, OSError, TypeError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: {' '.join(str(error).split())}") from error
+    _refuse_credentials(path, values)
+    try:
+        params: Params = TypeAdapter(Params).validate_json(as_json)
     except ValidationError as error:
         faults = [
             f"{path}: {'.'.join(str(part) for part in fault['loc']) or 'top level'}: {_words(fault)}"
@@ -441,6 +465,21 @@ def load_params(path: Path = Path("params.yaml")) -> Params:
             "reward_accuracy or margin"
         )
     return params
+
+
+def _refuse_credentials(path: Path, value: object, key: str = "") -> None:
+    """Parameters are kept in git, MLflow and every checkpoint."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            _refuse_credentials(path, inner, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, list):
+        for inner in value:
+            _refuse_credentials(path, inner, key)
+    elif isinstance(value, str) and CREDENTIALS.search(value):
+        raise InputError(
+            f"{path}: {key}: an address with a user or a password in it; take them out and give them in the "
+            "environment, as OPENAI_API_KEY or HF_TOKEN"
+        )
 
 
 def _words(fault: object) -> str:

@@ -19,10 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedModel
+from transformers import AttentionInterface, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from dpo.batching import TokenRow, budget_batches, pack
 from dpo.config import Precision
+from dpo.loading import load_weights
 
 ENGINE_VERSION = 2
 """Part of every reference cache's key; raise it whenever the numbers below could change."""
@@ -92,35 +93,46 @@ AttentionInterface.register(PACKED_ATTENTION, _packed_attention)
 
 
 class _TokenLogps(torch.autograd.Function):
-    """log softmax(hidden @ weight.T + bias)[target] by chunks; the backward pass computes each chunk anew."""
+    """log softmax(hidden @ weight.T + bias)[target] by chunks.
+
+    The backward pass computes the logits of each chunk anew, but for the last, whose logits it finds as they were.
+    """
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
         ctx.save_for_backward(hidden, weight, bias, targets)
         logps = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
-        for start in range(0, len(targets), HEAD_CHUNK):
-            part = slice(start, start + HEAD_CHUNK)
+        for part in _chunks(len(targets)):
             logits = F.linear(hidden[part], weight, bias).float()
             logps[part] = logits.gather(1, targets[part, None])[:, 0] - logits.logsumexp(1)
+        ctx.kept = logits
         return logps
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, targets = ctx.saved_tensors
-        grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        grad_hidden, grad_weight = torch.empty_like(hidden), None
         grad_bias = torch.zeros_like(bias) if bias is not None and ctx.needs_input_grad[2] else None
-        for start in range(0, len(targets), HEAD_CHUNK):
-            part = slice(start, start + HEAD_CHUNK)
-            grad_logits = F.linear(hidden[part], weight, bias).float().softmax(1).neg_()
+        for part in reversed(_chunks(len(targets))):
+            logits, ctx.kept = ctx.kept, None
+            if logits is None:
+                logits = F.linear(hidden[part], weight, bias).float()
+            grad_logits = torch.softmax(logits, 1, out=logits).neg_()
             grad_logits[torch.arange(len(grad_logits), device=hidden.device), targets[part]] += 1
             grad_logits = grad_logits.mul_(grads[0][part, None]).to(hidden.dtype)
             grad_hidden[part] = grad_logits @ weight
-            if grad_weight is not None:
-                grad_weight.addmm_(grad_logits.T, hidden[part])
+            if ctx.needs_input_grad[1]:
+                if grad_weight is None:
+                    grad_weight = grad_logits.T @ hidden[part]
+                else:
+                    grad_weight.addmm_(grad_logits.T, hidden[part])
             if grad_bias is not None:
                 grad_bias += grad_logits.sum(0)
         return grad_hidden, grad_weight, grad_bias, None
+
+
+def _chunks(positions: int) -> list[slice]:
+    return [slice(start, start + HEAD_CHUNK) for start in range(0, positions, HEAD_CHUNK)]
 
 
 def _forward(
@@ -202,7 +214,7 @@ def load_model(path: Path, precision: Precision = "fp32") -> PreTrainedModel:
         path: a local folder with safetensors weights, or with a LoRA adapter that names its base.
         precision: of matrix products, wherever this model computes log-probs.
     """
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, use_safetensors=True).eval()
+    model = load_weights(AutoModelForCausalLM, path).eval()
     for module in model.modules():
         rates = [name for name, value in vars(module).items() if "drop" in name and isinstance(value, float)]
         for name in ["p"] if isinstance(module, nn.Dropout) else rates:
@@ -255,14 +267,22 @@ def packed_batches(
 
 @contextmanager
 def generating(model: PreTrainedModel) -> Iterator[None]:
-    """Give a model from `load_model` the attention that `generate` needs, for the time of the block."""
-    attention = model.config._attn_implementation
+    """Make a model from `load_model` ready for `generate`, for the time of the block.
+
+    It gets an attention that knows a cache; the forward pass of its class, whose signature tells `generate` which
+    inputs the model takes, positions under padding among them; and none of its own settings for generation, such
+    as a penalty for repetition, so that answers are drawn from the policy itself.
+    """
+    attention, settings, forward = model.config._attn_implementation, model.generation_config, model.forward
     if attention == PACKED_ATTENTION:
         model.set_attn_implementation("sdpa")
+    model.generation_config = GenerationConfig()
+    del model.forward
     try:
         yield
     finally:
         model.set_attn_implementation(attention)
+        model.generation_config, model.forward = settings, forward
 
 
 @torch.no_grad()

@@ -1,33 +1,30 @@
-"""SFT and DPO under `transformers.Trainer`: our batches and our loss, its loop."""
+"""SFT and DPO of a policy: what is trained, from which reference, with which settings."""
 
 import copy
 import functools
 import hashlib
-import logging
-import math
+import os
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
-from transformers import (
-    PreTrainedModel,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-    set_seed,
-)
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel, TrainerCallback, TrainingArguments, set_seed
 
-from dpo.batching import StepSampler, TokenRow, pack
+from dpo.batching import StepSampler, TokenRow
 from dpo.config import Cell, DpoParams, EarlyStopParams, LoraParams, LossParams, OptimizerParams, SftParams
 from dpo.errors import InputError
 from dpo.files import PROVENANCE, sha256, write_json, written_whole
-from dpo.logps import packed_batches
 from dpo.losses import nll_loss, preference_loss
+from dpo.processes import this_process
+from dpo.progress import Progress, last_checkpoint, training_key
+from dpo.trainer import Cadence, DivergenceAlarm, EarlyStop, Objective, Packed, PackedTrainer, stopping_on_sigterm
 
 OPTIMIZERS = {
     "adamw": "adamw_torch_fused",
@@ -35,15 +32,6 @@ OPTIMIZERS = {
     "adamw_8bit": "adamw_bnb_8bit",
     "paged_adamw_8bit": "paged_adamw_8bit",
 }
-
-ALARM_NATS = 100.0
-"""Mean change of a completion's log-prob that a sound run does not reach: a factor of e^100 in its probability."""
-
-log = logging.getLogger(__name__)
-
-Packed = dict[str, Any]
-Objective = Callable[[torch.nn.Module, Packed], tuple[Tensor, dict[str, Tensor]]]
-"""From the model and a packed micro-batch to the loss summed over it and metrics summed over its rows."""
 
 Reference = Callable[[Packed], Tensor]
 """From a packed micro-batch of R pairs to the reference log-probs [2R] of its completions, chosen first."""
@@ -103,7 +91,7 @@ def online_reference(model: PreTrainedModel, *, lora: bool) -> Reference:
     @torch.no_grad()
     def answer(packed: Packed) -> Tensor:
         if not lora:
-            return frozen(packed=packed)
+            return frozen.to(packed["input_ids"].device)(packed=packed)
         frozen.disable_adapters()
         try:
             return frozen(packed=packed)
@@ -128,121 +116,6 @@ def add_lora(model: PreTrainedModel, params: LoraParams) -> None:
     config.target_modules = sorted(config.target_modules or ())  # a set: its order, and the saved file, would vary
 
 
-class DivergenceAlarm(TrainerCallback):
-    """Warns when the policy runs away from its reference, where a loss near 0 is no success."""
-
-    def __init__(self, beta: float) -> None:
-        self.beta = beta
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
-        """Compare the mean log-ratios of a step with `ALARM_NATS`."""
-        moved = [abs(logs.get(name, 0.0)) / self.beta for name in ("rewards/chosen", "rewards/rejected")]
-        if max(moved) > ALARM_NATS:
-            log.warning(
-                "step %d: the policy runs away from its reference: log-probs of chosen moved by %.0f nats, "
-                "of rejected by %.0f, margin %.3g, loss %.3g; lower the learning rate or raise beta",
-                *(state.global_step, *moved, logs["rewards/margins"], logs["loss"]),
-            )
-
-
-class EarlyStop(TrainerCallback):
-    """Ends the training after some validations without a new best, and puts the best weights back."""
-
-    def __init__(self, model: PreTrainedModel, patience: int) -> None:
-        self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self.patience, self.waited, self.best = patience, 0, math.inf
-        self.weights: list[Tensor] = []
-
-    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any) -> None:
-        """Keep the weights if they are the best so far."""
-        self.waited += 1
-        if metrics["eval_loss"] < self.best:
-            self.best, self.waited = metrics["eval_loss"], 0
-            self.weights = [parameter.detach().clone() for parameter in self.trained]
-        control.should_training_stop |= self.waited >= self.patience
-
-    @torch.no_grad()
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Put the best weights back."""
-        for parameter, best in zip(self.trained, self.weights, strict=False):
-            parameter.copy_(best)
-
-
-class PackedTrainer(Trainer):
-    """A Trainer whose steps hold an exact number of rows, in packed micro-batches under a token budget."""
-
-    loss_is_scaled_for_ga = True
-
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        args: TrainingArguments,
-        rows: Sequence[TokenRow],
-        sampler: StepSampler,
-        objective: Objective,
-        loss_per: str,
-        validation: Sequence[TokenRow],
-        callbacks: list[TrainerCallback],
-    ) -> None:
-        """`loss_per` is the unit that the mean loss is taken over: `ids` (pairs) or `targets` (tokens)."""
-        super().__init__(model, args, train_dataset=rows, eval_dataset=validation, callbacks=callbacks)
-        self.sampler, self.objective, self.loss_per = sampler, objective, loss_per
-        self.sums: dict[str, float] = defaultdict(float)
-
-    def get_train_dataloader(self) -> DataLoader[Any]:
-        """Micro-batches of packed rows, in the sampler's order."""
-        loader: DataLoader[Any] = DataLoader(
-            self.train_dataset,
-            batch_sampler=self.sampler,
-            collate_fn=pack,
-        )
-        return self.accelerator.prepare(loader)
-
-    def get_batch_samples(self, *args: Any) -> tuple[list[dict[str, Any]], int]:
-        """The micro-batches of one step, with the number of units that its mean loss is taken over."""
-        batches, _ = super().get_batch_samples(*args)
-        return batches, sum(len(batch[self.loss_per]) for batch in batches)
-
-    def compute_loss(
-        self,
-        model: torch.nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Any = None,
-    ) -> Tensor:
-        """This micro-batch's share of the step's mean loss."""
-        loss, sums = self.objective(model, inputs)
-        if not loss.isfinite():
-            raise FloatingPointError(
-                f"step {self.state.global_step + 1}: the loss is {loss.item()}, in the micro-batch of the pairs "
-                f"{', '.join(inputs['ids'])}; training stops and saves nothing. Lower the learning rate."
-            )
-        for name, value in sums.items():
-            self.sums[name] += value.item()
-        self.sums["rows"] += len(inputs["ids"])
-        return loss / num_items_in_batch
-
-    @torch.no_grad()
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """The mean loss of the validation rows, as `eval_loss`."""
-        total, units = 0.0, 0
-        for packed in packed_batches(self.eval_dataset, self.sampler.tokens_per_batch, self.args.device):
-            total += self.objective(self.model, packed)[0].item()
-            units += len(packed[self.loss_per])
-        metrics = {"eval_loss": total / units}
-        self.log(metrics)
-        self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)  # writes to control
-        return metrics
-
-    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Add the means over the pairs seen since the last entry."""
-        rows = self.sums.pop("rows", 0.0)
-        if rows:
-            logs |= {name: value / rows for name, value in self.sums.items()}
-        self.sums.clear()
-        super().log(logs, *args, **kwargs)
-
-
 def train_sft(
     model: PreTrainedModel,
     rows: Sequence[TokenRow],
@@ -250,14 +123,17 @@ def train_sft(
     *,
     tokens_per_batch: int,
     seed: int,
+    progress: Progress | None = None,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> list[dict[str, float]]:
     """Fine-tune `model` in place on the completions of `rows`; returns one log entry a step.
 
-    The loss is the mean over the completion tokens of each step, prompts excluded.
+    The loss is the mean over the completion tokens of each step, prompts excluded. See `train_dpo` for the rest.
     """
-    rate = params.learning_rate
-    return _train(model, rows, params, rate, sft_objective, "targets", tokens_per_batch, seed, callbacks)
+    return _train(
+        model, rows, params, sft_objective, "targets", learning_rate=params.learning_rate, seed=seed,
+        tokens_per_batch=tokens_per_batch, progress=progress, callbacks=callbacks, decides={},
+    )  # fmt: skip
 
 
 def train_dpo(
@@ -269,9 +145,12 @@ def train_dpo(
     losses: LossParams,
     *,
     tokens_per_batch: int,
+    progress: Progress | None = None,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> list[dict[str, float]]:
     """Train `model` in place on preference pairs; returns one log entry a step.
+
+    Under `torch.distributed` all processes call this with the same arguments and share the work of each step.
 
     Args:
         model: starts as the reference policy, from `dpo.logps.load_model`; gets adapters if `params.lora` is set.
@@ -282,25 +161,32 @@ def train_dpo(
         cell: loss, beta, learning rate, and the seed that decides the order of pairs.
         losses: settings of the losses.
         tokens_per_batch: most tokens in one forward pass.
+        progress: where checkpoints lie. A training that was cut off goes on from its last one and ends with the
+            same weights and log as one that was not, on a CPU bit for bit. None keeps no checkpoints.
         callbacks: told of every log entry.
 
     Raises:
         KeyError: a row has no reference log-probs.
-        InputError: the optimizer needs a GPU that is not there, or early stopping leaves no rows to train on.
-        FloatingPointError: the loss is no longer finite; names step and pairs.
+        InputError: the optimizer needs a GPU that is not there, memory does not suffice for one pair, or early
+            stopping leaves no rows to train on.
+        FloatingPointError: loss or gradient is no longer finite, and `params.non_finite` is `stop`; names step
+            and pairs.
+        Stopped: SIGTERM came; a checkpoint has been written.
     """
+    decides: dict[str, object] = {"cell": cell, "loss": getattr(losses, cell.loss)}
     if params.reference == "online":
         answer = online_reference(model, lora=params.lora is not None)
     else:
         answer = cached_reference(reference, rows)
+        decides["reference"] = [reference[row.id] for row in rows]
     if params.lora is not None:
+        set_seed(cell.seed)  # the adapters begin at random
         add_lora(model, params.lora)
     loss = functools.partial(preference_loss, beta=cell.beta, loss=cell.loss, settings=losses)
-    objective = functools.partial(dpo_objective, loss=loss, reference=answer)
-    callbacks = [DivergenceAlarm(cell.beta), *callbacks]
     return _train(
-        model, rows, params, cell.learning_rate, objective, "ids", tokens_per_batch, cell.seed, callbacks,
-        early_stop=params.early_stop,
+        model, rows, params, functools.partial(dpo_objective, loss=loss, reference=answer), "ids",
+        learning_rate=cell.learning_rate, seed=cell.seed, tokens_per_batch=tokens_per_batch, progress=progress,
+        callbacks=[DivergenceAlarm(cell.beta), *callbacks], decides=decides, early_stop=params.early_stop,
     )  # fmt: skip
 
 
@@ -308,33 +194,47 @@ def _train(
     model: PreTrainedModel,
     rows: Sequence[TokenRow],
     params: OptimizerParams,
-    learning_rate: float,
     objective: Objective,
     loss_per: str,
-    tokens_per_batch: int,
+    *,
+    learning_rate: float,
     seed: int,
+    tokens_per_batch: int,
+    progress: Progress | None,
     callbacks: Sequence[TrainerCallback],
+    decides: Mapping[str, object],
     early_stop: EarlyStopParams | None = None,
 ) -> list[dict[str, float]]:
     if "8bit" in params.optimizer and not torch.cuda.is_available():
         raise InputError(f"params.yaml: optimizer '{params.optimizer}' needs a CUDA GPU; choose adamw or rmsprop")
     set_seed(seed)
+    everything = {**decides, "params": params, "learning_rate": learning_rate, "seed": seed}
+    everything["tokens_per_batch"] = tokens_per_batch
     validation: list[TokenRow] = []
     if early_stop is not None:
+        if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+            raise InputError(
+                "params.yaml: dpo.early_stop does not work with sharded weights (FSDP); set it to null"
+            )
         rows, validation = _hold_out(rows, early_stop.validation_share)
         callbacks = [*callbacks, EarlyStop(model, early_stop.patience)]
+    if progress is not None:
+        callbacks = [*callbacks, Cadence(progress.minutes)]
     if params.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
+    processes = this_process()
     sampler = StepSampler(
         [row.tokens for row in rows],
         rows_per_step=params.pairs_per_step,
         tokens_per_batch=tokens_per_batch,
         epochs=params.epochs,
         seed=seed,
+        processes=processes.num_processes,
+        process=processes.process_index,
     )
-    with tempfile.TemporaryDirectory() as scratch:
+    with _folder(progress, model, rows, everything) as folder:
         args = TrainingArguments(
-            output_dir=scratch,
+            output_dir=str(folder),
             num_train_epochs=params.epochs,
             gradient_accumulation_steps=sampler.accumulation,
             learning_rate=learning_rate,
@@ -344,6 +244,7 @@ def _train(
             max_grad_norm=params.max_grad_norm,
             weight_decay=0.0,
             seed=seed,
+            use_cpu=processes.device.type == "cpu",
             save_strategy="no",
             eval_strategy="no" if early_stop is None else "steps",
             eval_steps=None if early_stop is None else early_stop.every_steps,
@@ -351,16 +252,39 @@ def _train(
             logging_nan_inf_filter=False,
             report_to="none",
             remove_unused_columns=False,
+            ddp_find_unused_parameters=False,
             disable_tqdm=False,
         )
-        trainer = PackedTrainer(model, args, rows, sampler, objective, loss_per, validation, list(callbacks))
-        trainer.train()
+        skip = params.non_finite == "skip"
+        trainer = PackedTrainer(model, args, rows, sampler, objective, loss_per, validation, skip, list(callbacks))
+        if trainer.accelerator.mixed_precision != "no":
+            raise InputError(
+                "run.launch: mixed_precision must be 'no' there; engine.precision in params.yaml decides"
+            )
+        with processes.main_process_first():
+            checkpoint = last_checkpoint(folder)
+        with stopping_on_sigterm(trainer):
+            trainer.train(None if checkpoint is None else str(checkpoint))
     model.eval()
     steps: dict[float, dict[str, float]] = defaultdict(dict)
     for entry in trainer.state.log_history:
         if "loss" in entry or "eval_loss" in entry:
             steps[entry["step"]] |= entry
     return list(steps.values())
+
+
+@contextmanager
+def _folder(
+    progress: Progress | None, model: PreTrainedModel, rows: Sequence[TokenRow], decides: Mapping[str, object]
+) -> Iterator[Path]:
+    """The folder of this training: the one that earlier tries of it used, if progress is kept."""
+    if progress is not None:
+        with this_process().main_process_first():
+            folder = progress.folder(training_key(model, rows, decides))
+        yield folder
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        yield Path(scratch)
 
 
 def _hold_out(rows: Sequence[TokenRow], share: float) -> tuple[list[TokenRow], list[TokenRow]]:
@@ -380,10 +304,19 @@ def _hold_out(rows: Sequence[TokenRow], share: float) -> tuple[list[TokenRow], l
 def save_checkpoint(model: PreTrainedModel, tokenizer: Any, folder: Path, facts: Mapping[str, object]) -> None:
     """Write safetensors weights (with LoRA, the adapter alone) and tokenizer to `folder`, all or nothing.
 
+    Under `torch.distributed` all processes call this; the first gathers the weights of the others and writes.
     `facts`, what made the checkpoint, go into its `provenance.json`, with the SHA-256 of the weights.
     """
-    with written_whole(folder) as aside:
-        model.save_pretrained(aside)
-        tokenizer.save_pretrained(aside)
-        weights = sha256(*sorted(aside.glob("*.safetensors")))
-        write_json(aside / PROVENANCE, {**facts, "weights": weights})
+    weights = dict(model.named_parameters())  # tied ones once
+    state = None
+    if any(isinstance(weight, DTensor) for weight in weights.values()):
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        whole = get_model_state_dict(model, options=options)
+        state = {name: value for name, value in whole.items() if name in weights}
+    if this_process().is_main_process:
+        with written_whole(folder) as aside:
+            model.save_pretrained(aside, state_dict=state)
+            tokenizer.save_pretrained(aside)
+            digest = sha256(*sorted(aside.glob("*.safetensors")))
+            write_json(aside / PROVENANCE, {**facts, "weights": digest})
+    this_process().wait_for_everyone()

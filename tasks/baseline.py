@@ -1,15 +1,18 @@
 """Stage `baseline`: the reference's own answers to held-out prompts and their scores, once for all policies."""
 
+from typing import Any
+
 import pandas as pd
-from transformers import AutoTokenizer
 
 from dpo.config import load_params
 from dpo.evaluation.judges import Scorer, load_judge
 from dpo.evaluation.sampling import answer_table
 from dpo.files import written_whole
+from dpo.loading import load_tokenizer
 from dpo.logps import load_model
+from dpo.processes import share, this_process
 from dpo.tokens import prompt_of
-from tasks.stage import EVAL, REFERENCE_SAMPLES, SFT, run
+from tasks.stage import EVAL, REFERENCE_SAMPLES, SFT, run_launched
 
 
 def main() -> None:
@@ -17,13 +20,21 @@ def main() -> None:
     params = load_params()
     asked = params.evaluate
     judge = load_judge(asked.judge)
-    tokenizer = AutoTokenizer.from_pretrained(SFT)
-    model = load_model(SFT, params.engine.precision)
+    tokenizer = load_tokenizer(SFT)
+    state = this_process()
+    model = load_model(SFT, params.engine.precision).to(state.device)
     pairs = pd.read_parquet(EVAL)
     table = pairs.sample(asked.samples, replace=len(pairs) < asked.samples, random_state=params.seed)
     table = table[["prompt", "turns"]].reset_index(drop=True)
     prompts = [prompt_of(pair, tokenizer) for pair in table.to_dict("records")]
-    table = table.join(answer_table(model, tokenizer, prompts, asked, params.seed))
+
+    def sample(mine: list[int]) -> list[Any]:
+        seed = params.seed + state.process_index
+        return answer_table(model, tokenizer, [prompts[i] for i in mine], asked, seed).to_dict("records")
+
+    table = table.join(pd.DataFrame(share(len(prompts), sample)))
+    if not state.is_main_process:
+        return
     if isinstance(judge, Scorer):
         table["score"] = judge.score(prompts, table["answer"].tolist())
     with written_whole(REFERENCE_SAMPLES) as aside:
@@ -31,4 +42,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_launched(main)

@@ -7,10 +7,9 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
-
 from dpo.errors import InputError
 from dpo.evaluation.sampling import sample
+from dpo.loading import load_tokenizer
 from dpo.logps import load_model
 from tasks.stage import SFT, run
 
@@ -36,7 +35,7 @@ def main() -> None:
             raise InputError(
                 f"{folder}: no checkpoint here; `dvc repro` or `dvc pull` brings those of this project"
             )
-    tokenizer = AutoTokenizer.from_pretrained(given.policy)
+    tokenizer = load_tokenizer(given.policy)
     models = [load_model(folder) for folder in sides]
     talks: list[list[dict[str, str]]] = [[], []]
     print(HELP)

@@ -1,10 +1,10 @@
 """Stage `evaluate`: one policy against the reference on held-out data, `python -m tasks.evaluate CELL`."""
 
 import dataclasses
+from typing import Any
 
 import pandas as pd
 import torch
-from transformers import AutoTokenizer
 
 from dpo.config import load_params
 from dpo.evaluation.answers import answer_metrics
@@ -13,7 +13,9 @@ from dpo.evaluation.judges import Scorer, load_judge, score_wins
 from dpo.evaluation.preferences import pair_table, preference_metrics
 from dpo.evaluation.sampling import answer_table
 from dpo.files import write_json, written_whole
+from dpo.loading import load_tokenizer
 from dpo.logps import load_model, sequence_logps
+from dpo.processes import share, this_process
 from dpo.reference import cache_key, load_reference
 from dpo.tokens import encode_pairs, prompt_ids, prompt_of
 from tasks.card import write_card
@@ -28,7 +30,7 @@ from tasks.stage import (
     policy_folder,
     policy_margins,
     policy_samples,
-    run,
+    run_launched,
 )
 from tasks.tracking import log_evaluation
 
@@ -39,7 +41,7 @@ def main() -> None:
     cell = cell_argument(params)
     engine, asked = params.engine, params.evaluate
     judge = load_judge(asked.judge)
-    tokenizer = AutoTokenizer.from_pretrained(SFT)
+    tokenizer = load_tokenizer(SFT)
     held_out = pd.read_parquet(EVAL)
     rows = encode_pairs(held_out.to_dict("records"), tokenizer, engine.max_length)
     key = cache_key(SFT, tokenizer, rows, engine.max_length, engine.precision)
@@ -47,19 +49,34 @@ def main() -> None:
     baseline = pd.read_parquet(REFERENCE_SAMPLES)
     prompts = [prompt_of(pair, tokenizer) for pair in baseline.to_dict("records")]
 
-    model = load_model(policy_folder(cell), engine.precision)
+    state = this_process()
+    model = load_model(policy_folder(cell), engine.precision).to(state.device)
+
+    def logps(mine: list[int]) -> list[Any]:
+        return sequence_logps(model, [rows[i] for i in mine], engine.tokens_per_batch, "policy log-probs").tolist()
+
+    def sample(mine: list[int]) -> list[Any]:
+        seed = params.seed + state.process_index
+        return answer_table(model, tokenizer, [prompts[i] for i in mine], asked, seed).to_dict("records")
+
+    def distances(mine: list[int]) -> list[Any]:
+        to = load_model(SFT, engine.precision).to(state.device)
+        asking = prompt_ids(tokenizer, [prompts[i] for i in mine])
+        return divergence(model, to, asking, [ids[i] for i in mine], engine.tokens_per_batch).to_dict("records")
+
     pairs = pair_table(
         held_out,
-        sequence_logps(model, rows, engine.tokens_per_batch, "policy log-probs"),
+        torch.tensor(share(len(rows), logps)),
         torch.tensor([cached[row.id] for row in rows]),
         torch.tensor([[len(ids) for ids in row.completions] for row in rows]),
         cell,
         params.losses,
     )
-    answers = answer_table(model, tokenizer, prompts, asked, params.seed)
+    answers = pd.DataFrame(share(len(prompts), sample))
     ids, texts = answers["ids"].tolist(), answers["answer"].tolist()
-    reference = load_model(SFT, engine.precision)
-    distances = divergence(model, reference, prompt_ids(tokenizer, prompts), ids, engine.tokens_per_batch)
+    apart = pd.DataFrame(share(len(prompts), distances))
+    if not state.is_main_process:
+        return
     samples = pd.DataFrame(
         {
             "prompt": baseline["prompt"],
@@ -69,8 +86,8 @@ def main() -> None:
             "policy_ids": ids,
             "reference_finished": baseline["finished"],
             "policy_finished": answers["finished"],
-            **distances,
-            "implicit_reward": cell.beta * (distances["policy_logp"] - distances["reference_logp"]),
+            **apart,
+            "implicit_reward": cell.beta * (apart["policy_logp"] - apart["reference_logp"]),
         }
     )
     if isinstance(judge, Scorer):
@@ -82,7 +99,7 @@ def main() -> None:
 
     metrics = {
         "cell": dataclasses.asdict(cell),
-        "weights": weights(policy_folder(cell)),
+        "weights": weights(policy_folder(cell))[:16],
         **preference_metrics(pairs, params.seed, completions=params.sft.completions),
         **answer_metrics(samples, params.seed),
     }
@@ -95,4 +112,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_launched(main)

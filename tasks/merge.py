@@ -3,9 +3,8 @@
 import argparse
 from pathlib import Path
 
-from transformers import AutoTokenizer
-
 from dpo.errors import InputError
+from dpo.loading import load_tokenizer
 from dpo.models import load_checkpoint
 from dpo.training import save_checkpoint
 from tasks.lineage import of_folder
@@ -28,7 +27,7 @@ def main() -> None:
         raise InputError(f"{given.folder}: exists; name a new folder")
     adapter = of_folder(given.adapter)
     facts = {**adapter, "merged_from": adapter["weights"]}
-    tokenizer = AutoTokenizer.from_pretrained(given.adapter)
+    tokenizer = load_tokenizer(given.adapter)
     save_checkpoint(load_checkpoint(given.adapter), tokenizer, given.folder, facts)
 
 

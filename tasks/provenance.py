@@ -41,7 +41,7 @@ def packages() -> dict[str, str]:
     return {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
 
 
-def made_by(params: Params, mlflow_run: str, cell: Cell | None = None) -> dict[str, Any]:
+def made_by(params: Params, mlflow_run: str | None, cell: Cell | None = None) -> dict[str, Any]:
     """Facts for the provenance file of a checkpoint: of a cell's policy, or of the reference."""
     revision, dirty = commit()
     settings: dict[str, Any] = {"engine": params.engine, "model": params.model}

@@ -1,12 +1,14 @@
 """What all stages share: how they start, how they fail, and where things lie."""
 
+import errno
 import gc
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from dpo.config import Cell, Params
-from dpo.errors import InputError
+from dpo.config import Cell, Params, load_params
+from dpo.errors import InputError, Stopped
 
 BASE = Path("models/base")
 SFT = Path("models/sft")
@@ -17,6 +19,7 @@ EVAL = Path("data/eval.parquet")
 REFERENCE_TRAIN = Path("reference/train")
 REFERENCE_EVAL = Path("reference/eval")
 REFERENCE_PROGRESS = Path(".reference-progress")
+TRAINING_PROGRESS = Path(".training-progress")
 REFERENCE_SAMPLES = Path("samples/reference.parquet")
 SAMPLES = Path("samples")
 MARGINS = Path("margins")
@@ -58,14 +61,42 @@ def policy_margins(cell: Cell) -> Path:
     return MARGINS / f"{cell.key}.parquet"
 
 
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+
+
 def run(main: Callable[[], None]) -> None:
-    """Run a stage; bad input ends it with the message alone, without a traceback, and exit code 2."""
+    """Run a stage; what is the user's to mend ends it with the message alone, without a traceback.
+
+    Exit codes: 2 for bad input, 1 where nothing can be written, 143 when SIGTERM stopped it.
+    """
     gc.freeze()  # what the imports made stays: no later collection looks at it again
     try:
         main()
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)  # noqa: T201
-        sys.exit(2)
+        _end(f"error: {error}", 2)
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        _end(f"error: {error}; make room there or make it writable, and run again: nothing half-written stays", 1)
+    except Stopped as stopped:
+        _end(f"{stopped}; run again to go on from there", 143)
+
+
+def run_launched(main: Callable[[], None]) -> None:
+    """`run`, in the processes that the accelerate configuration `run.launch` asks for."""
+    config = load_params().run.launch if "LOCAL_RANK" not in os.environ else None
+    if config is None:
+        run(main)
+        return
+    stage = sys.modules["__main__"].__spec__
+    assert stage is not None
+    launcher = ["-m", "accelerate.commands.launch", "--config_file", config, "-m", stage.name, *sys.argv[1:]]
+    os.execv(sys.executable, [sys.executable, *launcher])
+
+
+def _end(message: str, code: int) -> None:
+    print(message, file=sys.stderr)  # noqa: T201
+    sys.exit(code)
 
 
 def cell_argument(params: Params) -> Cell:

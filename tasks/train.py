@@ -1,16 +1,29 @@
 """Stage `train`: one cell of the sweep, from the reference to a policy, `python -m tasks.train CELL`."""
 
+from contextlib import nullcontext
+
 import pandas as pd
-from transformers import AutoTokenizer
 
 from dpo.config import load_params
 from dpo.files import written_whole
+from dpo.loading import load_tokenizer
 from dpo.logps import load_model
+from dpo.processes import this_process
+from dpo.progress import Progress
 from dpo.reference import cache_key, load_reference
 from dpo.tokens import encode_pairs
 from dpo.training import save_checkpoint, train_dpo
 from tasks.provenance import made_by
-from tasks.stage import REFERENCE_TRAIN, SFT, TRAIN, cell_argument, policy_folder, run, train_log
+from tasks.stage import (
+    REFERENCE_TRAIN,
+    SFT,
+    TRAIN,
+    TRAINING_PROGRESS,
+    cell_argument,
+    policy_folder,
+    run_launched,
+    train_log,
+)
 from tasks.steplog import StepLog
 from tasks.tracking import policy_run, tag_checkpoint
 
@@ -19,14 +32,16 @@ def main() -> None:
     """Load, train, save."""
     params = load_params()
     cell = cell_argument(params)
-    tokenizer = AutoTokenizer.from_pretrained(SFT)
+    tokenizer = load_tokenizer(SFT)
     table = pd.read_parquet(TRAIN)
     engine = params.engine
     rows = encode_pairs(table.to_dict("records"), tokenizer, engine.max_length)
     key = cache_key(SFT, tokenizer, rows, engine.max_length, engine.precision)
     reference = load_reference(REFERENCE_TRAIN, key)
     model = load_model(SFT, engine.precision)
-    with policy_run(params, cell, table) as run_id:
+    progress = Progress(TRAINING_PROGRESS / cell.key, params.run.checkpoint_minutes)
+    main_process = this_process().is_main_process
+    with policy_run(params, cell, table) if main_process else nullcontext() as run_id:
         log = train_dpo(
             model,
             rows,
@@ -35,13 +50,17 @@ def main() -> None:
             cell,
             params.losses,
             tokens_per_batch=engine.tokens_per_batch,
-            callbacks=[StepLog(run_id)],
+            progress=progress,
+            callbacks=[StepLog(run_id)] if run_id else [],
         )
         save_checkpoint(model, tokenizer, policy_folder(cell), made_by(params, run_id, cell))
-        tag_checkpoint(run_id, policy_folder(cell))
-    with written_whole(train_log(cell)) as aside:
-        pd.DataFrame(log).to_csv(aside, index=False)
+        if run_id:
+            tag_checkpoint(run_id, policy_folder(cell))
+    if main_process:
+        with written_whole(train_log(cell)) as aside:
+            pd.DataFrame(log).to_csv(aside, index=False)
+        progress.discard()
 
 
 if __name__ == "__main__":
-    run(main)
+    run_launched(main)

@@ -1,6 +1,11 @@
 """Tiny random models and tokenizers, made here so that no test needs a network."""
 
+import os
 from pathlib import Path
+
+os.environ["OMP_NUM_THREADS"] = (
+    "1"  # to tiny models threads cost more than they bring, in stages that tests start too
+)
 
 import pytest
 import torch

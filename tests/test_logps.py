@@ -202,7 +202,17 @@ def test_chunks_of_the_vocabulary_projection_change_nothing_and_bound_its_size(l
     assert_same_gradients(gradients(llama, packed), gradients(plain, expected))
     scored = sum(row.completion_tokens for row in rows)
     assert max(length for length, _ in shapes) == 5
-    assert sum(length for length, _ in shapes) == 2 * scored, "once forward, once backward"
+    last = scored % 5 or 5
+    assert sum(length for length, _ in shapes) == 2 * scored - last, (
+        "backward, all but the last chunk"
+    )
+
+
+def test_a_second_backward_pass_gives_the_same_gradient(llama):
+    total = llama(packed=pack(make_rows())).sum()
+    first = torch.autograd.grad(total, list(llama.parameters()), retain_graph=True)
+    for once, twice in zip(first, torch.autograd.grad(total, list(llama.parameters())), strict=True):
+        torch.testing.assert_close(twice, once, rtol=1e-6, atol=1e-7)
 
 
 def test_no_tensor_over_all_tokens_and_the_whole_vocabulary_is_kept(tmp_path, monkeypatch):

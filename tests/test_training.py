@@ -54,6 +54,7 @@ def dpo_params(**changes):
         "warmup_steps": 0,
         "max_grad_norm": 1.0,
         "gradient_checkpointing": False,
+        "non_finite": "stop",
         "reference": "cached",
         "lora": None,
         "early_stop": None,
@@ -363,6 +364,14 @@ def test_lora_trains_and_saves_the_adapter_alone(tiny_model_dir, tmp_path, rows,
     ours = sequence_logps(model, rows, 500)
     assert torch.equal(sequence_logps(load_model(tmp_path / "once"), rows, 500), ours)
     assert (ours - torch.tensor([reference[row.id] for row in rows])).abs().max() > 0.1
+
+
+def test_the_start_of_the_adapters_follows_the_seed(tiny_model_dir, rows, reference):
+    logs = []
+    for seed, state in ((3, 0), (3, 1), (4, 0)):
+        torch.manual_seed(state)
+        logs.append(run_dpo(tiny_model_dir, rows, reference, lora=LORA, seed=seed, pairs_per_step=18)[0])
+    assert logs[0] == logs[1] != logs[2]
 
 
 def test_early_stop_ends_after_its_patience_and_keeps_the_best_weights(tiny_model_dir, rows, reference):
