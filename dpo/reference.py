@@ -3,50 +3,56 @@
 A cache is a folder with `logps.parquet` (id, chosen, rejected) and `manifest.json`. It is used only if every
 entry of its manifest equals what the reader expects; otherwise it is refused with the entry named.
 
-While it is computed, finished shards wait in a folder whose name is the hash of the whole key, so a run that was
-cut off goes on where it stopped and can find no shard but its own.
+Pairs are read, encoded and scored a shard at a time, so memory does not grow with their number. Several processes
+share the shards out among themselves. A finished shard waits in a file that also holds the hash of each of its
+rows, so a run that was cut off goes on where it stopped, with any number of processes, and takes no shard but its
+own.
 """
 
 import hashlib
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-import pandas as pd
-import torch
+import pyarrow as pa
+import pyarrow.parquet as pq
+from accelerate import PartialState
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dpo.batching import TokenRow
-from dpo.config import Precision
+from dpo.config import EngineParams, Precision
 from dpo.errors import InputError
 from dpo.files import sha256, write_json, written_whole
 from dpo.logps import ENGINE_VERSION, sequence_logps
+from dpo.tokens import encode_pairs
 
 SHARD_ROWS = 256
-"""Rows that are computed, then kept, at a time."""
+"""Rows that are read, computed and kept at a time."""
+
+JOINED_SHARDS = 256
+"""Shards in one row group of the finished file: 1.5 MB, and a footer that stays small."""
+
+READ_BYTES = 2**20
+"""Bytes of a column that are read at a time; without this limit all of the column's row group would be."""
+
+LOGPS = pa.schema({"id": pa.string(), "chosen": pa.float64(), "rejected": pa.float64()})
+SHARD = LOGPS.append(pa.field("row", pa.binary(32)))
+"""A shard also has the SHA-256 of every row."""
 
 
-def cache_key(
-    model: Path,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[TokenRow],
-    max_length: int,
-    precision: Precision,
+def policy_key(
+    model: Path, tokenizer: PreTrainedTokenizerBase, max_length: int, precision: Precision
 ) -> dict[str, object]:
-    """What reference log-probs depend on, by content.
+    """What reference log-probs depend on besides the rows, by content.
 
     Args:
         model: the reference policy's folder; weights, config and tokenizer files are hashed.
         tokenizer: its chat template is hashed too.
-        rows: the token rows; ids, prompt and completion tokens and their order are hashed.
         max_length: most tokens of prompt and completion.
         precision: of the engine.
     """
-    tokens = hashlib.sha256()
-    for row in rows:
-        tokens.update(json.dumps([row.id, row.prompt, row.completions]).encode())
     return {
         "engine": ENGINE_VERSION,
         "precision": precision,
@@ -55,59 +61,115 @@ def cache_key(
         "tokenizer": sha256(*sorted(model.glob("tokenizer*"))),
         "template": hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest(),
         "max_length": max_length,
-        "rows": tokens.hexdigest(),
     }
+
+
+def cache_key(
+    model: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Iterable[TokenRow],
+    max_length: int,
+    precision: Precision,
+) -> dict[str, object]:
+    """What reference log-probs depend on: `policy_key` and the ids, the tokens and the order of the rows."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(_row_digest(row))
+    return {**policy_key(model, tokenizer, max_length, precision), "rows": digest.hexdigest()}
+
+
+def _row_digest(row: TokenRow) -> bytes:
+    return hashlib.sha256(json.dumps([row.id, row.prompt, row.completions]).encode()).digest()
 
 
 def compute_reference(
     folder: Path,
     key: dict[str, object],
+    pairs: Path,
     model: PreTrainedModel,
-    rows: Sequence[TokenRow],
-    tokens_per_batch: int,
+    tokenizer: PreTrainedTokenizerBase,
+    engine: EngineParams,
     progress: Path,
+    state: PartialState,
 ) -> None:
-    """Compute the log-probs of R rows (chosen, rejected) shard by shard and write them with their manifest.
+    """Compute the log-probs of a table of pairs shard by shard and write them with their manifest.
+
+    Process r of N computes the shards r, r + N, ...; the main process waits for all of them and joins them.
 
     Args:
         folder: the cache, all or nothing.
-        key: from `cache_key`, of this model and these rows.
+        key: from `policy_key`, of this model, tokenizer and engine.
+        pairs: Parquet with canonical pairs.
         model: the reference policy, from `dpo.logps.load_model`.
-        rows: token rows with the chosen completion first.
-        tokens_per_batch: most tokens in one forward pass.
-        progress: where shards wait until all are done; survives an interrupted run.
+        tokenizer: of the model.
+        engine: how pairs become log-probs.
+        progress: where shards wait until all are done, the same for all processes; survives an interruption.
+        state: which process of how many this is.
+
+    Raises:
+        InputError: from `dpo.tokens.encode_pairs`.
     """
-    waiting = progress / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
-    shards = []
-    for start in range(0, len(rows), SHARD_ROWS):
-        part = rows[start : start + SHARD_ROWS]
-        path = waiting / f"{start}.parquet"
-        if not path.is_file():
-            title = f"{folder.name} pairs {start + 1} to {start + len(part)} of {len(rows)}"
-            logps = sequence_logps(model, part, tokens_per_batch, title)
-            with written_whole(path) as aside:
-                _table(part, logps).to_parquet(aside, index=False)
-        shards.append(pd.read_parquet(path))
-    table = pd.concat(shards)
-    save_reference(folder, key, rows, torch.tensor(table[["chosen", "rejected"]].to_numpy()))
-    shutil.rmtree(waiting)
+    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+    waiting = progress / f"{folder.name}-{name}"
+    waiting.mkdir(parents=True, exist_ok=True)
+    shards = 0
+    with pq.ParquetFile(pairs, buffer_size=READ_BYTES, pre_buffer=False) as file:
+        for number, batch in enumerate(file.iter_batches(SHARD_ROWS)):
+            shards += 1
+            if number % state.num_processes == state.process_index:
+                rows = encode_pairs(batch.to_pylist(), tokenizer, engine.max_length)
+                start = number * SHARD_ROWS
+                title = f"{folder.name} pairs {start + 1} to {start + len(rows)} of {file.metadata.num_rows}"
+                _compute_shard(waiting / f"{number}.parquet", model, rows, engine.tokens_per_batch, title)
+    state.wait_for_everyone()
+    if state.is_main_process:
+        numbers = (range(shards)[start : start + JOINED_SHARDS] for start in range(0, shards, JOINED_SHARDS))
+        parts = ([pq.read_table(waiting / f"{number}.parquet") for number in part] for part in numbers)
+        _write(folder, key, map(pa.concat_tables, parts))
+        shutil.rmtree(waiting)
+
+
+def _compute_shard(
+    path: Path, model: PreTrainedModel, rows: Sequence[TokenRow], tokens_per_batch: int, title: str
+) -> None:
+    """Unless the file holds these very rows already."""
+    if path.is_file() and pq.read_table(path)["row"].to_pylist() == [_row_digest(row) for row in rows]:
+        return
+    logps = sequence_logps(model, rows, tokens_per_batch, title)
+    with written_whole(path) as aside:
+        pq.write_table(_shard(rows, logps), aside)
+
+
+def _shard(rows: Sequence[TokenRow], logps: Tensor) -> pa.Table:
+    chosen, rejected = logps.double().unbind(1)
+    columns = [[row.id for row in rows], chosen.tolist(), rejected.tolist(), list(map(_row_digest, rows))]
+    return pa.table(dict(zip(SHARD.names, columns, strict=True)), SHARD)
 
 
 def save_reference(folder: Path, key: dict[str, object], rows: Sequence[TokenRow], logps: Tensor) -> None:
     """Write log-probs [R, 2] (chosen, rejected) of R rows and their manifest, all or nothing."""
+    _write(folder, key, [_shard(rows, logps)])
+
+
+def _write(folder: Path, key: dict[str, object], parts: Iterable[pa.Table]) -> None:
+    """Tables of the schema `SHARD`, one after the other."""
+    digest = hashlib.sha256()
     with written_whole(folder) as aside:
         aside.mkdir()
-        _table(rows, logps).to_parquet(aside / "logps.parquet", index=False)
-        write_json(aside / "manifest.json", {**key, "logps": sha256(aside / "logps.parquet")})
-
-
-def _table(rows: Sequence[TokenRow], logps: Tensor) -> pd.DataFrame:
-    chosen, rejected = logps.double().unbind(1)
-    return pd.DataFrame({"id": [row.id for row in rows], "chosen": chosen.tolist(), "rejected": rejected.tolist()})
+        with pq.ParquetWriter(aside / "logps.parquet", LOGPS) as writer:
+            for part in parts:
+                digest.update(b"".join(part["row"].to_pylist()))
+                writer.write_table(part.select(LOGPS.names))
+        logps = sha256(aside / "logps.parquet")
+        write_json(aside / "manifest.json", {**key, "rows": digest.hexdigest(), "logps": logps})
 
 
 def load_reference(folder: Path, key: dict[str, object]) -> dict[str, tuple[float, float]]:
     """(chosen, rejected) reference log-probs in nats by pair id.
+
+    Args:
+        folder: the cache.
+        key: from `cache_key`, of what the log-probs are wanted for.
 
     Raises:
         InputError: the cache is absent, incomplete, altered, or was computed from other inputs than `key`
@@ -126,5 +188,5 @@ def load_reference(folder: Path, key: dict[str, object]) -> dict[str, tuple[floa
             f"{folder}: stale reference cache, refused: {', '.join(differing)} differ from those it was computed "
             "with; run the stage `reference` again"
         )
-    table = pd.read_parquet(folder / "logps.parquet")
-    return {i: (c, r) for i, c, r in zip(table["id"], table["chosen"], table["rejected"], strict=True)}
+    columns = pq.read_table(folder / "logps.parquet").to_pydict()
+    return dict(zip(columns["id"], zip(columns["chosen"], columns["rejected"], strict=True), strict=True))

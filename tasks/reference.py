@@ -1,25 +1,25 @@
-"""Stage `reference`: the reference's log-probs of every pair."""
+"""Stage `reference`: the reference's log-probs of every pair; under `accelerate launch` by several processes."""
 
-import pandas as pd
-from transformers import AutoTokenizer
 
 from dpo.config import load_params
+from dpo.loading import load_tokenizer
 from dpo.logps import load_model
-from dpo.reference import cache_key, compute_reference
-from dpo.tokens import encode_pairs
-from tasks.stage import EVAL, REFERENCE_EVAL, REFERENCE_PROGRESS, REFERENCE_TRAIN, SFT, TRAIN, run
+from dpo.processes import this_process
+from dpo.reference import compute_reference, policy_key
+from tasks.stage import EVAL, REFERENCE_EVAL, REFERENCE_PROGRESS, REFERENCE_TRAIN, SFT, TRAIN, run_launched
 
 
 def main() -> None:
     """Score, save."""
     engine = load_params().engine
-    tokenizer = AutoTokenizer.from_pretrained(SFT)
-    model = load_model(SFT, engine.precision)
-    for source, folder in ((TRAIN, REFERENCE_TRAIN), (EVAL, REFERENCE_EVAL)):
-        rows = encode_pairs(pd.read_parquet(source).to_dict("records"), tokenizer, engine.max_length)
-        key = cache_key(SFT, tokenizer, rows, engine.max_length, engine.precision)
-        compute_reference(folder, key, model, rows, engine.tokens_per_batch, REFERENCE_PROGRESS)
+    state = this_process()
+    tokenizer = load_tokenizer(SFT)
+    model = load_model(SFT, engine.precision).to(state.device)
+    key = policy_key(SFT, tokenizer, engine.max_length, engine.precision)
+    for pairs, folder in ((TRAIN, REFERENCE_TRAIN), (EVAL, REFERENCE_EVAL)):
+        compute_reference(folder, key, pairs, model, tokenizer, engine, REFERENCE_PROGRESS, state)
+    state.destroy_process_group()
 
 
 if __name__ == "__main__":
-    run(main)
+    run_launched(main)

@@ -2,17 +2,31 @@
 
 import dataclasses
 import json
+import os
 import shutil
+import subprocess
+import sys
+import tracemalloc
+from pathlib import Path
 
+import pandas as pd
+import pyarrow as pa
 import pytest
 import torch
+from accelerate import PartialState
 from transformers import AutoTokenizer
 
 from dpo import reference
 from dpo.batching import TokenRow
+from dpo.config import EngineParams
 from dpo.errors import InputError
 from dpo.logps import load_model, sequence_logps
-from dpo.reference import cache_key, compute_reference, load_reference, save_reference
+from dpo.reference import cache_key, compute_reference, load_reference, policy_key, save_reference
+from dpo.tokens import encode_pairs
+from tasks import reference as stage
+
+ROOT = Path(__file__).parent.parent
+ENGINE = EngineParams(max_length=128, tokens_per_batch=400, precision="fp32")
 
 ROWS = [TokenRow("a", (1, 2), ((3, 4), (5,))), TokenRow("b", (1, 2), ((6,), (7, 8)))]
 LOGPS = torch.tensor([[-1.5, -2.25], [-0.1, -30.7]])
@@ -53,33 +67,36 @@ def flip_weight(model):
     path.write_bytes(content)
 
 
+def changed(**fields):
+    return dataclasses.replace(ROWS[0], **fields)
+
+
 @pytest.mark.parametrize(
     ("name", "alter"),
     [
-        ("weights", lambda m, t, r: (flip_weight(m), r)[1]),
-        ("config", lambda m, t, r: (edit(m / "config.json", b"rms_norm_eps", b"rms_norm_esp"), r)[1]),
-        ("tokenizer", lambda m, t, r: (edit(m / "tokenizer.json", b'"version"', b'"versoin"'), r)[1]),
-        ("template", lambda m, t, r: (setattr(t, "chat_template", "{{ messages }}"), r)[1]),
-        ("rows", lambda m, t, r: r[::-1]),
-        ("rows", lambda m, t, r: r[:1]),
-        ("rows", lambda m, t, r: [dataclasses.replace(r[0], id="c"), r[1]]),
-        ("rows", lambda m, t, r: [dataclasses.replace(r[0], prompt=(1, 3)), r[1]]),
-        ("rows", lambda m, t, r: [dataclasses.replace(r[0], completions=((3, 4, 5), ())), r[1]]),
+        ("weights", lambda made: flip_weight(made["model"])),
+        ("config", lambda made: edit(made["model"] / "config.json", b"rms_norm_eps", b"rms_norm_esp")),
+        ("tokenizer", lambda made: edit(made["model"] / "tokenizer.json", b'"version"', b'"versoin"')),
+        ("template", lambda made: setattr(made["tokenizer"], "chat_template", "{{ messages }}")),
+        ("max_length", lambda made: made.update(max_length=65)),
+        ("precision", lambda made: made.update(precision="bf16")),
+        ("rows", lambda made: made.update(rows=ROWS[::-1])),
+        ("rows", lambda made: made.update(rows=ROWS[:1])),
+        ("rows", lambda made: made.update(rows=[changed(id="c"), ROWS[1]])),
+        ("rows", lambda made: made.update(rows=[changed(prompt=(1, 3)), ROWS[1]])),
+        ("rows", lambda made: made.update(rows=[changed(completions=((3, 4, 5), ())), ROWS[1]])),
     ],
 )
 def test_every_input_of_the_key_is_named_when_it_differs(cache, model, tokenizer, name, alter):
-    rows = alter(model, tokenizer, ROWS)
-    with pytest.raises(InputError, match=f"refused: {name} differ"):
-        load_reference(cache, cache_key(model, tokenizer, rows, 64, "fp32"))
+    made = {"model": model, "tokenizer": tokenizer, "rows": ROWS, "max_length": 64, "precision": "fp32"}
+    alter(made)
+    with pytest.raises(InputError, match=f"refused: {name} differ from"):
+        load_reference(cache, cache_key(**made))
 
 
-def test_max_length_precision_and_engine_version_are_part_of_the_key(cache, model, tokenizer, monkeypatch):
-    with pytest.raises(InputError, match="refused: max_length differ"):
-        load_reference(cache, cache_key(model, tokenizer, ROWS, 65, "fp32"))
-    with pytest.raises(InputError, match="refused: precision differ"):
-        load_reference(cache, cache_key(model, tokenizer, ROWS, 64, "bf16"))
+def test_the_engine_is_named_when_it_differs(cache, model, tokenizer, monkeypatch):
     monkeypatch.setattr(reference, "ENGINE_VERSION", -1)
-    with pytest.raises(InputError, match="refused: engine differ"):
+    with pytest.raises(InputError, match="refused: engine differ from"):
         load_reference(cache, cache_key(model, tokenizer, ROWS, 64, "fp32"))
 
 
@@ -100,43 +117,156 @@ def test_altered_numbers_and_absent_files_are_refused(cache, model, tokenizer):
         load_reference(cache, key)
 
 
-def test_an_interrupted_computation_goes_on_where_it_stopped(tmp_path, model, tokenizer, monkeypatch):
-    monkeypatch.setattr(reference, "SHARD_ROWS", 3)
-    rows = [TokenRow(str(i), (1, 2, i), ((3, 4 + i), (5,))) for i in range(8)]
-    key = cache_key(model, tokenizer, rows, 64, "fp32")
+def write_pairs(path, count):
+    path.parent.mkdir(exist_ok=True)
+    pairs = [
+        {
+            "id": f"pair {i}",
+            "prompt": f"Say something about film {i}.",
+            "turns": None,
+            "chosen": f"Film {i} is a joy and a delight.",
+            "rejected": f"Film {i} is a bore.",
+        }
+        for i in range(count)
+    ]
+    pd.DataFrame(pairs).to_parquet(path)
+    return pairs
+
+
+@pytest.fixture
+def compute(tmp_path, model, tokenizer):
+    """Computes the reference of a table in this process."""
     engine = load_model(model)
-    computed = []
+
+    def run(pairs, folder=tmp_path / "cache"):
+        key = policy_key(model, tokenizer, ENGINE.max_length, ENGINE.precision)
+        progress = tmp_path / ".reference-progress"
+        compute_reference(folder, key, pairs, engine, tokenizer, ENGINE, progress, PartialState(cpu=True))
+
+    return run
+
+
+def expected(folder, model, tokenizer, pairs):
+    """The cache, loaded for these pairs, and what it should hold: both [R, 2]."""
+    rows = encode_pairs(pairs, tokenizer, ENGINE.max_length)
+    loaded = load_reference(folder, cache_key(model, tokenizer, rows, ENGINE.max_length, ENGINE.precision))
+    assert list(loaded) == [row.id for row in rows]
+    return torch.tensor(list(loaded.values())), sequence_logps(load_model(model), rows, ENGINE.tokens_per_batch)
+
+
+def stop_after(rows, monkeypatch):
+    """Lets a computation end once it has scored so many rows; returns the ids that it scores."""
+    scored = []
 
     def until_the_power_fails(model, part, *args):
-        if len(computed) == 6 and not (tmp_path / "power is back").exists():
+        if len(scored) == rows:
             raise KeyboardInterrupt
-        computed.extend(row.id for row in part)
+        scored.extend(row.id for row in part)
         return sequence_logps(model, part, *args)
 
     monkeypatch.setattr(reference, "sequence_logps", until_the_power_fails)
+    return scored
 
-    def compute():
-        compute_reference(tmp_path / "cache", key, engine, rows, 100, tmp_path / "progress")
 
+def test_an_interrupted_computation_goes_on_where_it_stopped(tmp_path, model, tokenizer, compute, monkeypatch):
+    monkeypatch.setattr(reference, "SHARD_ROWS", 3)
+    monkeypatch.setattr(reference, "JOINED_SHARDS", 2)
+    pairs = write_pairs(tmp_path / "pairs.parquet", 8)
+    first = stop_after(6, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
-        compute()
+        compute(tmp_path / "pairs.parquet")
     assert not (tmp_path / "cache").exists()
-    (tmp_path / "power is back").touch()
-    compute()
-    assert computed == [row.id for row in rows]
-    expected = sequence_logps(engine, rows, 100)
-    loaded = load_reference(tmp_path / "cache", key)
-    torch.testing.assert_close(torch.tensor(list(loaded.values())), expected, rtol=1e-6, atol=1e-5)
-    assert list((tmp_path / "progress").iterdir()) == []
+    second = stop_after(-1, monkeypatch)
+    compute(tmp_path / "pairs.parquet")
+    assert first + second == [pair["id"] for pair in pairs]
+    torch.testing.assert_close(*expected(tmp_path / "cache", model, tokenizer, pairs), rtol=1e-6, atol=1e-5)
+    assert list((tmp_path / ".reference-progress").iterdir()) == []
 
 
-def test_shards_of_other_inputs_are_never_taken(tmp_path, model, tokenizer, monkeypatch):
-    engine, progress = load_model(model), tmp_path / "progress"
-    monkeypatch.setattr(reference.shutil, "rmtree", lambda path: None)
-    for seed in (0, 1):
-        rows = [TokenRow("a", (1, 2), ((3, 4 + seed), (5,)))]
-        key = cache_key(model, tokenizer, rows, 64, "fp32")
-        compute_reference(tmp_path / f"cache {seed}", key, engine, rows, 100, progress)
-        expected = sequence_logps(engine, rows, 100)
-        assert torch.equal(torch.tensor(list(load_reference(tmp_path / f"cache {seed}", key).values())), expected)
-    assert len(list(progress.iterdir())) == 2
+@pytest.mark.parametrize("change", ["a text", "the model"])
+def test_a_waiting_shard_of_other_inputs_is_never_taken(tmp_path, model, tokenizer, compute, monkeypatch, change):
+    monkeypatch.setattr(reference, "SHARD_ROWS", 3)
+    pairs = write_pairs(tmp_path / "pairs.parquet", 8)
+    stop_after(6, monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        compute(tmp_path / "pairs.parquet")
+    if change == "a text":
+        pairs[4]["rejected"] = "Film 4 is a boar."
+        pd.DataFrame(pairs).to_parquet(tmp_path / "pairs.parquet")
+    else:
+        edit(model / "config.json", b"1e-06", b"1e-03")
+    scored = stop_after(-1, monkeypatch)
+    compute(tmp_path / "pairs.parquet")
+    again = pairs[3:] if change == "a text" else pairs
+    assert scored == [pair["id"] for pair in again]
+
+
+def test_one_character_of_a_pair_is_refused(tmp_path, model, tokenizer, compute):
+    pairs = write_pairs(tmp_path / "pairs.parquet", 8)
+    compute(tmp_path / "pairs.parquet")
+    pairs[4]["rejected"] = "Film 4 is a bore!"
+    with pytest.raises(InputError, match="refused: rows differ from"):
+        expected(tmp_path / "cache", model, tokenizer, pairs)
+
+
+def test_two_processes_end_what_one_began_and_get_its_numbers(tmp_path, model, tokenizer, monkeypatch):
+    model = shutil.copytree(model, tmp_path / "models/sft")
+    (tmp_path / "params.yaml").write_text(
+        (ROOT / "params.yaml").read_text().replace("max_length: 512", "max_length: 128")
+    )
+    pairs = write_pairs(tmp_path / "data/train.parquet", 900)
+    held_out = write_pairs(tmp_path / "data/eval.parquet", 20)
+    first = stop_after(256, monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        stage.main()
+    logs = tmp_path / "logs"
+    launch = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "--redirects=3", f"--log-dir={logs}"]
+    done = subprocess.run(
+        [sys.executable, "-m", *launch, "-m", "tasks.reference"],
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+    )  # fmt: skip
+    said = ["".join(path.read_text() for path in logs.glob(f"*/attempt_0/{rank}/*.log")) for rank in (0, 1)]
+    assert done.returncode == 0, said
+    titles = (
+        "train pairs 1 to",
+        "train pairs 257 to",
+        "train pairs 513 to",
+        "train pairs 769 to",
+        "eval pairs 1 to",
+    )
+    assert [[title in text for title in titles] for text in said] == [
+        [False, False, True, False, True],
+        [False, True, False, True, False],
+    ]
+    assert len(first) == 256
+    for folder, rows in (("train", pairs), ("eval", held_out)):
+        torch.testing.assert_close(
+            *expected(tmp_path / f"reference/{folder}", model, tokenizer, rows), rtol=1e-6, atol=1e-5
+        )
+
+
+def test_memory_does_not_grow_with_the_number_of_pairs(tmp_path, compute, monkeypatch):
+    monkeypatch.setattr(reference, "SHARD_ROWS", 64)
+    monkeypatch.setattr(reference, "JOINED_SHARDS", 4)
+    read = []
+
+    def score(model, rows, *args):
+        read[-1] = max(read[-1], pa.total_allocated_bytes() - before)
+        return torch.zeros(len(rows), 2)
+
+    monkeypatch.setattr(reference, "sequence_logps", score)
+    python, path = [], tmp_path / "pairs.parquet"
+    for count in (256, 512, 3072):  # the first fills what is kept between calls
+        pairs = write_pairs(path, count)
+        table = pd.DataFrame(pairs).assign(source=[os.urandom(3000).hex() for _ in pairs])
+        table.to_parquet(path, write_batch_size=64)
+        del pairs, table
+        read.append(0)
+        before = pa.total_allocated_bytes()
+        tracemalloc.start()
+        compute(path)
+        python.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert python[2] < 1.25 * python[1]
+    assert read[2] < path.stat().st_size / 3

@@ -1,0 +1,206 @@
+"""The planner's predictions against measured memory and time, on this machine: `python -m benchmarks.planner`.
+
+Every case trains the base model for two steps of two micro-batches, with `dpo.training`, in a process of its own.
+Memory is the peak resident memory of the process; its overhead is what is resident before the model is loaded. All
+cases but the last tell the C library to give freed memory back at once: it otherwise keeps pieces between tensors
+that live, which a GPU's allocator hardly does and the planner does not count.
+Time is that of the second step; the share of the machine's peak that the first case reaches predicts the others.
+Writes `benchmarks/results/planner.json` and the tables of `docs/scale.md`.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import resource
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from transformers import AutoConfig
+from transformers.trainer_callback import TrainerCallback
+
+from benchmarks.page import put_table
+from dpo.batching import TokenRow
+from dpo.config import LoraParams, load_params
+from dpo.files import write_json
+from dpo.logps import load_model
+from dpo.planner import LLAMAS, Pair, Setup, pair_flops, seconds, shape_of, training_memory
+from dpo.training import train_dpo
+from tasks.plan import GPU_OVERHEAD, TFLOPS, UTILISATION, ways
+from tasks.stage import BASE
+
+RESULTS, PAGE = Path("benchmarks/results/planner.json"), Path("docs/scale.md")
+PAIR = Pair(prompt=32, completion=24)
+MICRO_BATCHES, STEPS, SEED = 2, 2, 17
+CASES = [
+    (None, 4, False, True),
+    (None, 8, False, True),
+    (None, 8, True, True),
+    (16, 4, False, True),
+    (16, 8, False, True),
+    (16, 8, True, True),
+    (16, 8, False, False),
+]
+"""(LoRA's rank, pairs in a micro-batch, gradient checkpointing, whether freed memory is given back at once)"""
+GIVE_BACK = "MALLOC_MMAP_THRESHOLD_"
+"""glibc's setting: blocks from this size on are mapped one by one, and unmapped when they are freed."""
+LARGE, TOKENS, GPUS = Pair(prompt=256, completion=256), 8192, (1, 8, 64)
+"""Of the table of large models: lengths of a pair, tokens in a micro-batch, numbers of GPUs."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one training took: bytes resident before the model was loaded and at the peak, seconds of a step."""
+
+    overhead: int
+    peak: int
+    seconds: float
+
+
+class Clock(TrainerCallback):
+    """The time at the end of every step."""
+
+    def __init__(self) -> None:
+        self.ends: list[float] = []
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        """Note the time."""
+        self.ends.append(time.perf_counter())
+
+
+def measure(model: Path, rank: int | None, pairs: int, checkpointing: bool) -> Run:
+    """Train on random tokens; every pair has the lengths of `PAIR`."""
+    import peft  # noqa: F401  part of the overhead, not of the model
+
+    params = load_params()
+    draw = np.random.default_rng(SEED)
+    lengths = (PAIR.prompt, PAIR.completion, PAIR.completion)
+    count = pairs * MICRO_BATCHES * STEPS
+    rows = []
+    for number in range(count):
+        prompt, *completions = (tuple(draw.integers(4, 300, length).tolist()) for length in lengths)
+        rows.append(TokenRow(str(number), prompt, tuple(completions)))
+    asked = dataclasses.replace(
+        params.dpo,
+        epochs=1,
+        pairs_per_step=pairs * MICRO_BATCHES,
+        optimizer="adamw",
+        gradient_checkpointing=checkpointing,
+        reference="cached",
+        lora=None if rank is None else LoraParams(rank=rank, alpha=2 * rank),
+        early_stop=None,
+    )
+    overhead = psutil.Process().memory_info().rss
+    clock = Clock()
+    train_dpo(
+        load_model(model), rows, {row.id: (-100.0, -100.0) for row in rows}, asked, params.sweep.cells()[0],
+        params.losses, tokens_per_batch=pairs * PAIR.tokens, callbacks=[clock],
+    )  # fmt: skip
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return Run(overhead, peak, clock.ends[-1] - clock.ends[-2])
+
+
+def main() -> None:
+    """Measure, compare, write."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.planner", description=__doc__)
+    parser.add_argument("--model", type=Path, default=BASE)
+    parser.add_argument("--table", action="store_true", help="measure nothing, only write the page")
+    options = parser.parse_args()
+    if options.table:
+        results = json.loads(RESULTS.read_text())
+    else:
+        shape, results = shape_of(AutoConfig.from_pretrained(options.model)), []
+        for rank, pairs, checkpointing, given_back in CASES:
+            os.environ.pop(GIVE_BACK, None)
+            if given_back:
+                os.environ[GIVE_BACK] = "65536"
+            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+                run = pool.submit(measure, options.model, rank, pairs, checkpointing).result()
+            setup = Setup(pairs * PAIR.tokens, "fp32", rank, checkpointing)
+            memory = training_memory(shape, PAIR, setup, run.overhead)
+            flops = pairs * MICRO_BATCHES * sum(pair_flops(shape, PAIR, setup))
+            rate = results[0]["flops"] / results[0]["seconds"] if results else flops / run.seconds
+            results.append(
+                {
+                    "lora_rank": rank,
+                    "pairs": pairs,
+                    "tokens": setup.tokens_per_batch,
+                    "gradient_checkpointing": checkpointing,
+                    "freed_memory": "given back" if given_back else "kept",
+                    "peak": run.peak,
+                    "predicted_peak": memory.total,
+                    "memory": dataclasses.asdict(memory),
+                    "seconds": run.seconds,
+                    "predicted_seconds": flops / rate,
+                    "flops": flops,
+                    "threads": torch.get_num_threads(),
+                }
+            )
+            sys.stdout.write(measured(results[-1:]) + "\n")
+            sys.stdout.flush()
+        write_json(RESULTS, results)
+    put_table(PAGE, "planner", measured(results))
+    put_table(PAGE, "shapes", shapes())
+
+
+def measured(results: list[dict[str, Any]]) -> str:
+    """Predictions beside measurements."""
+    lines = [
+        "| training | checkpointing | tokens | freed memory | peak GiB | planned | ratio | s a step | planned |",
+        "| --- | --- | ---: | --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for r in results:
+        cells = [
+            "all weights" if r["lora_rank"] is None else f"LoRA, rank {r['lora_rank']}",
+            "on" if r["gradient_checkpointing"] else "off",
+            f"{r['tokens']:,}",
+            r["freed_memory"],
+            f"{r['peak'] / 2**30:.2f}",
+            f"{r['predicted_peak'] / 2**30:.2f}",
+            f"{r['predicted_peak'] / r['peak']:.2f}",
+            f"{r['seconds']:.1f}",
+            f"{r['predicted_seconds']:.1f}" if r is not results[0] else "",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def shapes() -> str:
+    """Llamas of three sizes in bf16: GiB of a GPU for each number of GPUs, with FSDP on more than one."""
+    params = load_params()
+    engine = dataclasses.replace(params.engine, precision="bf16", tokens_per_batch=TOKENS)
+    asked = dataclasses.replace(params.dpo, optimizer="adamw", pairs_per_step=64, lora=None)
+    params = dataclasses.replace(params, engine=engine, dpo=asked)
+    lines = [
+        "| model | training | checkpointing | "
+        + " | ".join(f"GiB, GPUs: {gpus}" for gpus in GPUS)
+        + " | GPU-hours for 100,000 pairs |",
+        "| --- | --- | --- |" + " ---: |" * (len(GPUS) + 1),
+    ]
+    for name, shape in LLAMAS.items():
+        setups = zip(*(ways(params, LARGE, gpus, "none" if gpus == 1 else "full") for gpus in GPUS), strict=True)
+        for each in setups:
+            memories = [training_memory(shape, LARGE, setup, GPU_OVERHEAD).total / 2**30 for setup in each]
+            bf16, fp32 = (peak * 1e12 * UTILISATION for peak in TFLOPS)
+            hours = 100_000 * seconds(pair_flops(shape, LARGE, each[0]), 1, (bf16, fp32)) / 3600
+            cells = [
+                name,
+                "all weights" if each[0].lora_rank is None else f"LoRA, rank {each[0].lora_rank}",
+                "on" if each[0].gradient_checkpointing else "off",
+                *(f"{memory:.0f}" for memory in memories),
+                f"{hours:.2g}",
+            ]
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

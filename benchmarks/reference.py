@@ -1,0 +1,135 @@
+"""How the reference pass grows with the data: `python -m benchmarks.reference [--rows N ...]`.
+
+Pairs of two sentences each are scored by a random model of two layers, each size in a process of its own. The
+model is small so that reading, encoding, hashing and writing are most of the work. Writes
+`benchmarks/results/reference.json` and a table of `docs/scale.md`.
+"""
+
+import argparse
+import dataclasses
+import resource
+import sys
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from accelerate import PartialState
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+
+from benchmarks.page import put_table
+from dpo.config import EngineParams
+from dpo.files import write_json
+from dpo.logps import load_model
+from dpo.reference import compute_reference, policy_key
+from tasks.stage import BASE, TRAIN
+
+RESULTS, PAGE = Path("benchmarks/results/reference.json"), Path("docs/scale.md")
+ENGINE = EngineParams(max_length=512, tokens_per_batch=8192, precision="fp32")
+SEED, VOCABULARY, ROWS_AT_ONCE = 17, 512, 10_000
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one size took: seconds, and bytes resident before the pass and at the peak."""
+
+    rows: int
+    seconds: float
+    before: int
+    peak: int
+
+
+def make_model(folder: Path, sentences: list[str]) -> None:
+    """A random Llama of two layers with a small tokenizer of the base model's kind and template."""
+    tokenizer = AutoTokenizer.from_pretrained(BASE).train_new_from_iterator(sentences, VOCABULARY)
+    torch.manual_seed(SEED)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def write_pairs(path: Path, rows: int, sentences: list[str]) -> None:
+    """Pairs of sentences drawn at random."""
+    draw, writer = np.random.default_rng(SEED), None
+    for start in range(0, rows, ROWS_AT_ONCE):
+        count = min(ROWS_AT_ONCE, rows - start)
+        chosen, rejected = draw.choice(sentences, (2, count))
+        table = pa.table(
+            {
+                "id": [f"pair {number}" for number in range(start, start + count)],
+                "prompt": [f"{number}: write one sentence." for number in range(start, start + count)],
+                "chosen": chosen.tolist(),
+                "rejected": rejected.tolist(),
+            }
+        )
+        writer = writer or pq.ParquetWriter(path, table.schema)
+        writer.write_table(table)
+    if writer:
+        writer.close()
+
+
+def measure(folder: Path, rows: int) -> Run:
+    """Score a table in this process."""
+    model, tokenizer = load_model(folder / "model"), AutoTokenizer.from_pretrained(folder / "model")
+    key = policy_key(folder / "model", tokenizer, ENGINE.max_length, ENGINE.precision)
+    before, start = psutil.Process().memory_info().rss, time.perf_counter()
+    compute_reference(
+        folder / "cache", key, folder / f"{rows}.parquet", model, tokenizer, ENGINE, folder / "progress",
+        PartialState(cpu=True),
+    )  # fmt: skip
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return Run(rows, time.perf_counter() - start, before, peak)
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """Results for people."""
+    lines = [
+        "| pairs | seconds | pairs/s | peak GiB | of it by the pass |",
+        "| ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for r in results:
+        cells = [
+            f"{r['rows']:,}",
+            f"{r['seconds']:.0f}",
+            f"{r['rows'] / r['seconds']:,.0f}",
+            f"{r['peak'] / 2**30:.2f}",
+            f"{(r['peak'] - r['before']) / 2**30:.2f}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measure each size."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.reference", description=__doc__)
+    parser.add_argument("--rows", type=int, nargs="*", default=[1_000, 10_000, 100_000])
+    rows = parser.parse_args().rows
+    if not BASE.is_dir() or not TRAIN.is_file():
+        sys.exit("run `dvc repro validate` first: the tokenizer and the sentences come from there")
+    texts = pd.read_parquet(TRAIN)
+    sentences = [*texts["chosen"], *texts["rejected"]]
+    results = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        make_model(folder / "model", sentences)
+        for count in rows:
+            write_pairs(folder / f"{count}.parquet", count, sentences)
+            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+                results.append(dataclasses.asdict(pool.submit(measure, folder, count).result()))
+    write_json(RESULTS, results)
+    put_table(PAGE, "reference", table(results))
+
+
+if __name__ == "__main__":
+    main()
