@@ -5,28 +5,33 @@ from importlib.metadata import version
 from pathlib import Path
 
 import mlflow
-from transformers import AutoTokenizer
 
 from dpo.config import Params
 from dpo.files import PROVENANCE
+from dpo.loading import load_tokenizer
 from dpo.models import load_checkpoint
 from tasks import tracking
 from tasks.provenance import weights
 from tasks.stage import SFT
 
 NEEDED = ("mlflow", "torch", "transformers", "accelerate")
+log = logging.getLogger(__name__)
 logging.getLogger("mlflow.transformers").setLevel(logging.ERROR)  # it warns of each checkpoint without a licence
 
 
 def log_models(params: Params, folders: list[Path]) -> None:
     """Keep checkpoints as MLflow models that answer a prompt when served, each in the run that made it, once."""
-    tracking.connect()
+    if not tracking.connect_or_spool():
+        log.warning(
+            "MLflow does not answer: `python -m tasks.promote` or `dvc repro -f -s compare` logs the models"
+        )
+        return
     for folder in folders:
         made, logged = tracking.run_of(folder), f"dpo.logged.{weights(folder)[:16]}"
         run_id = tracking.sweep_run(params) if made is None else made.info.run_id
         if logged in mlflow.get_run(run_id).data.tags:
             continue
-        tokenizer, model = AutoTokenizer.from_pretrained(folder), load_checkpoint(folder)
+        tokenizer, model = load_tokenizer(folder), load_checkpoint(folder)
         model.name_or_path = f"./{folder}"  # no hub id: MLflow would ask the hub for its licence
         chat = bool(tokenizer.chat_template)
         words = {"messages": [{"role": "user", "content": "Hello"}]} if chat else {"prompt": "Hello"}
