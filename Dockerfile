@@ -6,11 +6,18 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/* \
     && useradd --create-home --uid 1000 dpo
 
-COPY constraints.txt pyproject.toml README.md LICENSE /opt/dpo-pipeline/
+COPY pyproject.toml README.md LICENSE /opt/dpo-pipeline/
+COPY requirements /opt/dpo-pipeline/requirements
 COPY dpo /opt/dpo-pipeline/dpo
 COPY tasks /opt/dpo-pipeline/tasks
 COPY flows /opt/dpo-pipeline/flows
-RUN pip install --no-cache-dir --constraint /opt/dpo-pipeline/constraints.txt /opt/dpo-pipeline
+RUN cd /opt/dpo-pipeline \
+    && export PIP_NO_CACHE_DIR=1 PIP_NO_DEPS=1 PIP_NO_BUILD_ISOLATION=0 \
+    && pip install --require-hashes --requirement requirements/build.txt \
+    && (pip install --require-hashes --requirement requirements/torch-cpu.txt \
+        || pip install --require-hashes --requirement requirements/torch.txt) \
+    && pip install --require-hashes --requirement requirements/runtime.txt \
+    && pip install . && pip check
 
 ENV DO_NOT_TRACK=true \
     DVC_NO_ANALYTICS=true \

@@ -8,14 +8,36 @@ export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export DVC_NO_ANALYTICS := true
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: setup repro test check bench images up down mlflow prefect report
+.PHONY: setup lock audit repro test check bench images up down mlflow prefect report
 
 setup: .venv/installed
 
-.venv/installed: pyproject.toml constraints.txt
+# What is installed is locked by version and SHA-256. A CPU build of torch is taken where pip is told of one.
+INSTALL := $(ENV)/python -m pip install --quiet --no-deps --no-build-isolation
+
+.venv/installed: pyproject.toml $(wildcard requirements/*.txt)
 	$(PYTHON) -m venv .venv
-	$(ENV)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(INSTALL) --require-hashes --requirement requirements/build.txt
+	$(INSTALL) --require-hashes --requirement requirements/torch-cpu.txt 2>/dev/null \
+		|| $(INSTALL) --require-hashes --requirement requirements/torch.txt
+	$(INSTALL) --require-hashes --requirement requirements/runtime.txt
+	$(INSTALL) --require-hashes --requirement requirements/dev.txt
+	$(INSTALL) --editable .
+	$(ENV)/python -m pip check
 	touch $@
+
+# After a change of the dependencies in pyproject.toml; UPGRADE=1 takes the newest versions that it allows.
+lock: setup
+	python -m tools.lock $(if $(UPGRADE),--upgrade)
+
+# Our own code, the licences of all dependencies, and their versions against known vulnerabilities; for the last, a
+# vulnerability service must be reached.
+audit: setup
+	bandit --quiet --recursive --configfile pyproject.toml dpo tasks flows tools
+	python -m tools.licences
+	@pip-audit --strict --progress-spinner off --require-hashes --disable-pip \
+		$(patsubst %,--requirement %,$(filter-out %/torch-cpu.txt,$(wildcard requirements/*.txt))) \
+		|| (echo "audit: FAILED. Unless vulnerabilities are listed above, no service told of any: nothing was checked."; exit 1)
 
 # `make repro SET="-S dpo.epochs=2"` changes parameters on the way.
 repro: setup

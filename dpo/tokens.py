@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from os.path import commonprefix
 from typing import Any
 
+from jinja2 import TemplateError
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
@@ -31,6 +32,7 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]) ->
     one, the end) token.
 
     Raises:
+        InputError: the chat template fails.
         ValueError: a prompt is empty and the tokenizer has neither token.
     """
     return _prompt_ids(tokenizer, _prompt_texts(tokenizer, prompts))
@@ -61,6 +63,9 @@ def pair_ids(
     Args:
         tokenizer: of the model.
         pairs: with `prompt`, `chosen`, `rejected`, and `turns` where a prompt is a conversation.
+
+    Raises:
+        InputError: the chat template fails.
     """
     prompts = [prompt_of(pair, tokenizer) for pair in pairs]
     texts = _prompt_texts(tokenizer, prompts)
@@ -117,7 +122,12 @@ def _render(
 ) -> list[str]:
     if not turns:
         return []
-    return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=add_generation_prompt)
+    try:
+        return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=add_generation_prompt)
+    except (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise InputError(
+            f"the tokenizer's chat template fails: {error}; mend the model's chat_template.jinja, or the turns"
+        ) from error
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:

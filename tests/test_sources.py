@@ -612,13 +612,20 @@ def test_a_file_of_200_mb_in_one_line_is_refused(tmp_path, name, words):
 
 
 def test_a_json_array_larger_than_memory_should_hold_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "LARGEST_JSON", 1000)
+    monkeypatch.setattr(sources, "LARGEST_WHOLE", 1000)
     for kind in (".json", ".json.gz"):
         name = write(tmp_path / f"a{kind}", texts(100))
         with pytest.raises(InputError, match="a JSON array of more than 0 MiB; save it as JSONL"):
             read(name)
     (tmp_path / "lines.json").write_bytes(content_of(texts(100), ".jsonl"))
     assert len(rows_of(tmp_path / "lines.json")) == 100
+
+
+def test_parquet_that_unpacks_to_more_than_memory_should_hold_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "LARGEST_WHOLE", 1000)
+    name = write(tmp_path / "a.parquet.gz", texts(100))
+    with pytest.raises(InputError, match="Parquet in gzip of more than 0 MiB; unpack it"):
+        read(name)
 
 
 @pytest.mark.parametrize("name", ["cut.parquet", "semicolons.csv", "cut.jsonl.gz", "empty", "rows.jsonl"])

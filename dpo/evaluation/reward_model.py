@@ -9,16 +9,11 @@ import torch
 from jinja2 import TemplateError
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import (
-    AutoConfig,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 from dpo.config import RewardModelParams
 from dpo.errors import InputError
+from dpo.loading import load_tokenizer, load_weights
 from dpo.models import check_place
 from dpo.tokens import Prompt, turns_of
 
@@ -45,25 +40,23 @@ def reward_scorer(params: RewardModelParams) -> Callable[[Sequence[Prompt], Sequ
 
 def _load(params: RewardModelParams) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """fp32 on a CPU; the checkpoint's own precision on a GPU."""
-    source = {"revision": params.revision or "main", "trust_remote_code": False}
-    gpu = torch.cuda.is_available()
+    source, gpu = (params.model, params.revision), torch.cuda.is_available()
+    failed = f"cannot load '{params.model}':"
     try:
-        outputs = AutoConfig.from_pretrained(params.model, **source).num_labels
+        outputs = load_weights(AutoConfig, *source).num_labels
         if outputs != 1:
-            raise InputError(f"it has {outputs} outputs; name a model with one, the score")
-        tokenizer = AutoTokenizer.from_pretrained(params.model, **source, truncation_side="left")
-        model, found = AutoModelForSequenceClassification.from_pretrained(
-            params.model,
-            **source,
-            dtype="auto" if gpu else torch.float32,
-            use_safetensors=True,
-            output_loading_info=True,
+            raise InputError(f"{failed} it has {outputs} outputs; name a model with one, the score")
+        tokenizer = load_tokenizer(*source)
+        tokenizer.truncation_side = "left"
+        dtype = "auto" if gpu else torch.float32
+        model, found = load_weights(
+            AutoModelForSequenceClassification, *source, dtype=dtype, output_loading_info=True
         )
         if found["missing_keys"]:
             names = ", ".join(sorted(found["missing_keys"]))
-            raise InputError(f"it has no weights for {names}; name a model that was trained to score answers")
-    except (OSError, ValueError) as error:
-        raise InputError(f"{WHERE}.model: cannot load '{params.model}': {error}") from error
+            raise InputError(f"{failed} it has no weights for {names}; name one trained to score answers")
+    except InputError as error:
+        raise InputError(f"{WHERE}.model: {error}") from error
     model.config.use_cache = False
     return model.to("cuda" if gpu else "cpu").eval(), tokenizer
 

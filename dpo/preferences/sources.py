@@ -30,8 +30,8 @@ from dpo.preferences.human_ratings import rating_pairs, read_ratings
 OWN_DATA = Path("data/own")
 LONGEST_LINE = 64 * 2**20
 """Bytes of one JSONL line or CSV record; a longer one is no row but a file without line ends."""
-LARGEST_JSON = 512 * 2**20
-"""Bytes of one JSON array, which must be held in memory as a whole; JSONL has no such limit."""
+LARGEST_WHOLE = 512 * 2**20
+"""Bytes of what must be held in memory as a whole: a JSON array, Parquet inside gzip. JSONL has no such limit."""
 ROWS_AT_ONCE = 1000
 BOM = b"\xef\xbb\xbf"
 UTF16 = (b"\xff\xfe", b"\xfe\xff")
@@ -188,9 +188,7 @@ def _json(file: BinaryIO, name: str) -> Iterator[RawRow]:
     if start.startswith(b"{"):  # JSON lines under the name of JSON, as many data sets have it
         yield from _jsonl(file, name)
         return
-    content = file.read(LARGEST_JSON + 1)
-    if len(content) > LARGEST_JSON:
-        raise InputError(f"{name}: a JSON array of more than {LARGEST_JSON // 2**20} MiB; save it as JSONL")
+    content = _whole(file, f"{name}: a JSON array", "save it as JSONL")
     try:
         rows = json.loads(content.removeprefix(BOM).decode(errors="surrogateescape"))
     except (ValueError, RecursionError) as error:
@@ -198,6 +196,13 @@ def _json(file: BinaryIO, name: str) -> Iterator[RawRow]:
     if not isinstance(rows, list):
         raise InputError(f"{name}: a JSON {type(rows).__name__}; it must be an array of objects")
     yield from _numbered(rows, name)
+
+
+def _whole(file: BinaryIO, what: str, mend: str) -> bytes:
+    content = file.read(LARGEST_WHOLE + 1)
+    if len(content) > LARGEST_WHOLE:
+        raise InputError(f"{what} of more than {LARGEST_WHOLE // 2**20} MiB; {mend}")
+    return content
 
 
 def _csv(file: BinaryIO, name: str) -> Iterator[RawRow]:
@@ -247,7 +252,8 @@ def _cell(field: str, value: str) -> Any:
 
 
 def _parquet(file: BinaryIO, name: str) -> Iterator[RawRow]:
-    content: Any = io.BytesIO(file.read()) if isinstance(file, gzip.GzipFile) else file
+    packed = isinstance(file, gzip.GzipFile)
+    content: Any = io.BytesIO(_whole(file, f"{name}: Parquet in gzip", "unpack it")) if packed else file
     yield from _numbered(_of_arrow(pq.ParquetFile(content).iter_batches(batch_size=ROWS_AT_ONCE)), name)
 
 
@@ -312,7 +318,7 @@ def _hub(name: str, revision: str | None) -> Iterator[RawRow]:
         )
     try:
         loaded = datasets.load_dataset(name, revision=revision)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise InputError(f"params.yaml: data.source: cannot load '{name}' at '{revision}': {error}") from error
     return _dataset_rows(loaded, name)
 

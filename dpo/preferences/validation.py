@@ -24,11 +24,12 @@ from jinja2 import TemplateError
 from numpy.typing import NDArray
 from scipy.stats import binomtest
 from tqdm.auto import tqdm
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from dpo.config import ValidateParams
 from dpo.errors import InputError
 from dpo.files import written_whole
+from dpo.loading import load_tokenizer
 from dpo.preferences.contract import CANDIDATES_SCHEMA, PAIRS_SCHEMA, Candidates, Pairs, hold
 from dpo.preferences.drift import drift, profile
 from dpo.preferences.duplicates import Marks, compare, join, mark
@@ -200,8 +201,8 @@ def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     if multiprocessing.parent_process() is not None:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is a process for each core
     try:
-        return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
+        return load_tokenizer(folder)
+    except InputError as error:
         raise InputError(f"{folder}: cannot load the tokenizer: {error}") from error
 
 

@@ -1,0 +1,1 @@
+"""What maintainers run: the lock of the dependencies and their audit."""

@@ -1,0 +1,60 @@
+"""Lock the dependencies of `pyproject.toml` by version and SHA-256: `make lock`, with UPGRADE=1 to newer versions.
+
+Writes `requirements/build.txt`, `torch.txt`, `runtime.txt` and `dev.txt`. Together they hold everything, for
+Python 3.11 to 3.13 on Linux and macOS; a package stands in one of them only. `torch-cpu.txt` is written by hand.
+"""
+
+import argparse
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+
+FOLDER = Path("requirements")
+KINDS = ("build", "torch", "runtime", "dev")
+HEADER = "# Written by `make lock`.\n"
+BUILD = ("setuptools",)
+"""What builds this project and the source distributions among the dependencies."""
+
+TORCH = ("torch", "triton", "nvidia-", "cuda-")
+"""torch as the index has it, with the CUDA runtime that it needs on Linux."""
+
+
+def main() -> None:
+    """Resolve with and without the development tools, sort, write."""
+    parser = argparse.ArgumentParser(prog="python -m tools.lock", description="Lock the dependencies.")
+    parser.add_argument("--upgrade", action="store_true", help="to the newest versions that pyproject.toml allows")
+    held = "" if parser.parse_args().upgrade else "".join((FOLDER / f"{kind}.txt").read_text() for kind in KINDS)
+    everything = resolve(held, "--all-extras")
+    runtime = resolve("".join(everything.values()))
+    files: dict[str, list[str]] = {kind: [] for kind in KINDS}
+    for name, entry in everything.items():
+        kind = "build" if name in BUILD else "torch" if name.startswith(TORCH) else None
+        files[kind or ("runtime" if name in runtime else "dev")].append(entry)
+    FOLDER.mkdir(exist_ok=True)
+    for kind, entries in files.items():
+        (FOLDER / f"{kind}.txt").write_text(HEADER + "".join(entries))
+
+
+def resolve(held: str, *options: str) -> dict[str, str]:
+    """The lock's entries by package: version, marker, one line for each hash.
+
+    Args:
+        held: entries whose versions are kept.
+        options: of uv.
+    """
+    with tempfile.NamedTemporaryFile("w", suffix=".txt") as pins:
+        pins.write(held)
+        pins.flush()
+        command = ["uv", "pip", "compile", "pyproject.toml", "--constraint", pins.name, "--universal"]
+        command += ["--python-version", "3.11", "--generate-hashes", "--no-annotate", "--no-header", "--quiet"]
+        lock = subprocess.run([*command, *options], check=True, stdout=subprocess.PIPE, text=True).stdout
+    entries: dict[str, str] = {}
+    for entry in re.split(r"\n(?=\S)", lock.strip()):
+        name = entry.split("==")[0]
+        entries[name] = f"{entries.get(name, '')}{entry}\n"
+    return entries
+
+
+if __name__ == "__main__":
+    main()
