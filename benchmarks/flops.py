@@ -5,51 +5,43 @@ from typing import Any
 
 from benchmarks.cases import Case, padded_batches
 from dpo.batching import TokenRow
+from dpo.logps import HEAD_CHUNK
+from dpo.planner import forward_flops, shape_of
 
 
 def flops(case: Case, rows: Sequence[TokenRow], config: Any) -> float:
     """Floating-point operations that `rows` need in a Llama, whatever an implementation does on top.
 
-    The forward pass of each row needs 2 * P * stream tokens (the prompt once, both completions; P: the layers'
-    weights, embeddings excluded) + 2 * hidden * vocabulary * completion tokens + 4 * layers * heads * head_dim *
-    (query, key) pairs that see each other. Training needs three times as much: the forward pass, the gradient of
-    activations, that of weights; LoRA needs the last for attention's products alone. Recomputation counts as
-    nothing.
+    The layers run each prompt once and both completions, the vocabulary projection the completion tokens alone,
+    and attention the (query, key) pairs that see each other. Training needs three times the forward pass: itself,
+    the gradient of activations, that of weights; LoRA needs the last for attention's products alone.
+    Recomputation counts as nothing.
     """
     seen = 0
     for row in rows:
         prompt, *completions = len(row.prompt), *map(len, row.completions)
         seen += sum(n * (n + 1) // 2 for n in (prompt, *completions)) + prompt * sum(completions)
-    linear, attention = forward_flops(
-        sum(row.tokens for row in rows), sum(row.completion_tokens for row in rows), seen, config
-    )
-    passes = (2 if case.lora else 3, 3) if case.train else (1, 1)
-    return passes[0] * linear + passes[1] * attention
+    tokens, scored = sum(row.tokens for row in rows), sum(row.completion_tokens for row in rows)
+    return _passes(case, *forward_flops(shape_of(config), tokens, scored, seen))
 
 
 def flop_ratio(case: Case, rows: Sequence[TokenRow], config: Any) -> float:
     """What TRL's layout computes over what ours computes: the speed ratio of two equally efficient programs.
 
     TRL runs prompt and completion of both sides of a pair, padded to the longest of a micro-batch, through layers
-    and vocabulary, with gradient checkpointing twice forward. Ours runs `flops`, and twice forward through the
-    vocabulary.
+    and vocabulary, with gradient checkpointing twice forward. Ours runs `flops`, and all chunks of a micro-batch's
+    vocabulary projection but the last once more.
     """
-    sizes = padded_batches(case, rows)
+    shape, sizes = shape_of(config), padded_batches(case, rows)
     padded = sum(count * length for count, length in sizes)
-    linear, attention = forward_flops(padded, padded, sum(count * length**2 for count, length in sizes), config)
-    again = int(case.train and case.checkpointing)
-    passes = (2 + again if case.lora else 3 + again, 3 + again) if case.train else (1, 1)
-    theirs = passes[0] * linear + passes[1] * attention
-    ours = flops(case, rows, config)
-    if case.train:
-        ours += forward_flops(0, sum(row.completion_tokens for row in rows), 0, config)[0]
-    return theirs / ours
+    forward = forward_flops(shape, padded, padded, sum(count * length**2 for count, length in sizes))
+    theirs = _passes(case, *forward) + (sum(forward) if case.train and case.checkpointing else 0)
+    batches = [rows[i : i + case.micro_batch] for i in range(0, len(rows), case.micro_batch)]
+    scored = [sum(row.completion_tokens for row in batch) for batch in batches]
+    again = sum((positions - 1) // HEAD_CHUNK * HEAD_CHUNK for positions in scored)
+    return theirs / (flops(case, rows, config) + case.train * forward_flops(shape, 0, again, 0)[1])
 
 
-def forward_flops(tokens: int, projected: int, seen: int, config: Any) -> tuple[int, int]:
-    """(linear, attention) operations: `tokens` in the layers, `projected` to the vocabulary, `seen` attended."""
-    heads, hidden, layers = config.num_attention_heads, config.hidden_size, config.num_hidden_layers
-    head_dim = getattr(config, "head_dim", None) or hidden // heads
-    weights = 2 * hidden * head_dim * (heads + config.num_key_value_heads) + 3 * hidden * config.intermediate_size
-    linear = 2 * (layers * weights * tokens + hidden * config.vocab_size * projected)
-    return linear, 4 * layers * heads * head_dim * seen
+def _passes(case: Case, layers: int, head: int, attention: int) -> int:
+    products = (2 if case.lora else 3) if case.train else 1
+    return products * (layers + head) + (3 if case.train else 1) * attention

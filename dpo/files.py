@@ -2,10 +2,14 @@
 
 import hashlib
 import json
+import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 PROVENANCE = "provenance.json"
 """The file in a checkpoint that tells what made it."""
@@ -24,6 +28,11 @@ def written_whole(path: Path) -> Iterator[Path]:
             path.rename(previous)
         aside.replace(path)
         _remove(previous)
+    except SafetensorError as error:  # names no file, and what the system said in words alone
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
     finally:
         _remove(aside)
 

@@ -189,7 +189,7 @@ def encode_pairs(
         InputError: a completion leaves no room for a prompt token; names the pair, the field and the mend.
     """
     rows = []
-    with tqdm(total=len(pairs), desc="tokens", unit="pair", mininterval=2) as bar:
+    with tqdm(total=len(pairs), desc="tokens", unit="pair", mininterval=2, delay=2) as bar:
         for start in range(0, len(pairs), PAIRS_AT_ONCE):
             part = pairs[start : start + PAIRS_AT_ONCE]
             for pair, (prompt, *completions) in zip(part, pair_ids(tokenizer, part), strict=True):

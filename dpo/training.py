@@ -270,7 +270,7 @@ def _train(
     for entry in trainer.state.log_history:
         if "loss" in entry or "eval_loss" in entry:
             steps[entry["step"]] |= entry
-    return list(steps.values())
+    return [dict(sorted(step.items())) for step in steps.values()]  # as those that a checkpoint brought
 
 
 @contextmanager

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from datetime import datetime
 from graphlib import TopologicalSorter
@@ -24,7 +24,6 @@ from typing import Any, TypeAlias
 
 from dvc.repo import Repo
 from prefect import flow, get_run_logger, task
-from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
 from prefect.futures import PrefectFuture
@@ -33,10 +32,11 @@ from prefect.states import Cancelled, Completed
 from prefect.task_runners import ThreadPoolTaskRunner
 from pydantic import PositiveInt
 
+from flows.pages import BAR_SECONDS, Progress, show_stage
 from tasks.provenance import FLOW_RUN
 
 Logger: TypeAlias = "logging.Logger | logging.LoggerAdapter[Any]"
-RAN, RESTORED, UP_TO_DATE, STOPPED = "ran", "restored", "up to date", "stopped"
+RAN, RESTORED, UP_TO_DATE, STOPPED, FAILED = "ran", "restored", "up to date", "stopped", "failed"
 VERDICTS = {
     "Running stage '{}':": RAN,
     "Stage '{}' is cached - skipping run, checking out outputs": RESTORED,
@@ -52,7 +52,6 @@ NETWORK_FAULT = re.compile(
     re.IGNORECASE,
 )
 RETRY_SECONDS = [30.0, 300.0]
-BAR_SECONDS = 10.0
 POLL_SECONDS = 0.5
 TAIL_LINES = 15
 
@@ -112,10 +111,18 @@ def visible(line: str) -> str:
     return next((state for state in reversed(states) if state), "")
 
 
-def execute(command: list[str], stop: threading.Event, logger: Logger) -> tuple[int, list[str]]:
+def execute(
+    command: list[str], stop: threading.Event, logger: Logger, see: Callable[[str], None] | None = None
+) -> tuple[int, list[str]]:
     """Run a Python module of this environment, `python -m COMMAND`; log its output line by line.
 
     Nothing that it started outlives this call, however it ends.
+
+    Args:
+        command: the module and its arguments.
+        stop: ends it when set.
+        logger: gets the lines, each at the level that it names.
+        see: is given each line, too.
 
     Returns:
         Its exit code, not 0 if `stop` ended it, and its lines.
@@ -139,6 +146,8 @@ def execute(command: list[str], stop: threading.Event, logger: Logger) -> tuple[
             found = LEVEL.search(line)
             logger.log(LEVELS[found[0].rstrip(":").upper()] if found else logging.INFO, line)
             lines.append(line)
+            if see:
+                see(line)
         if not stop.is_set():
             process.wait()
     finally:
@@ -148,9 +157,9 @@ def execute(command: list[str], stop: threading.Event, logger: Logger) -> tuple[
     return process.returncode, lines
 
 
-def run_stage(stage: str, stop: threading.Event, logger: Logger) -> str:
+def run_stage(stage: str, stop: threading.Event, logger: Logger, see: Callable[[str], None] | None = None) -> str:
     """Bring one stage up to date through DVC; return what DVC did. Raises StageError if DVC fails."""
-    code, lines = execute(["dvc", "--wait-for-lock", "repro", "--single-item", stage], stop, logger)
+    code, lines = execute(["dvc", "--wait-for-lock", "repro", "--single-item", stage], stop, logger, see)
     if code and stop.is_set():
         return STOPPED
     if code:
@@ -175,13 +184,6 @@ def name_flow_run() -> str:
     return f"{Path.cwd().name} {datetime.now():%Y-%m-%d %H:%M:%S}"
 
 
-def show_page(stage: str) -> None:
-    """Make an artifact of the page that a stage leaves for people, `reports/STAGE.md`, if it leaves one."""
-    page = Path("reports") / f"{stage}.md"
-    if page.is_file():
-        create_markdown_artifact(page.read_text(), key=re.sub(r"[^a-z0-9]+", "-", stage.lower()))
-
-
 PATIENT: dict[str, Any] = {
     "retries": len(RETRY_SECONDS),
     "retry_delay_seconds": RETRY_SECONDS,
@@ -196,10 +198,13 @@ def bring_up_to_date(stage: str, stop: threading.Event) -> str | State[str]:
 
     A fault that can pass is tried again, twice; a stage that failed for bad data or settings is not.
     """
+    progress, start, verdict = Progress(stage), time.monotonic(), FAILED
     try:
-        verdict = run_stage(stage, stop, get_run_logger())
+        verdict = run_stage(stage, stop, get_run_logger(), progress.show)
     finally:
-        show_page(stage)
+        progress.end(verdict, complete=verdict not in (FAILED, STOPPED))
+        if verdict not in (UP_TO_DATE, STOPPED):
+            show_stage(stage, verdict, time.monotonic() - start, complete=verdict != FAILED)
     if verdict == UP_TO_DATE:
         return Completed(name="UpToDate", message="nothing changed", data=verdict)
     if verdict == RESTORED:

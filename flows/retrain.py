@@ -39,7 +39,6 @@ from flows.pipeline import (
     execute,
     name_flow_run,
     pipeline,
-    show_page,
 )
 from flows.repository import commit, default_remote, dvc, git, module, switch
 from tasks.registry import GATE, LANDED, VERSIONED, uncommitted
@@ -99,19 +98,19 @@ def alone(work: Callable[[], State[Any]]) -> State[Any]:
 
 
 def _retrain(landing: str, branch: str | None, parallel: int, push: bool) -> State[Retrained]:
-    check_project()
     pending = json.loads(PENDING.read_text()) if PENDING.exists() else None
     owed = [] if pending is None else pending["files"]
     if pending is not None:
         get_run_logger().warning("an earlier run was cut off; this one goes on with its %d files", len(owed))
     arrived = fetch_new(landing, owed)
+    if not arrived and pending is None:
+        return Completed(name="NothingNew", message=f"{landing} holds no file that is not known already")
+    check_project()
     refused = {path.name: reason for path in arrived if (reason := check_file(path))}
     new = [*owed, *(path.name for path in arrived if path.name not in refused)]
     if refused:
         notify("refused", {"files": refused})
     if not new and pending is None:
-        if not refused:
-            return Completed(name="NothingNew", message=f"{landing} holds no file that is not known already")
         return report(Retrained("refused", "No new file is sound: the data stays as it was.", (), refused))
     write_json(PENDING, {"files": new})
     take_in(new, branch)
@@ -152,7 +151,8 @@ def check_project() -> None:
 def fetch_new(landing: str, owed: Sequence[str]) -> list[Path]:
     """Copy what is in `landing` and not known here, by the SHA-256 of its content, to `.retrain/incoming/`.
 
-    Files of other kinds, and those whose name begins with a dot, are left alone.
+    Files of other kinds, and those whose name begins with a dot, are left alone. A place that is not there holds
+    nothing: before the first file lands, an object store has no such folder.
 
     Args:
         landing: a file, a folder, or a URL.
@@ -162,7 +162,7 @@ def fetch_new(landing: str, owed: Sequence[str]) -> list[Path]:
         The copies, each named for its hash and its origin.
 
     Raises:
-        InputError: there is no such place, or it is a file of no accepted kind.
+        InputError: the URL is none, or names a file of no accepted kind.
         StageError: it cannot be read.
     """
     for path in INCOMING.glob("*"):
@@ -177,7 +177,8 @@ def fetch_new(landing: str, owed: Sequence[str]) -> list[Path]:
     arrived = []
     try:
         if not files.exists(place):
-            raise InputError(f"{landing}: no such file or folder to take new files from")
+            get_run_logger().warning("%s: no such file or folder; nothing has landed there yet", landing)
+            return []
         single = files.isfile(place)
         for origin in [place] if single else sorted(files.find(place)):
             name = Path(urlsplit(origin).path).name
@@ -270,7 +271,7 @@ def keep_results(files: Sequence[str]) -> None:
 def ask_gate() -> tuple[bool, str]:
     """Promote the selected policy if it is better than the champion; whether it is, and why."""
     module("tasks.promote")
-    show_page(GATE.stem)
+    create_markdown_artifact(GATE.with_suffix(".md").read_text(), key="gate")
     verdict = json.loads(GATE.read_text())
     return verdict["promoted"], verdict["reason"]
 

@@ -20,7 +20,7 @@ from flows.repository import commit, default_remote, dvc, git, known
 from flows.retrain import PENDING, alone, notify, refuse
 from tasks import registry
 from tasks.registry import COMMIT, LANDED, VERSIONED, uncommitted
-from tasks.tracking import connect
+from tasks.spool import connect
 
 
 @dataclass(frozen=True)

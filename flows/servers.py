@@ -35,6 +35,7 @@ from prefect.states import Crashed
 from prefect.workers.process import ProcessWorker
 
 from dpo.errors import InputError
+from flows.pages import MLFLOW_PAGES
 from tasks.stage import MLFLOW_STORE, run
 
 FOLDER = Path(".servers")
@@ -74,7 +75,7 @@ def find(name: str) -> Server | None:
     return server if server and server.process() else None
 
 
-def start(name: str, url: str, *words: str, prefect_url: str) -> Server:
+def start(name: str, url: str, *words: str, env: dict[str, str]) -> Server:
     """Start `python -m WORDS`, which outlives this process; one that runs already is left as it is."""
     server = find(name)
     if server is not None:
@@ -87,7 +88,7 @@ def start(name: str, url: str, *words: str, prefect_url: str) -> Server:
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
-            env=environment(prefect_url),
+            env=env,
             start_new_session=True,
         )
     server = Server(name, process.pid, command, url)
@@ -96,13 +97,14 @@ def start(name: str, url: str, *words: str, prefect_url: str) -> Server:
     return server
 
 
-def environment(prefect_url: str) -> dict[str, str]:
+def environment(prefect_url: str, mlflow_url: str) -> dict[str, str]:
     """Variables for a process that asks this Prefect server and works in this folder with this Python."""
     return {
         **os.environ,
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
         "PREFECT_API_URL": f"{prefect_url}/api",
         WORKSPACE: str(Path.cwd()),
+        MLFLOW_PAGES: mlflow_url,
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # seven processes for evaluations that no stage asks of it
     }
 
@@ -167,11 +169,10 @@ def end_orphans(client: SyncPrefectClient) -> None:
         say(f"{WORKER:8} was stopped in the middle of {orphan.name}, which is marked as crashed")
 
 
-def register(prefect_url: str) -> None:
+def register(env: dict[str, str]) -> None:
     """Register the deployments of `prefect.yaml`. Raises InputError with Prefect's own words."""
     command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"]
-    here = environment(prefect_url)
-    del here[WORKSPACE]  # each worker fills it in for itself
+    here = {name: value for name, value in env.items() if name != WORKSPACE}  # each worker fills it in for itself
     done = subprocess.run(command, env=here, capture_output=True, text=True, check=False)
     if done.returncode:
         raise InputError(f"prefect.yaml: not registered:\n{(done.stdout + done.stderr).strip()}")
@@ -197,13 +198,14 @@ def up() -> None:
     store = os.environ.get("MLFLOW_TRACKING_URI", MLFLOW_STORE)
     remote = store.startswith(("http://", "https://"))
     mlflow_url = store if remote else address(MLFLOW, "MLFLOW_PORT", 5000)
+    env = environment(prefect_url, mlflow_url)
 
     listen = ["--host", HOST, "--port", prefect_url.rpartition(":")[2]]
-    prefect = start(PREFECT, prefect_url, "prefect", "server", "start", *listen, prefect_url=prefect_url)
+    prefect = start(PREFECT, prefect_url, "prefect", "server", "start", *listen, env=env)
     if not remote:
         listen = ["--host", HOST, "--port", mlflow_url.rpartition(":")[2], "--workers", "1"]
         words = ["mlflow", "server", "--backend-store-uri", store, *listen]
-        mlflow = start(MLFLOW, mlflow_url, *words, prefect_url=prefect_url)
+        mlflow = start(MLFLOW, mlflow_url, *words, env=env)
         await_health(mlflow, lambda: answers(f"{mlflow_url}/health"))
     await_health(prefect, lambda: answers(f"{prefect_url}/api/health"))
 
@@ -213,8 +215,8 @@ def up() -> None:
         if fresh:
             end_orphans(client)
         words = ["prefect", "worker", "start", "--pool", POOL, "--name", POOL]
-        worker = start(WORKER, prefect_url, *words, prefect_url=prefect_url)
-        register(prefect_url)
+        worker = start(WORKER, prefect_url, *words, env=env)
+        register(env)
         if fresh:
             await_health(worker, lambda: heard(client, since))
     say(f"\nflows, schedules, forms   {prefect_url}/deployments")
@@ -236,24 +238,36 @@ def down() -> None:
 
 
 def stop(process: psutil.Process) -> None:
-    """End a process and its descendants: politely, and after a while all that is left of them by force.
+    """End a process and its descendants: politely, its children first; after a while all that is left by force.
 
-    A worker that is told to end waits for its flows, so these are told too.
+    A worker that is told to end kills its flows, whose stages then run on; so it stands still until they ended.
     """
-    family = {process, *process.children(recursive=True)}
-    for member in (process, *process.children()):
-        with suppress(psutil.NoSuchProcess):
-            member.terminate()
+    with suppress(psutil.NoSuchProcess):
+        process.suspend()
+        family = {process, *process.children(recursive=True)}
+        for child in process.children():
+            with suppress(psutil.NoSuchProcess):
+                child.terminate()
+        await_end(family, but=process)
+        process.terminate()
+        process.resume()
+        await_end(family)
+        for member in family:
+            with suppress(psutil.NoSuchProcess):
+                member.kill()
+        psutil.wait_procs(family, timeout=GRACE_SECONDS)
+
+
+def await_end(family: set[psutil.Process], but: psutil.Process | None = None) -> None:
+    """Return once all of these but one have ended, or after a while; what they start meanwhile joins them."""
     deadline = time.monotonic() + GRACE_SECONDS
-    while (alive := {member for member in family if lives(member)}) and time.monotonic() < deadline:
+    while (alive := {member for member in family if member != but and lives(member)}) and (
+        time.monotonic() < deadline
+    ):
         for member in alive:
             with suppress(psutil.NoSuchProcess):
                 family.update(member.children())
         time.sleep(POLL_SECONDS)
-    for member in alive:
-        with suppress(psutil.NoSuchProcess):
-            member.kill()
-    psutil.wait_procs(alive, timeout=GRACE_SECONDS)
 
 
 def lives(process: psutil.Process) -> bool:

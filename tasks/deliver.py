@@ -1,7 +1,7 @@
 """Bring to MLflow's server what was kept here while it did not answer: `python -m tasks.deliver`."""
 
+from tasks.spool import connect
 from tasks.stage import run
-from tasks.tracking import connect
 
 
 def main() -> None:

@@ -47,7 +47,7 @@ def of_version(uri: str) -> dict[str, Any]:
     """What MLflow keeps with a model of its registry."""
     import mlflow
 
-    from tasks.tracking import connect
+    from tasks.spool import connect
 
     connect()
     try:

@@ -2,7 +2,9 @@
 
 The first champion has to beat its reference. Every later one has to beat the champion, on answers to the same
 held-out prompts with the same seed, or without a judge on the held-out pairs. Better means that the 95% interval
-lies wholly above one half; whole prompts are drawn for it. A tie changes nothing.
+lies wholly above one half, and that the sign-flip test tells it from chance: where every answer wins, no resample
+differs and the interval has no width, however few the prompts are; five wins in five have p = 0.06. Whole prompts
+are drawn and flipped. A tie changes nothing.
 """
 
 import json
@@ -15,18 +17,18 @@ from typing import Any
 import mlflow
 import pandas as pd
 import torch
-from transformers import AutoTokenizer
 
 from dpo.config import Cell, Params, load_params
 from dpo.errors import InputError
-from dpo.evaluation.intervals import bootstrap, mean
+from dpo.evaluation.intervals import bootstrap, mean, paired_test
 from dpo.evaluation.judges import Scorer, load_judge, score_wins
 from dpo.evaluation.preferences import pair_table
 from dpo.evaluation.sampling import answer_table
 from dpo.files import md5, write_json, written_whole
+from dpo.loading import load_tokenizer
 from dpo.logps import load_model, sequence_logps
 from dpo.tokens import encode_pairs, prompt_of
-from tasks import registry, tracking
+from tasks import registry, spool, tracking
 from tasks.lineage import of_version
 from tasks.provenance import commit, weights
 from tasks.serving import log_models
@@ -41,16 +43,23 @@ from tasks.stage import (
     run,
 )
 
+LEVEL = 0.05
+"""p below which a difference is told from chance."""
+
 
 @dataclass(frozen=True)
 class Evidence:
-    """How a policy did against another: 1 always better, 0 always worse, with its 95% interval."""
+    """How a policy did against another: 1 always better, 0 always worse, with its 95% interval.
+
+    `p` is that of the sign-flip test for "as often better as worse".
+    """
 
     figure: str
     against: str
     value: float
     low: float
     high: float
+    p: float
 
 
 @dataclass(frozen=True)
@@ -64,7 +73,7 @@ class Verdict:
 
 
 def decide(challenger: str, signs: Sequence[str], evidence: Evidence) -> Verdict:
-    """Promote a policy only if it shows no sign of failure and its interval lies wholly above one half.
+    """Promote a policy only if it shows no sign of failure and is shown to be better: by the interval and by p.
 
     Args:
         challenger: its name.
@@ -72,14 +81,16 @@ def decide(challenger: str, signs: Sequence[str], evidence: Evidence) -> Verdict
         evidence: against the champion, or against the reference where there is no champion.
     """
     found = f"{evidence.figure} against {evidence.against}: {evidence.value:.3f} "
-    found += f"[{evidence.low:.3f}, {evidence.high:.3f}]"
+    found += f"[{evidence.low:.3f}, {evidence.high:.3f}], p = {evidence.p:.4f}"
     if signs:
         reason = f"{challenger} is not promoted: it shows a sign of failure ({', '.join(signs)}). Its {found}."
         return Verdict(False, reason, challenger, evidence)
-    if evidence.low > 0.5:
-        return Verdict(True, f"{challenger} is better: {found} lies wholly above 0.5.", challenger, evidence)
-    how = "worse" if evidence.high < 0.5 else "not shown to be better"
-    return Verdict(False, f"{challenger} is {how}: {found} does not lie wholly above 0.5.", challenger, evidence)
+    told = evidence.p < LEVEL
+    if told and evidence.low > 0.5:
+        return Verdict(True, f"{challenger} is better: {found}.", challenger, evidence)
+    how = "worse" if told and evidence.high < 0.5 else "not shown to be better"
+    rule = f"A better one has its interval wholly above 0.5, and p below {LEVEL}."
+    return Verdict(False, f"{challenger} is {how}: {found}. {rule}", challenger, evidence)
 
 
 def main() -> None:
@@ -89,7 +100,7 @@ def main() -> None:
     changed = registry.uncommitted(*registry.VERSIONED)
     if changed:
         raise InputError(f"git: not committed: {', '.join(changed)}; commit first, so that a rollback finds it")
-    tracking.connect()
+    spool.connect()
     champion = registry.champion()
     if compared["selected"] is None:
         record(Verdict(False, compared["reason"]))
@@ -99,9 +110,8 @@ def main() -> None:
     if champion and facts["weights"] == weights(policy_folder(cell)):
         record(Verdict(False, f"{cell.key} is the champion already, version {champion.version}.", cell.key))
         return
-    metrics = compared["policies"][cell.key]
-    evidence = against_champion(params, cell, champion.version) if champion else against_reference(params, metrics)
-    verdict = decide(cell.key, metrics["signs"], evidence)
+    evidence = against_champion(params, cell, champion.version) if champion else against_reference(params, cell)
+    verdict = decide(cell.key, compared["policies"][cell.key]["signs"], evidence)
     run_id, model_id = logged_model(params, policy_folder(cell))
     if verdict.promoted:
         revision, _ = commit()
@@ -133,15 +143,26 @@ def selected_cell(params: Params, compared: dict[str, Any]) -> Cell:
     """
     key = compared["selected"]
     cells = {cell.key: cell for cell in params.sweep.cells()}
-    if key not in cells or compared["policies"][key]["weights"] != weights(policy_folder(cells[key])):
+    if key not in cells or not weights(policy_folder(cells[key])).startswith(compared["policies"][key]["weights"]):
         raise InputError(f"{COMPARISON}: it selects {key} as it was before; `dvc repro` brings all up to date")
     return cells[key]
 
 
-def against_reference(params: Params, metrics: dict[str, Any]) -> Evidence:
+def against_reference(params: Params, cell: Cell) -> Evidence:
     """How the selected policy did against the reference: what the stage `evaluate` found."""
-    figure = "reward_accuracy" if params.evaluate.judge is None else "win_rate"
-    return Evidence(figure.replace("_", " "), "the reference", metrics[figure], *metrics[f"{figure}_ci"])
+    if params.evaluate.judge is None:
+        figure, table, wins = "reward accuracy", pd.read_parquet(policy_margins(cell)), "correct"
+    else:
+        figure, table, wins = "win rate", pd.read_parquet(policy_samples(cell)), "win"
+    return weigh(figure, "the reference", table["prompt"].tolist(), table[wins].tolist(), params.seed)
+
+
+def weigh(figure: str, against: str, prompts: Sequence[str], wins: Sequence[float], seed: int) -> Evidence:
+    """The mean of N wins, each from 0 to 1, with interval and test; N prompts tell which belong together."""
+    found: Any = bootstrap({"wins": mean(wins)}, prompts, seed)
+    low, high = found["wins_ci"]
+    p = paired_test([win - 0.5 for win in wins], prompts, seed)
+    return Evidence(figure, against, found["wins"], low, high, p)
 
 
 def against_champion(params: Params, cell: Cell, version: str) -> Evidence:
@@ -154,9 +175,8 @@ def against_champion(params: Params, cell: Cell, version: str) -> Evidence:
         champion = Path(mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=folder))
         judged = params.evaluate.judge is not None
         prompts, wins = judged_wins(params, cell, champion) if judged else ranked_wins(params, cell, champion)
-    found: Any = bootstrap({"wins": mean(wins)}, prompts, params.seed)
     figure = "win rate" if judged else "win rate in ranking held-out pairs"
-    return Evidence(figure, f"the champion, version {version}", found["wins"], *found["wins_ci"])
+    return weigh(figure, f"the champion, version {version}", prompts, wins, params.seed)
 
 
 def judged_wins(params: Params, cell: Cell, champion: Path) -> tuple[list[str], list[float]]:
@@ -168,7 +188,7 @@ def judged_wins(params: Params, cell: Cell, champion: Path) -> tuple[list[str], 
     judge = load_judge(params.evaluate.judge)
     assert judge is not None
     own, baseline = pd.read_parquet(policy_samples(cell)), pd.read_parquet(REFERENCE_SAMPLES)
-    tokenizer = AutoTokenizer.from_pretrained(champion / "components/tokenizer")
+    tokenizer = load_tokenizer(champion / "components/tokenizer")
     prompts = [prompt_of(pair, tokenizer) for pair in baseline.to_dict("records")]
     model = load_model(champion / "model", params.engine.precision)
     texts = answer_table(model, tokenizer, prompts, params.evaluate, params.seed)["answer"].tolist()
@@ -186,7 +206,7 @@ def ranked_wins(params: Params, cell: Cell, champion: Path) -> tuple[list[str], 
     """
     engine = params.engine
     held_out, own = pd.read_parquet(EVAL), pd.read_parquet(policy_margins(cell))
-    tokenizer = AutoTokenizer.from_pretrained(champion / "components/tokenizer")
+    tokenizer = load_tokenizer(champion / "components/tokenizer")
     rows = encode_pairs(held_out.to_dict("records"), tokenizer, engine.max_length)
     model = load_model(champion / "model", engine.precision)
     theirs = pair_table(

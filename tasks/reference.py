@@ -1,6 +1,5 @@
 """Stage `reference`: the reference's log-probs of every pair; under `accelerate launch` by several processes."""
 
-
 from dpo.config import load_params
 from dpo.loading import load_tokenizer
 from dpo.logps import load_model

@@ -10,7 +10,7 @@ from dpo.config import Params
 from dpo.files import PROVENANCE
 from dpo.loading import load_tokenizer
 from dpo.models import load_checkpoint
-from tasks import tracking
+from tasks import spool, tracking
 from tasks.provenance import weights
 from tasks.stage import SFT
 
@@ -21,7 +21,7 @@ logging.getLogger("mlflow.transformers").setLevel(logging.ERROR)  # it warns of 
 
 def log_models(params: Params, folders: list[Path]) -> None:
     """Keep checkpoints as MLflow models that answer a prompt when served, each in the run that made it, once."""
-    if not tracking.connect_or_spool():
+    if not spool.connect_or_spool():
         log.warning(
             "MLflow does not answer: `python -m tasks.promote` or `dvc repro -f -s compare` logs the models"
         )

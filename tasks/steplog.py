@@ -6,7 +6,8 @@ from typing import Any
 from mlflow.entities import Metric
 from transformers import TrainerCallback
 
-from tasks.tracking import RESUMED, record
+from tasks.spool import record
+from tasks.tracking import RESUMED
 
 
 class StepLog(TrainerCallback):

@@ -2,16 +2,20 @@
 
 import logging
 import os
+import re
 import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
 
+import httpx
 import pytest
 from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 from prefect.testing.utilities import prefect_test_harness
 
+from flows import pages
 from flows.pipeline import StageError, pipeline, read_graph, run_stage, split_lines, visible
 
 LOG = logging.getLogger("test")
@@ -73,17 +77,71 @@ def test_stages_run_once_and_show_what_dvc_did(project):
     assert names == dict.fromkeys(("first", "branch@0.1", "branch@0.5", "last"), "UpToDate")
 
 
-def test_the_page_of_a_stage_is_an_artifact_also_when_the_stage_fails(project):
-    (project / "branch.py").write_text(
-        f"{BRANCH}\npathlib.Path('reports').mkdir(exist_ok=True)\n"
-        "pathlib.Path('reports/branch@' + sys.argv[1] + '.md').write_text('page of ' + sys.argv[1])\n"
-        "sys.exit(sys.argv[1] == '0.5')"
+FIT = """
+import json, pathlib, sys
+for bar in ("tokens: 100%|####| 40/40 [00:00<00:00, 99it/s]", " 30%|#   | 12/40 [00:31<01:12, 2.59s/it]"):
+    print(bar)
+for folder in ("model", "reports"):
+    pathlib.Path(folder).mkdir(exist_ok=True)
+pathlib.Path("model/provenance.json").write_text(json.dumps({"mlflow_run": "4f0c"}))
+pathlib.Path("fit.json").write_text(json.dumps({"gain": {"mean": 1 / 3, "mean_ci": [0.25, 0.5]}, "of": "a|b"}))
+pathlib.Path("fit.csv").write_text("\\n".join(["step,loss", *(f"{n},{1 / n}" for n in range(1, 41))]))
+pathlib.Path("reports/fit.md").write_text("Two rows are odd.\\n")
+sys.exit(pathlib.Path("seed.txt").read_text() == "bad")
+"""
+
+
+def test_each_stage_shows_what_it_left_by_dvcs_own_account(project):
+    (project / "fit.py").write_text(FIT)
+    (project / "dvc.yaml").write_text(
+        "stages: {fit: {cmd: python fit.py, deps: [fit.py, seed.txt], outs: [model], "
+        "metrics: [{fit.json: {cache: false}}], plots: [{fit.csv: {cache: false}}]}}"
     )
-    with pytest.raises(StageError):
-        pipeline()
+    page, progress = artifacts_of(pipeline(return_state=True))
+    heading, *blocks = page.data.split("\n\n")
+    assert re.fullmatch(r"## `fit`: ran in \d+ s", heading)
+    assert blocks[:2] == ["MLflow: run `4f0c`", "Two rows are odd."]
+    assert "| gain.mean | 0.3333 |\n| gain.mean_ci | [0.25, 0.5] |\n| of | a\\|b |" in page.data
+    steps = [line.split()[1] for line in page.data.partition("### fit.csv")[2].splitlines()[4:]]
+    assert (steps[0], steps[-1], len(steps)) == ("1", "40", 10)
+    assert (progress.key, progress.type, progress.data) == ("fit-progress", "progress", 100.0)
+    assert artifacts_of(pipeline(return_state=True)) == [], "up to date: nothing to show"
+
+    (project / "seed.txt").write_text("bad")
+    page, progress = artifacts_of(pipeline(return_state=True))
+    assert page.data == "## `fit`: failed\n\nTwo rows are odd."
+    assert (progress.data, progress.description) == (30.0, "failed")
+
+
+def test_a_bar_is_shown_with_the_time_left_once_it_is_a_long_one(monkeypatch):
+    shown = []
+    monkeypatch.setattr(pages, "create_progress_artifact", lambda *seen: shown.append(seen) or 1)
+    monkeypatch.setattr(pages, "update_progress_artifact", lambda *seen: shown.append(seen))
+    progress = pages.Progress("train@a")
+    for line in ("Running", "tokens: 90%|# | 9/10 [00:09<00:01, 1it/s]", "  1%|  | 1/99 [01:00<?, ?it/s]"):
+        progress.show(line)
+    progress.show("KL to the reference:  50%|#    | 1.2k/2.4k [1:00:09<1:02:03, 2.59s/row, loss=1]")
+    progress.end("ran", complete=True)
+    assert shown == [
+        (1.0, "train-a-progress", "1/99, ? left"),
+        (1, 50.0, "KL to the reference: 1.2k/2.4k, 1:02:03 left"),
+        (1, 100.0, "ran"),
+    ]
+
+
+def test_a_server_that_is_away_stops_no_stage(monkeypatch):
+    monkeypatch.setattr(pages, "create_progress_artifact", lambda *seen: httpx.get("http://127.0.0.1:1"))
+    progress = pages.Progress("train")
+    progress.show(" 30%|#   | 12/40 [00:31<01:12, 2.59s/it]")
+    progress.end("ran", complete=True)
+
+
+def artifacts_of(state) -> list:
+    """What a flow run shows, by key."""
+    run = FlowRunFilter(id=FlowRunFilterId(any_=[state.state_details.flow_run_id]))
     with get_client(sync_client=True) as client:
-        pages = {artifact.key: artifact.data for artifact in client.read_artifacts() if artifact.key}
-    assert pages == {"branch-0-1": "page of 0.1", "branch-0-5": "page of 0.5"}
+        found = [artifact for artifact in client.read_artifacts(flow_run_filter=run) if artifact.key]
+    return sorted(found, key=lambda artifact: artifact.key)
 
 
 def test_outputs_of_a_known_run_are_restored(project):

@@ -12,13 +12,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import httpx
 import psutil
 import pytest
 from ruamel.yaml import YAML
+from test_pipeline import change
 
 from dpo.errors import InputError
-from flows import servers, sweep
+from flows import pages, servers, sweep
 
 ROOT = Path(__file__).parent.parent
 DVC_YAML = """
@@ -29,42 +31,55 @@ stages:
   train:
     matrix: {beta: [0.1, 0.5]}
     cmd: cat sound.txt > ${item.beta}.txt && cat pause.txt && sleep $(cat pause.txt)
-    deps: [sound.txt]
+    deps: [sound.txt, pause.txt]
     outs: ["${item.beta}.txt"]
   compare:
-    cmd: cat 0.1.txt 0.5.txt > compared.txt
+    cmd: mkdir -p metrics && cat 0.1.txt 0.5.txt > compared.txt && cp comparison.json metrics
     deps: [0.1.txt, 0.5.txt]
     outs: [compared.txt]
+    metrics: [{metrics/comparison.json: {cache: false}}]
 """
+COMPARISON = {"selected": None, "reason": "No policy shows more than its reference.", "policies": {}}
+FIVE_LINES = re.search(r"## Retrain every night\n\n```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
 
 
 class Project:
-    """A checkout whose stages do next to nothing, with servers of its own."""
+    """A checkout whose stages do next to nothing, set up and started by the README's five lines alone."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, place: Path, model: Path) -> None:
+        self.folder = place / "dpo-pipeline"
         self.ports = free_ports(2)
         self.url = f"http://127.0.0.1:{self.ports[0]}"
+        self.mlflow = f"http://127.0.0.1:{self.ports[1]}"
         self.environment = {
             **os.environ,
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-            "PREFECT_HOME": str(folder.parent / "prefect"),
+            "PREFECT_HOME": str(place / "prefect"),
             "PREFECT_PORT": str(self.ports[0]),
             "MLFLOW_PORT": str(self.ports[1]),
             "PREFECT_WORKER_QUERY_SECONDS": "2",
             "PREFECT_WORKER_PREFETCH_SECONDS": "2",
+            "HF_HUB_OFFLINE": "1",
+            "GIT_CONFIG_COUNT": "2",
+            "GIT_CONFIG_KEY_0": f"url.{place}/origin/.insteadOf",
+            "GIT_CONFIG_VALUE_0": "https://git.example.org/team/",
+            "GIT_CONFIG_KEY_1": "core.hooksPath",
+            "GIT_CONFIG_VALUE_1": str(place / "hooks"),
         }
+        for role in ("AUTHOR", "COMMITTER"):
+            self.environment |= {f"GIT_{role}_NAME": "t", f"GIT_{role}_EMAIL": "t@example.org"}
         for name in ("PREFECT_API_URL", "MLFLOW_TRACKING_URI"):
             self.environment.pop(name, None)
-        for name in ("dpo", "tasks", "flows"):
-            shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-        for name in ("prefect.yaml", "prefect.toml", "params.yaml", ".gitignore"):
-            shutil.copy(ROOT / name, folder / name)
-        (folder / "dvc.yaml").write_text(DVC_YAML)
-        (folder / "pause.txt").write_text("0")
-        for command in (["git", "init", "-q"], ["dvc", "init", "-q"], ["git", "add", "-A"]):
-            self.execute(*command)
-        self.execute("git", "-c", "user.name=t", "-c", "user.email=t@example.org", "commit", "-qm", "start")
+        (place / "hooks").mkdir()
+        installed = place / "hooks/post-checkout"  # `make setup` is done by then: what is installed here is used
+        installed.write_text("#!/bin/sh\nmkdir -p .venv && touch -d '1 hour' .venv/installed\n")
+        installed.chmod(0o755)
+        make_origin(place / "origin/dpo-pipeline.git", model, self.environment)
+        pairs = [{"prompt": f"Of {n}?", "chosen": f"{n} is a joy.", "rejected": f"{n} bores.", "split": "train"}
+                 for n in range(4)]  # fmt: skip
+        (place / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+        lines = FIVE_LINES[1].replace("/path/to/pairs.jsonl", str(place / "pairs.jsonl"))
+        subprocess.run(["bash", "-ec", lines], cwd=place, env=self.environment, check=True)
 
     def execute(self, *command: str, **more: str) -> str:
         environment = self.environment | more
@@ -101,6 +116,29 @@ class Project:
         return self.ask("POST", f"deployments/{identity}/create_flow_run", parameters=parameters)["id"]
 
 
+def make_origin(folder: Path, model: Path, environment: dict[str, str]) -> None:
+    """The repository that is cloned: a tiny model, stages of no work, the pipeline's deployment every minute."""
+    folder.mkdir(parents=True)
+    for name in ("dpo", "tasks", "flows"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("prefect.yaml", "prefect.toml", "params.yaml", ".gitignore", "Makefile", "pyproject.toml"):
+        shutil.copy(ROOT / name, folder / name)
+    shutil.copytree(model, folder / "models/own/tiny")
+    change(folder, {"model.base": "models/own/tiny", "engine.max_length": 128})
+    (folder / "dvc.yaml").write_text(DVC_YAML)
+    (folder / "pause.txt").write_text("0")
+    (folder / "comparison.json").write_text(json.dumps(COMPARISON))
+    with (folder / ".gitignore").open("a") as ignored:
+        ignored.write("/sound.txt\n/0.?.txt\n/compared.txt\n")
+    yaml = YAML()
+    declared = yaml.load(folder / "prefect.yaml")
+    declared["deployments"][0]["schedules"] = [{"cron": "* * * * *", "timezone": "UTC"}]
+    yaml.dump(declared, folder / "prefect.yaml")
+    add, commit = ["git", "add", "-A"], ["git", "commit", "-qm", "1"]
+    for command in (["git", "init", "-q"], ["dvc", "init", "-q"], add, commit):
+        subprocess.run(command, cwd=folder, env=environment, check=True)
+
+
 def free_ports(count: int) -> list[int]:
     with_ports = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
     ports = [listener.getsockname()[1] for listener in with_ports]
@@ -129,21 +167,14 @@ def processes_in(folder: Path) -> list[psutil.Process]:
 
 
 @pytest.fixture(scope="module")
-def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
-    """Up, with the deployment of the pipeline scheduled every minute."""
-    folder = tmp_path_factory.mktemp("operations") / "checkout"
-    folder.mkdir()
-    project = Project(folder)
-    yaml = YAML()
-    declared = yaml.load(folder / "prefect.yaml")
-    declared["deployments"][0]["schedules"] = [{"cron": "* * * * *", "timezone": "UTC"}]
-    yaml.dump(declared, folder / "prefect.yaml")
+def project(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> Iterator[Project]:
+    """Up, by the five lines."""
+    place = tmp_path_factory.mktemp("operations")
     try:
-        project.servers("up")
-        yield project
-    finally:
+        yield (project := Project(place, tiny_model_dir))
         project.servers("down")
-        for left in processes_in(folder):
+    finally:
+        for left in processes_in(place / "dpo-pipeline"):
             left.kill()
 
 
@@ -160,8 +191,11 @@ def test_a_schedule_fires_by_itself_and_its_run_completes(project):
     assert (project.folder / "compared.txt").read_text() == "ten\nten\n"
     stages = project.ask("POST", "task_runs/filter", flow_runs={"id": {"any_": [run["id"]]}})
     assert sorted(stage["name"] for stage in stages) == ["compare", "train@0.1", "train@0.5", "validate"]
-    (artifact,) = project.ask("POST", "artifacts/filter", flow_runs={"id": {"any_": [run["id"]]}})
-    assert artifact["data"] == "## Ten pairs are sound\n"
+    found = project.ask("POST", "artifacts/filter", flow_runs={"id": {"any_": [run["id"]]}})
+    shown = {artifact["key"]: artifact["data"] for artifact in found if artifact["key"]}
+    assert set(shown) == {"compare", "train-0-1", "train-0-5", "validate"}
+    assert shown["validate"].endswith("\n\n## Ten pairs are sound")
+    assert "| selected | null |" in shown["compare"]
     identity = project.deployment("pipeline/pipeline")["id"]
     project.ask("PATCH", f"deployments/{identity}", paused=True)
 
@@ -182,12 +216,31 @@ def test_the_deployments_and_their_forms_are_those_of_the_flows(project):
     assert form["betas"]["description"] == "strengths of the KL constraint."
     assert "sigmoid" in json.dumps(form["losses"])
     assert retrain["parameter_openapi_schema"]["required"] == ["landing"]
+    assert retrain["parameters"]["landing"] == "data/landing", "the folder of the README"
+
+
+def test_what_landed_is_trained_on_and_weighed_by_the_deployment_of_the_night(project):
+    first = project.submit("retrain/retrain")
+    assert project.await_run(first, "Kept", 120)["state"]["message"].startswith(
+        "1 file new, 0 files refused: No policy"
+    )
+    landed = [path.name[17:] for path in (project.folder / "data/own/landed").iterdir()]
+    assert landed == ["pairs.jsonl"]
+    subjects = project.execute("git", "log", "--format=%s").splitlines()
+    assert [subject.split(":")[0] for subject in subjects] == [
+        "Retrained on 1 file", "1 file landed", "Train on what lands", "1"
+    ]  # fmt: skip
+    again = project.submit("retrain/retrain")
+    assert project.await_run(again, "NothingNew")["state"]["type"] == "COMPLETED"
+
+
+def test_a_rollback_without_a_champion_says_so(project):
+    ended = project.await_run(project.submit("rollback/rollback"), "Failed")
+    assert "dpo-policy has no champion" in ended["state"]["message"]
 
 
 def test_two_deployments_do_not_write_the_checkout_at_once(project):
     (project.folder / "pause.txt").write_text("3")
-    stages = (project.folder / "dvc.yaml").read_text().replace("deps: [sound.txt]", "deps: [sound.txt, pause.txt]")
-    (project.folder / "dvc.yaml").write_text(stages)
     first = project.submit("pipeline/pipeline")
     project.await_run(first, "Running")
     second = project.submit("sweep/sweep", betas=[0.2, 0.3])
@@ -196,13 +249,33 @@ def test_two_deployments_do_not_write_the_checkout_at_once(project):
     assert "betas: [0.2, 0.3]" in project.execute("git", "diff", "params.yaml")
 
 
+def test_a_page_links_to_the_run_on_the_server_that_the_worker_was_told(project, tmp_path, monkeypatch):
+    told = {process.environ().get(pages.MLFLOW_PAGES) for process in processes_in(project.folder)}
+    assert told == {project.mlflow}
+    experiment = httpx.post(f"{project.mlflow}/api/2.0/mlflow/experiments/create", json={"name": "linked"}).json()
+    made = httpx.post(f"{project.mlflow}/api/2.0/mlflow/runs/create", json=experiment).json()["run"]["info"]
+    (tmp_path / "provenance.json").write_text(json.dumps({"mlflow_run": made["run_id"]}))
+    address = f"{project.mlflow}/#/experiments/{experiment['experiment_id']}/runs/{made['run_id']}"
+    monkeypatch.setenv(pages.MLFLOW_PAGES, project.mlflow)
+    assert pages.mlflow_run(tmp_path / "provenance.json") == f"[run {made['run_id']}]({address})"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:1/")
+    assert pages.mlflow_run(tmp_path / "provenance.json") == f"run `{made['run_id']}`"
+
+
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="Chromium takes the pictures, and is not installed")
-def test_pictures_are_taken_of_the_run_the_form_and_the_artifacts(project, tmp_path):
+def test_pictures_are_taken_of_prefects_pages_and_of_mlflows_comparison(project, tmp_path):
+    mlflow = project.mlflow
+    for beta in ("0.1", "0.5"):
+        tags = [{"key": name, "value": value} for name, value in (("dpo.role", "policy"), ("dpo.sweep", "a"))]
+        body = {"experiment_id": "0", "run_name": f"beta {beta}", "tags": tags}
+        made = httpx.post(f"{mlflow}/api/2.0/mlflow/runs/create", json=body).raise_for_status().json()
+        body = {"run_id": made["run"]["info"]["run_id"], "key": "beta", "value": beta}
+        httpx.post(f"{mlflow}/api/2.0/mlflow/runs/log-parameter", json=body).raise_for_status()
     words = [sys.executable, "-m", "docs.screens", "--output", str(tmp_path)]
-    environment = {**project.environment, "PREFECT_API_URL": f"{project.url}/api"}
-    subprocess.run(words, cwd=ROOT, env=environment, check=True)
-    for name in ("run", "form", "artifacts"):
-        assert (tmp_path / f"prefect-{name}.png").stat().st_size > 20_000, "an empty page is smaller"
+    servers = {"PREFECT_API_URL": f"{project.url}/api", "MLFLOW_TRACKING_URI": mlflow}
+    subprocess.run(words, cwd=ROOT, env=project.environment | servers, check=True)
+    for name in ("prefect-run", "prefect-form", "prefect-artifacts", "prefect-stage", "mlflow-compare"):
+        assert (tmp_path / f"{name}.png").stat().st_size > 20_000, "an empty page is smaller"
 
 
 def test_a_second_up_starts_nothing_and_down_leaves_nothing(project):
@@ -258,7 +331,7 @@ def test_a_port_of_another_program_is_named_with_the_mend(tmp_path, monkeypatch)
 def test_a_server_that_does_not_start_is_reported_with_the_end_of_its_log(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     servers.FOLDER.mkdir()
-    server = servers.start("odd", "http://127.0.0.1:1", "no_such_module", prefect_url="http://127.0.0.1:1")
+    server = servers.start("odd", "http://127.0.0.1:1", "no_such_module", env=dict(os.environ))
     with pytest.raises(InputError, match=r"odd did not start; the end of \.servers/odd\.log:\n.*no_such_module"):
         servers.await_health(server, lambda: False)
 
@@ -303,3 +376,62 @@ def test_garbage_collection_keeps_champions(tmp_path):
             execute("git", "tag", "champion-1")
     assert left_by("--all-commits") == {"champion", "forgotten", "now"}
     assert left_by("--all-tags") == {"champion", "now"}
+
+
+def test_another_clone_gets_every_result_from_s3(tmp_path, monkeypatch):
+    """By the commands of docs/operations.md, from a server that speaks S3."""
+    for package in ("dvc_s3", "moto", "flask"):
+        pytest.importorskip(package, reason=f"{package}: installed with the dev extra")
+    (port,) = free_ports(1)
+    store = f"http://127.0.0.1:{port}"
+    page = (ROOT / "docs/operations.md").read_text()
+    lines = [line.partition("#")[0].split() for line in page.splitlines() if line.startswith("dvc remote ")]
+    setting = [words for words in lines if "--local" not in words]
+    mine = {"s3://bucket/dpo": "s3://results/dpo", "https://s3.example.org": store}
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "testing")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+
+    def dvc(folder: Path, *words: str) -> str:
+        done = subprocess.run([sys.executable, "-m", "dvc", *words], cwd=folder, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    def git(folder: Path, *words: str) -> None:
+        author = ["-c", "user.name=t", "-c", "user.email=t@example.org"]
+        subprocess.run(["git", *author, *words], cwd=folder, check=True, capture_output=True)
+
+    here, there = tmp_path / "here", tmp_path / "there"
+    here.mkdir()
+    git(here, "init", "-q")
+    dvc(here, "init", "-q")
+    make = "mkdir model && echo weights > model/w && echo 1 > figures.json"
+    stage = {"cmd": make, "outs": ["model"], "metrics": [{"figures.json": {"cache": False}}]}
+    YAML().dump({"stages": {"train": stage}}, here / "dvc.yaml")
+    server = subprocess.Popen(
+        [sys.executable, "-m", "moto.server", "-p", str(port)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        wait_for(lambda: servers.answers(store), 60)
+        httpx.put(f"{store}/results").raise_for_status()
+        assert len(setting) == 2
+        for _, *words in setting:
+            dvc(here, *(mine.get(word, word) for word in words))
+        dvc(here, "repro")
+        assert "2 files pushed" in dvc(here, "push")
+        git(here, "add", "-A")
+        git(here, "commit", "-qm", "results")
+        git(tmp_path, "clone", "-q", str(here), str(there))
+        dvc(there, "pull")
+        assert (there / "model/w").read_text() == "weights\n"
+        assert "up to date" in dvc(there, "status")
+        assert "in sync" in dvc(there, "status", "--cloud")
+        assert "Running stage" not in dvc(there, "repro")
+        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", store)
+        files, place = fsspec.core.url_to_fs("s3://results/dpo")
+        assert len(files.find(place)) == 2, "a file and the list of its folder"
+    finally:
+        server.terminate()
+        server.wait()

@@ -5,18 +5,21 @@ import subprocess
 from pathlib import Path
 
 import mlflow
+import pandas as pd
 import pytest
+from scipy.stats import binom
 
 from dpo.config import load_params
 from dpo.errors import InputError
 from tasks import registry
-from tasks.promote import Evidence, against_reference, decide, read_comparison
+from tasks.promote import Evidence, against_reference, decide, read_comparison, weigh
+from tasks.stage import policy_margins, policy_samples
 
 CELL = "sigmoid-0.1-0.01-17"
 
 
-def evidence(value: float, low: float, high: float) -> Evidence:
-    return Evidence("win rate", "the champion, version 3", value, low, high)
+def evidence(value: float, low: float, high: float, p: float = 0.001) -> Evidence:
+    return Evidence("win rate", "the champion, version 3", value, low, high, p)
 
 
 def test_a_policy_that_is_shown_to_be_better_is_promoted():
@@ -48,15 +51,32 @@ def test_a_judge_that_is_gamed_does_not_promote_a_policy_with_a_sign_of_failure(
     assert "0.970" in verdict.reason
 
 
+@pytest.mark.parametrize(
+    ("wins", "answers_each", "promoted"),
+    [(5, 1, False), (6, 1, True), (8, 1, True), (3, 20, False)],
+    ids=["5 of 5", "6 of 6", "8 of 8", "60 of 60 to 3 prompts"],
+)
+def test_an_interval_without_width_is_no_proof_of_itself(wins, answers_each, promoted):
+    prompts = [f"prompt {number}" for number in range(wins)] * answers_each
+    found = weigh("win rate", "the reference", prompts, [1.0] * len(prompts), 17)
+    assert (found.value, found.low, found.high) == (1.0, 1.0, 1.0)
+    assert found.p == pytest.approx(2 * binom(wins, 0.5).pmf(wins)), "the exact sign test's"
+    assert decide(CELL, [], found).promoted is promoted
+
+
 @pytest.mark.parametrize(("judge", "figure"), [(None, "reward accuracy"), ("scorer", "win rate")])
-def test_the_first_champion_is_weighed_against_the_reference(judge, figure, tiny_params):
-    metrics = {
-        "win_rate": 0.8,
-        "win_rate_ci": [0.7, 0.9],
-        "reward_accuracy": 0.6,
-        "reward_accuracy_ci": [0.4, 0.8],
-    }
-    found = against_reference(tiny_params(judge), metrics)
+def test_the_first_champion_is_weighed_against_the_reference(judge, figure, tiny_params, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    params = tiny_params(judge)
+    cell = params.sweep.cells()[0]
+    prompts = [str(number) for number in range(20)]
+    for path, column, wins in (
+        (policy_samples(cell), "win", [1.0] * 18 + [0.0] * 2),
+        (policy_margins(cell), "correct", [1.0] * 11 + [0.0] * 9),
+    ):
+        path.parent.mkdir()
+        pd.DataFrame({"prompt": prompts, column: wins}).to_parquet(path)
+    found = against_reference(params, cell)
     assert (found.figure, found.against) == (figure, "the reference")
     assert decide(CELL, [], found).promoted is (judge is not None)
 

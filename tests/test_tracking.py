@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 
 from dpo.config import Cell, load_params
-from tasks import tracking
+from tasks import spool, tracking
 from tasks.steplog import StepLog
 
 ROOT = Path(__file__).parent.parent
@@ -83,8 +83,8 @@ def test_eight_trainings_at_once_lose_nothing_in_a_new_sqlite_store(project):
         [sys.executable, "-c", WRITER], capture_output=True, text=True, env={"PYTHONPATH": str(ROOT)}
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    tracking.connect()
-    runs = mlflow.search_runs(experiment_names=[tracking.EXPERIMENT], output_format="list")
+    spool.connect()
+    runs = mlflow.search_runs(experiment_names=[spool.EXPERIMENT], output_format="list")
     policies = [run for run in runs if tracking.CELL in run.data.tags]
     assert len(runs) == 9
     assert len(policies) == 8

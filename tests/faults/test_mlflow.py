@@ -21,7 +21,7 @@ from mlflow.utils import rest_utils
 
 from dpo.config import Cell, load_params
 from dpo.errors import InputError
-from tasks import deliver, tracking
+from tasks import deliver, spool, tracking
 from tasks.stage import COMPARISON, REPORT, policy_folder
 from tasks.steplog import StepLog
 
@@ -127,7 +127,7 @@ def story(tmp_path_factory):
             with pytest.raises(InputError, match=r"MLFLOW_TRACKING_URI: .* connection refused"):
                 deliver.main()
             told.without = train(WITHOUT)
-            patch.setattr(tracking, "_git_tags", lambda: {"git_commit": "later"})
+            patch.setattr(spool, "git_tags", lambda: {"git_commit": "later"})
             for cell in (BEFORE, MIDDLE, WITHOUT):
                 evaluate(cell)
             tracking.log_validation(PARAMS, {"rows": 7}, [Path("data/train.parquet")])
@@ -139,7 +139,7 @@ def story(tmp_path_factory):
             for number in range(3, 500, 4):
                 with pytest.MonkeyPatch.context() as cut:
                     cut.setattr(rest_utils, "_get_http_response_with_retries", after(number))
-                    if tracking.connect_or_spool():
+                    if spool.connect_or_spool():
                         break
                     told.cuts += 1
             deliver.main()
@@ -150,12 +150,12 @@ def story(tmp_path_factory):
 
 @pytest.fixture
 def runs(story):
-    assert tracking.connect_or_spool()
+    assert spool.connect_or_spool()
     return {run.info.run_name: run for run in every_run()}
 
 
 def every_run():
-    return mlflow.search_runs(experiment_names=[tracking.EXPERIMENT], output_format="list")
+    return mlflow.search_runs(experiment_names=[spool.EXPERIMENT], output_format="list")
 
 
 def history(run, name):
@@ -187,7 +187,7 @@ def test_a_policys_run_is_whole_wherever_it_was_written(runs, cell):
     assert run.data.params["seed"] == str(cell.seed)
     assert run.data.params["engine.precision"] == PARAMS.engine.precision
     assert run.data.tags[tracking.ALARMS] == f"{cell.key} runs away\n"
-    assert run.data.tags[tracking.CHECKPOINT] == tracking.weights(policy_folder(cell))
+    assert run.data.tags[spool.CHECKPOINT] == tracking.weights(policy_folder(cell))
     assert run.data.tags["git_commit"] == "none"
     sweep = next(run for name, run in runs.items() if name.startswith("sweep"))
     assert run.data.tags["mlflow.parentRunId"] == sweep.info.run_id
@@ -198,11 +198,11 @@ def test_a_policys_run_is_whole_wherever_it_was_written(runs, cell):
 def test_the_ids_that_provenance_names_are_found(story, runs):
     assert runs[BEFORE.key].info.run_id == story.before
     assert runs[MIDDLE.key].info.run_id == story.middle
-    assert runs[WITHOUT.key].data.tags[tracking.SPOOLED] == story.without
+    assert runs[WITHOUT.key].data.tags[spool.SPOOLED] == story.without
 
 
 def test_times_are_those_of_the_training_and_not_of_the_delivery(story, runs):
-    spooled = mlflow.MlflowClient(tracking.SPOOL).get_run(story.without)
+    spooled = mlflow.MlflowClient(spool.SPOOL).get_run(story.without)
     for name in ("start_time", "end_time", "status"):
         assert getattr(runs[WITHOUT.key].info, name) == getattr(spooled.info, name)
 
@@ -222,10 +222,10 @@ def test_a_training_that_goes_on_in_the_spool_is_delivered_as_far_as_it_is_and_t
     seen = []
 
     def go_without():
-        tracking._use_spool(os.environ["MLFLOW_TRACKING_URI"], OSError("it was down"))
+        spool._use_spool(os.environ["MLFLOW_TRACKING_URI"], OSError("it was down"))
 
     def deliver_beside():  # as another stage does, which started when the server was back
-        assert tracking.connect_or_spool()
+        assert spool.connect_or_spool()
         seen.extend(run for run in every_run() if run.info.run_name == BESIDE.key)
         go_without()
 
@@ -235,10 +235,10 @@ def test_a_training_that_goes_on_in_the_spool_is_delivered_as_far_as_it_is_and_t
     (partial,) = seen
     assert partial.info.status == "RUNNING"
     assert partial.data.metrics["train/loss"] == 1 / 10
-    assert tracking.connect_or_spool()
+    assert spool.connect_or_spool()
     (whole,) = (run for run in every_run() if run.info.run_name == BESIDE.key)
     assert whole.info.run_id == partial.info.run_id
-    assert whole.data.tags[tracking.SPOOLED] == run_id
+    assert whole.data.tags[spool.SPOOLED] == run_id
     assert whole.info.status == "FINISHED"
     assert sorted(history(whole, "train/loss")) == [(n, 1 / n) for n in range(1, 26)]
 
@@ -246,4 +246,4 @@ def test_a_training_that_goes_on_in_the_spool_is_delivered_as_far_as_it_is_and_t
 def test_a_server_that_refuses_is_an_error_and_no_outage(story, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", os.environ["MLFLOW_TRACKING_URI"] + "/elsewhere")
     with pytest.raises(mlflow.MlflowException, match="404"):
-        tracking.connect_or_spool()
+        spool.connect_or_spool()

@@ -1,0 +1,148 @@
+"""What Prefect's pages show of a stage: how far a long one is, and what each one left.
+
+Which figures a stage leaves is read from DVC, so that a new stage needs nothing here. Pages are for people: where
+Prefect's server or MLflow cannot be reached, the stage goes on without.
+"""
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pandas as pd
+from dvc.repo import Repo
+from prefect.artifacts import create_markdown_artifact, create_progress_artifact, update_progress_artifact
+
+from dpo.files import PROVENANCE
+from tasks.stage import REPORTS
+
+BAR = re.compile(r" *(?:(.*?): +)?(\d+)%\|.*\| *(\S+/\S+) \[([\d:]+)<([\d:?]+)")
+"""A bar of tqdm: its title, percent, steps done and in all, time so far, time left."""
+BAR_SECONDS = 10.0
+MLFLOW_PAGES = "DPO_MLFLOW_PAGES"
+"""Environment variable with the address of MLflow's pages, where MLFLOW_TRACKING_URI is none."""
+TABLE_ROWS = 10
+
+
+def key(stage: str) -> str:
+    """A stage's name as Prefect wants it of an artifact."""
+    return re.sub(r"[^a-z0-9]+", "-", stage.lower()).strip("-")
+
+
+class Progress:
+    """How far a stage is, as an artifact; made once a bar has run for `BAR_SECONDS`, so short stages have none."""
+
+    def __init__(self, stage: str) -> None:
+        self.stage, self.percent = stage, 0.0
+        self.artifact: Any = None
+
+    def show(self, line: str) -> None:
+        """Take up the state of a bar; any other line changes nothing."""
+        bar = BAR.match(line)
+        if bar is None:
+            return
+        title, percent, steps, so_far, left = bar.groups()
+        if self.artifact or _seconds(so_far) >= BAR_SECONDS:
+            self.percent = float(percent)
+            self._put(f"{title + ': ' if title else ''}{steps}, {left} left")
+
+    def end(self, verdict: str, complete: bool) -> None:
+        """The stage ended, at 100 if it is complete, else where it was."""
+        if self.artifact:
+            self.percent = 100.0 if complete else self.percent
+            self._put(verdict)
+
+    def _put(self, words: str) -> None:
+        with suppress(httpx.HTTPError):
+            if self.artifact:
+                update_progress_artifact(self.artifact, self.percent, words)
+            else:
+                self.artifact = create_progress_artifact(self.percent, f"{key(self.stage)}-progress", words)
+
+
+def show_stage(stage: str, verdict: str, seconds: float, complete: bool) -> None:
+    """Make an artifact of what a stage left: its MLflow run, its page `reports/STAGE.md`, its metrics and plots.
+
+    Of a stage that is not complete only the page is shown.
+    """
+    outs = outputs(stage) if complete else {}
+    ended = f"{verdict} in {seconds:.0f} s" if complete else verdict
+    parts = [f"## `{stage}`: {ended}"]
+    parts += [f"MLflow: {mlflow_run(path / PROVENANCE)}" for path in outs if (path / PROVENANCE).is_file()]
+    page = REPORTS / f"{stage}.md"
+    parts += [page.read_text().strip()] if page.is_file() else []
+    for path, is_figures in outs.items():
+        if is_figures and path.is_file():
+            parts += [f"### {path}", figures(path)]
+    with suppress(httpx.HTTPError):
+        create_markdown_artifact("\n\n".join(parts), key=key(stage), description=ended)
+
+
+def outputs(stage: str) -> dict[Path, bool]:
+    """What a stage leaves, by DVC, and whether DVC knows it as metrics or plots."""
+    with Repo() as repo:
+        outs = [out for found in repo.stage.collect(stage) for out in found.outs]
+        return {Path(os.path.relpath(out.fs_path)): bool(out.metric or out.plot) for out in outs}
+
+
+def mlflow_run(provenance: Path) -> str:
+    """The MLflow run that a checkpoint came from; a link, where a server shows it."""
+    run: str = json.loads(provenance.read_text())["mlflow_run"]
+    store = os.environ.get("MLFLOW_TRACKING_URI", "")
+    site = store if store.startswith(("http://", "https://")) else os.environ.get(MLFLOW_PAGES)
+    if site is None:
+        return f"run `{run}`"
+    site = site.rstrip("/")
+    try:
+        answer = httpx.get(f"{site}/api/2.0/mlflow/runs/get", params={"run_id": run}).raise_for_status().json()
+    except httpx.HTTPError:
+        return f"run `{run}`"
+    return f"[run {run}]({site}/#/experiments/{answer['run']['info']['experiment_id']}/runs/{run})"
+
+
+def figures(path: Path) -> str:
+    """A file of figures as a table in Markdown; of a long one rows spread evenly, with the last."""
+    try:
+        if path.suffix == ".json":
+            return _markdown(
+                pd.DataFrame(_flat(json.loads(path.read_text())), columns=["figure", "value"], dtype=object)
+            )
+        if path.suffix in (".csv", ".tsv"):
+            table = pd.read_csv(path, sep="\t" if path.suffix == ".tsv" else ",")
+            rows = sorted({round(k * (len(table) - 1) / (TABLE_ROWS - 1)) for k in range(TABLE_ROWS)})
+            return _markdown(table if len(table) <= TABLE_ROWS else table.iloc[rows])
+    except ValueError as error:
+        return f"not readable: {error}"
+    return f"{path.stat().st_size} bytes"
+
+
+def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict):
+        for inner, below in value.items():
+            yield from _flat(below, f"{name}.{inner}" if name else inner)
+    else:
+        yield name, value
+
+
+def _markdown(table: pd.DataFrame) -> str:
+    rows = [table.columns.tolist(), ["---"] * len(table.columns), *table.to_numpy(dtype=object).tolist()]
+    return "\n".join("| " + " | ".join(map(_cell, row)) + " |" for row in rows)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, list):
+        return f"[{', '.join(map(_cell, value))}]"
+    if value is None:
+        return "null"
+    return f"{value:.4g}" if isinstance(value, float) else str(value).replace("|", "\\|").replace("\n", " ")
+
+
+def _seconds(clock: str) -> int:
+    total = 0
+    for part in clock.split(":"):
+        total = 60 * total + int(part)
+    return total
