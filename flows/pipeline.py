@@ -22,6 +22,7 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import psutil
 from dvc.repo import Repo
 from prefect import flow, get_run_logger, task
 from prefect.cache_policies import NO_CACHE
@@ -53,6 +54,7 @@ NETWORK_FAULT = re.compile(
 )
 RETRY_SECONDS = [30.0, 300.0]
 POLL_SECONDS = 0.5
+STOP_SECONDS = 20.0
 TAIL_LINES = 15
 
 
@@ -151,10 +153,27 @@ def execute(
         if not stop.is_set():
             process.wait()
     finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        end_group(process, STOP_SECONDS if process.poll() is None else 0.0)
     return process.returncode, lines
+
+
+def end_group(process: subprocess.Popen[bytes], seconds: float) -> None:
+    """End a process and all that it started: a training has some seconds to keep what it has done."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGTERM)
+        until = time.monotonic() + seconds
+        while time.monotonic() < until and _lives(process.pid):
+            time.sleep(POLL_SECONDS)
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _lives(group: int) -> bool:
+    for process in psutil.process_iter(["status"]):
+        with suppress(ProcessLookupError):
+            if os.getpgid(process.pid) == group and process.info["status"] != psutil.STATUS_ZOMBIE:
+                return True
+    return False
 
 
 def run_stage(stage: str, stop: threading.Event, logger: Logger, see: Callable[[str], None] | None = None) -> str:

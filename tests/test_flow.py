@@ -186,6 +186,28 @@ def test_nothing_that_a_stage_started_outlives_it(project):
     assert not status.exists() or "zombie" in status.read_text()
 
 
+@pytest.mark.parametrize("stubborn", [False, True])
+def test_a_stage_that_is_stopped_may_keep_what_it_has_done_but_not_for_long(project, monkeypatch, stubborn):
+    monkeypatch.setattr("flows.pipeline.STOP_SECONDS", 3.0 if stubborn else 60.0)
+    (project / "branch.py").write_text(
+        "import pathlib, signal, sys, time\n"
+        "def keep(*_):\n"
+        "    time.sleep(0.5); pathlib.Path('kept').write_text('all')\n"
+        f"    {'pass' if stubborn else 'sys.exit(1)'}\n"
+        "signal.signal(signal.SIGTERM, keep); pathlib.Path('runs').touch(); time.sleep(300)"
+    )
+    run_stage("first", threading.Event(), LOG)
+    stop = threading.Event()
+    runner = threading.Thread(target=run_stage, args=("branch@0.1", stop, LOG))
+    runner.start()
+    while not (project / "runs").exists():
+        time.sleep(0.1)
+    stop.set()
+    runner.join(55)
+    assert not runner.is_alive()
+    assert (project / "kept").read_text() == "all"
+
+
 def test_levels_of_the_stages_lines_are_kept(project, caplog):
     (project / "branch.py").write_text(f"{BRANCH}\nprint('WARNING: odd'); print('error: bad'); print('fine')")
     run_stage("first", threading.Event(), LOG)
