@@ -8,7 +8,7 @@ export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export DVC_NO_ANALYTICS := true
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: setup lock audit repro test check bench images up down mlflow prefect report
+.PHONY: setup lock audit repro test check bench faults images up down mlflow prefect report
 
 setup: .venv/installed
 
@@ -45,7 +45,7 @@ repro: setup
 	@python -m tasks.results
 
 test: setup
-	python -m pytest
+	python -m pytest --numprocesses auto --dist loadfile
 
 check: setup
 	ruff check .
@@ -58,6 +58,11 @@ bench: setup
 	python -m benchmarks.engine
 	python -m benchmarks.profile
 	python -m benchmarks.validate
+
+# Kills, full disks, dead servers and more, done to a tiny project: about half an hour. Writes benchmarks/results/faults.json
+# and the table of docs/faults.md. Disks are made full and read-only only for root on Linux.
+faults: setup
+	PYTHONPATH=.:tests python tests/faults/harness.py
 
 # The pictures of the README, needs graphviz and Chromium.
 images: setup

@@ -67,7 +67,7 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 def run(main: Callable[[], None]) -> None:
     """Run a stage; what is the user's to mend ends it with the message alone, without a traceback.
 
-    Exit codes: 2 for bad input, 1 where nothing can be written, 143 when SIGTERM stopped it.
+    Exit codes: 2 for bad input, 1 where nothing can be written or a number is none, 143 when SIGTERM stopped it.
     """
     gc.freeze()  # what the imports made stays: no later collection looks at it again
     try:
@@ -78,6 +78,8 @@ def run(main: Callable[[], None]) -> None:
         if error.errno not in NO_ROOM:
             raise
         _end(f"error: {error}; make room there or make it writable, and run again: nothing half-written stays", 1)
+    except FloatingPointError as error:
+        _end(f"error: {error}", 1)
     except Stopped as stopped:
         _end(f"{stopped}; run again to go on from there", 143)
 

@@ -203,9 +203,7 @@ def test_chunks_of_the_vocabulary_projection_change_nothing_and_bound_its_size(l
     scored = sum(row.completion_tokens for row in rows)
     assert max(length for length, _ in shapes) == 5
     last = scored % 5 or 5
-    assert sum(length for length, _ in shapes) == 2 * scored - last, (
-        "backward, all but the last chunk"
-    )
+    assert sum(length for length, _ in shapes) == 2 * scored - last, "backward, all but the last chunk"
 
 
 def test_a_second_backward_pass_gives_the_same_gradient(llama):

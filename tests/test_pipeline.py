@@ -285,3 +285,23 @@ def test_through_prefect(tmp_path, tiny_model_dir):
     execute(folder, sys.executable, "-m", "flows.pipeline")
     assert (folder / "reports/index.html").is_file()
     assert ran(execute(folder, "dvc", "repro")) == []
+
+
+def test_stages_run_in_the_processes_that_run_launch_asks_for(project, tmp_path):
+    copy = shutil.copytree(project, tmp_path / "copy", symlinks=True)
+    eight = (ROOT / "configs/one-node-ddp.yaml").read_text()
+    (copy / "both.yaml").write_text(f"{eight.replace('processes: 8', 'processes: 2')}main_process_port: 0\n")
+    before = json.loads((copy / f"metrics/evaluate/{CELL}.json").read_text())
+    log = pd.read_csv(copy / f"metrics/train/{CELL}.csv")
+    change(copy, {"run.launch": "both.yaml"})
+    assert execute(copy, "dvc", "status").strip().endswith("up to date."), "a way to run makes nothing stale"
+    for stage in ("train", "evaluate"):
+        output = execute(copy, sys.executable, "-m", f"tasks.{stage}", CELL)
+    assert output.count("policy log-probs: 100%") >= 2, "both processes did a share"
+    shared = pd.read_csv(copy / f"metrics/train/{CELL}.csv")
+    pd.testing.assert_frame_equal(shared.drop(columns="epoch"), log.drop(columns="epoch"), rtol=1e-3, atol=1e-4)
+    metrics = json.loads((copy / f"metrics/evaluate/{CELL}.json").read_text())
+    for figure in ("margin", "loss", "chosen_reward", "perplexity"):
+        assert metrics[figure] == pytest.approx(before[figure], rel=1e-3, abs=1e-4), figure
+    assert metrics["kl"] > 0
+    assert len(pd.read_parquet(copy / f"samples/{CELL}.parquet")) == 8

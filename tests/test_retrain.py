@@ -411,5 +411,5 @@ def test_pages_show_the_gate_and_the_retraining(story):
     assert any("Retraining: kept" in page and "tuesday.jsonl" in page for page in pages)
     trained = [artifact.data for artifact in found if artifact.key == key(f"train@{CELL}")]
     (page,) = [page for page in trained if f"MLflow: run `{story.facts['mlflow_run']}`" in page]
-    assert f"### metrics/train/{CELL}.csv\n\n| loss |" in page
+    assert f"### metrics/train/{CELL}.csv\n\n| epoch |" in page
     assert any("Gate: not promoted" in artifact.data for artifact in found if artifact.key == "gate")

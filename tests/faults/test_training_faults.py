@@ -100,7 +100,7 @@ def root(cut_off, tmp_path):
 
 
 def assert_same(one, other):
-    assert one[0] == other[0]
+    assert [list(entry.items()) for entry in one[0]] == [list(entry.items()) for entry in other[0]]
     assert one[1].keys() == other[1].keys()
     assert all(torch.equal(one[1][name], other[1][name]) for name in one[1])
 
@@ -110,15 +110,15 @@ def assert_same(one, other):
     [{}, {"optimizer": "rmsprop"}, {"lora": LORA}, {"early_stop": EARLY_STOP}, {"gradient_checkpointing": True}],
     ids=["adamw", "rmsprop", "lora", "early_stop", "gradient_checkpointing"],
 )
-def test_a_training_cut_off_at_any_step_ends_with_the_same_log_and_the_same_bits(train, tmp_path, changes):
+def test_a_training_cut_off_again_and_again_ends_with_the_same_log_and_the_same_bits(train, tmp_path, changes):
     undisturbed = train(**changes)
-    for cut in (3, 5) if len(undisturbed[0]) == 6 else (2,):
-        root = tmp_path / str(cut)
+    cuts = (3, 5) if len(undisturbed[0]) == 6 else (2,)
+    for cut in cuts:
         with pytest.raises(Cut):
-            train(root, CutAt(cut), **changes)
-        count = Count()
-        assert_same(train(root, count, **changes), undisturbed)
-        assert count.steps[0] == cut + 1
+            train(tmp_path, CutAt(cut), **changes)
+    count = Count()
+    assert_same(train(tmp_path, count, **changes), undisturbed)
+    assert count.steps[0] == cuts[-1] + 1
 
 
 def test_sft_goes_on_too(tiny_model_dir, rows, tmp_path):
