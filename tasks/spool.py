@@ -20,6 +20,7 @@ from mlflow.tracking.context.registry import resolve_tags
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME
 
 from dpo.errors import InputError
+from dpo.files import written_whole
 from tasks.provenance import commit
 from tasks.stage import MLFLOW_STORE
 
@@ -76,8 +77,17 @@ def connect_or_spool() -> bool:
 def _use(store: str) -> None:
     mlflow.set_tracking_uri(store)
     with store_lock():
+        _create(store)
         mlflow.set_experiment(EXPERIMENT)
         mlflow.set_experiment_tag("mlflow.experimentKind", "custom_model_development")  # runs, not traces
+
+
+def _create(store: str) -> None:
+    """A new SQLite store, whole or not at all: one whose making was killed is of no use, nor mended by MLflow."""
+    path = Path(store.removeprefix("sqlite:///"))
+    if store.startswith("sqlite:///") and not path.exists():
+        with written_whole(path) as aside:
+            MlflowClient(f"sqlite:///{aside}").search_experiments(max_results=1)
 
 
 def store_lock() -> FileLock:

@@ -168,3 +168,16 @@ def test_a_warning_is_still_printed_where_nobody_configured_logging():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stderr.splitlines()[-1] == "runs away"
+
+
+def test_a_store_whose_making_was_cut_off_is_made_anew(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    with monkeypatch.context() as cut:
+        cut.setattr(spool.MlflowClient, "search_experiments", lambda *_, **__: [].pop())
+        with pytest.raises(IndexError):
+            spool.connect()
+    assert not Path("mlflow.db").exists()
+    spool.connect()
+    assert Path("mlflow.db").exists()
+    assert mlflow.get_experiment_by_name(spool.EXPERIMENT) is not None

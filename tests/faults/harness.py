@@ -625,8 +625,8 @@ def prefect_down(projects: Projects, folder: Path, draw: random.Random) -> None:
         server.wait()
     try:
         flow.wait(60)
-    except subprocess.TimeoutExpired:  # Prefect's client asks again for minutes; a user ends it
-        os.killpg(flow.pid, signal.SIGTERM)
+    except subprocess.TimeoutExpired:  # Prefect's client asks again for minutes, and SIGTERM does not end it
+        os.killpg(flow.pid, signal.SIGKILL)
         flow.wait(WAIT)
     run = Repro(folder)
     ran = list(run.stages())
