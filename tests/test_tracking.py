@@ -1,6 +1,7 @@
 """What MLflow is told of a training: its steps in order, its past after a cut, its alarms."""
 
 import logging
+import os
 import subprocess
 import sys
 import time
@@ -173,11 +174,15 @@ def test_a_warning_is_still_printed_where_nobody_configured_logging():
 def test_a_store_whose_making_was_cut_off_is_made_anew(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    with monkeypatch.context() as cut:
-        cut.setattr(spool.MlflowClient, "search_experiments", lambda *_, **__: [].pop())
-        with pytest.raises(IndexError):
-            spool.connect()
+    code = (
+        "import os; from tasks import spool\n"
+        "spool.MlflowClient.search_experiments = lambda *_, **__: os._exit(9)\n"
+        "spool.connect()"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    assert subprocess.run([sys.executable, "-c", code], env=environment, check=False).returncode == 9
     assert not Path("mlflow.db").exists()
+    assert list(tmp_path.glob(".mlflow.db*.partial"))
     spool.connect()
-    assert Path("mlflow.db").exists()
     assert mlflow.get_experiment_by_name(spool.EXPERIMENT) is not None
+    assert not list(tmp_path.glob(".mlflow.db*.partial"))
