@@ -7,7 +7,6 @@ Prefect's server or MLflow cannot be reached, the stage goes on without.
 import json
 import os
 import re
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from dvc.repo import Repo
 from prefect.artifacts import create_markdown_artifact, create_progress_artifact, update_progress_artifact
 
 from dpo.files import PROVENANCE
+from tasks.lineage import flat
 from tasks.stage import REPORTS
 
 BAR = re.compile(r" *(?:(.*?): +)?(\d+)%\|.*\| *(\S+/\S+) \[([\d:]+)<([\d:?]+)")
@@ -108,24 +108,15 @@ def figures(path: Path) -> str:
     """A file of figures as a table in Markdown; of a long one rows spread evenly, with the last."""
     try:
         if path.suffix == ".json":
-            return _markdown(
-                pd.DataFrame(_flat(json.loads(path.read_text())), columns=["figure", "value"], dtype=object)
-            )
+            rows = flat(json.loads(path.read_text()))
+            return _markdown(pd.DataFrame(rows, columns=["figure", "value"], dtype=object))
         if path.suffix in (".csv", ".tsv"):
             table = pd.read_csv(path, sep="\t" if path.suffix == ".tsv" else ",")
-            rows = sorted({round(k * (len(table) - 1) / (TABLE_ROWS - 1)) for k in range(TABLE_ROWS)})
-            return _markdown(table if len(table) <= TABLE_ROWS else table.iloc[rows])
+            shown = sorted({round(k * (len(table) - 1) / (TABLE_ROWS - 1)) for k in range(TABLE_ROWS)})
+            return _markdown(table if len(table) <= TABLE_ROWS else table.iloc[shown])
     except ValueError as error:
         return f"not readable: {error}"
     return f"{path.stat().st_size} bytes"
-
-
-def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(value, dict):
-        for inner, below in value.items():
-            yield from _flat(below, f"{name}.{inner}" if name else inner)
-    else:
-        yield name, value
 
 
 def _markdown(table: pd.DataFrame) -> str:

@@ -34,6 +34,7 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from pydantic import PositiveInt
 
 from flows.pages import BAR_SECONDS, Progress, show_stage
+from flows.servers import lives
 from tasks.provenance import FLOW_RUN
 
 Logger: TypeAlias = "logging.Logger | logging.LoggerAdapter[Any]"
@@ -169,9 +170,9 @@ def end_group(process: subprocess.Popen[bytes], seconds: float) -> None:
 
 
 def _lives(group: int) -> bool:
-    for process in psutil.process_iter(["status"]):
+    for process in psutil.process_iter():
         with suppress(ProcessLookupError):
-            if os.getpgid(process.pid) == group and process.info["status"] != psutil.STATUS_ZOMBIE:
+            if os.getpgid(process.pid) == group and lives(process):
                 return True
     return False
 

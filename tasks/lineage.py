@@ -22,7 +22,7 @@ def main() -> None:
     if given.json:
         print(json.dumps(facts, indent=2))
         return
-    for name, value in _flat(facts):
+    for name, value in flat(facts):
         print(f"{name:<34} {value}")
 
 
@@ -58,10 +58,11 @@ def of_version(uri: str) -> dict[str, Any]:
     return facts
 
 
-def _flat(facts: dict[str, Any], above: str = "") -> list[tuple[str, Any]]:
+def flat(facts: dict[str, Any], above: str = "") -> list[tuple[str, Any]]:
+    """Facts at any depth, each with its path, as `params.seed`."""
     rows: list[tuple[str, Any]] = []
     for name, value in facts.items():
-        rows += _flat(value, f"{above}{name}.") if isinstance(value, dict) else [(above + name, value)]
+        rows += flat(value, f"{above}{name}.") if isinstance(value, dict) else [(above + name, value)]
     return rows
 
 

@@ -6,12 +6,11 @@ from pathlib import Path
 
 import accelerate.state
 from accelerate import PartialState
-from test_training import LORA, LOSSES, cell, dpo_params, make_pairs
+from test_training import LORA, LOSSES, cell, dpo_params, make_reference, make_rows
 from transformers import AutoTokenizer, TrainerCallback
 
-from dpo.logps import load_model, sequence_logps
+from dpo.logps import load_model
 from dpo.progress import Progress
-from dpo.tokens import encode_pairs
 from dpo.training import save_checkpoint, train_dpo
 
 
@@ -39,10 +38,9 @@ def main(model_folder, out, settings):
     if settings.pop("lora", False):
         settings["lora"] = LORA
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
-    rows = encode_pairs(make_pairs(16), tokenizer, 200)
+    rows = make_rows(model_folder, 16)
+    reference = make_reference(model_folder, rows)
     model = load_model(model_folder)
-    table = sequence_logps(model, rows, 1000).tolist()
-    reference = {row.id: tuple(logps) for row, logps in zip(rows, table, strict=True)}
     log = train_dpo(
         model, rows, reference, dpo_params(pairs_per_step=5, **settings), cell(), LOSSES,
         tokens_per_batch=100, progress=Progress(out.with_suffix(".progress"), 0), callbacks=callbacks,

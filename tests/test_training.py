@@ -90,15 +90,23 @@ def make_pairs(count):
     ]
 
 
+def make_rows(folder, count):
+    return encode_pairs(make_pairs(count), AutoTokenizer.from_pretrained(folder), 200)
+
+
+def make_reference(folder, rows):
+    table = sequence_logps(load_model(folder), rows, 1000)
+    return {row.id: tuple(logps) for row, logps in zip(rows, table.tolist(), strict=True)}
+
+
 @pytest.fixture(scope="module")
 def rows(tiny_model_dir):
-    return encode_pairs(make_pairs(18), AutoTokenizer.from_pretrained(tiny_model_dir), 200)
+    return make_rows(tiny_model_dir, 18)
 
 
 @pytest.fixture(scope="module")
 def reference(tiny_model_dir, rows):
-    table = sequence_logps(load_model(tiny_model_dir), rows, 1000)
-    return {row.id: tuple(logps) for row, logps in zip(rows, table.tolist(), strict=True)}
+    return make_reference(tiny_model_dir, rows)
 
 
 def run_dpo(folder, rows, reference, tokens_per_batch=10_000, **changes):

@@ -9,14 +9,13 @@ import signal
 
 import pytest
 import torch
-from test_training import LORA, LOSSES, cell, dpo_params, make_pairs, sft_params
-from transformers import AutoTokenizer, TrainerCallback
+from test_training import LORA, LOSSES, cell, dpo_params, make_reference, make_rows, sft_params
+from transformers import TrainerCallback
 
 from dpo.config import EarlyStopParams
 from dpo.errors import InputError, Stopped
-from dpo.logps import load_model, sequence_logps
+from dpo.logps import load_model
 from dpo.progress import Progress, last_checkpoint
-from dpo.tokens import encode_pairs
 from dpo.trainer import PackedTrainer
 from dpo.training import train_dpo, train_sft
 
@@ -52,13 +51,12 @@ class Count(TrainerCallback):
 
 @pytest.fixture(scope="module")
 def rows(tiny_model_dir):
-    return encode_pairs(make_pairs(18), AutoTokenizer.from_pretrained(tiny_model_dir), 200)
+    return make_rows(tiny_model_dir, 18)
 
 
 @pytest.fixture(scope="module")
 def reference(tiny_model_dir, rows):
-    table = sequence_logps(load_model(tiny_model_dir), rows, 1000)
-    return {row.id: tuple(logps) for row, logps in zip(rows, table.tolist(), strict=True)}
+    return make_reference(tiny_model_dir, rows)
 
 
 @pytest.fixture(scope="module")
