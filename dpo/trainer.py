@@ -196,9 +196,7 @@ class PackedTrainer(Trainer):
     def _backward(self, model: torch.nn.Module, inputs: Packed, units: float) -> Tensor:
         rows = [self.rows[i] for i in inputs["ids"]]
         groups = balance(range(len(rows)), [row.tokens for row in rows], self.parts)
-        parts = (
-            [pack([rows[i] for i in group]) | {"weight": 1} for group in groups] if self.parts > 1 else [inputs]
-        )
+        parts = [self.collate([rows[i] for i in group]) for group in groups] if self.parts > 1 else [inputs]
         losses = [super(PackedTrainer, self).training_step(model, part, units) for part in parts]
         return torch.stack(losses).sum().nan_to_num(0.0, 0.0, 0.0)  # the Trainer adds it to a sum over steps
 

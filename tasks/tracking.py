@@ -6,6 +6,7 @@ the hash of the reference cache, so stages in different processes, or days apart
 """
 
 import dataclasses
+import hashlib
 import logging
 import re
 import time
@@ -18,6 +19,7 @@ import mlflow
 import pandas as pd
 import plotly.graph_objects as go
 from mlflow import MlflowClient
+from mlflow.data.sources import LocalArtifactDatasetSource
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run, RunTag
 from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT, MLFLOW_PARENT_RUN_ID
 
@@ -25,9 +27,11 @@ from dpo.config import Cell, Params
 from dpo.files import md5, sha256
 from tasks.provenance import weights
 from tasks.spool import CHECKPOINT, ROLE, SWEEP, connect_or_spool, new_run, record, reliable, search, store_lock
-from tasks.stage import COMPARISON, REFERENCE_TRAIN, REPORT, TRAIN, policy_folder
+from tasks.stage import COMPARISON, PREFERENCES, REFERENCE_TRAIN, REPORT, TRAIN, policy_folder
 
 CELL, ALARMS, RESUMED = "dpo.cell", "dpo.alarms", "dpo.resumed_at_step"
+INPUTS = "dpo.inputs"
+"""Of a run outside of a sweep: a hash of settings and data."""
 ALARMS_LENGTH = 5000
 
 
@@ -43,7 +47,7 @@ def log_validation(params: Params, metrics: dict[str, Any], files: list[Path]) -
         client.log_batch(run_id, params=_params(settings), metrics=_metrics(figures))
         client.set_terminated(run_id)
 
-    record(new_run("data", {ROLE: "data"}), write)
+    record(_begin("data", {ROLE: "data", INPUTS: _inputs(settings, PREFERENCES)}), write)
 
 
 @contextmanager
@@ -51,7 +55,8 @@ def reference_run(params: Params, table: pd.DataFrame) -> Iterator[str]:
     """The run of the reference policy's fine-tuning."""
     connect_or_spool()
     settings = _flat({"seed": params.seed, "model": params.model, "sft": params.sft})
-    with _training("reference (SFT)", {ROLE: "reference"}, settings, table) as run_id:
+    tags = {ROLE: "reference", INPUTS: _inputs(settings, TRAIN)}
+    with _training("reference (SFT)", tags, settings, table) as run_id:
         yield run_id
 
 
@@ -60,7 +65,6 @@ def policy_run(params: Params, cell: Cell, table: pd.DataFrame) -> Iterator[str]
     """A new child run of the sweep for one cell's training."""
     connect_or_spool()
     parent = sweep_run(params)
-    _end_cut_off(cell)
     own = dataclasses.asdict(cell) | dataclasses.asdict(getattr(params.losses, cell.loss))
     shared = {"model": params.model, "data": params.data, "engine": params.engine, "dpo": params.dpo}
     tags = {SWEEP: _sweep(), CELL: cell.key, ROLE: "policy", MLFLOW_PARENT_RUN_ID: parent}
@@ -71,7 +75,7 @@ def policy_run(params: Params, cell: Cell, table: pd.DataFrame) -> Iterator[str]
 @contextmanager
 def _training(name: str, tags: dict[str, str], settings: dict[str, Any], table: pd.DataFrame) -> Iterator[str]:
     """A new run, which hears what the library warns of, and ends as the block ends."""
-    run_id = new_run(name, tags)
+    run_id = _begin(name, tags)
 
     def begin(client: MlflowClient, run_id: str) -> None:
         client.log_batch(run_id, params=_params(settings))
@@ -104,12 +108,17 @@ class Alarms(logging.Handler):
             record(self.run_id, lambda client, run_id: client.set_tag(run_id, ALARMS, self.text))
 
 
+def _begin(name: str, tags: dict[str, str]) -> str:
+    """A new run; those that did the same before and were cut off are marked as killed."""
+    _end_cut_off(tags)
+    return new_run(name, tags)
+
+
 @reliable
-def _end_cut_off(cell: Cell) -> None:
-    """Mark a cell's runs that were cut off as killed."""
+def _end_cut_off(tags: dict[str, str]) -> None:
     client = MlflowClient()
-    cut_off = f"tags.`{SWEEP}` = '{_sweep()}' and tags.`{CELL}` = '{cell.key}' and attributes.status = 'RUNNING'"
-    for run in search(client, cut_off):
+    same = " and ".join(f"tags.`{name}` = '{value}'" for name, value in tags.items())
+    for run in search(client, f"{same} and attributes.status = 'RUNNING'"):
         client.set_terminated(run.info.run_id, "KILLED")
 
 
@@ -222,6 +231,10 @@ def _nested_numbers(metrics: dict[str, Any], above: str = "") -> dict[str, float
     return flat
 
 
+def _inputs(settings: dict[str, Any], data: Path) -> str:
+    return hashlib.sha256(f"{settings}{md5(data)}".encode()).hexdigest()[:16]
+
+
 def _sweep() -> str:
     return sha256(REFERENCE_TRAIN / "manifest.json")
 
@@ -244,5 +257,6 @@ def _metrics(values: dict[str, float]) -> list[Metric]:
 
 def _data(table: pd.DataFrame, context: str) -> DatasetInput:
     path = TRAIN if context == "training" else TRAIN.with_name("eval.parquet")
-    data = mlflow.data.from_pandas(table, source=str(path), name=path.stem, digest=md5(path))
+    source = LocalArtifactDatasetSource(str(path))
+    data = mlflow.data.from_pandas(table, source=source, name=path.stem, digest=md5(path))
     return DatasetInput(Dataset.from_dictionary(data.to_dict()), [InputTag(MLFLOW_DATASET_CONTEXT, context)])

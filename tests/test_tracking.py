@@ -1,5 +1,6 @@
 """What MLflow is told of a training: its steps in order, its past after a cut, its alarms."""
 
+import dataclasses
 import logging
 import os
 import subprocess
@@ -50,7 +51,7 @@ def cell(seed):
 
 
 def make_project(folder):
-    for name in ("train", "eval"):
+    for name in ("train", "eval", "preferences"):
         (folder / "data").mkdir(exist_ok=True)
         TABLE.to_parquet(folder / "data" / f"{name}.parquet")
     (folder / "reference/train").mkdir(parents=True)
@@ -153,6 +154,30 @@ def test_the_run_of_a_training_that_fails_has_failed(project):
     with pytest.raises(ZeroDivisionError):
         fail(runs)
     assert mlflow.get_run(runs[0]).info.status == "FAILED"
+
+
+def test_a_run_that_was_cut_off_is_marked_as_killed_when_its_stage_runs_again(project):
+    def begin():
+        with (
+            tracking.reference_run(PARAMS, TABLE) as reference,
+            tracking.policy_run(PARAMS, cell(71), TABLE) as policy,
+        ):
+            tracking.log_validation(PARAMS, {}, [])
+        return [reference, policy, *data_runs()]
+
+    def data_runs():
+        runs = mlflow.search_runs(filter_string=f"tags.`{spool.ROLE}` = 'data'", output_format="list")
+        return [run.info.run_id for run in runs]
+
+    client = mlflow.MlflowClient()
+    ours = begin()
+    with tracking.reference_run(dataclasses.replace(PARAMS, seed=PARAMS.seed + 1), TABLE) as theirs:
+        pass
+    for run in (*ours, theirs):
+        client.update_run(run, "RUNNING")
+    begin()
+    assert [mlflow.get_run(run).info.status for run in ours] == ["KILLED"] * 3
+    assert mlflow.get_run(theirs).info.status == "RUNNING", "of another training: it may be at work"
 
 
 def fail(runs):

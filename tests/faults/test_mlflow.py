@@ -110,6 +110,7 @@ def story(tmp_path_factory):
         for path in (
             "data/train.parquet",
             "data/eval.parquet",
+            "data/preferences.parquet",
             "reference/train/manifest.json",
             REPORT,
             COMPARISON,
