@@ -27,6 +27,8 @@ class Case:
     micro_batch: int = PAIRS_PER_STEP
     by_length: bool = False
     checkpointing: bool = False
+    """Of TRL, whose default it is."""
+    ours_checkpointing: bool = False
     dtype: Precision = "fp32"
     lora: bool = False
     train: bool = True
@@ -36,6 +38,7 @@ CASES = [
     Case("short_default", 1.8, 0.6, checkpointing=True),
     Case("short_tuned", 1.5, 0.6, micro_batch=2, by_length=True),
     Case("long_default", 2.2, 0.5, long=True, checkpointing=True),
+    Case("long_checkpointed", None, 0.5, long=True, checkpointing=True, ours_checkpointing=True),
     Case("long_tuned", 2.5, 0.4, long=True, micro_batch=1, by_length=True),
     Case("reference_short", 2.0, 0.6, train=False),
     Case("reference_long", 2.5, 0.6, long=True, train=False),

@@ -4,9 +4,10 @@ Both sides get the same model, the same tokens in the same steps, the same refer
 and micro-batch. Runs alternate (ours, peer, ours, peer, ...), each in a process of its own, so that its peak
 resident memory is its own. The first step of every run warms up and is not timed.
 
-A `default` case has TRL's default settings and pairs in random order. A `tuned` case has the fastest settings of
-TRL that were found: pairs grouped by length, smaller micro-batches, no gradient checkpointing. Ours runs on the
-same micro-batches each time, so memory ratios compare like with like.
+A `default` case has TRL's default settings, gradient checkpointing among them, and pairs in random order; in a
+`checkpointed` case ours has it, too. A `tuned` case has the fastest settings of TRL that were found: pairs grouped
+by length, smaller micro-batches, no gradient checkpointing. Ours runs on the same micro-batches each time, so memory
+ratios compare like with like.
 """
 
 import argparse
@@ -139,6 +140,8 @@ def train_ours(case: Case, model: Path, rows: Sequence[TokenRow], reference: Ref
     """DPO with `dpo.training`'s trainer; bf16 is the engine's own, not the trainer's."""
     policy = load_model(model, case.dtype)
     set_seed(SEED)
+    if case.ours_checkpointing:
+        policy.gradient_checkpointing_enable({"use_reentrant": False})
     if case.lora:
         add_lora(policy, LoraParams(rank=LORA["r"], alpha=LORA["lora_alpha"]))
     loss = functools.partial(preference_loss, beta=BETA, loss="sigmoid", settings=load_params().losses)
@@ -281,7 +284,7 @@ def record(
             "losses" if case.train else "logps": runs[0].values,
         }
 
-    us = side(ours, sum(row.tokens for row in timed), False)
+    us = side(ours, sum(row.tokens for row in timed), case.ours_checkpointing)
     them = side(peer, padded, case.checkpointing)
     a, b = np.array(ours[0].values), np.array(peer[0].values)
     agree = np.allclose(a, b, **({"rtol": 0, "atol": LOSS_TOLERANCE} if case.train else {"rtol": LOGP_TOLERANCE}))
@@ -343,7 +346,9 @@ def table(results: Sequence[Mapping[str, Any]]) -> str:
             "tokens a pair": f"{us['tokens_per_pair']:.0f}, {them['tokens_per_pair']:.0f}",
             "pairs a micro-batch": settings["per_device_train_batch_size"],
             "order": settings["order"],
-            "TRL's checkpointing": "on" if settings["gradient_checkpointing"] else "off",
+            "checkpointing": ", ".join(
+                "on" if side["settings"]["gradient_checkpointing"] else "off" for side in (us, them)
+            ),
             "numbers": f"{entry['status']}, {entry['difference']:.0e}",
         }
         if entry is results[0]:

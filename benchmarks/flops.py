@@ -17,20 +17,16 @@ def flops(case: Case, rows: Sequence[TokenRow], config: Any) -> float:
     the gradient of activations, that of weights; LoRA needs the last for attention's products alone.
     Recomputation counts as nothing.
     """
-    seen = 0
-    for row in rows:
-        prompt, *completions = len(row.prompt), *map(len, row.completions)
-        seen += sum(n * (n + 1) // 2 for n in (prompt, *completions)) + prompt * sum(completions)
     tokens, scored = sum(row.tokens for row in rows), sum(row.completion_tokens for row in rows)
-    return _passes(case, *forward_flops(shape_of(config), tokens, scored, seen))
+    return _passes(case, *forward_flops(shape_of(config), tokens, scored, _seen(rows)))
 
 
 def flop_ratio(case: Case, rows: Sequence[TokenRow], config: Any) -> float:
     """What TRL's layout computes over what ours computes: the speed ratio of two equally efficient programs.
 
     TRL runs prompt and completion of both sides of a pair, padded to the longest of a micro-batch, through layers
-    and vocabulary, with gradient checkpointing twice forward. Ours runs `flops`, and all chunks of a micro-batch's
-    vocabulary projection but the last once more.
+    and vocabulary. Ours runs `flops`, and all chunks of a micro-batch's vocabulary projection but the last once
+    more. With gradient checkpointing a side runs the layers twice forward, TRL the vocabulary, too.
     """
     shape, sizes = shape_of(config), padded_batches(case, rows)
     padded = sum(count * length for count, length in sizes)
@@ -39,7 +35,20 @@ def flop_ratio(case: Case, rows: Sequence[TokenRow], config: Any) -> float:
     batches = [rows[i : i + case.micro_batch] for i in range(0, len(rows), case.micro_batch)]
     scored = [sum(row.completion_tokens for row in batch) for batch in batches]
     again = sum((positions - 1) // HEAD_CHUNK * HEAD_CHUNK for positions in scored)
-    return theirs / (flops(case, rows, config) + case.train * forward_flops(shape, 0, again, 0)[1])
+    ours = flops(case, rows, config) + case.train * forward_flops(shape, 0, again, 0)[1]
+    if case.ours_checkpointing:
+        layers, _, attention = forward_flops(shape, sum(row.tokens for row in rows), 0, _seen(rows))
+        ours += layers + attention
+    return theirs / ours
+
+
+def _seen(rows: Sequence[TokenRow]) -> int:
+    """(query, key) pairs that see each other."""
+    seen = 0
+    for row in rows:
+        prompt, *completions = len(row.prompt), *map(len, row.completions)
+        seen += sum(n * (n + 1) // 2 for n in (prompt, *completions)) + prompt * sum(completions)
+    return seen
 
 
 def _passes(case: Case, layers: int, head: int, attention: int) -> int:

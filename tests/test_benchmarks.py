@@ -39,7 +39,9 @@ def reference(tiny_model_dir, rows):
     return {row.id: pair for row, pair in zip(rows, logps, strict=True)}
 
 
-@pytest.mark.parametrize("changes", [{}, {"micro_batch": 8, "checkpointing": True}, {"lora": True}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"micro_batch": 8, "checkpointing": True, "ours_checkpointing": True}, {"lora": True}]
+)
 def test_both_sides_train_to_the_same_losses(tiny_model_dir, rows, reference, changes):
     case = replace(CASE, **changes)
     ours = engine.train_ours(case, tiny_model_dir, rows, reference)
@@ -92,6 +94,8 @@ def test_flops_by_hand():
     theirs = 2 * (2 * 9216 * 10 + 32 * 320 * 10) + 4 * 2 * 4 * 8 * 2 * 25
     assert flop_ratio(replace(CASE, train=False), [row], config) == theirs / forward
     assert flop_ratio(CASE, [row], config) == theirs / forward
+    both = replace(CASE, checkpointing=True, ours_checkpointing=True)
+    assert flop_ratio(both, [row], config) == 4 * theirs / (4 * forward - 2 * 32 * 320 * 3)
 
 
 def test_the_page_keeps_what_stands_around_the_table(tmp_path, tiny_model_dir, rows):

@@ -665,7 +665,7 @@ FAULTS = [
         "`dvc repro` killed, all stages",
         kills_of_repro,
         STEP + " of a training, other stages whole",
-        2,
+        5,
         KILLS_A_RUN,
     ),
     Fault("training killed, `checkpoint_minutes: 0`", kills_of_a_training, STEP, 5, 2, quick=True),
