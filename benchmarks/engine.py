@@ -6,14 +6,15 @@ resident memory is its own. The first step of every run warms up and is not time
 
 A `default` case has TRL's default settings, gradient checkpointing among them, and pairs in random order; in a
 `checkpointed` case ours has it, too. A `tuned` case has the fastest settings of TRL that were found: pairs grouped
-by length, smaller micro-batches, no gradient checkpointing. Ours runs on the same micro-batches each time, so memory
-ratios compare like with like.
+by length, smaller micro-batches, no gradient checkpointing. Ours runs on the same micro-batches each time, so
+memory ratios compare like with like.
 """
 
 import argparse
 import functools
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import resource
@@ -29,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 from transformers import AutoConfig, AutoTokenizer, Trainer, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback, TrainerCallback
@@ -41,6 +43,7 @@ from dpo.config import LoraParams, load_params
 from dpo.files import write_json
 from dpo.logps import load_model, sequence_logps
 from dpo.losses import preference_loss
+from dpo.planner import shape_of, trained_parameters
 from dpo.trainer import PackedTrainer
 from dpo.training import add_lora, cached_reference, dpo_objective
 
@@ -60,10 +63,14 @@ Reference = Mapping[str, tuple[float, float]]
 
 @dataclass(frozen=True)
 class Run:
-    """What one run of one side gave; `values` are losses by step or log-probs by completion, warm-up included."""
+    """What one run of one side gave; `values` are losses by step or log-probs by completion, warm-up included.
+
+    `bare_gib` is resident before there is a model; of TRL, which loads it in its constructor, it is not known.
+    """
 
     pairs_per_second: float
     peak_gib: float
+    bare_gib: float
     matmul_flops: float
     values: list[float]
 
@@ -92,22 +99,29 @@ class Clock(TrainerCallback):
         self.ends.append(time.perf_counter())
 
 
-def train(trainer: Trainer, case: Case, rows: Sequence[TokenRow]) -> Run:
+def train(trainer: Trainer, case: Case, rows: Sequence[TokenRow], bare: float = math.nan) -> Run:
     """Run a trainer of either side."""
     clock = Clock()
     trainer.add_callback(clock)
     trainer.remove_callback(PrinterCallback)
     trainer.train()
-    return close(case, rows, clock.ends, [entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return close(case, rows, clock.ends, losses, bare)
 
 
-def close(case: Case, rows: Sequence[TokenRow], ends: Sequence[float], values: list[float]) -> Run:
+def close(
+    case: Case, rows: Sequence[TokenRow], ends: Sequence[float], values: list[float], bare: float = math.nan
+) -> Run:
     """Sum a run up; `ends` are times, the first at the end of the warm-up, the last at the end of the run."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     speed = (len(rows) - PAIRS_PER_STEP) / (ends[-1] - ends[0])
-    return Run(
-        speed, peak / 2**30, matmul_flops(torch.bfloat16 if case.dtype == "bf16" else torch.float32), values
-    )
+    flops = matmul_flops(torch.bfloat16 if case.dtype == "bf16" else torch.float32)
+    return Run(speed, peak / 2**30, bare, flops, values)
+
+
+def resident() -> float:
+    """GiB of this process that are in memory now."""
+    return psutil.Process().memory_info().rss / 2**30
 
 
 def matmul_flops(dtype: torch.dtype, size: int = 2048) -> float:
@@ -138,6 +152,9 @@ class InOrder(StepSampler):
 
 def train_ours(case: Case, model: Path, rows: Sequence[TokenRow], reference: Reference) -> Run:
     """DPO with `dpo.training`'s trainer; bf16 is the engine's own, not the trainer's."""
+    if case.lora:
+        import peft  # noqa: F401
+    bare = resident()
     policy = load_model(model, case.dtype)
     set_seed(SEED)
     if case.ours_checkpointing:
@@ -149,17 +166,19 @@ def train_ours(case: Case, model: Path, rows: Sequence[TokenRow], reference: Ref
     with tempfile.TemporaryDirectory() as folder:
         args = TrainingArguments(folder, **arguments(case) | {"bf16": False}, **QUIET, remove_unused_columns=False)
         sampler = InOrder(rows, case.micro_batch)
-        return train(PackedTrainer(policy, args, rows, sampler, objective, "ids", [], False, []), case, rows)
+        return train(PackedTrainer(policy, args, rows, sampler, objective, "ids", [], False, []), case, rows, bare)
 
 
 def score_ours(case: Case, model: Path, rows: Sequence[TokenRow]) -> Run:
     """The reference pass, in batches of at least as many pairs as the peer's."""
+    bare = resident()
     policy = load_model(model, case.dtype)
     budget = case.micro_batch * max(row.tokens for row in rows)
     warm_up = sequence_logps(policy, rows[:PAIRS_PER_STEP], budget)
     start = time.perf_counter()
     timed = sequence_logps(policy, rows[PAIRS_PER_STEP:], budget)
-    return close(case, rows, [start, time.perf_counter()], torch.cat([warm_up, timed]).flatten().tolist())
+    logps = torch.cat([warm_up, timed]).flatten().tolist()
+    return close(case, rows, [start, time.perf_counter()], logps, bare)
 
 
 # The peer, imported only where it runs: our side must not carry its memory
@@ -298,6 +317,7 @@ def record(
         "speed_ratio": us["pairs_per_second"] / them["pairs_per_second"],
         "flop_ratio": flop_ratio(case, timed, config),
         "memory_ratio": us["peak_gib"] / them["peak_gib"],
+        "memory_floor": (ours[0].bare_gib + state_bytes(case, config) / 2**30) / them["peak_gib"],
         "utilisation": us["utilisation"],
         "matmul_gflops": matmul / 1e9,
         "targets": {"speed_ratio": case.speed, "memory_ratio": case.memory},
@@ -310,6 +330,13 @@ def record(
             "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         },
     }
+
+
+def state_bytes(case: Case, config: Any) -> int:
+    """Bytes that nobody does without: the weights, and of trained ones gradients and AdamW's two states."""
+    shape, rank = shape_of(config), LORA["r"] if case.lora else None
+    trained = trained_parameters(shape, rank)
+    return 4 * (shape.parameters + case.lora * trained) + 12 * case.train * trained
 
 
 def _cpuinfo() -> list[str]:
@@ -339,6 +366,7 @@ def table(results: Sequence[Mapping[str, Any]]) -> str:
             "speed target": f"at least {goal['speed_ratio']}" if goal["speed_ratio"] else "none",
             "FLOP ratio": f"{entry['flop_ratio']:.2f}",
             "memory ratio": f"{entry['memory_ratio']:.2f}",
+            "memory floor": f"{entry['memory_floor']:.2f}",
             "memory target": f"at most {goal['memory_ratio']}" if goal["memory_ratio"] else "none",
             "utilisation": f"{us['utilisation']:.0%}, {them['utilisation']:.0%}",
             "pairs/s": f"{us['pairs_per_second']:.2f}, {them['pairs_per_second']:.2f}",

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from transformers import AutoConfig, LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from benchmarks import engine, validate
 from benchmarks.cases import Case
@@ -62,8 +62,8 @@ def test_both_sides_score_the_same_log_probs(tiny_model_dir, rows):
 
 def test_results_have_the_agreed_fields(tiny_model_dir, rows):
     losses = [0.7, 0.6, 0.5]
-    ours = [Run(speed, 1.0, 1e11, losses) for speed in (2.0, 4.0, 3.0)]
-    peer = [Run(1.0, 2.0, 1e11, [*losses[:2], 0.5005])] * 3
+    ours = [Run(speed, 1.0, 0.5, 1e11, losses) for speed in (2.0, 4.0, 3.0)]
+    peer = [Run(1.0, 2.0, 0.5, 1e11, [*losses[:2], 0.5005])] * 3
     config = AutoConfig.from_pretrained(tiny_model_dir)
     entry = engine.record(CASE, rows, config, ours, peer)
     agreed = {
@@ -73,9 +73,15 @@ def test_results_have_the_agreed_fields(tiny_model_dir, rows):
     assert (entry["speed_ratio"], entry["memory_ratio"], entry["status"]) == (3.0, 0.5, "same")
     assert {"pairs_per_second", "pairs_per_second_repeats", "peak_gib", "settings", "losses"} <= set(entry["ours"])
     assert entry["ours"]["tokens_per_pair"] < entry["peer"]["tokens_per_pair"]
+    parameters = sum(
+        weight.numel() for weight in AutoModelForCausalLM.from_pretrained(tiny_model_dir).parameters()
+    )
+    assert entry["memory_floor"] == pytest.approx((0.5 + 16 * parameters / 2**30) / 2)
     json.dumps(entry, allow_nan=False)
-    assert f"| 3.00 | at least 1.5 | {entry['flop_ratio']:.2f} | 0.50 | at most 0.6 |" in engine.table([entry])
-    peer = [Run(1.0, 2.0, 1e11, [*losses[:2], 0.51])]
+    assert f"| 3.00 | at least 1.5 | {entry['flop_ratio']:.2f} | 0.50 | 0.25 | at most 0.6 |" in engine.table(
+        [entry]
+    )
+    peer = [Run(1.0, 2.0, 0.5, 1e11, [*losses[:2], 0.51])]
     assert engine.record(CASE, rows, config, ours, peer)["status"] == "failed"
 
 
@@ -101,7 +107,7 @@ def test_flops_by_hand():
 def test_the_page_keeps_what_stands_around_the_table(tmp_path, tiny_model_dir, rows):
     page, (start, end) = tmp_path / "benchmarks.md", markers("engine")
     page.write_text(f"# Head\n{start}\nold\n{end}\ntail\n")
-    run = Run(1.0, 1.0, 1e11, [0.7, 0.6, 0.5])
+    run = Run(1.0, 1.0, 0.5, 1e11, [0.7, 0.6, 0.5])
     entry = engine.record(CASE, rows, AutoConfig.from_pretrained(tiny_model_dir), [run], [run])
     put_table(page, "engine", engine.table([entry]))
     put_table(page, "engine", engine.table([entry]))
