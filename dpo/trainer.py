@@ -30,7 +30,7 @@ from dpo.batching import StepSampler, TokenRow, balance, pack
 from dpo.errors import InputError, Stopped
 from dpo.files import write_json
 from dpo.logps import packed_batches
-from dpo.progress import seal
+from dpo.progress import SEAL, seal
 
 ALARM_NATS = 100.0
 """Mean change of a completion's log-prob that a sound run does not reach: a factor of e^100 in its probability."""
@@ -183,7 +183,7 @@ class PackedTrainer(Trainer):
     def training_step(self, model: torch.nn.Module, inputs: Packed, num_items_in_batch: Any = None) -> Tensor:
         """Forward and backward pass of a micro-batch, in smaller parts once memory did not suffice."""
         if self.asked_to_stop:
-            self._save_checkpoint(model, None)  # the state after the last step: nothing has changed since
+            self._keep_state()
             raise Stopped(f"stopped after step {self.state.global_step} of {self.state.max_steps}")
         self.step_batches.append(inputs)
         try:
@@ -262,7 +262,7 @@ class PackedTrainer(Trainer):
             log.warning("%s; the step is skipped", told)
             return
         if self.args.world_size == 1:
-            self._save_checkpoint(self.model, None)
+            self._keep_state()
         raise FloatingPointError(
             f"{told}; training stops before the step and saves no policy. Lower the learning rate, or set "
             "non_finite: skip in params.yaml; run again as it is, and training goes on at this very step"
@@ -291,6 +291,11 @@ class PackedTrainer(Trainer):
             self.skipped = False
         self.sums.clear()
         super().log(logs, *args, **kwargs)
+
+    def _keep_state(self) -> None:
+        """A checkpoint of the state after the last step, since which nothing has changed, if there is none yet."""
+        if not (Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}" / SEAL).exists():
+            self._save_checkpoint(self.model, None)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: None) -> None:
         """A checkpoint that `dpo.progress` knows to be whole; without room for it, training goes on without."""

@@ -1,20 +1,26 @@
 """What Prefect's pages show of a stage: how far a long one is, and what each one left.
 
-Which figures a stage leaves is read from DVC, so that a new stage needs nothing here. Pages are for people: where
-Prefect's server or MLflow cannot be reached, the stage goes on without.
+Which figures and plots a stage leaves is read from DVC, so that a new stage needs nothing here. Pages are for
+people: where Prefect's server or MLflow cannot be reached, the stage goes on without.
 """
 
 import json
 import os
 import re
-from contextlib import suppress
+from base64 import b64encode
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pandas as pd
+from dvc.output import Output
 from dvc.repo import Repo
+from matplotlib.figure import Figure
 from prefect.artifacts import create_markdown_artifact, create_progress_artifact, update_progress_artifact
+from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
 from dpo.files import PROVENANCE
 from tasks.lineage import flat
@@ -25,7 +31,16 @@ BAR = re.compile(r" *(?:(.*?): +)?(\d+)%\|.*\| *(\S+/\S+) \[([\d:]+)<([\d:?]+)")
 BAR_SECONDS = 10.0
 MLFLOW_PAGES = "DPO_MLFLOW_PAGES"
 """Environment variable with the address of MLflow's pages, where MLFLOW_TRACKING_URI is none."""
-TABLE_ROWS = 10
+TABLE_ROWS, PANELS_A_ROW = 10, 3
+SEPARATORS = {".csv": ",", ".tsv": "\t"}
+"""Of a table, by the ending of its name."""
+
+
+@contextmanager
+def if_there() -> Iterator[None]:
+    """Ask Prefect's server for what is for people alone: if it does not answer within seconds, go on without."""
+    with suppress(httpx.HTTPError), temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 1}):
+        yield
 
 
 def key(stage: str) -> str:
@@ -57,7 +72,7 @@ class Progress:
             self._put(verdict)
 
     def _put(self, words: str) -> None:
-        with suppress(httpx.HTTPError):
+        with if_there():
             if self.artifact:
                 update_progress_artifact(self.artifact, self.percent, words)
             else:
@@ -75,18 +90,18 @@ def show_stage(stage: str, verdict: str, seconds: float, complete: bool) -> None
     parts += [f"MLflow: {mlflow_run(path / PROVENANCE)}" for path in outs if (path / PROVENANCE).is_file()]
     page = REPORTS / f"{stage}.md"
     parts += [page.read_text().strip()] if page.is_file() else []
-    for path, is_figures in outs.items():
-        if is_figures and path.is_file():
-            parts += [f"### {path}", figures(path)]
-    with suppress(httpx.HTTPError):
+    for path, out in outs.items():
+        if (out.metric or out.plot) and path.is_file():
+            parts += [f"### {path}", *plotted(path, out.plot), figures(path)]
+    with if_there():
         create_markdown_artifact("\n\n".join(parts), key=key(stage), description=ended)
 
 
-def outputs(stage: str) -> dict[Path, bool]:
-    """What a stage leaves, by DVC, and whether DVC knows it as metrics or plots."""
+def outputs(stage: str) -> dict[Path, Output]:
+    """What a stage leaves, by DVC."""
     with Repo() as repo:
         outs = [out for found in repo.stage.collect(stage) for out in found.outs]
-        return {Path(os.path.relpath(out.fs_path)): bool(out.metric or out.plot) for out in outs}
+        return {Path(os.path.relpath(out.fs_path)): out for out in outs}
 
 
 def mlflow_run(provenance: Path) -> str:
@@ -110,13 +125,48 @@ def figures(path: Path) -> str:
         if path.suffix == ".json":
             rows = flat(json.loads(path.read_text()))
             return _markdown(pd.DataFrame(rows, columns=["figure", "value"], dtype=object))
-        if path.suffix in (".csv", ".tsv"):
-            table = pd.read_csv(path, sep="\t" if path.suffix == ".tsv" else ",")
+        if path.suffix in SEPARATORS:
+            table = _table(path)
             shown = sorted({round(k * (len(table) - 1) / (TABLE_ROWS - 1)) for k in range(TABLE_ROWS)})
             return _markdown(table if len(table) <= TABLE_ROWS else table.iloc[shown])
     except ValueError as error:
         return f"not readable: {error}"
     return f"{path.stat().st_size} bytes"
+
+
+def plotted(path: Path, plot: Any) -> list[str]:
+    """A table as a picture in Markdown, one panel for each column of numbers; none where nothing can be drawn.
+
+    Args:
+        path: the table.
+        plot: what DVC knows of it as a plot: the column `x`, by default the row; with the template `scatter` only
+            the column `y` is drawn, in points.
+    """
+    settings = plot if isinstance(plot, dict) else {}
+    x, points = settings.get("x"), settings.get("template") == "scatter"
+    try:
+        table = _table(path).select_dtypes("number") if plot and path.suffix in SEPARATORS else pd.DataFrame()
+    except ValueError:
+        return []
+    names = [name for name in table if name != x and (not points or name == settings.get("y"))]
+    if not names or table.empty:
+        return []
+    columns = min(len(names), PANELS_A_ROW)
+    rows = -(-len(names) // columns)
+    figure = Figure(figsize=(3.75 * columns, 2.5 * rows), dpi=72, layout="constrained")
+    for number, name in enumerate(names, 1):
+        panel = figure.add_subplot(rows, columns, number)
+        panel.plot(table.get(x, table.index), table[name], "o" if points else "-")
+        panel.set_title(str(name), fontsize="small")
+        panel.set_xlabel(x or "row", fontsize="small")
+        panel.tick_params(labelsize="small")
+    picture = BytesIO()
+    figure.savefig(picture, format="webp", pil_kwargs={"lossless": True})
+    return [f"![{path}](data:image/webp;base64,{b64encode(picture.getvalue()).decode()})"]
+
+
+def _table(path: Path) -> pd.DataFrame:
+    return pd.read_csv(path, sep=SEPARATORS[path.suffix])
 
 
 def _markdown(table: pd.DataFrame) -> str:

@@ -22,6 +22,7 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import httpx
 import psutil
 from dvc.repo import Repo
 from prefect import flow, get_run_logger, task
@@ -29,6 +30,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
 from prefect.futures import PrefectFuture
 from prefect.runtime import flow_run
+from prefect.settings import PREFECT_API_URL
 from prefect.states import Cancelled, Completed
 from prefect.task_runners import ThreadPoolTaskRunner
 from pydantic import PositiveInt
@@ -262,11 +264,33 @@ def pipeline(parallel: PositiveInt = 1) -> dict[str, str]:
             stop.set()  # a flow that is interrupted here takes its stages with it
 
     states = {stage: future.state for stage, future in futures.items()}
+    for name in dict.fromkeys(state.name for state in states.values()):
+        ended = [stage for stage, state in states.items() if state.name == name]
+        get_run_logger().info("%s: %s", name, ", ".join(ended))
     failures = [str(state.message) for state in states.values() if state.is_failed()]
     if failures:
         not_run = [stage for stage, state in states.items() if state.is_pending()]
         raise StageError("\n".join([*failures, f"not run: {', '.join(not_run) or 'none'}"]))
     return {stage: future.result() for stage, future in futures.items()}
+
+
+def run_now(work: Callable[..., Any], **parameters: object) -> State[Any]:
+    """Run a flow in this process; the state that it ends in. Exits with one error if Prefect's server is gone.
+
+    Stages run on without the server, so that DVC has what they make; only their flow run cannot be ended then.
+    """
+    try:
+        state: State[Any] = work(**parameters, return_state=True)
+    except httpx.TransportError as error:
+        words = (
+            f"error: Prefect's server at {PREFECT_API_URL.value()} is gone ({error}): this run has no end there. "
+            "The stages that are done are named above, and DVC keeps what they made: start the server (`make up`) "
+            "and run this again, it goes on from there\n"
+        )
+        sys.stderr.write(words)
+        sys.stderr.flush()
+        os._exit(1)  # else Prefect tries at exit, for minutes, to send what it would tell the server
+    return state
 
 
 def main() -> int:
@@ -275,8 +299,7 @@ def main() -> int:
     parser.add_argument(
         "--parallel", type=int, default=1, metavar="N", help="stages that run at once (default: 1)"
     )
-    state = pipeline(**vars(parser.parse_args()), return_state=True)
-    return 0 if state.is_completed() else 1
+    return 0 if run_now(pipeline, **vars(parser.parse_args())).is_completed() else 1
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ from dpo.config import load_params
 from dpo.errors import InputError
 from dpo.files import write_json, written_whole
 from dpo.preferences.sources import READERS
+from flows.pages import if_there
 from flows.pipeline import (
     PATIENT,
     TAIL_LINES,
@@ -39,6 +40,7 @@ from flows.pipeline import (
     execute,
     name_flow_run,
     pipeline,
+    run_now,
 )
 from flows.repository import commit, default_remote, dvc, git, module, switch
 from tasks.registry import GATE, LANDED, VERSIONED, uncommitted
@@ -99,7 +101,7 @@ def alone(work: Callable[[], State[Any]]) -> State[Any]:
 
 def _retrain(landing: str, branch: str | None, parallel: int, push: bool) -> State[Retrained]:
     pending = json.loads(PENDING.read_text()) if PENDING.exists() else None
-    owed = [] if pending is None else pending["files"]
+    owed, decided = ([], None) if pending is None else (pending["files"], pending.get("gate"))
     if pending is not None:
         get_run_logger().warning("an earlier run was cut off; this one goes on with its %d files", len(owed))
     arrived = fetch_new(landing, owed)
@@ -112,17 +114,18 @@ def _retrain(landing: str, branch: str | None, parallel: int, push: bool) -> Sta
         notify("refused", {"files": refused})
     if not new and pending is None:
         return report(Retrained("refused", "No new file is sound: the data stays as it was.", (), refused))
-    write_json(PENDING, {"files": new})
-    take_in(new, branch)
-    pipeline(parallel)
-    keep_results(new)
-    promoted, reason = ask_gate()
+    if decided is None or len(new) > len(owed):
+        write_json(PENDING, {"files": new})
+        take_in(new, branch)
+        pipeline(parallel)
+        keep_results(new)
+        decided = ask_gate()
+        write_json(PENDING, {"files": new, "gate": decided})
+        notify(decided["outcome"], {"reason": decided["reason"], "files": new})
     if push:
         push_results()
-    done = Retrained("promoted" if promoted else "kept", reason, tuple(new), refused)
-    notify(done.outcome, {"reason": reason, "files": new})
     PENDING.unlink()
-    return report(done)
+    return report(Retrained(**decided, new=tuple(new), refused=refused))
 
 
 @task(name="check project", cache_policy=NO_CACHE)
@@ -268,12 +271,13 @@ def keep_results(files: Sequence[str]) -> None:
 
 
 @task(name="gate", cache_policy=NO_CACHE)
-def ask_gate() -> tuple[bool, str]:
-    """Promote the selected policy if it is better than the champion; whether it is, and why."""
+def ask_gate() -> dict[str, str]:
+    """Promote the selected policy if it is better than the champion; the outcome and the reason."""
     module("tasks.promote")
-    create_markdown_artifact(GATE.with_suffix(".md").read_text(), key="gate")
+    with if_there():
+        create_markdown_artifact(GATE.with_suffix(".md").read_text(), key="gate")
     verdict = json.loads(GATE.read_text())
-    return verdict["promoted"], verdict["reason"]
+    return {"outcome": "promoted" if verdict["promoted"] else "kept", "reason": verdict["reason"]}
 
 
 @task(name="push", cache_policy=NO_CACHE, **PATIENT)
@@ -302,7 +306,8 @@ def report(done: Retrained) -> State[Retrained]:
     """The end of a run, as a page and as a state."""
     lines = [f"## Retraining: {done.outcome}", "", done.reason, "", *(f"- new: `{name}`" for name in done.new)]
     lines += [f"- refused: `{name}`: {reason}" for name, reason in done.refused.items()]
-    create_markdown_artifact("\n".join([*lines, ""]), key="retrain")
+    with if_there():
+        create_markdown_artifact("\n".join([*lines, ""]), key="retrain")
     counts = f"{_files(len(done.new))} new, {_files(len(done.refused))} refused"
     return Completed(name=done.outcome.capitalize(), message=f"{counts}: {done.reason}", data=done)
 
@@ -318,7 +323,7 @@ def main() -> int:
     parser.add_argument("--branch", help="where to commit (default: the current branch)")
     parser.add_argument("--parallel", type=int, default=1, metavar="N", help="stages at once (default: 1)")
     parser.add_argument("--no-push", dest="push", action="store_false", help="send nothing to DVC's remote")
-    state = retrain(**vars(parser.parse_args()), return_state=True)
+    state = run_now(retrain, **vars(parser.parse_args()))
     return 0 if state.is_completed() or state.is_cancelled() else 1
 
 

@@ -15,7 +15,7 @@ from prefect.client.schemas.objects import State
 from prefect.states import Completed
 
 from dpo.errors import InputError
-from flows.pipeline import StageError, name_flow_run
+from flows.pipeline import StageError, name_flow_run, run_now
 from flows.repository import commit, default_remote, dvc, git, known
 from flows.retrain import PENDING, alone, notify, refuse
 from tasks import registry
@@ -98,7 +98,7 @@ def check_out(revision: str, paths: list[str]) -> None:
 
 def main() -> int:
     """Roll back now; exit code 1 on failure."""
-    return 0 if rollback(return_state=True).is_completed() else 1
+    return 0 if run_now(rollback).is_completed() else 1
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ from prefect.workers.process import ProcessWorker
 
 from dpo.errors import InputError
 from flows.pages import MLFLOW_PAGES
+from tasks.provenance import FLOW_RUN
 from tasks.stage import MLFLOW_STORE, run
 
 FOLDER = Path(".servers")
@@ -43,6 +44,8 @@ HOST = "127.0.0.1"
 POOL = "dpo"
 PREFECT, MLFLOW, WORKER = "prefect", "mlflow", "worker"
 WORKSPACE = "DPO_WORKSPACE"
+WORKERS_RUN = "PREFECT__FLOW_RUN_ID"
+"""Environment variable that Prefect's worker gives to the process of a flow run, and so to its stages."""
 START_SECONDS, GRACE_SECONDS, POLL_SECONDS = 120.0, 15.0, 0.2
 TAIL_LINES = 15
 ACTIVE = [StateType.PENDING, StateType.RUNNING, StateType.CANCELLING]
@@ -159,7 +162,16 @@ def make_pool(client: SyncPrefectClient) -> None:
 
 
 def end_orphans(client: SyncPrefectClient) -> None:
-    """Give up runs whose worker is gone, lest they keep the pool's only slot. For a time when no worker runs."""
+    """Give up runs whose worker is gone, lest they keep the pool's only slot. For a time when no worker runs.
+
+    What such a worker left running here is ended first, so that no other run works beside it.
+    """
+    left = of_runs()
+    flows = {process for process, is_stage in left.items() if not is_stage}
+    for process in flows or left:  # a flow ends its stages
+        with suppress(psutil.NoSuchProcess):
+            process.terminate()
+    end(set(left))
     orphans = client.read_flow_runs(
         flow_run_filter=FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=ACTIVE))),
         work_pool_filter=WorkPoolFilter(name=WorkPoolFilterName(any_=[POOL])),
@@ -251,11 +263,27 @@ def stop(process: psutil.Process) -> None:
         await_end(family, but=process)
         process.terminate()
         process.resume()
-        await_end(family)
-        for member in family:
-            with suppress(psutil.NoSuchProcess):
-                member.kill()
-        psutil.wait_procs(family, timeout=GRACE_SECONDS)
+        end(family)
+
+
+def of_runs() -> dict[psutil.Process, bool]:
+    """The processes of flow runs that a worker of this folder started, and whether each belongs to a stage."""
+    found = {}
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            variables = process.environ()
+            if variables.get(WORKSPACE) == str(Path.cwd()) and WORKERS_RUN in variables:
+                found[process] = FLOW_RUN in variables
+    return found
+
+
+def end(family: set[psutil.Process]) -> None:
+    """Wait for processes that were told to end, then end by force what is left of them."""
+    await_end(family)
+    for member in family:
+        with suppress(psutil.NoSuchProcess):
+            member.kill()
+    psutil.wait_procs(family, timeout=GRACE_SECONDS)
 
 
 def await_end(family: set[psutil.Process], but: psutil.Process | None = None) -> None:

@@ -18,7 +18,7 @@ from ruamel.yaml.representer import RoundTripRepresenter
 from dpo.config import LossName, load_params
 from dpo.errors import InputError
 from dpo.files import written_whole
-from flows.pipeline import name_flow_run, pipeline
+from flows.pipeline import name_flow_run, pipeline, run_now
 
 PARAMS = Path("params.yaml")
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
@@ -86,8 +86,7 @@ def main() -> int:
     parser.add_argument("--learning-rates", nargs="+", type=float, metavar="RATE")
     parser.add_argument("--seeds", nargs="+", type=int, metavar="SEED")
     parser.add_argument("--parallel", type=int, default=1, metavar="N", help="stages at once (default: 1)")
-    state = sweep(**vars(parser.parse_args()), return_state=True)
-    return 0 if state.is_completed() else 1
+    return 0 if run_now(sweep, **vars(parser.parse_args())).is_completed() else 1
 
 
 if __name__ == "__main__":

@@ -1,16 +1,23 @@
 """The Prefect flow on small DVC projects: what it runs, in which order, what it shows, and how it fails."""
 
+import contextlib
+import io
 import logging
 import os
 import re
+import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
+from base64 import b64decode
 from pathlib import Path
 
 import httpx
+import pandas as pd
 import pytest
+from PIL import Image
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 from prefect.testing.utilities import prefect_test_harness
@@ -95,14 +102,16 @@ def test_each_stage_shows_what_it_left_by_dvcs_own_account(project):
     (project / "fit.py").write_text(FIT)
     (project / "dvc.yaml").write_text(
         "stages: {fit: {cmd: python fit.py, deps: [fit.py, seed.txt], outs: [model], "
-        "metrics: [{fit.json: {cache: false}}], plots: [{fit.csv: {cache: false}}]}}"
+        "metrics: [{fit.json: {cache: false}}], plots: [{fit.csv: {cache: false, x: step, y: loss}}]}}"
     )
     page, progress = artifacts_of(pipeline(return_state=True))
     heading, *blocks = page.data.split("\n\n")
     assert re.fullmatch(r"## `fit`: ran in \d+ s", heading)
     assert blocks[:2] == ["MLflow: run `4f0c`", "Two rows are odd."]
     assert "| gain.mean | 0.3333 |\n| gain.mean_ci | [0.25, 0.5] |\n| of | a\\|b |" in page.data
-    steps = [line.split()[1] for line in page.data.partition("### fit.csv")[2].splitlines()[4:]]
+    picture, table = page.data.partition("### fit.csv\n\n")[2].split("\n\n")
+    assert panels(picture) == 1, "the loss by step"
+    steps = [line.split()[1] for line in table.splitlines()[2:]]
     assert (steps[0], steps[-1], len(steps)) == ("1", "40", 10)
     assert (progress.key, progress.type, progress.data) == ("fit-progress", "progress", 100.0)
     assert artifacts_of(pipeline(return_state=True)) == [], "up to date: nothing to show"
@@ -111,6 +120,36 @@ def test_each_stage_shows_what_it_left_by_dvcs_own_account(project):
     page, progress = artifacts_of(pipeline(return_state=True))
     assert page.data == "## `fit`: failed\n\nTwo rows are odd."
     assert (progress.data, progress.description) == (30.0, "failed")
+
+
+def panels(picture: str) -> float:
+    """How many panels of the usual width a picture in Markdown is wide."""
+    found = re.fullmatch(r"!\[.+\]\(data:image/webp;base64,(.+)\)", picture)
+    image = Image.open(io.BytesIO(b64decode(found[1])))
+    assert len(image.convert("RGB").getcolors(2**24)) > 2, "something is drawn"
+    return image.width / 270
+
+
+def test_a_picture_has_a_panel_for_each_figure_of_a_table_and_is_always_the_same(tmp_path):
+    path = tmp_path / "curve.csv"
+    table = pd.DataFrame({"step": range(300), "loss": range(300, 0, -1), "policy": "a", "margin": range(300)})
+    table.to_csv(path, index=False)
+    (by_step,) = pages.plotted(path, {"x": "step", "y": "loss"})
+    assert panels(by_step) == 2
+    assert pages.plotted(path, {"x": "step", "y": "loss"}) == [by_step]
+    assert len(by_step) < 40_000
+    (by_row,) = pages.plotted(path, True)
+    assert panels(by_row) == 3
+    (points,) = pages.plotted(path, {"template": "scatter", "x": "margin", "y": "loss"})
+    assert panels(points) == 1
+    table.assign(margin=0, loss=0).to_csv(path, index=False)
+    assert pages.plotted(path, {"x": "step"}) != [by_step]
+
+
+@pytest.mark.parametrize("text", ["", "a,b\n", "a,b\nx,y\n", "a\n1,2\n3\n", '"'])
+def test_what_cannot_be_drawn_is_no_picture(tmp_path, text):
+    (tmp_path / "odd.csv").write_text(text)
+    assert pages.plotted(tmp_path / "odd.csv", {"x": "a"}) == []
 
 
 def test_a_bar_is_shown_with_the_time_left_once_it_is_a_long_one(monkeypatch):
@@ -134,6 +173,47 @@ def test_a_server_that_is_away_stops_no_stage(monkeypatch):
     progress = pages.Progress("train")
     progress.show(" 30%|#   | 12/40 [00:31<01:12, 2.59s/it]")
     progress.end("ran", complete=True)
+
+
+def test_a_server_that_goes_away_in_the_middle_costs_no_stage_and_is_named_in_the_end(project):
+    for package in ("dpo", "tasks", "flows"):
+        (project / package).symlink_to(Path(__file__).parent.parent / package)
+    (project / "branch.py").write_text(f"{BRANCH}; import time; time.sleep(1)")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    url = f"http://127.0.0.1:{port}/api"
+    environment = os.environ | {"PREFECT_HOME": str(project / "home"), "PREFECT_API_URL": url}
+    environment |= {"PREFECT_CLIENT_MAX_RETRIES": "1"}
+    start = {
+        "cwd": project,
+        "env": environment,
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.STDOUT,
+        "text": True,
+    }
+    words = [sys.executable, "-m", "prefect", "server", "start", "--port", port]
+    server = subprocess.Popen(words, **start, start_new_session=True)
+    try:
+        while True:
+            with contextlib.suppress(httpx.TransportError):
+                if httpx.get(f"{url}/health").is_success:
+                    break
+            assert server.poll() is None
+            time.sleep(0.5)
+        run = subprocess.Popen([sys.executable, "-m", "flows.pipeline"], **start)
+        while not (project / "0.1.txt").exists():
+            assert run.poll() is None, run.stdout.read()
+            time.sleep(0.1)
+    finally:
+        os.killpg(server.pid, signal.SIGKILL)
+        server.communicate()
+    told, _ = run.communicate(timeout=60)
+    assert run.returncode == 1
+    assert (project / "last.txt").read_text() == "done 0.1done 0.5"
+    assert "Completed: first, branch@0.1, branch@0.5, last" in told
+    assert re.findall("^error: .*", told, re.MULTILINE)[0].startswith(f"error: Prefect's server at {url} is gone")
+    assert set(pipeline().values()) == {"up to date"}
 
 
 def artifacts_of(state) -> list:

@@ -10,17 +10,24 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import fsspec
 import httpx
 import psutil
 import pytest
+from mlflow import MlflowClient
+from PIL import Image
 from ruamel.yaml import YAML
-from test_pipeline import change
+from test_pipeline import CELL, change, make_project
 
+from docs.browser import photograph
+from docs.screens import mlflow_pages, prefect_pages
 from dpo.errors import InputError
 from flows import pages, servers, sweep
+from tasks.provenance import FLOW_RUN
+from tasks.tracking import RESUMED
 
 ROOT = Path(__file__).parent.parent
 DVC_YAML = """
@@ -111,6 +118,10 @@ class Project:
         wait_for(lambda: self.ask("GET", f"flow_runs/{identity}")["state_name"] == state, seconds)
         return self.ask("GET", f"flow_runs/{identity}")
 
+    def pause(self) -> None:
+        """The schedule."""
+        self.ask("PATCH", f"deployments/{self.deployment('pipeline/pipeline')['id']}", paused=True)
+
     def submit(self, name: str, **parameters: object) -> str:
         identity = self.deployment(name)["id"]
         return self.ask("POST", f"deployments/{identity}/create_flow_run", parameters=parameters)["id"]
@@ -196,8 +207,7 @@ def test_a_schedule_fires_by_itself_and_its_run_completes(project):
     assert set(shown) == {"compare", "train-0-1", "train-0-5", "validate"}
     assert shown["validate"].endswith("\n\n## Ten pairs are sound")
     assert "| selected | null |" in shown["compare"]
-    identity = project.deployment("pipeline/pipeline")["id"]
-    project.ask("PATCH", f"deployments/{identity}", paused=True)
+    project.pause()
 
 
 def test_the_deployments_and_their_forms_are_those_of_the_flows(project):
@@ -271,11 +281,103 @@ def test_pictures_are_taken_of_prefects_pages_and_of_mlflows_comparison(project,
         made = httpx.post(f"{mlflow}/api/2.0/mlflow/runs/create", json=body).raise_for_status().json()
         body = {"run_id": made["run"]["info"]["run_id"], "key": "beta", "value": beta}
         httpx.post(f"{mlflow}/api/2.0/mlflow/runs/log-parameter", json=body).raise_for_status()
-    words = [sys.executable, "-m", "docs.screens", "--output", str(tmp_path)]
-    servers = {"PREFECT_API_URL": f"{project.url}/api", "MLFLOW_TRACKING_URI": mlflow}
-    subprocess.run(words, cwd=ROOT, env=project.environment | servers, check=True)
-    for name in ("prefect-run", "prefect-form", "prefect-artifacts", "prefect-stage", "mlflow-compare"):
-        assert (tmp_path / f"{name}.png").stat().st_size > 20_000, "an empty page is smaller"
+    shown = {
+        "prefect-run": ["pipeline", "4 Task runs", "Completed", "'validate'"],
+        "prefect-stage": ["compare", "metrics/comparison.json", "No policy shows more than its reference."],
+        "prefect-artifacts": ["validate", "train-0-1", "train-0-5", "compare"],
+        "prefect-form": [
+            "losses",
+            "betas",
+            "learning_rates",
+            "seeds",
+            "parallel",
+            "strengths of the KL constraint",
+        ],
+        "mlflow-compare": ["beta 0.1", "beta 0.5", "Parameters"],
+    }
+    addresses = prefect_pages(f"{project.url}/api") | mlflow_pages(mlflow)
+    assert set(addresses) == set(shown)
+    for name, url in addresses.items():
+        words = photograph(url, tmp_path / f"{name}.png", 1280, 900)
+        assert [part for part in shown[name] if part not in words] == [], name
+        assert len(Image.open(tmp_path / f"{name}.png").convert("RGB").getcolors(2**24)) > 100
+
+
+POLICY = f"models/{CELL}/model.safetensors"
+UNDISTURBED = f"""
+import sys
+from importlib import import_module
+for name in ("base", "preferences", "validate", "sft", "reference", "train"):
+    sys.argv = [name] if name != "train" else [name, "{CELL}"]
+    import_module(f"tasks.{{name}}").main()
+"""
+
+
+def prepare_training(project: Project, place: Path, model: Path) -> bytes:
+    """Bring to the project what a training of 480 steps needs, and that stage alone; the weights that come out.
+
+    No schedule runs it.
+    """
+    project.pause()
+    shutil.copy(ROOT / "prefect.yaml", project.folder)
+    done = make_project(place, model)
+    change(done, {"dpo.pairs_per_step": 1, "dpo.epochs": 20})
+    words = [sys.executable, "-c", UNDISTURBED]
+    subprocess.run(words, cwd=done, env=project.environment, check=True, capture_output=True)
+    change(done, {"run.checkpoint_minutes": 0})
+    for name in ("data", "models/sft", "reference"):
+        shutil.copytree(done / name, project.folder / name, dirs_exist_ok=True)
+    shutil.copy(done / "params.yaml", project.folder / "params.yaml")
+    train = YAML().load(ROOT / "dvc.yaml")["stages"]["train"]
+    YAML().dump({"stages": {"train": train}}, project.folder / "dvc.yaml")
+    return (done / POLICY).read_bytes()
+
+
+def test_a_training_whose_worker_is_killed_goes_on_from_its_last_checkpoint(project, tmp_path, tiny_model_dir):
+    undisturbed = prepare_training(project, tmp_path, tiny_model_dir)
+
+    def last_step() -> int:
+        found = (project.folder / f".training-progress/{CELL}").glob("*/checkpoint-*/sha256.json")
+        return max((int(seal.parent.name.rpartition("-")[2]) for seal in found), default=0)
+
+    def trainings() -> list[psutil.Process]:
+        return [process for process in processes_in(project.folder) if process.cmdline()[-2:] == words]
+
+    def train_until(step: int) -> str:
+        run = project.submit("pipeline/pipeline")
+        wait_for(lambda: last_step() >= step, 60)
+        assert len(trainings()) == 1
+        return run
+
+    def family() -> list[psutil.Process]:
+        worker = psutil.Process(json.loads((project.folder / ".servers/worker.json").read_text())["pid"])
+        return [worker, *worker.children(recursive=True)]
+
+    words = ["tasks.train", CELL]
+    run = train_until(20)
+    worker, *others = family()
+    worker.kill()
+    assert trainings()[0] in others, "a training outlives the worker alone"
+    project.servers("up")
+    assert project.ask("GET", f"flow_runs/{run}")["state_name"] == "Crashed"
+    assert not psutil.wait_procs(others, timeout=0)[1], "none is left to work beside the next run"
+
+    first = last_step()
+    run = train_until(first + 20)
+    for process in (killed := family()):
+        process.kill()
+    assert not psutil.wait_procs(killed, timeout=30)[1]
+    second = last_step()
+    change(project.folder, {"run.checkpoint_minutes": 5})
+    assert "worker   was stopped in the middle of" in project.servers("up")
+    project.await_run(project.submit("pipeline/pipeline"), "Completed")
+    assert (project.folder / POLICY).read_bytes() == undisturbed
+    client = MlflowClient(f"sqlite:///{project.folder}/mlflow.db")
+    found = client.search_runs(["1"], f"tags.`dpo.cell` = '{CELL}'", order_by=["start_time"])
+    resumed = [int(run.data.tags.get(RESUMED, 0)) for run in found]
+    assert resumed == [0, first, second]
+    (project.folder / "dvc.yaml").write_text(DVC_YAML)
+    wait_for(lambda: len(family()) == 1, 30)
 
 
 def test_a_second_up_starts_nothing_and_down_leaves_nothing(project):
@@ -299,6 +401,21 @@ def test_a_second_up_starts_nothing_and_down_leaves_nothing(project):
     assert "does not run" in project.servers("down")
     project.servers("up")
     assert project.await_run(interrupted, "Crashed"), "what was stored is still there, and no run holds the pool"
+
+
+def test_what_a_lost_worker_left_running_is_ended_and_nothing_else_is(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = {servers.WORKSPACE: str(tmp_path), servers.WORKERS_RUN: "1"}
+    kinds = [run, run | {FLOW_RUN: "1"}, {servers.WORKERS_RUN: "1"}, {servers.WORKSPACE: str(tmp_path)}]
+    started = [subprocess.Popen(["sleep", "60"], env=os.environ | variables) for variables in kinds]
+    monkeypatch.setattr(servers, "GRACE_SECONDS", 1.0)
+    try:
+        servers.end_orphans(SimpleNamespace(read_flow_runs=lambda **_: []))
+        assert [process.poll() is None for process in started] == [False, False, True, True]
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
 
 
 def test_a_process_that_got_the_id_of_a_server_is_not_stopped(tmp_path, monkeypatch):

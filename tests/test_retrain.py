@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import os
 import shutil
 import subprocess
@@ -252,9 +253,8 @@ def story(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> Ite
         change(
             folder, {"compare.max_kl": 1e3} | {f"compare.signs.{name}": value for name, value in LENIENT.items()}
         )
-        execute(
-            folder, "dvc", "remote", "add", "--default", "--local", "store", str(tmp_path_factory.mktemp("store"))
-        )
+        store = tmp_path_factory.mktemp("store")
+        execute(folder, "dvc", "remote", "add", "--default", "--local", "store", str(store))
         git("add", "-A")
         git("commit", "-qm", "settings")
         landing = tmp_path_factory.mktemp("landing")
@@ -281,7 +281,16 @@ def story(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> Ite
 
         land(landing, "tuesday.jsonl", 200)
         (folder / "reports/champion-wins").touch()
-        told.second = retrain(str(landing), parallel=2, return_state=True)
+        away = store.rename(store.with_name("away"))
+        store.write_text("a disk that is gone")
+        told.no_remote = retrain(str(landing), parallel=2, return_state=True)
+        told.owed, told.verdict = PENDING.exists(), (folder / "reports/gate.json").read_bytes()
+        store.unlink()
+        away.rename(store)
+        with patch.context() as no_second:
+            for step in ("pipeline", "ask_gate"):
+                no_second.delattr(flows.retrain, step)
+            told.second = retrain(str(landing), return_state=True)
         told.pushed = execute(folder, "dvc", "status", "--cloud")
         told.gate = (folder / "reports/gate.md").read_text()
         (folder / "reports/champion-wins").unlink()
@@ -355,6 +364,15 @@ def test_results_are_pushed_to_the_default_remote(story):
     assert "in sync" in story.pushed
 
 
+def test_where_the_remote_is_dead_the_next_run_pushes_and_neither_trains_nor_judges_again(story):
+    assert story.no_remote.is_failed()
+    assert "dvc --wait-for-lock push failed" in story.no_remote.message
+    assert story.owed
+    assert json.loads(story.verdict)["reason"] == story.second.result().reason
+    assert [name[17:] for name in story.second.result().new] == ["tuesday.jsonl"]
+    assert not (story.folder / PENDING).exists()
+
+
 def test_a_policy_that_beats_the_champion_takes_its_place_and_only_once(story):
     assert "Promoted: " in story.by_hand
     assert f"{CELL} is the champion already, version 2." in story.again
@@ -411,5 +429,7 @@ def test_pages_show_the_gate_and_the_retraining(story):
     assert any("Retraining: kept" in page and "tuesday.jsonl" in page for page in pages)
     trained = [artifact.data for artifact in found if artifact.key == key(f"train@{CELL}")]
     (page,) = [page for page in trained if f"MLflow: run `{story.facts['mlflow_run']}`" in page]
-    assert f"### metrics/train/{CELL}.csv\n\n| epoch |" in page
+    _, _, curves = page.partition(f"### metrics/train/{CELL}.csv\n\n")
+    assert curves.startswith("![")
+    assert "\n\n| epoch |" in curves
     assert any("Gate: not promoted" in artifact.data for artifact in found if artifact.key == "gate")

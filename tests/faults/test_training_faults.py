@@ -208,14 +208,16 @@ def test_another_training_finds_no_checkpoint_of_this_one(train, rows, reference
     assert count.steps == [1]
 
 
-def test_sigterm_saves_and_stops_and_the_next_run_goes_on(train, undisturbed, tmp_path):
+@pytest.mark.parametrize("minutes", [60, 0], ids=["without a checkpoint", "right after one"])
+def test_sigterm_saves_and_stops_and_the_next_run_goes_on(train, undisturbed, tmp_path, caplog, minutes):
     handler = signal.getsignal(signal.SIGTERM)
     with pytest.raises(Stopped, match="stopped after step 4 of 6"):
-        train(tmp_path, TermAt(4), minutes=60)
+        train(tmp_path, TermAt(4), minutes=minutes)
     assert signal.getsignal(signal.SIGTERM) is handler
     count = Count()
     assert_same(train(tmp_path, count, minutes=60), undisturbed)
     assert count.steps[0] == 5
+    assert "left out" not in caplog.text
 
 
 def test_a_full_disk_under_the_checkpoints_costs_a_warning(train, undisturbed, tmp_path, monkeypatch, caplog):
