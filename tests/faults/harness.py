@@ -601,7 +601,7 @@ def mlflow_down(projects: Projects, folder: Path, draw: random.Random) -> None:
 
 
 def prefect_down(projects: Projects, folder: Path, draw: random.Random) -> None:
-    """Prefect's server is killed while a flow runs a stage: all stages are done, and an error tells of the server."""
+    """Prefect's server is killed while a flow runs a stage: all stages are done, then an error tells of it."""
     shutil.copytree(projects.raw, folder, dirs_exist_ok=True)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
