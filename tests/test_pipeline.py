@@ -54,6 +54,7 @@ def make_project(folder: Path, model: Path) -> Path:
             "engine.max_length": 128,
             "engine.tokens_per_batch": 400,
             "sft.learning_rate": 1e-2,
+            "dpo.pairs_per_step": 8,
             "sweep.learning_rates": [1e-2],
             "sweep.betas": [0.1],
             "evaluate.samples": 8,
