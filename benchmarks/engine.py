@@ -27,7 +27,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import psutil
@@ -57,6 +57,7 @@ TRAINING = {"optim": "adamw_torch_fused", "learning_rate": 2e-5, "lr_scheduler_t
             "weight_decay": 0.0, "max_grad_norm": 1.0, "num_train_epochs": 1, "seed": SEED}  # fmt: skip
 QUIET = {"use_cpu": True, "save_strategy": "no", "logging_steps": 1, "report_to": "none", "disable_tqdm": True,
          "dataloader_pin_memory": False}  # fmt: skip
+T = TypeVar("T")
 Reference = Mapping[str, tuple[float, float]]
 """(chosen, rejected) reference log-probs by row id."""
 
@@ -251,7 +252,7 @@ def score_peer(case: Case, model: Path, rows: Sequence[TokenRow]) -> Run:
 # One comparison
 
 
-def alone(function: Callable[..., Run], *args: Any) -> Run:
+def alone(function: Callable[..., T], *args: Any) -> T:
     """`function(*args)` in a fresh process."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(function, *args).result()

@@ -17,10 +17,7 @@ import os
 import resource
 import statistics
 import sys
-import time
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +25,8 @@ import numpy as np
 import psutil
 import torch
 from transformers import AutoConfig
-from transformers.trainer_callback import TrainerCallback
 
+from benchmarks.engine import Clock, alone
 from benchmarks.page import put_table
 from dpo.batching import TokenRow
 from dpo.config import LoraParams, load_params
@@ -65,17 +62,6 @@ class Run:
     seconds: float
 
 
-class Clock(TrainerCallback):
-    """The time at the end of every step."""
-
-    def __init__(self) -> None:
-        self.ends: list[float] = []
-
-    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        """Note the time."""
-        self.ends.append(time.perf_counter())
-
-
 def measure(model: Path, rank: int | None, pairs: int, checkpointing: bool, steps: int) -> Run:
     """Train on random tokens; every pair has the lengths of `PAIR`."""
     import peft  # noqa: F401  part of the overhead, not of the model
@@ -108,12 +94,6 @@ def measure(model: Path, rank: int | None, pairs: int, checkpointing: bool, step
     return Run(overhead, peak, statistics.median(np.diff(clock.ends)))
 
 
-def alone(*args: Any) -> Run:
-    """`measure` in a fresh process."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(measure, *args).result()
-
-
 def main() -> None:
     """Measure, compare, write."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.planner", description=__doc__)
@@ -126,9 +106,9 @@ def main() -> None:
         shape, results = shape_of(AutoConfig.from_pretrained(options.model)), []
         for case in CASES:
             rank, pairs, checkpointing = case
-            timed = alone(options.model, *case, TIME_STEPS)
+            timed = alone(measure, options.model, *case, TIME_STEPS)
             os.environ[GIVE_BACK] = "65536"
-            run = alone(options.model, *case, MEMORY_STEPS)
+            run = alone(measure, options.model, *case, MEMORY_STEPS)
             del os.environ[GIVE_BACK]
             setup = Setup(pairs * PAIR.tokens, "fp32", rank, checkpointing)
             memory = training_memory(shape, PAIR, setup, run.overhead)

@@ -1,6 +1,5 @@
 """The Prefect flow on small DVC projects: what it runs, in which order, what it shows, and how it fails."""
 
-import contextlib
 import io
 import logging
 import os
@@ -24,6 +23,7 @@ from prefect.testing.utilities import prefect_test_harness
 
 from flows import pages
 from flows.pipeline import StageError, pipeline, read_graph, run_stage, split_lines, visible
+from flows.servers import answers
 
 LOG = logging.getLogger("test")
 DVC_YAML = """
@@ -195,10 +195,7 @@ def test_a_server_that_goes_away_in_the_middle_costs_no_stage_and_is_named_in_th
     words = [sys.executable, "-m", "prefect", "server", "start", "--port", port]
     server = subprocess.Popen(words, **start, start_new_session=True)
     try:
-        while True:
-            with contextlib.suppress(httpx.TransportError):
-                if httpx.get(f"{url}/health").is_success:
-                    break
+        while not answers(f"{url}/health"):
             assert server.poll() is None
             time.sleep(0.5)
         run = subprocess.Popen([sys.executable, "-m", "flows.pipeline"], **start)

@@ -29,7 +29,6 @@ from importlib import import_module
 from multiprocessing import get_context
 from pathlib import Path
 
-import httpx
 import mlflow
 import pandas as pd
 from conftest import chat_tokenizer, make_model
@@ -39,6 +38,7 @@ from test_pipeline import CELL, ENV, ROOT, change, make_project
 
 from benchmarks.page import put_table
 from dpo.files import write_json
+from flows.servers import answers
 from tasks import stage as places
 
 RESULTS, PAGE = ROOT / "benchmarks/results/faults.json", ROOT / "docs/faults.md"
@@ -629,13 +629,6 @@ def prefect_down(projects: Projects, folder: Path, draw: random.Random) -> None:
     assert not list(run.stages()), run.lines
     run.ends()
     assert_same(folder, projects)
-
-
-def answers(url: str) -> bool:
-    try:
-        return httpx.get(url, timeout=5, trust_env=False).is_success
-    except httpx.HTTPError:
-        return False
 
 
 @dataclass(frozen=True)
