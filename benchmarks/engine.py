@@ -4,170 +4,44 @@ Both sides get the same model, the same tokens in the same steps, the same refer
 and micro-batch. Runs alternate (ours, peer, ours, peer, ...), each in a process of its own, so that its peak
 resident memory is its own. The first step of every run warms up and is not timed.
 
-A `default` case has TRL's default settings, gradient checkpointing among them, and pairs in random order; in a
-`checkpointed` case ours has it, too. A `tuned` case has the fastest settings of TRL that were found: pairs grouped
-by length, smaller micro-batches, no gradient checkpointing. Ours runs on the same micro-batches each time, so
-memory ratios compare like with like.
+A `default` case has TRL's default settings, gradient checkpointing among them, and pairs in random order; of long
+pairs, where activations are most of the memory, ours has it, too. A `tuned` case has the fastest settings of TRL
+that were found: pairs grouped by length, smaller micro-batches, no gradient checkpointing. Ours runs on the same
+micro-batches each time, so memory ratios compare like with like.
+
+Ours runs with what `dvc.yaml` sets for the stages, an allocator that keeps less of what is freed; TRL as it comes,
+and for its memory once more with the same.
 """
 
 import argparse
-import functools
 import importlib.metadata
 import json
-import math
 import os
 import platform
-import resource
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
-import psutil
 import torch
-from transformers import AutoConfig, AutoTokenizer, Trainer, TrainingArguments, set_seed
-from transformers.trainer_callback import PrinterCallback, TrainerCallback
+from transformers import AutoConfig, AutoTokenizer
 
-from benchmarks.cases import CASES, PAIRS_PER_STEP, SEED, Case, case_rows, padded_batches
+from benchmarks.cases import BETA, CASES, LORA, PAIRS_PER_STEP, Case, arguments, case_rows, padded_batches
 from benchmarks.flops import flop_ratio, flops
+from benchmarks.measure import Run, alone, close, resident, stage_environment
 from benchmarks.page import put_table
-from dpo.batching import StepSampler, TokenRow
-from dpo.config import LoraParams, load_params
+from dpo.batching import TokenRow
 from dpo.files import write_json
 from dpo.logps import load_model, sequence_logps
-from dpo.losses import preference_loss
 from dpo.planner import shape_of, trained_parameters
-from dpo.trainer import PackedTrainer
-from dpo.training import add_lora, cached_reference, dpo_objective
 
 MODEL = Path("models/base")
 RESULTS, PAGE = Path("benchmarks/results/engine.json"), Path("docs/benchmarks.md")
-BETA = 0.1
 LOSS_TOLERANCE, LOGP_TOLERANCE = 1e-3, 1e-5
 """Largest differences in fp32 between the two sides: of a step's loss, and, relative, of a summed log-prob."""
-LORA = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
-TRAINING = {"optim": "adamw_torch_fused", "learning_rate": 2e-5, "lr_scheduler_type": "constant",
-            "weight_decay": 0.0, "max_grad_norm": 1.0, "num_train_epochs": 1, "seed": SEED}  # fmt: skip
-QUIET = {"use_cpu": True, "save_strategy": "no", "logging_steps": 1, "report_to": "none", "disable_tqdm": True,
-         "dataloader_pin_memory": False}  # fmt: skip
-T = TypeVar("T")
-Reference = Mapping[str, tuple[float, float]]
-"""(chosen, rejected) reference log-probs by row id."""
-
-
-@dataclass(frozen=True)
-class Run:
-    """What one run of one side gave; `values` are losses by step or log-probs by completion, warm-up included.
-
-    `bare_gib` is resident before there is a model; of TRL, which loads it in its constructor, it is not known.
-    """
-
-    pairs_per_second: float
-    peak_gib: float
-    bare_gib: float
-    matmul_flops: float
-    values: list[float]
-
-
-# Both sides
-
-
-def arguments(case: Case) -> dict[str, Any]:
-    """Trainer arguments that both sides share."""
-    return {
-        "per_device_train_batch_size": case.micro_batch,
-        "gradient_accumulation_steps": PAIRS_PER_STEP // case.micro_batch,
-        "bf16": case.dtype == "bf16",
-        **TRAINING,
-    }
-
-
-class Clock(TrainerCallback):
-    """The time at the end of every step."""
-
-    def __init__(self) -> None:
-        self.ends: list[float] = []
-
-    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        """Note the time."""
-        self.ends.append(time.perf_counter())
-
-
-def train(trainer: Trainer, case: Case, rows: Sequence[TokenRow], bare: float = math.nan) -> Run:
-    """Run a trainer of either side."""
-    clock = Clock()
-    trainer.add_callback(clock)
-    trainer.remove_callback(PrinterCallback)
-    trainer.train()
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    return close(case, rows, clock.ends, losses, bare)
-
-
-def close(
-    case: Case, rows: Sequence[TokenRow], ends: Sequence[float], values: list[float], bare: float = math.nan
-) -> Run:
-    """Sum a run up; `ends` are times, the first at the end of the warm-up, the last at the end of the run."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    speed = (len(rows) - PAIRS_PER_STEP) / (ends[-1] - ends[0])
-    flops = matmul_flops(torch.bfloat16 if case.dtype == "bf16" else torch.float32)
-    return Run(speed, peak / 2**30, bare, flops, values)
-
-
-def resident() -> float:
-    """GiB of this process that are in memory now."""
-    return psutil.Process().memory_info().rss / 2**30
-
-
-def matmul_flops(dtype: torch.dtype, size: int = 2048) -> float:
-    """FLOP/s of the fastest of some square matrix products."""
-    left, right = torch.randn(2, size, size).to(dtype)
-    times = []
-    for _ in range(8):
-        start = time.perf_counter()
-        torch.mm(left, right)
-        times.append(time.perf_counter() - start)
-    return 2 * size**3 / min(times)
-
-
-# Ours
-
-
-class InOrder(StepSampler):
-    """The rows in the order given, every step in `PAIRS_PER_STEP / micro_batch` micro-batches."""
-
-    def __init__(self, rows: Sequence[TokenRow], micro_batch: int) -> None:
-        lengths = [row.tokens for row in rows]
-        super().__init__(lengths, rows_per_step=PAIRS_PER_STEP, tokens_per_batch=sum(lengths), epochs=1, seed=SEED)
-        self.accumulation = PAIRS_PER_STEP // micro_batch
-
-    def _steps(self, epoch: int) -> list[list[int]]:
-        return np.arange(len(self.lengths)).reshape(-1, PAIRS_PER_STEP).tolist()
-
-
-def train_ours(case: Case, model: Path, rows: Sequence[TokenRow], reference: Reference) -> Run:
-    """DPO with `dpo.training`'s trainer; bf16 is the engine's own, not the trainer's."""
-    if case.lora:
-        import peft  # noqa: F401
-    bare = resident()
-    policy = load_model(model, case.dtype)
-    set_seed(SEED)
-    if case.ours_checkpointing:
-        policy.gradient_checkpointing_enable({"use_reentrant": False})
-    if case.lora:
-        add_lora(policy, LoraParams(rank=LORA["r"], alpha=LORA["lora_alpha"]))
-    loss = functools.partial(preference_loss, beta=BETA, loss="sigmoid", settings=load_params().losses)
-    objective = functools.partial(dpo_objective, loss=loss, reference=cached_reference(reference, rows))
-    with tempfile.TemporaryDirectory() as folder:
-        args = TrainingArguments(folder, **arguments(case) | {"bf16": False}, **QUIET, remove_unused_columns=False)
-        sampler = InOrder(rows, case.micro_batch)
-        return train(PackedTrainer(policy, args, rows, sampler, objective, "ids", [], False, []), case, rows, bare)
 
 
 def score_ours(case: Case, model: Path, rows: Sequence[TokenRow]) -> Run:
@@ -182,98 +56,28 @@ def score_ours(case: Case, model: Path, rows: Sequence[TokenRow]) -> Run:
     return close(case, rows, [start, time.perf_counter()], logps, bare)
 
 
-# The peer, imported only where it runs: our side must not carry its memory
-
-
-def peer_trainer(
-    case: Case, model: Path, rows: Sequence[TokenRow], folder: str, reference: Reference | None = None
-) -> Any:
-    """TRL's DPOTrainer on our tokens; batches, forward pass, loss and loop are its own.
-
-    It takes `reference` for its precomputed log-probs; without, it computes them itself, timed in `ends`.
-    """
-    from datasets import Dataset
-    from peft import LoraConfig
-    from trl import DPOConfig, DPOTrainer
-
-    class Peer(DPOTrainer):
-        ends: list[float]
-
-        def _prepare_dataset(self, dataset: Dataset, *args: Any) -> Dataset:
-            return dataset
-
-        def _precompute_ref_logps(self, dataset: Dataset, *args: Any) -> Dataset:
-            self.ends = []
-            return dataset if reference else super()._precompute_ref_logps(dataset, *args)
-
-        def compute_ref_log_probs(self, *args: Any) -> Any:
-            logps = super().compute_ref_log_probs(*args)
-            self.ends.append(time.perf_counter())
-            return logps
-
-    columns: dict[str, list[Any]] = {
-        "prompt_ids": [row.prompt for row in rows],
-        "chosen_ids": [row.completions[0] for row in rows],
-        "rejected_ids": [row.completions[1] for row in rows],
-    }
-    if reference:
-        columns["ref_chosen_logps"] = [reference[row.id][0] for row in rows]
-        columns["ref_rejected_logps"] = [reference[row.id][1] for row in rows]
-    args = DPOConfig(
-        folder,
-        **arguments(case),
-        **QUIET,
-        activation_checkpointing=case.checkpointing,
-        beta=BETA,
-        max_length=None,
-        precompute_ref_log_probs=True,
-        train_sampling_strategy="sequential",
-    )
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    data = Dataset.from_dict(columns)
-    lora = LoraConfig(**LORA) if case.lora else None
-    return Peer(str(model), args=args, train_dataset=data, processing_class=tokenizer, peft_config=lora)
-
-
-def train_peer(case: Case, model: Path, rows: Sequence[TokenRow], reference: Reference) -> Run:
-    """DPO with TRL's trainer."""
-    with tempfile.TemporaryDirectory() as folder:
-        return train(peer_trainer(case, model, rows, folder, reference), case, rows)
-
-
-def score_peer(case: Case, model: Path, rows: Sequence[TokenRow]) -> Run:
-    """TRL's own reference pass, which its constructor runs."""
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = peer_trainer(case, model, rows, folder)
-        logps = [trainer.train_dataset[column] for column in ("ref_chosen_logps", "ref_rejected_logps")]
-        return close(case, rows, trainer.ends, np.stack(logps, axis=1).flatten().tolist())
-
-
-# One comparison
-
-
-def alone(function: Callable[..., T], *args: Any) -> T:
-    """`function(*args)` in a fresh process."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(function, *args).result()
-
-
 def compare(case: Case, model: Path, steps: int, repeats: int) -> dict[str, Any]:
-    """Measure one case: alternating repeats of both sides."""
+    """Measure one case: alternating repeats of both sides, then the peer with the stages' allocator."""
+    from benchmarks.trainers import score_peer, train_ours, train_peer
+
     rows = case_rows(case, AutoTokenizer.from_pretrained(model), steps)
+    stage = stage_environment()
     args: list[Any] = [case, model, rows]
-    sides: tuple[Callable[..., Run], ...] = (score_ours, score_peer)
+    ours, peer = score_ours, score_peer
     if case.train:
         logps = np.reshape(alone(score_ours, *args).values, (-1, 2)).tolist()
         args.append({row.id: tuple(pair) for row, pair in zip(rows, logps, strict=True)})
-        sides = (train_ours, train_peer)
-    runs: dict[str, list[Run]] = {side.__name__: [] for side in sides}
-    for _ in range(repeats):
-        for side in sides:
-            run = alone(side, *args)
-            runs[side.__name__].append(run)
-            say(f"{case.name}: {side.__name__} {run.pairs_per_second:.3f} pairs/s, {run.peak_gib:.2f} GiB")
-    entry = record(case, rows, AutoConfig.from_pretrained(model), *runs.values())
+        ours, peer = train_ours, train_peer
+
+    def measure(side: Callable[..., Run], environment: Mapping[str, str]) -> Run:
+        run = alone(side, *args, environment=environment)
+        told = f"{case.name}: {side.__name__} {run.pairs_per_second:.3f} pairs/s, {run.peak_gib:.2f} GiB"
+        say(told + (" with the stages' allocator" if environment else ""))
+        return run
+
+    pairs = [(measure(ours, stage), measure(peer, {})) for _ in range(repeats)]
+    runs = [list(side) for side in zip(*pairs, strict=True)]
+    entry = record(case, rows, AutoConfig.from_pretrained(model), *runs, measure(peer, stage))
     if case.train:
         for step, losses in enumerate(zip(entry["ours"]["losses"], entry["peer"]["losses"], strict=True)):
             say(f"{case.name}: step {step}, losses {losses[0]:.6f} and {losses[1]:.6f}")
@@ -282,9 +86,9 @@ def compare(case: Case, model: Path, steps: int, repeats: int) -> dict[str, Any]
 
 
 def record(
-    case: Case, rows: Sequence[TokenRow], config: Any, ours: Sequence[Run], peer: Sequence[Run]
+    case: Case, rows: Sequence[TokenRow], config: Any, ours: Sequence[Run], peer: Sequence[Run], lean_peer: Run
 ) -> dict[str, Any]:
-    """The entry of one case in the results."""
+    """The entry of one case in the results; `lean_peer` is a run of the peer with the stages' allocator."""
     timed = rows[PAIRS_PER_STEP:]
     padded = sum(count * length for count, length in padded_batches(case, timed))
     work = flops(case, timed, config) / len(timed)
@@ -318,6 +122,7 @@ def record(
         "speed_ratio": us["pairs_per_second"] / them["pairs_per_second"],
         "flop_ratio": flop_ratio(case, timed, config),
         "memory_ratio": us["peak_gib"] / them["peak_gib"],
+        "memory_ratio_same_allocator": us["peak_gib"] / lean_peer.peak_gib,
         "memory_floor": (ours[0].bare_gib + state_bytes(case, config) / 2**30) / them["peak_gib"],
         "utilisation": us["utilisation"],
         "matmul_gflops": matmul / 1e9,
@@ -367,6 +172,7 @@ def table(results: Sequence[Mapping[str, Any]]) -> str:
             "speed target": f"at least {goal['speed_ratio']}" if goal["speed_ratio"] else "none",
             "FLOP ratio": f"{entry['flop_ratio']:.2f}",
             "memory ratio": f"{entry['memory_ratio']:.2f}",
+            "same allocator": f"{entry['memory_ratio_same_allocator']:.2f}",
             "memory floor": f"{entry['memory_floor']:.2f}",
             "memory target": f"at most {goal['memory_ratio']}" if goal["memory_ratio"] else "none",
             "utilisation": f"{us['utilisation']:.0%}, {them['utilisation']:.0%}",

@@ -26,7 +26,8 @@ def flop_ratio(case: Case, rows: Sequence[TokenRow], config: Any) -> float:
 
     TRL runs prompt and completion of both sides of a pair, padded to the longest of a micro-batch, through layers
     and vocabulary. Ours runs `flops`, and all chunks of a micro-batch's vocabulary projection but the last once
-    more. With gradient checkpointing a side runs the layers twice forward, TRL the vocabulary, too.
+    more, if it is trained. With gradient checkpointing a side runs the layers twice forward, TRL the vocabulary,
+    too.
     """
     shape, sizes = shape_of(config), padded_batches(case, rows)
     padded = sum(count * length for count, length in sizes)
@@ -35,7 +36,8 @@ def flop_ratio(case: Case, rows: Sequence[TokenRow], config: Any) -> float:
     batches = [rows[i : i + case.micro_batch] for i in range(0, len(rows), case.micro_batch)]
     scored = [sum(row.completion_tokens for row in batch) for batch in batches]
     again = sum((positions - 1) // HEAD_CHUNK * HEAD_CHUNK for positions in scored)
-    ours = flops(case, rows, config) + case.train * forward_flops(shape, 0, again, 0)[1]
+    trained_head = case.train and not case.lora
+    ours = flops(case, rows, config) + trained_head * forward_flops(shape, 0, again, 0)[1]
     if case.ours_checkpointing:
         layers, _, attention = forward_flops(shape, sum(row.tokens for row in rows), 0, _seen(rows))
         ours += layers + attention

@@ -1,19 +1,16 @@
 """The planner's predictions against measured memory and time, on this machine: `python -m benchmarks.planner`.
 
-Every case trains the base model on micro-batches, two a step, with `dpo.training`, in a process of its own, twice.
+Every case trains the base model on micro-batches, two a step, with `dpo.training`, in a process of its own.
 
-Memory is the peak resident memory of two steps; its overhead is what is resident before the model is loaded. The
-C library is told to give freed memory back at once: it otherwise keeps pieces between tensors that live, which the
-allocator of a GPU hardly does and the planner does not count. The peak with the library as it comes stands beside.
-Time is the median of four steps after the first, with the library as it comes; the operations a second of the
-first case predict the others.
+Memory is the peak resident memory, with the allocator that `dvc.yaml` sets for the stages; its overhead is what is
+resident before the model is loaded. Time is the median of four steps after the first; the operations a second of
+the first case predict the others.
 Writes `benchmarks/results/planner.json` and the tables of `docs/scale.md`.
 """
 
 import argparse
 import dataclasses
 import json
-import os
 import resource
 import statistics
 import sys
@@ -26,8 +23,9 @@ import psutil
 import torch
 from transformers import AutoConfig
 
-from benchmarks.engine import Clock, alone
+from benchmarks.measure import alone, stage_environment
 from benchmarks.page import put_table
+from benchmarks.trainers import Clock
 from dpo.batching import TokenRow
 from dpo.config import LoraParams, load_params
 from dpo.files import write_json
@@ -39,16 +37,13 @@ from tasks.stage import BASE
 
 RESULTS, PAGE = Path("benchmarks/results/planner.json"), Path("docs/scale.md")
 PAIR = Pair(prompt=32, completion=24)
-MICRO_BATCHES, SEED = 2, 17
+MICRO_BATCHES, STEPS, SEED = 2, 5, 17
 CASES = [
     (rank, pairs, checkpointing)
     for rank in (None, 16)
     for pairs, checkpointing in ((4, False), (8, False), (8, True))
 ]
 """(LoRA's rank, pairs in a micro-batch, gradient checkpointing)"""
-GIVE_BACK = "MALLOC_MMAP_THRESHOLD_"
-"""glibc's setting: blocks from this size on are mapped one by one, and unmapped when they are freed."""
-MEMORY_STEPS, TIME_STEPS = 2, 5
 LARGE, TOKENS, GPUS = Pair(prompt=256, completion=256), 8192, (1, 8, 64)
 """Of the table of large models: lengths of a pair, tokens in a micro-batch, numbers of GPUs."""
 
@@ -62,14 +57,14 @@ class Run:
     seconds: float
 
 
-def measure(model: Path, rank: int | None, pairs: int, checkpointing: bool, steps: int) -> Run:
+def measure(model: Path, rank: int | None, pairs: int, checkpointing: bool) -> Run:
     """Train on random tokens; every pair has the lengths of `PAIR`."""
     import peft  # noqa: F401  part of the overhead, not of the model
 
     params = load_params()
     draw = np.random.default_rng(SEED)
     lengths = (PAIR.prompt, PAIR.completion, PAIR.completion)
-    count = pairs * MICRO_BATCHES * steps
+    count = pairs * MICRO_BATCHES * STEPS
     rows = []
     for number in range(count):
         prompt, *completions = (tuple(draw.integers(4, 300, length).tolist()) for length in lengths)
@@ -106,14 +101,11 @@ def main() -> None:
         shape, results = shape_of(AutoConfig.from_pretrained(options.model)), []
         for case in CASES:
             rank, pairs, checkpointing = case
-            timed = alone(measure, options.model, *case, TIME_STEPS)
-            os.environ[GIVE_BACK] = "65536"
-            run = alone(measure, options.model, *case, MEMORY_STEPS)
-            del os.environ[GIVE_BACK]
+            run = alone(measure, options.model, *case, environment=stage_environment())
             setup = Setup(pairs * PAIR.tokens, "fp32", rank, checkpointing)
             memory = training_memory(shape, PAIR, setup, run.overhead)
             flops = pairs * MICRO_BATCHES * sum(pair_flops(shape, PAIR, setup))
-            rate = results[0]["flops"] / results[0]["seconds"] if results else flops / timed.seconds
+            rate = results[0]["flops"] / results[0]["seconds"] if results else flops / run.seconds
             results.append(
                 {
                     "lora_rank": rank,
@@ -121,10 +113,9 @@ def main() -> None:
                     "tokens": setup.tokens_per_batch,
                     "gradient_checkpointing": checkpointing,
                     "peak": run.peak,
-                    "peak_with_freed_memory": timed.peak,
                     "predicted_peak": memory.total,
                     "memory": dataclasses.asdict(memory),
-                    "seconds": timed.seconds,
+                    "seconds": run.seconds,
                     "predicted_seconds": flops / rate,
                     "flops": flops,
                     "threads": torch.get_num_threads(),
@@ -140,9 +131,8 @@ def main() -> None:
 def measured(results: list[dict[str, Any]]) -> str:
     """Predictions beside measurements."""
     lines = [
-        "| training | checkpointing | tokens | peak GiB | planned | ratio | with what is freed "
-        "| s a step | planned | ratio |",
-        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| training | checkpointing | tokens | peak GiB | planned | ratio | s a step | planned | ratio |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for r in results:
         cells = [
@@ -152,7 +142,6 @@ def measured(results: list[dict[str, Any]]) -> str:
             f"{r['peak'] / 2**30:.2f}",
             f"{r['predicted_peak'] / 2**30:.2f}",
             f"{r['predicted_peak'] / r['peak']:.2f}",
-            f"{r['peak_with_freed_memory'] / 2**30:.2f}",
             f"{r['seconds']:.1f}",
             f"{r['predicted_seconds']:.1f}" if r is not results[0] else "",
             f"{r['predicted_seconds'] / r['seconds']:.2f}" if r is not results[0] else "",

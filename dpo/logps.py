@@ -25,7 +25,7 @@ from dpo.batching import TokenRow, budget_batches, pack
 from dpo.config import Precision
 from dpo.loading import load_weights
 
-ENGINE_VERSION = 2
+ENGINE_VERSION = 3
 """Part of every reference cache's key; raise it whenever the numbers below could change."""
 
 PACKED_ATTENTION = "dpo_packed"
@@ -93,33 +93,39 @@ AttentionInterface.register(PACKED_ATTENTION, _packed_attention)
 
 
 class _TokenLogps(torch.autograd.Function):
-    """log softmax(hidden @ weight.T + bias)[target] by chunks.
+    """log softmax(hidden @ weight.T + bias)[target] by chunks, each worked on in place.
 
-    The backward pass computes the logits of each chunk anew, but for the last, whose logits it finds as they were.
+    A head that is not trained gets its backward pass at once, in the forward pass, and no logits are kept. For one
+    that is, the backward pass computes each chunk anew, but for the last, which it finds as it was.
     """
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
-        ctx.save_for_backward(hidden, weight, bias, targets)
+        wanted, *trained = ctx.needs_input_grad[:3]
         logps = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
+        slopes = torch.empty_like(hidden) if wanted and not any(trained) else None
         for part in _chunks(len(targets)):
-            logits = F.linear(hidden[part], weight, bias).float()
-            logps[part] = logits.gather(1, targets[part, None])[:, 0] - logits.logsumexp(1)
-        ctx.kept = logits
+            probs = None  # the chunk before goes first
+            probs, logps[part] = _softmax(hidden[part], weight, bias, targets[part])
+            if slopes is not None:
+                slopes[part] = _logits_slope(probs, targets[part]).to(hidden.dtype) @ weight
+        ctx.kept = probs if any(trained) else None
+        ctx.save_for_backward(*([slopes] if slopes is not None else [hidden, weight, bias, targets]))
         return logps
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        if len(ctx.saved_tensors) == 1:
+            return (ctx.saved_tensors[0] * grad[:, None]).to(ctx.saved_tensors[0].dtype), None, None, None
         hidden, weight, bias, targets = ctx.saved_tensors
         grad_hidden, grad_weight = torch.empty_like(hidden), None
         grad_bias = torch.zeros_like(bias) if bias is not None and ctx.needs_input_grad[2] else None
         for part in reversed(_chunks(len(targets))):
-            logits, ctx.kept = ctx.kept, None
-            if logits is None:
-                logits = F.linear(hidden[part], weight, bias).float()
-            grad_logits = torch.softmax(logits, 1, out=logits).neg_()
-            grad_logits[torch.arange(len(grad_logits), device=hidden.device), targets[part]] += 1
-            grad_logits = grad_logits.mul_(grads[0][part, None]).to(hidden.dtype)
+            grad_logits, probs, ctx.kept = None, ctx.kept, None
+            if probs is None:
+                probs, _ = _softmax(hidden[part], weight, bias, targets[part])
+            grad_logits = _logits_slope(probs, targets[part]).mul_(grad[part, None]).to(hidden.dtype)
             grad_hidden[part] = grad_logits @ weight
             if ctx.needs_input_grad[1]:
                 if grad_weight is None:
@@ -129,6 +135,22 @@ class _TokenLogps(torch.autograd.Function):
             if grad_bias is not None:
                 grad_bias += grad_logits.sum(0)
         return grad_hidden, grad_weight, grad_bias, None
+
+
+def _softmax(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """fp32 probabilities [n, vocabulary] and the targets' log-probs [n], in the memory of one matrix of logits."""
+    logits = F.linear(hidden, weight, bias).float()
+    chosen = logits.gather(1, targets[:, None])
+    top = logits.max(1, keepdim=True).values
+    total = logits.sub_(top).exp_().sum(1, keepdim=True)
+    return logits.div_(total), (chosen - top - total.log())[:, 0]
+
+
+def _logits_slope(probs: Tensor, targets: Tensor) -> Tensor:
+    """Gradient of the targets' log-probs by the logits, 1[target] - probs, in place."""
+    slope = probs.neg_()
+    slope[torch.arange(len(targets), device=targets.device), targets] += 1
+    return slope
 
 
 def _chunks(positions: int) -> list[slice]:

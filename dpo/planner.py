@@ -203,8 +203,8 @@ def training_memory(shape: Shape, pair: Pair, setup: Setup, overhead: float) -> 
     """Bytes at the peak of a step of each GPU.
 
     There are two peaks, and the higher one counts. Between forward and backward pass all activations are there,
-    with two chunks of logits and, of several, the one before, then one less and the gradient of the head's matrix,
-    or the temporaries of one layer's backward pass where they are more; gradients only if the step has several
+    with one chunk of logits and the gradient of the head's matrix, or the temporaries of one layer's backward pass
+    where they are more; gradients only if the step has several
     micro-batches. When the backward pass ends, all gradients are there. Where input and output share a matrix, the
     gradient of each side is there once.
 
@@ -228,8 +228,7 @@ def training_memory(shape: Shape, pair: Pair, setup: Setup, overhead: float) -> 
     head = 4 * shape.head if full else 0
     positions = setup.tokens_per_batch * 2 * pair.completion / pair.tokens
     chunk = 4 * min(HEAD_CHUNK, positions) * shape.vocabulary
-    chunks = 2 + (positions > HEAD_CHUNK)
-    logits = max(chunks * chunk, (chunks - 1) * chunk + head)
+    logits = chunk + head
     width = 4 if setup.precision == "fp32" else 2
     backward = setup.tokens_per_batch * (3 * width * shape.intermediate + 2 * 4 * shape.hidden)
     kept = activations(shape, pair, setup)
@@ -248,7 +247,7 @@ def reference_memory(shape: Shape, setup: Setup, overhead: float) -> Memory:
     width = 4 if setup.precision == "fp32" else 2
     copies = 0 if setup.precision == "fp32" else 2 * shape.layers * shape.layer
     layer = setup.tokens_per_batch * (3 * width * shape.intermediate + 3 * 4 * shape.hidden)
-    chunk = 3 * 4 * HEAD_CHUNK * shape.vocabulary
+    chunk = 4 * HEAD_CHUNK * shape.vocabulary
     return Memory(4 * shape.parameters, 0, 0, 0, copies + max(layer, chunk), overhead)
 
 

@@ -1,16 +1,19 @@
 """The benchmark's two sides compute the same numbers, and its results have the agreed fields."""
 
 import json
+import os
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
-from benchmarks import engine, validate
+from benchmarks import engine, measure, trainers, validate
 from benchmarks.cases import Case
-from benchmarks.engine import Run
 from benchmarks.flops import flop_ratio, flops
+from benchmarks.measure import Run
 from benchmarks.page import markers, put_table
 from dpo.batching import TokenRow
 
@@ -19,7 +22,7 @@ CASE = Case("tiny", speed=1.5, memory=0.6, micro_batch=4)
 
 @pytest.fixture(autouse=True)
 def no_matrix_products(monkeypatch):
-    monkeypatch.setattr(engine, "matmul_flops", lambda dtype: 1e11)
+    monkeypatch.setattr(measure, "matmul_flops", lambda dtype: 1e11)
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +47,8 @@ def reference(tiny_model_dir, rows):
 )
 def test_both_sides_train_to_the_same_losses(tiny_model_dir, rows, reference, changes):
     case = replace(CASE, **changes)
-    ours = engine.train_ours(case, tiny_model_dir, rows, reference)
-    peer = engine.train_peer(case, tiny_model_dir, rows, reference)
+    ours = trainers.train_ours(case, tiny_model_dir, rows, reference)
+    peer = trainers.train_peer(case, tiny_model_dir, rows, reference)
     assert len(ours.values) == 3
     assert ours.values[0] == pytest.approx(np.log(2), abs=1e-5)
     np.testing.assert_allclose(ours.values, peer.values, rtol=0, atol=1e-4)
@@ -55,7 +58,7 @@ def test_both_sides_train_to_the_same_losses(tiny_model_dir, rows, reference, ch
 def test_both_sides_score_the_same_log_probs(tiny_model_dir, rows):
     case = replace(CASE, train=False)
     ours = engine.score_ours(case, tiny_model_dir, rows)
-    peer = engine.score_peer(case, tiny_model_dir, rows)
+    peer = trainers.score_peer(case, tiny_model_dir, rows)
     np.testing.assert_allclose(ours.values, peer.values, rtol=1e-5, atol=1e-4)
     assert min(ours.pairs_per_second, peer.pairs_per_second) > 0
 
@@ -64,8 +67,9 @@ def test_results_have_the_agreed_fields(tiny_model_dir, rows):
     losses = [0.7, 0.6, 0.5]
     ours = [Run(speed, 1.0, 0.5, 1e11, losses) for speed in (2.0, 4.0, 3.0)]
     peer = [Run(1.0, 2.0, 0.5, 1e11, [*losses[:2], 0.5005])] * 3
+    lean = Run(1.0, 1.6, 0.5, 1e11, losses)
     config = AutoConfig.from_pretrained(tiny_model_dir)
-    entry = engine.record(CASE, rows, config, ours, peer)
+    entry = engine.record(CASE, rows, config, ours, peer, lean)
     agreed = {
         "case", "dtype", "speed_ratio", "memory_ratio", "utilisation", "ours", "peer", "versions", "machine"
     }  # fmt: skip
@@ -78,11 +82,12 @@ def test_results_have_the_agreed_fields(tiny_model_dir, rows):
     )
     assert entry["memory_floor"] == pytest.approx((0.5 + 16 * parameters / 2**30) / 2)
     json.dumps(entry, allow_nan=False)
-    assert f"| 3.00 | at least 1.5 | {entry['flop_ratio']:.2f} | 0.50 | 0.25 | at most 0.6 |" in engine.table(
-        [entry]
+    assert (
+        f"| 3.00 | at least 1.5 | {entry['flop_ratio']:.2f} | 0.50 | 0.62 | 0.25 | at most 0.6 |"
+        in engine.table([entry])
     )
     peer = [Run(1.0, 2.0, 0.5, 1e11, [*losses[:2], 0.51])]
-    assert engine.record(CASE, rows, config, ours, peer)["status"] == "failed"
+    assert engine.record(CASE, rows, config, ours, peer, lean)["status"] == "failed"
 
 
 def test_flops_by_hand():
@@ -108,7 +113,7 @@ def test_the_page_keeps_what_stands_around_the_table(tmp_path, tiny_model_dir, r
     page, (start, end) = tmp_path / "benchmarks.md", markers("engine")
     page.write_text(f"# Head\n{start}\nold\n{end}\ntail\n")
     run = Run(1.0, 1.0, 0.5, 1e11, [0.7, 0.6, 0.5])
-    entry = engine.record(CASE, rows, AutoConfig.from_pretrained(tiny_model_dir), [run], [run])
+    entry = engine.record(CASE, rows, AutoConfig.from_pretrained(tiny_model_dir), [run], [run], run)
     put_table(page, "engine", engine.table([entry]))
     put_table(page, "engine", engine.table([entry]))
     text = page.read_text()
@@ -127,3 +132,14 @@ def test_measured_pairs_hold_the_wanted_faults_and_the_table_their_speed(tmp_pat
     assert validate.table([{"rows": 2000, "gigabytes": 1, "seconds": 4, "peak_gib": 2}]).splitlines()[-1] == (
         "| 2,000 | 1.000 | 4.0 | 500 | 2.00 |"
     )
+
+
+def environment():
+    return dict(os.environ)
+
+
+def test_a_run_has_the_allocator_of_the_stages_and_leaves_no_trace():
+    (name, value), before = *measure.stage_environment().items(), dict(os.environ)
+    assert measure.alone(environment, environment={name: value})[name] == value
+    assert dict(os.environ) == before
+    assert f"{name}={value}" in yaml.safe_load(Path("dvc.lock").read_text())["stages"]["sft"]["cmd"]

@@ -66,7 +66,7 @@ def gradients(model, sums):
     """Of a sum with another weight for each completion, so that no two of them can be mixed up unnoticed."""
     model.zero_grad()
     (sums.flatten() * torch.arange(1, sums.numel() + 1)).sum().backward()
-    return {name: parameter.grad for name, parameter in model.named_parameters()}
+    return {name: weight.grad for name, weight in model.named_parameters() if weight.requires_grad}
 
 
 def assert_same_gradients(ours, expected):
@@ -204,6 +204,26 @@ def test_chunks_of_the_vocabulary_projection_change_nothing_and_bound_its_size(l
     assert max(length for length, _ in shapes) == 5
     last = scored % 5 or 5
     assert sum(length for length, _ in shapes) == 2 * scored - last, "backward, all but the last chunk"
+
+
+def test_a_head_that_is_not_trained_is_projected_once_and_keeps_no_logits(llama, llama_dir, monkeypatch):
+    rows, plain = make_rows(), plain_model(llama_dir)
+    monkeypatch.setattr(logps, "HEAD_CHUNK", 5)
+    for model in (llama, plain):
+        model.get_output_embeddings().weight.requires_grad_(False)
+    projected, linear = [], logps.F.linear
+
+    def watched(hidden, weight, bias=None):
+        projected.append(len(hidden) if weight.shape[0] == TINY["vocab_size"] else 0)
+        return linear(hidden, weight, bias)
+
+    monkeypatch.setattr(logps.F, "linear", watched)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t.shape), t)[1], lambda t: t):
+        packed = llama(packed=pack(rows))
+    assert not [shape for shape in kept if TINY["vocab_size"] in shape]
+    assert_same_gradients(gradients(llama, packed), gradients(plain, naive_logps(plain, rows)))
+    assert sum(projected) == sum(row.completion_tokens for row in rows)
 
 
 def test_a_second_backward_pass_gives_the_same_gradient(llama):

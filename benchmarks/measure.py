@@ -1,0 +1,81 @@
+"""What a run of either side of a benchmark is, and how one is measured in a process of its own."""
+
+import math
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, TypeVar
+
+import psutil
+import torch
+import yaml
+
+from benchmarks.cases import PAIRS_PER_STEP, Case
+from dpo.batching import TokenRow
+
+T = TypeVar("T")
+
+
+def stage_environment() -> dict[str, str]:
+    """What `dvc.yaml` sets for the stages that hold a model."""
+    (variables,) = yaml.safe_load(Path("dvc.yaml").read_text())["vars"]
+    name, value = variables["allocator"].split("=", 1)
+    return {name: value}
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one run of one side gave; `values` are losses by step or log-probs by completion, warm-up included.
+
+    `bare_gib` is resident before there is a model; of TRL, which loads it in its constructor, it is not known.
+    """
+
+    pairs_per_second: float
+    peak_gib: float
+    bare_gib: float
+    matmul_flops: float
+    values: list[float]
+
+
+def close(
+    case: Case, rows: Sequence[TokenRow], ends: Sequence[float], values: list[float], bare: float = math.nan
+) -> Run:
+    """Sum a run up; `ends` are times, the first at the end of the warm-up, the last at the end of the run."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    speed = (len(rows) - PAIRS_PER_STEP) / (ends[-1] - ends[0])
+    flops = matmul_flops(torch.bfloat16 if case.dtype == "bf16" else torch.float32)
+    return Run(speed, peak / 2**30, bare, flops, values)
+
+
+def resident() -> float:
+    """GiB of this process that are in memory now."""
+    return psutil.Process().memory_info().rss / 2**30
+
+
+def matmul_flops(dtype: torch.dtype, size: int = 2048) -> float:
+    """FLOP/s of the fastest of some square matrix products."""
+    left, right = torch.randn(2, size, size).to(dtype)
+    times = []
+    for _ in range(8):
+        start = time.perf_counter()
+        torch.mm(left, right)
+        times.append(time.perf_counter() - start)
+    return 2 * size**3 / min(times)
+
+
+def alone(function: Callable[..., T], *args: Any, environment: Mapping[str, str] | None = None) -> T:
+    """`function(*args)` in a fresh process, with more in its environment than this one has."""
+    before = dict(os.environ)
+    os.environ.update(environment or {})
+    try:
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+            return pool.submit(function, *args).result()
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
