@@ -334,8 +334,9 @@ def prepare_training(project: Project, place: Path, model: Path) -> bytes:
     for name in ("data", "models/sft", "reference"):
         shutil.copytree(done / name, project.folder / name, dirs_exist_ok=True)
     shutil.copy(done / "params.yaml", project.folder / "params.yaml")
-    train = YAML().load(ROOT / "dvc.yaml")["stages"]["train"]
-    YAML().dump({"stages": {"train": train}}, project.folder / "dvc.yaml")
+    ours = YAML().load(ROOT / "dvc.yaml")
+    ours["stages"] = {"train": ours["stages"]["train"]}
+    YAML().dump(ours, project.folder / "dvc.yaml")
     return (done / POLICY).read_bytes()
 
 
