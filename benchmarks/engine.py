@@ -70,7 +70,7 @@ def compare(case: Case, model: Path, steps: int, repeats: int) -> dict[str, Any]
         ours, peer = train_ours, train_peer
 
     def measure(side: Callable[..., Run], environment: Mapping[str, str]) -> Run:
-        run = alone(side, *args, environment=environment)
+        run = alone(side, *args, **environment)
         told = f"{case.name}: {side.__name__} {run.pairs_per_second:.3f} pairs/s, {run.peak_gib:.2f} GiB"
         say(told + (" with the stages' allocator" if environment else ""))
         return run

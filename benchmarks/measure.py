@@ -5,12 +5,13 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, TypeVar
+from unittest.mock import patch
 
 import psutil
 import torch
@@ -46,16 +47,23 @@ class Run:
 def close(
     case: Case, rows: Sequence[TokenRow], ends: Sequence[float], values: list[float], bare: float = math.nan
 ) -> Run:
-    """Sum a run up; `ends` are times, the first at the end of the warm-up, the last at the end of the run."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    """Sum a run up.
+
+    `ends` are times, the first at the end of the warm-up, the last at the end of the run; `bare` are bytes.
+    """
     speed = (len(rows) - PAIRS_PER_STEP) / (ends[-1] - ends[0])
     flops = matmul_flops(torch.bfloat16 if case.dtype == "bf16" else torch.float32)
-    return Run(speed, peak / 2**30, bare, flops, values)
+    return Run(speed, peak() / 2**30, bare / 2**30, flops, values)
 
 
-def resident() -> float:
-    """GiB of this process that are in memory now."""
-    return psutil.Process().memory_info().rss / 2**30
+def resident() -> int:
+    """Bytes of this process that are in memory now."""
+    return int(psutil.Process().memory_info().rss)
+
+
+def peak() -> int:
+    """Most bytes of this process that were in memory at once."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def matmul_flops(dtype: torch.dtype, size: int = 2048) -> float:
@@ -69,13 +77,7 @@ def matmul_flops(dtype: torch.dtype, size: int = 2048) -> float:
     return 2 * size**3 / min(times)
 
 
-def alone(function: Callable[..., T], *args: Any, environment: Mapping[str, str] | None = None) -> T:
+def alone(function: Callable[..., T], *args: Any, **environment: str) -> T:
     """`function(*args)` in a fresh process, with more in its environment than this one has."""
-    before = dict(os.environ)
-    os.environ.update(environment or {})
-    try:
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-            return pool.submit(function, *args).result()
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
+    with patch.dict(os.environ, environment), ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(function, *args).result()

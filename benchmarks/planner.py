@@ -11,7 +11,6 @@ Writes `benchmarks/results/planner.json` and the tables of `docs/scale.md`.
 import argparse
 import dataclasses
 import json
-import resource
 import statistics
 import sys
 from dataclasses import dataclass
@@ -19,11 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 from transformers import AutoConfig
 
-from benchmarks.measure import alone, stage_environment
+from benchmarks.measure import alone, peak, resident, stage_environment
 from benchmarks.page import put_table
 from benchmarks.trainers import Clock
 from dpo.batching import TokenRow
@@ -79,14 +77,13 @@ def measure(model: Path, rank: int | None, pairs: int, checkpointing: bool) -> R
         lora=None if rank is None else LoraParams(rank=rank, alpha=2 * rank),
         early_stop=None,
     )
-    overhead = psutil.Process().memory_info().rss
+    overhead = resident()
     clock = Clock()
     train_dpo(
         load_model(model), rows, {row.id: (-100.0, -100.0) for row in rows}, asked, params.sweep.cells()[0],
         params.losses, tokens_per_batch=pairs * PAIR.tokens, callbacks=[clock],
     )  # fmt: skip
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return Run(overhead, peak, statistics.median(np.diff(clock.ends)))
+    return Run(overhead, peak(), statistics.median(np.diff(clock.ends)))
 
 
 def main() -> None:
@@ -101,7 +98,7 @@ def main() -> None:
         shape, results = shape_of(AutoConfig.from_pretrained(options.model)), []
         for case in CASES:
             rank, pairs, checkpointing = case
-            run = alone(measure, options.model, *case, environment=stage_environment())
+            run = alone(measure, options.model, *case, **stage_environment())
             setup = Setup(pairs * PAIR.tokens, "fp32", rank, checkpointing)
             memory = training_memory(shape, PAIR, setup, run.overhead)
             flops = pairs * MICRO_BATCHES * sum(pair_flops(shape, PAIR, setup))

@@ -7,25 +7,22 @@ model is small so that reading, encoding, hashing and writing are most of the wo
 
 import argparse
 import dataclasses
-import resource
 import sys
 import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from accelerate import PartialState
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
+from benchmarks.measure import alone, peak, resident
 from benchmarks.page import put_table
 from dpo.config import EngineParams
 from dpo.files import write_json
@@ -83,13 +80,12 @@ def measure(folder: Path, rows: int) -> Run:
     """Score a table in this process."""
     model, tokenizer = load_model(folder / "model"), AutoTokenizer.from_pretrained(folder / "model")
     key = policy_key(folder / "model", tokenizer, ENGINE.max_length, ENGINE.precision)
-    before, start = psutil.Process().memory_info().rss, time.perf_counter()
+    before, start = resident(), time.perf_counter()
     compute_reference(
         folder / "cache", key, folder / f"{rows}.parquet", model, tokenizer, ENGINE, folder / "progress",
         PartialState(cpu=True),
     )  # fmt: skip
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return Run(rows, time.perf_counter() - start, before, peak)
+    return Run(rows, time.perf_counter() - start, before, peak())
 
 
 def table(results: list[dict[str, Any]]) -> str:
@@ -125,8 +121,7 @@ def main() -> None:
         make_model(folder / "model", sentences)
         for count in rows:
             write_pairs(folder / f"{count}.parquet", count, sentences)
-            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-                results.append(dataclasses.asdict(pool.submit(measure, folder, count).result()))
+            results.append(dataclasses.asdict(alone(measure, folder, count)))
     write_json(RESULTS, results)
     put_table(PAGE, "reference", table(results))
 

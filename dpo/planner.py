@@ -204,9 +204,8 @@ def training_memory(shape: Shape, pair: Pair, setup: Setup, overhead: float) -> 
 
     There are two peaks, and the higher one counts. Between forward and backward pass all activations are there,
     with one chunk of logits and the gradient of the head's matrix, or the temporaries of one layer's backward pass
-    where they are more; gradients only if the step has several
-    micro-batches. When the backward pass ends, all gradients are there. Where input and output share a matrix, the
-    gradient of each side is there once.
+    where they are more; gradients only if the step has several micro-batches. When the backward pass ends, all
+    gradients are there. Where input and output share a matrix, the gradient of each side is there once.
 
     Assumes: `data` keeps the gradients a second time, in the buckets of DDP. `full` (FSDP) keeps 1/N of weights,
     gradients and states, and besides two whole layers with the gradient of one, and what lies outside of the

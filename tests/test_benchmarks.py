@@ -140,6 +140,6 @@ def environment():
 
 def test_a_run_has_the_allocator_of_the_stages_and_leaves_no_trace():
     (name, value), before = *measure.stage_environment().items(), dict(os.environ)
-    assert measure.alone(environment, environment={name: value})[name] == value
+    assert measure.alone(environment, **{name: value})[name] == value
     assert dict(os.environ) == before
     assert f"{name}={value}" in yaml.safe_load(Path("dvc.lock").read_text())["stages"]["sft"]["cmd"]

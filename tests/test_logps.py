@@ -184,40 +184,38 @@ def test_dropout_is_off_even_in_training_mode(tmp_path):
     )
 
 
-def test_chunks_of_the_vocabulary_projection_change_nothing_and_bound_its_size(llama, llama_dir, monkeypatch):
-    rows, plain = make_rows(), plain_model(llama_dir)
-    expected = naive_logps(plain, rows)
+@pytest.fixture
+def projected(monkeypatch):
+    """The number of positions of each projection to the vocabulary, five at most."""
     monkeypatch.setattr(logps, "HEAD_CHUNK", 5)
-    shapes = []
-    linear = logps.F.linear
+    lengths, linear = [], logps.F.linear
 
     def watched(hidden, weight, bias=None):
         if weight.shape[0] == TINY["vocab_size"]:
-            shapes.append(tuple(hidden.shape))
+            lengths.append(len(hidden))
         return linear(hidden, weight, bias)
 
     monkeypatch.setattr(logps.F, "linear", watched)
+    return lengths
+
+
+def test_chunks_of_the_vocabulary_projection_change_nothing_and_bound_its_size(llama, llama_dir, projected):
+    rows, plain = make_rows(), plain_model(llama_dir)
+    expected = naive_logps(plain, rows)
+    projected.clear()
     packed = llama(packed=pack(rows))
     torch.testing.assert_close(packed.view(-1, 2), expected, **CLOSE)
     assert_same_gradients(gradients(llama, packed), gradients(plain, expected))
     scored = sum(row.completion_tokens for row in rows)
-    assert max(length for length, _ in shapes) == 5
+    assert max(projected) == 5
     last = scored % 5 or 5
-    assert sum(length for length, _ in shapes) == 2 * scored - last, "backward, all but the last chunk"
+    assert sum(projected) == 2 * scored - last, "backward, all but the last chunk"
 
 
-def test_a_head_that_is_not_trained_is_projected_once_and_keeps_no_logits(llama, llama_dir, monkeypatch):
+def test_a_head_that_is_not_trained_is_projected_once_and_keeps_no_logits(llama, llama_dir, projected):
     rows, plain = make_rows(), plain_model(llama_dir)
-    monkeypatch.setattr(logps, "HEAD_CHUNK", 5)
     for model in (llama, plain):
         model.get_output_embeddings().weight.requires_grad_(False)
-    projected, linear = [], logps.F.linear
-
-    def watched(hidden, weight, bias=None):
-        projected.append(len(hidden) if weight.shape[0] == TINY["vocab_size"] else 0)
-        return linear(hidden, weight, bias)
-
-    monkeypatch.setattr(logps.F, "linear", watched)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t.shape), t)[1], lambda t: t):
         packed = llama(packed=pack(rows))
