@@ -26,8 +26,7 @@ T = TypeVar("T")
 def stage_environment() -> dict[str, str]:
     """What `dvc.yaml` sets for the stages that hold a model."""
     (variables,) = yaml.safe_load(Path("dvc.yaml").read_text())["vars"]
-    name, value = variables["allocator"].split("=", 1)
-    return {name: value}
+    return dict(setting.split("=", 1) for setting in variables["allocator"].split())
 
 
 @dataclass(frozen=True)

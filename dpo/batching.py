@@ -9,6 +9,8 @@ Positions of each completion continue from its prompt. No token is a pad, so lin
 attention (see `dpo.logps`) lets a completion see its prompt and itself, nothing else.
 """
 
+import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -33,6 +35,11 @@ class TokenRow:
     def completion_tokens(self) -> int:
         """Number of tokens whose log-probs are scored."""
         return sum(map(len, self.completions))
+
+    @property
+    def digest(self) -> bytes:
+        """SHA-256 of id and tokens."""
+        return hashlib.sha256(json.dumps([self.id, self.prompt, self.completions]).encode()).digest()
 
 
 def pack(rows: Sequence[TokenRow]) -> dict[str, object]:

@@ -25,7 +25,7 @@ from dpo.batching import TokenRow, budget_batches, pack
 from dpo.config import Precision
 from dpo.loading import load_weights
 
-ENGINE_VERSION = 3
+ENGINE_VERSION = 4
 """Part of every reference cache's key; raise it whenever the numbers below could change."""
 
 PACKED_ATTENTION = "dpo_packed"
@@ -95,61 +95,80 @@ AttentionInterface.register(PACKED_ATTENTION, _packed_attention)
 class _TokenLogps(torch.autograd.Function):
     """log softmax(hidden @ weight.T + bias)[target] by chunks, each worked on in place.
 
-    A head that is not trained gets its backward pass at once, in the forward pass, and no logits are kept. For one
-    that is, the backward pass computes each chunk anew, but for the last, which it finds as it was.
+    The backward pass computes each chunk anew, but for the last, which it finds as it was.
     """
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
-        wanted, *trained = ctx.needs_input_grad[:3]
         logps = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
-        slopes = torch.empty_like(hidden) if wanted and not any(trained) else None
         for part in _chunks(len(targets)):
-            probs = None  # the chunk before goes first
-            probs, logps[part] = _softmax(hidden[part], weight, bias, targets[part])
-            if slopes is not None:
-                slopes[part] = _logits_slope(probs, targets[part]).to(hidden.dtype) @ weight
-        ctx.kept = probs if any(trained) else None
-        ctx.save_for_backward(*([slopes] if slopes is not None else [hidden, weight, bias, targets]))
+            ctx.kept = None  # the chunk before goes first
+            *ctx.kept, logps[part] = _exponentials(hidden[part], weight, bias, targets[part])
+        ctx.save_for_backward(hidden, weight, bias, targets)
         return logps
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,) = grads
-        if len(ctx.saved_tensors) == 1:
-            return (ctx.saved_tensors[0] * grad[:, None]).to(ctx.saved_tensors[0].dtype), None, None, None
         hidden, weight, bias, targets = ctx.saved_tensors
         grad_hidden, grad_weight = torch.empty_like(hidden), None
         grad_bias = torch.zeros_like(bias) if bias is not None and ctx.needs_input_grad[2] else None
         for part in reversed(_chunks(len(targets))):
-            grad_logits, probs, ctx.kept = None, ctx.kept, None
-            if probs is None:
-                probs, _ = _softmax(hidden[part], weight, bias, targets[part])
-            grad_logits = _logits_slope(probs, targets[part]).mul_(grad[part, None]).to(hidden.dtype)
-            grad_hidden[part] = grad_logits @ weight
+            kept, ctx.kept = ctx.kept, None
+            exponentials, total = kept or _exponentials(hidden[part], weight, bias, targets[part])[:2]
+            slope = _slope(exponentials, total, targets[part], grads[0][part]).to(hidden.dtype)
+            grad_hidden[part] = slope @ weight
             if ctx.needs_input_grad[1]:
                 if grad_weight is None:
-                    grad_weight = grad_logits.T @ hidden[part]
+                    grad_weight = slope.T @ hidden[part]
                 else:
-                    grad_weight.addmm_(grad_logits.T, hidden[part])
+                    grad_weight.addmm_(slope.T, hidden[part])
             if grad_bias is not None:
-                grad_bias += grad_logits.sum(0)
+                grad_bias += slope.sum(0)
+            del kept, exponentials, slope  # before the next chunk
         return grad_hidden, grad_weight, grad_bias, None
 
 
-def _softmax(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """fp32 probabilities [n, vocabulary] and the targets' log-probs [n], in the memory of one matrix of logits."""
+class _FrozenHeadLogps(torch.autograd.Function):
+    """The same for a head that is not trained: its backward pass is done at once, and no logits are kept."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+        logps = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
+        slopes = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        for part in _chunks(len(targets)):
+            exponentials, total, logps[part] = _exponentials(hidden[part], weight, bias, targets[part])
+            if slopes is not None:
+                each = torch.ones_like(logps[part])
+                slopes[part] = _slope(exponentials, total, targets[part], each).to(hidden.dtype) @ weight
+            del exponentials  # before the next chunk
+        ctx.save_for_backward(slopes)
+        return logps
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (slopes,) = ctx.saved_tensors
+        return (slopes * grads[0][:, None]).to(slopes.dtype), None, None, None
+
+
+def _exponentials(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """fp32 exponentials [n, vocabulary] of logits less the largest, their sums [n], the targets' log-probs [n].
+
+    In the memory of one matrix of logits.
+    """
     logits = F.linear(hidden, weight, bias).float()
-    chosen = logits.gather(1, targets[:, None])
-    top = logits.max(1, keepdim=True).values
-    total = logits.sub_(top).exp_().sum(1, keepdim=True)
-    return logits.div_(total), (chosen - top - total.log())[:, 0]
+    chosen = logits.gather(1, targets[:, None])[:, 0]
+    top = logits.max(1).values
+    exponentials = logits.sub_(top[:, None]).exp_()
+    total = exponentials.sum(1)
+    return exponentials, total, chosen - top - total.log()
 
 
-def _logits_slope(probs: Tensor, targets: Tensor) -> Tensor:
-    """Gradient of the targets' log-probs by the logits, 1[target] - probs, in place."""
-    slope = probs.neg_()
-    slope[torch.arange(len(targets), device=targets.device), targets] += 1
+def _slope(exponentials: Tensor, total: Tensor, targets: Tensor, grad: Tensor) -> Tensor:
+    """Gradient by the logits, grad * (1[target] - softmax), in place of the exponentials."""
+    slope = exponentials.mul_((-grad / total)[:, None])
+    slope[torch.arange(len(targets), device=targets.device), targets] += grad
     return slope
 
 
@@ -195,7 +214,9 @@ def _stream_hidden(model: PreTrainedModel, packed: dict[str, Any], precision: Pr
 def _stream_logps(model: PreTrainedModel, packed: dict[str, Any], precision: Precision) -> Tensor:
     """Log-probs [N] of the N completion tokens."""
     hidden, head = _stream_hidden(model, packed, precision), model.get_output_embeddings()
-    return _TokenLogps.apply(hidden, head.weight, getattr(head, "bias", None), packed["targets"])
+    trained = any(weight.requires_grad for weight in head.parameters())
+    token_logps = _TokenLogps if trained else _FrozenHeadLogps
+    return token_logps.apply(hidden, head.weight, getattr(head, "bias", None), packed["targets"])
 
 
 def _stream_logits(model: PreTrainedModel, packed: dict[str, Any], precision: Precision) -> Iterator[Tensor]:

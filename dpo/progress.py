@@ -34,7 +34,7 @@ def training_key(model: PreTrainedModel, rows: Sequence[TokenRow], settings: Map
         digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
         digest.update(weight.detach().cpu().contiguous().numpy().data)
     for row in rows:
-        digest.update(json.dumps(dataclasses.astuple(row)).encode())
+        digest.update(row.digest)
     versions = {"engine": ENGINE_VERSION} | {
         name: version(name) for name in ("torch", "transformers", "accelerate")
     }
@@ -63,10 +63,11 @@ class Progress:
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """The latest whole checkpoint of a training; those that are damaged are removed with a warning."""
+    """The latest whole checkpoint of a training, told in the log; damaged ones are removed with a warning."""
     for checkpoint in _by_step(folder):
         fault = _fault(checkpoint)
         if fault is None:
+            log.warning("%s: this training was cut off before; it goes on from here", checkpoint)
             return checkpoint
         log.warning("%s: %s; it is left out, training goes on from the one before", checkpoint, fault)
         shutil.rmtree(checkpoint)

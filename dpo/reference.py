@@ -74,12 +74,8 @@ def cache_key(
     """What reference log-probs depend on: `policy_key` and the ids, the tokens and the order of the rows."""
     digest = hashlib.sha256()
     for row in rows:
-        digest.update(_row_digest(row))
+        digest.update(row.digest)
     return {**policy_key(model, tokenizer, max_length, precision), "rows": digest.hexdigest()}
-
-
-def _row_digest(row: TokenRow) -> bytes:
-    return hashlib.sha256(json.dumps([row.id, row.prompt, row.completions]).encode()).digest()
 
 
 def compute_reference(
@@ -133,7 +129,7 @@ def _compute_shard(
     path: Path, model: PreTrainedModel, rows: Sequence[TokenRow], tokens_per_batch: int, title: str
 ) -> None:
     """Unless the file holds these very rows already."""
-    if path.is_file() and pq.read_table(path)["row"].to_pylist() == [_row_digest(row) for row in rows]:
+    if path.is_file() and pq.read_table(path)["row"].to_pylist() == [row.digest for row in rows]:
         return
     logps = sequence_logps(model, rows, tokens_per_batch, title)
     with written_whole(path) as aside:
@@ -142,7 +138,7 @@ def _compute_shard(
 
 def _shard(rows: Sequence[TokenRow], logps: Tensor) -> pa.Table:
     chosen, rejected = logps.double().unbind(1)
-    columns = [[row.id for row in rows], chosen.tolist(), rejected.tolist(), list(map(_row_digest, rows))]
+    columns = [[row.id for row in rows], chosen.tolist(), rejected.tolist(), [row.digest for row in rows]]
     return pa.table(dict(zip(SHARD.names, columns, strict=True)), SHARD)
 
 

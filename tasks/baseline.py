@@ -1,7 +1,5 @@
 """Stage `baseline`: the reference's own answers to held-out prompts and their scores, once for all policies."""
 
-from typing import Any
-
 import pandas as pd
 
 from dpo.config import load_params
@@ -10,7 +8,7 @@ from dpo.evaluation.sampling import answer_table
 from dpo.files import written_whole
 from dpo.loading import load_tokenizer
 from dpo.logps import load_model
-from dpo.processes import share, this_process
+from dpo.processes import this_process
 from dpo.tokens import prompt_of
 from tasks.stage import EVAL, REFERENCE_SAMPLES, SFT, run_launched
 
@@ -27,12 +25,7 @@ def main() -> None:
     table = pairs.sample(asked.samples, replace=len(pairs) < asked.samples, random_state=params.seed)
     table = table[["prompt", "turns"]].reset_index(drop=True)
     prompts = [prompt_of(pair, tokenizer) for pair in table.to_dict("records")]
-
-    def sample(mine: list[int]) -> list[Any]:
-        seed = params.seed + state.process_index
-        return answer_table(model, tokenizer, [prompts[i] for i in mine], asked, seed).to_dict("records")
-
-    table = table.join(pd.DataFrame(share(len(prompts), sample)))
+    table = table.join(answer_table(model, tokenizer, prompts, asked, params.seed))
     if not state.is_main_process:
         return
     if isinstance(judge, Scorer):

@@ -55,10 +55,6 @@ def main() -> None:
     def logps(mine: list[int]) -> list[Any]:
         return sequence_logps(model, [rows[i] for i in mine], engine.tokens_per_batch, "policy log-probs").tolist()
 
-    def sample(mine: list[int]) -> list[Any]:
-        seed = params.seed + state.process_index
-        return answer_table(model, tokenizer, [prompts[i] for i in mine], asked, seed).to_dict("records")
-
     def distances(mine: list[int]) -> list[Any]:
         to = load_model(SFT, engine.precision).to(state.device)
         asking = prompt_ids(tokenizer, [prompts[i] for i in mine])
@@ -72,7 +68,7 @@ def main() -> None:
         cell,
         params.losses,
     )
-    answers = pd.DataFrame(share(len(prompts), sample))
+    answers = answer_table(model, tokenizer, prompts, asked, params.seed)
     ids, texts = answers["ids"].tolist(), answers["answer"].tolist()
     apart = pd.DataFrame(share(len(prompts), distances))
     if not state.is_main_process:

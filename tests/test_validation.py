@@ -469,7 +469,7 @@ def test_what_is_no_candidate_table_is_refused_by_name(tmp_path, harm):
 
 def test_a_folder_without_a_tokenizer_is_refused_by_name(tmp_path):
     (tmp_path / "model").mkdir()
-    with pytest.raises(InputError, match=re.escape(f"{tmp_path / 'model'}: cannot load the tokenizer")):
+    with pytest.raises(InputError, match=re.escape(f"cannot load '{tmp_path / 'model'}'")):
         check(tmp_path, ROWS, tokenizer=tmp_path / "model")
 
 

@@ -14,6 +14,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from dpo.config import EvaluateParams
 from dpo.logps import generating
+from dpo.processes import share, this_process
 from dpo.tokens import Prompt, prompt_ids
 
 ROWS_AT_ONCE = 128
@@ -130,19 +131,23 @@ def answer_table(
     params: EvaluateParams,
     seed: int,
 ) -> pd.DataFrame:
-    """One answer a prompt, by `sample` with the settings of `params`.
+    """One answer a prompt, by `sample` with the settings of `params`; processes of one launch share the prompts.
 
     Returns:
         One row a prompt: `answer`, its text; `ids`, its tokens; `finished`, whether it ended with the end token.
     """
-    answers = sample(
-        model,
-        tokenizer,
-        prompts,
-        max_new_tokens=params.max_new_tokens,
-        temperature=params.temperature,
-        seed=seed,
-    )
+
+    def draw(mine: list[int]) -> list[list[int]]:
+        return sample(
+            model,
+            tokenizer,
+            [prompts[number] for number in mine],
+            max_new_tokens=params.max_new_tokens,
+            temperature=params.temperature,
+            seed=seed + this_process().process_index,
+        )
+
+    answers = share(len(prompts), draw)
     return pd.DataFrame(
         {
             "answer": tokenizer.batch_decode(answers, skip_special_tokens=True),

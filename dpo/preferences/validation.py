@@ -200,10 +200,7 @@ def _examine_all(
 def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     if multiprocessing.parent_process() is not None:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is a process for each core
-    try:
-        return load_tokenizer(folder)
-    except InputError as error:
-        raise InputError(f"{folder}: cannot load the tokenizer: {error}") from error
+    return load_tokenizer(folder)
 
 
 def _examine(

@@ -217,6 +217,7 @@ def test_sigterm_saves_and_stops_and_the_next_run_goes_on(train, undisturbed, tm
     count = Count()
     assert_same(train(tmp_path, count, minutes=60), undisturbed)
     assert count.steps[0] == 5
+    assert "checkpoint-4: this training was cut off before; it goes on from here" in caplog.text
     assert "left out" not in caplog.text
 
 
