@@ -1,16 +1,16 @@
 """Speed and memory of the engine in `dpo`, side by side with TRL's `DPOTrainer`: `python -m benchmarks.engine`.
 
 Both sides get the same model, the same tokens in the same steps, the same reference log-probs, optimizer, dtype
-and micro-batch. Runs alternate (ours, peer, ours, peer, ...), each in a process of its own, so that its peak
-resident memory is its own. The first step of every run warms up and is not timed.
+and micro-batch. Runs alternate, each in a process of its own, so that its peak resident memory is its own. The
+first step of every run warms up and is not timed.
 
 A `default` case has TRL's default settings, gradient checkpointing among them, and pairs in random order; of long
 pairs, where activations are most of the memory, ours has it, too. A `tuned` case has the fastest settings of TRL
 that were found: pairs grouped by length, smaller micro-batches, no gradient checkpointing. Ours runs on the same
 micro-batches each time, so memory ratios compare like with like.
 
-Ours runs with what `dvc.yaml` sets for the stages, an allocator that keeps less of what is freed; TRL as it comes,
-and for its memory once more with the same.
+Ours runs with the settings of the allocator that `dvc.yaml` has for the stages, TRL as it comes and once more with
+them.
 """
 
 import argparse
@@ -57,7 +57,7 @@ def score_ours(case: Case, model: Path, rows: Sequence[TokenRow]) -> Run:
 
 
 def compare(case: Case, model: Path, steps: int, repeats: int) -> dict[str, Any]:
-    """Measure one case: alternating repeats of both sides, then the peer with the stages' allocator."""
+    """Measure one case: ours, the peer, the peer with the stages' allocator, and so on."""
     from benchmarks.trainers import score_peer, train_ours, train_peer
 
     rows = case_rows(case, AutoTokenizer.from_pretrained(model), steps)
@@ -75,9 +75,9 @@ def compare(case: Case, model: Path, steps: int, repeats: int) -> dict[str, Any]
         say(told + (" with the stages' allocator" if environment else ""))
         return run
 
-    pairs = [(measure(ours, stage), measure(peer, {})) for _ in range(repeats)]
-    runs = [list(side) for side in zip(*pairs, strict=True)]
-    entry = record(case, rows, AutoConfig.from_pretrained(model), *runs, measure(peer, stage))
+    sides = ((ours, stage), (peer, {}), (peer, stage))
+    runs = zip(*([measure(*side) for side in sides] for _ in range(repeats)), strict=True)
+    entry = record(case, rows, AutoConfig.from_pretrained(model), *runs)
     if case.train:
         for step, losses in enumerate(zip(entry["ours"]["losses"], entry["peer"]["losses"], strict=True)):
             say(f"{case.name}: step {step}, losses {losses[0]:.6f} and {losses[1]:.6f}")
@@ -86,9 +86,14 @@ def compare(case: Case, model: Path, steps: int, repeats: int) -> dict[str, Any]
 
 
 def record(
-    case: Case, rows: Sequence[TokenRow], config: Any, ours: Sequence[Run], peer: Sequence[Run], lean_peer: Run
+    case: Case,
+    rows: Sequence[TokenRow],
+    config: Any,
+    ours: Sequence[Run],
+    peer: Sequence[Run],
+    tuned_peer: Sequence[Run],
 ) -> dict[str, Any]:
-    """The entry of one case in the results; `lean_peer` is a run of the peer with the stages' allocator."""
+    """The entry of one case in the results; `tuned_peer` are runs of the peer with the stages' allocator."""
     timed = rows[PAIRS_PER_STEP:]
     padded = sum(count * length for count, length in padded_batches(case, timed))
     work = flops(case, timed, config) / len(timed)
@@ -109,7 +114,7 @@ def record(
         }
 
     us = side(ours, sum(row.tokens for row in timed), case.ours_checkpointing)
-    them = side(peer, padded, case.checkpointing)
+    them, tuned = (side(runs, padded, case.checkpointing) for runs in (peer, tuned_peer))
     a, b = np.array(ours[0].values), np.array(peer[0].values)
     agree = np.allclose(a, b, **({"rtol": 0, "atol": LOSS_TOLERANCE} if case.train else {"rtol": LOGP_TOLERANCE}))
     versions = {p: importlib.metadata.version(p) for p in ("torch", "transformers", "accelerate", "trl")}
@@ -122,7 +127,11 @@ def record(
         "speed_ratio": us["pairs_per_second"] / them["pairs_per_second"],
         "flop_ratio": flop_ratio(case, timed, config),
         "memory_ratio": us["peak_gib"] / them["peak_gib"],
-        "memory_ratio_same_allocator": us["peak_gib"] / lean_peer.peak_gib,
+        "same_allocator": {
+            "speed_ratio": us["pairs_per_second"] / tuned["pairs_per_second"],
+            "memory_ratio": us["peak_gib"] / tuned["peak_gib"],
+            "peer": {name: tuned[name] for name in ("pairs_per_second", "pairs_per_second_repeats", "peak_gib")},
+        },
         "memory_floor": (ours[0].bare_gib + state_bytes(case, config) / 2**30) / them["peak_gib"],
         "utilisation": us["utilisation"],
         "matmul_gflops": matmul / 1e9,
@@ -159,11 +168,12 @@ def table(results: Sequence[Mapping[str, Any]]) -> str:
     packages = ", ".join(f"{name} {version}" for name, version in versions.items())
     lines = [
         f"{machine['cpu']}, {machine['threads']} threads, {machine['memory_gib']} GiB; {packages}.",
-        "Of two figures in a cell, the first is ours, the second TRL's.",
+        "Of two figures in a cell, the first is ours, the second TRL's; `same allocator` has the ratios of speed",
+        "and memory where TRL gets the settings of our stages.",
         "",
     ]
     for entry in results:
-        us, them, goal = entry["ours"], entry["peer"], entry["targets"]
+        us, them, goal, same = (entry[name] for name in ("ours", "peer", "targets", "same_allocator"))
         settings = them["settings"]
         cells = {
             "case": entry["case"],
@@ -172,9 +182,9 @@ def table(results: Sequence[Mapping[str, Any]]) -> str:
             "speed target": f"at least {goal['speed_ratio']}" if goal["speed_ratio"] else "none",
             "FLOP ratio": f"{entry['flop_ratio']:.2f}",
             "memory ratio": f"{entry['memory_ratio']:.2f}",
-            "same allocator": f"{entry['memory_ratio_same_allocator']:.2f}",
             "memory floor": f"{entry['memory_floor']:.2f}",
             "memory target": f"at most {goal['memory_ratio']}" if goal["memory_ratio"] else "none",
+            "same allocator": f"{same['speed_ratio']:.2f}, {same['memory_ratio']:.2f}",
             "utilisation": f"{us['utilisation']:.0%}, {them['utilisation']:.0%}",
             "pairs/s": f"{us['pairs_per_second']:.2f}, {them['pairs_per_second']:.2f}",
             "peak GiB": f"{us['peak_gib']:.2f}, {them['peak_gib']:.2f}",

@@ -3,8 +3,8 @@
 Every case trains the base model on micro-batches, two a step, with `dpo.training`, in a process of its own.
 
 Memory is the peak resident memory, with the allocator that `dvc.yaml` sets for the stages; its overhead is what is
-resident before the model is loaded. Time is the median of four steps after the first; the operations a second of
-the first case predict the others.
+resident once a model of one narrow layer has been trained the same way. Time is the median of four steps after the
+first; the operations a second of the first case predict the others.
 Writes `benchmarks/results/planner.json` and the tables of `docs/scale.md`.
 """
 
@@ -15,11 +15,12 @@ import statistics
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.measure import alone, peak, resident, stage_environment
 from benchmarks.page import put_table
@@ -42,13 +43,16 @@ CASES = [
     for pairs, checkpointing in ((4, False), (8, False), (8, True))
 ]
 """(LoRA's rank, pairs in a micro-batch, gradient checkpointing)"""
+NARROW = {"num_hidden_layers": 1, "hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2,
+          "num_key_value_heads": 1, "head_dim": 32, "vocab_size": 300}  # fmt: skip
+"""Sizes of a model that takes next to no memory, while the libraries that train it are all loaded."""
 LARGE, TOKENS, GPUS = Pair(prompt=256, completion=256), 8192, (1, 8, 64)
 """Of the table of large models: lengths of a pair, tokens in a micro-batch, numbers of GPUs."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """What one training took: bytes resident before the model was loaded and at the peak, seconds of a step."""
+    """What one training took: bytes of the process without the model and at the peak, seconds of a step."""
 
     overhead: int
     peak: int
@@ -56,9 +60,7 @@ class Run:
 
 
 def measure(model: Path, rank: int | None, pairs: int, checkpointing: bool) -> Run:
-    """Train on random tokens; every pair has the lengths of `PAIR`."""
-    import peft  # noqa: F401  part of the overhead, not of the model
-
+    """Train on random tokens, pairs of the lengths of `PAIR`; a narrow model first, for the overhead."""
     params = load_params()
     draw = np.random.default_rng(SEED)
     lengths = (PAIR.prompt, PAIR.completion, PAIR.completion)
@@ -77,13 +79,20 @@ def measure(model: Path, rank: int | None, pairs: int, checkpointing: bool) -> R
         lora=None if rank is None else LoraParams(rank=rank, alpha=2 * rank),
         early_stop=None,
     )
-    overhead = resident()
-    clock = Clock()
-    train_dpo(
-        load_model(model), rows, {row.id: (-100.0, -100.0) for row in rows}, asked, params.sweep.cells()[0],
-        params.losses, tokens_per_batch=pairs * PAIR.tokens, callbacks=[clock],
-    )  # fmt: skip
-    return Run(overhead, peak(), statistics.median(np.diff(clock.ends)))
+
+    def seconds_a_step(path: Path) -> float:
+        clock = Clock()
+        train_dpo(
+            load_model(path), rows, {row.id: (-100.0, -100.0) for row in rows}, asked, params.sweep.cells()[0],
+            params.losses, tokens_per_batch=pairs * PAIR.tokens, callbacks=[clock],
+        )  # fmt: skip
+        return statistics.median(np.diff(clock.ends))
+
+    with TemporaryDirectory() as folder:
+        AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model, **NARROW)).save_pretrained(folder)
+        seconds_a_step(Path(folder))
+    overhead, step = resident(), seconds_a_step(model)
+    return Run(overhead, peak(), step)
 
 
 def main() -> None:
