@@ -1,6 +1,7 @@
-"""Tiny random models and tokenizers, made here so that no test needs a network."""
+"""Tiny random models and tokenizers, made here so that no test needs a network; and free ports."""
 
 import os
+import socket
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = (
@@ -122,6 +123,15 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, object]]] = {
     "olmo2": ("olmo2", GROUPED),
 }
 """Name: (transformers' model type, what its config needs besides `TINY`)."""
+
+
+def free_ports(count: int) -> list[int]:
+    """Different ones, held open together while they are looked for."""
+    listeners = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [listener.getsockname()[1] for listener in listeners]
+    for listener in listeners:
+        listener.close()
+    return ports
 
 
 def make_model(architecture: str, folder: Path, seed: int = 0, **changes: object) -> Path:

@@ -5,7 +5,6 @@ import logging
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -16,6 +15,7 @@ from pathlib import Path
 import httpx
 import pandas as pd
 import pytest
+from conftest import free_ports
 from PIL import Image
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
@@ -179,9 +179,7 @@ def test_a_server_that_goes_away_in_the_middle_costs_no_stage_and_is_named_in_th
     for package in ("dpo", "tasks", "flows"):
         (project / package).symlink_to(Path(__file__).parent.parent / package)
     (project / "branch.py").write_text(f"{BRANCH}; import time; time.sleep(1)")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+    port = str(*free_ports(1))
     url = f"http://127.0.0.1:{port}/api"
     environment = os.environ | {"PREFECT_HOME": str(project / "home"), "PREFECT_API_URL": url}
     environment |= {"PREFECT_CLIENT_MAX_RETRIES": "1"}

@@ -2,13 +2,13 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import free_ports
 from safetensors.torch import load_file
 
 from dpo.logps import load_model
@@ -19,9 +19,7 @@ FSDP = ROOT / "configs/one-node-fsdp.yaml"
 
 
 def start(processes, *arguments, config=None):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    (port,) = free_ports(1)
     launch = [
         *("-m", "accelerate.commands.launch", "--num_processes", str(processes)),
         *("--num_machines", "1", "--main_process_port", str(port), "--mixed_precision", "no"),

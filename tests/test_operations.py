@@ -17,6 +17,7 @@ import fsspec
 import httpx
 import psutil
 import pytest
+from conftest import free_ports
 from mlflow import MlflowClient
 from PIL import Image
 from ruamel.yaml import YAML
@@ -148,14 +149,6 @@ def make_origin(folder: Path, model: Path, environment: dict[str, str]) -> None:
     add, commit = ["git", "add", "-A"], ["git", "commit", "-qm", "1"]
     for command in (["git", "init", "-q"], ["dvc", "init", "-q"], add, commit):
         subprocess.run(command, cwd=folder, env=environment, check=True)
-
-
-def free_ports(count: int) -> list[int]:
-    with_ports = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [listener.getsockname()[1] for listener in with_ports]
-    for listener in with_ports:
-        listener.close()
-    return ports
 
 
 def wait_for(condition: Callable[[], bool], seconds: float) -> None:

@@ -16,7 +16,6 @@ import re
 import resource
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -31,7 +30,7 @@ from pathlib import Path
 
 import mlflow
 import pandas as pd
-from conftest import chat_tokenizer, make_model
+from conftest import chat_tokenizer, free_ports, make_model
 from safetensors.torch import load_file, save_file
 from test_mlflow import Server
 from test_pipeline import CELL, ENV, ROOT, change, make_project
@@ -603,9 +602,7 @@ def mlflow_down(projects: Projects, folder: Path, draw: random.Random) -> None:
 def prefect_down(projects: Projects, folder: Path, draw: random.Random) -> None:
     """Prefect's server is killed while a flow runs a stage: all stages are done, then an error tells of it."""
     shutil.copytree(projects.raw, folder, dirs_exist_ok=True)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+    port = str(*free_ports(1))
     env = {**ENV, "PREFECT_HOME": str(folder / ".prefect"), "PREFECT_API_URL": f"http://127.0.0.1:{port}/api"}
     server = subprocess.Popen(
         [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", port],

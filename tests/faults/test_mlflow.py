@@ -3,7 +3,6 @@
 import logging
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ import pandas as pd
 import plotly.graph_objects as go
 import pytest
 import requests
+from conftest import free_ports
 from mlflow.utils import rest_utils
 
 from dpo.config import Cell, load_params
@@ -36,9 +36,7 @@ class Server:
     """`mlflow server` on one port and one store, however often it is killed."""
 
     def __init__(self, folder):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+        (self.port,) = free_ports(1)
         self.url, self.folder = f"http://127.0.0.1:{self.port}", folder
 
     def start(self):
