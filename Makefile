@@ -77,7 +77,8 @@ down: setup
 	python -m flows.servers down
 
 mlflow: setup
-	mlflow ui --backend-store-uri $(or $(MLFLOW_TRACKING_URI),sqlite:///mlflow.db) --host 127.0.0.1 --port 5000
+	$(if $(filter http%,$(MLFLOW_TRACKING_URI)),@echo "MLflow's UI is at $(MLFLOW_TRACKING_URI)",mlflow ui \
+		--backend-store-uri $(or $(MLFLOW_TRACKING_URI),sqlite:///mlflow.db) --host 127.0.0.1 --port 5000)
 
 prefect: setup
 	prefect server start --host 127.0.0.1 --port 4200

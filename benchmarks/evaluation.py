@@ -1,6 +1,6 @@
 """What evaluating a policy takes, over training it, on this machine: `python -m benchmarks.evaluation`.
 
-Both stages run on the results of `dvc repro`, in a copy of the project, on 256 prompts with answers of 32 tokens.
+Both stages run on the results of `dvc repro`, in a copy of the project, on 256 answers with answers of 32 tokens.
 """
 
 import argparse

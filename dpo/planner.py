@@ -79,8 +79,10 @@ def shape_of(config: Any) -> Shape:
     """The shape that a transformers config tells.
 
     Raises:
-        InputError: a size is missing; the model is not built as Llama is.
+        InputError: a size is missing, or it has experts; the model is not built as Llama is.
     """
+    if any("expert" in name and not name.startswith("_") for name in vars(config)):
+        raise InputError(f"no plan for a model with experts, '{config.model_type}'; plan with a Llama of its size")
     try:
         heads, hidden = config.num_attention_heads, config.hidden_size
         return Shape(

@@ -51,7 +51,8 @@ LEVEL = re.compile(r"\b(ERROR|WARNING)\b|^(error|warning):")
 LEVELS = {"ERROR": logging.ERROR, "WARNING": logging.WARNING}
 ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 NETWORK_FAULT = re.compile(
-    r"could not fetch|connection (error|refused|reset|aborted)|ConnectionError|timed? ?out|name resolution|"
+    r"(could not|cannot) (fetch|connect)|connection (error|refused|reset|aborted)|ConnectionError|timed? ?out|"
+    r"name resolution|name or service not known|network is unreachable|no route to host|"
     r"\b(429|50[0234])\b[ :,]*(client|server|too many|internal|bad gateway|service|gateway)",
     re.IGNORECASE,
 )

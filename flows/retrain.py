@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import aiohttp
 import fsspec
 from filelock import FileLock, Timeout
 from prefect import flow, get_run_logger, task
@@ -179,10 +180,14 @@ def fetch_new(landing: str, owed: Sequence[str]) -> list[Path]:
         raise InputError(f"{landing}: {error}") from error
     arrived = []
     try:
-        if not files.exists(place):
+        try:
+            single = files.info(place)["type"] == "file"
+        except FileNotFoundError as error:
+            cause = error.__cause__  # of http, which says this of every fault
+            if isinstance(cause, aiohttp.ClientError) and getattr(cause, "status", None) not in (404, 410):
+                raise cause from None
             get_run_logger().warning("%s: no such file or folder; nothing has landed there yet", landing)
             return []
-        single = files.isfile(place)
         for origin in [place] if single else sorted(files.find(place)):
             name = Path(urlsplit(origin).path).name
             if name.startswith(".") or Path(name.removesuffix(".gz")).suffix not in READERS:
@@ -203,7 +208,11 @@ def fetch_new(landing: str, owed: Sequence[str]) -> list[Path]:
             (INCOMING / "new").rename(path)
             arrived.append(path)
             get_run_logger().info("%s is new", origin)
-    except OSError as error:
+    except InputError:
+        raise
+    except aiohttp.ClientResponseError as error:
+        raise StageError(f"{landing}: cannot be read: {error.status} {error.message}") from error
+    except Exception as error:
         raise StageError(f"{landing}: cannot be read: {type(error).__name__}: {error}") from error
     return arrived
 

@@ -55,9 +55,9 @@ def _rollback() -> State[RolledBack]:
     now, earlier = registry.predecessor()
     before = landed()
     restore(earlier.tags[COMMIT], f"Rolled back from version {now.version} to {earlier.version}")
-    registry.roll_back(earlier)
     for name in sorted(before - landed()):
         refuse(name, f"rolled back with version {now.version}")
+    registry.roll_back(earlier)
     PENDING.unlink(missing_ok=True)
     notify("rolled-back", {"from": now.version, "to": earlier.version})
     done = RolledBack(str(now.version), str(earlier.version), earlier.tags[COMMIT])
@@ -97,8 +97,9 @@ def check_out(revision: str, paths: list[str]) -> None:
 
 
 def main() -> int:
-    """Roll back now; exit code 1 on failure."""
-    return 0 if run_now(rollback).is_completed() else 1
+    """Roll back now; exit code 1 on failure, 0 else, also where another run is at work."""
+    state = run_now(rollback)
+    return 0 if state.is_completed() or state.is_cancelled() else 1
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from dpo.errors import InputError
 from dpo.evaluation.sampling import sample
 from dpo.loading import load_tokenizer
 from dpo.logps import load_model
+from dpo.processes import this_process
 from tasks.stage import SFT, run
 
 HELP = "Type a prompt; /new forgets the conversation, /quit (or Ctrl-D) leaves."
@@ -26,7 +27,7 @@ def main() -> None:
         "--reference", type=Path, default=SFT, help="checkpoint to compare with (default: %(default)s)"
     )
     parser.add_argument("--max-new-tokens", type=int, default=128, help="longest answer (default: %(default)s)")
-    parser.add_argument("--temperature", type=float, default=0.7, help="of sampling (default: %(default)s)")
+    parser.add_argument("--temperature", type=_above_0, default=0.7, help="of sampling (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same answers (default: 0)")
     given = parser.parse_args()
     sides = [given.policy, given.reference]
@@ -36,7 +37,7 @@ def main() -> None:
                 f"{folder}: no checkpoint here; `dvc repro` or `dvc pull` brings those of this project"
             )
     tokenizer = load_tokenizer(given.policy)
-    models = [load_model(folder) for folder in sides]
+    models = [load_model(folder).to(this_process().device) for folder in sides]
     talks: list[list[dict[str, str]]] = [[], []]
     print(HELP)
     while (text := _ask()) != "/quit":
@@ -54,6 +55,13 @@ def main() -> None:
             answers.append(tokenizer.decode(ids, skip_special_tokens=True).strip())
             talk.append({"role": "assistant", "content": answers[-1]})
         print(_columns([str(folder) for folder in sides], answers, shutil.get_terminal_size().columns))
+
+
+def _above_0(text: str) -> float:
+    """A number of the command line."""
+    if not float(text) > 0:
+        raise argparse.ArgumentTypeError("must be above 0")
+    return float(text)
 
 
 def _ask() -> str:

@@ -43,6 +43,17 @@ def of_folder(folder: Path) -> dict[str, Any]:
     return facts
 
 
+def check_base(adapter: Path, facts: dict[str, Any]) -> None:
+    """Refuse an adapter whose base is not the model it was trained on, as `facts` of `of_folder` tell."""
+    base = json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
+    recorded = facts.get("models", {}).get(base)
+    if recorded is not None and weights(Path(base)) != recorded:
+        raise InputError(
+            f"{adapter}: was trained on other weights than those now in {base} (SHA-256 {recorded}); bring both "
+            "as they were in one commit, by `git checkout` and `dvc checkout`"
+        )
+
+
 def of_version(uri: str) -> dict[str, Any]:
     """What MLflow keeps with a model of its registry."""
     import mlflow

@@ -7,7 +7,7 @@ from dpo.errors import InputError
 from dpo.loading import load_tokenizer
 from dpo.models import load_checkpoint
 from dpo.training import save_checkpoint
-from tasks.lineage import of_folder
+from tasks.lineage import check_base, of_folder
 from tasks.stage import run
 
 
@@ -26,6 +26,7 @@ def main() -> None:
     if given.folder.exists():
         raise InputError(f"{given.folder}: exists; name a new folder")
     adapter = of_folder(given.adapter)
+    check_base(given.adapter, adapter)
     facts = {**adapter, "merged_from": adapter["weights"]}
     tokenizer = load_tokenizer(given.adapter)
     save_checkpoint(load_checkpoint(given.adapter), tokenizer, given.folder, facts)

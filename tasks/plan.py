@@ -60,7 +60,7 @@ def ways(params: Params, pair: Pair, gpus: int, sharding: Sharding) -> Iterator[
     for rank in (None, dpo.lora.rank if dpo.lora else RANK):
         for checkpointing in (False, True):
             yield Setup(
-                tokens_per_batch=engine.tokens_per_batch,
+                tokens_per_batch=max(engine.tokens_per_batch, pair.tokens),  # a longer pair stands alone
                 precision=engine.precision,
                 lora_rank=rank,
                 gradient_checkpointing=checkpointing,

@@ -27,6 +27,7 @@ from dpo.evaluation.sampling import answer_table
 from dpo.files import md5, write_json, written_whole
 from dpo.loading import load_tokenizer
 from dpo.logps import load_model, sequence_logps
+from dpo.processes import this_process
 from dpo.tokens import encode_pairs, prompt_of
 from tasks import registry, spool, tracking
 from tasks.lineage import of_version
@@ -190,7 +191,7 @@ def judged_wins(params: Params, cell: Cell, champion: Path) -> tuple[list[str], 
     own, baseline = pd.read_parquet(policy_samples(cell)), pd.read_parquet(REFERENCE_SAMPLES)
     tokenizer = load_tokenizer(champion / "components/tokenizer")
     prompts = [prompt_of(pair, tokenizer) for pair in baseline.to_dict("records")]
-    model = load_model(champion / "model", params.engine.precision)
+    model = load_model(champion / "model", params.engine.precision).to(this_process().device)
     texts = answer_table(model, tokenizer, prompts, params.evaluate, params.seed)["answer"].tolist()
     if isinstance(judge, Scorer):
         wins = score_wins(own["policy_score"], judge.score(prompts, texts))
@@ -208,7 +209,7 @@ def ranked_wins(params: Params, cell: Cell, champion: Path) -> tuple[list[str], 
     held_out, own = pd.read_parquet(EVAL), pd.read_parquet(policy_margins(cell))
     tokenizer = load_tokenizer(champion / "components/tokenizer")
     rows = encode_pairs(held_out.to_dict("records"), tokenizer, engine.max_length)
-    model = load_model(champion / "model", engine.precision)
+    model = load_model(champion / "model", engine.precision).to(this_process().device)
     theirs = pair_table(
         held_out,
         sequence_logps(model, rows, engine.tokens_per_batch, "champion log-probs"),
@@ -237,7 +238,9 @@ def logged_model(params: Params, folder: Path) -> tuple[str, str]:
     for model in models:
         if of_version(f"models:/{model.model_id}")["weights"] == weights(folder):
             return run_id, model.model_id
-    raise InputError(f"MLflow: run {run_id} has lost the model of {folder}; train it again: `dvc repro -f -s`")
+    raise InputError(
+        f"MLflow: run {run_id} has lost the model of {folder}; train again: `dvc repro -f -s train@{folder.name}`"
+    )
 
 
 def record(verdict: Verdict) -> None:

@@ -97,8 +97,8 @@ def uncommitted(*paths: str) -> list[str]:
 
 def _point(number: str, previous: str | None) -> None:
     client = mlflow.MlflowClient()
-    client.set_registered_model_alias(REGISTERED, CHAMPION, number)
     if previous is None:
         client.delete_registered_model_alias(REGISTERED, PREVIOUS)
     else:
         client.set_registered_model_alias(REGISTERED, PREVIOUS, previous)
+    client.set_registered_model_alias(REGISTERED, CHAMPION, number)  # last: until then all can be done again

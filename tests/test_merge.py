@@ -1,9 +1,11 @@
 """A merged adapter is a whole model with the same numbers."""
 
+import shutil
 import sys
 
 import pytest
 import torch
+from conftest import make_model
 from transformers import AutoTokenizer
 
 from dpo.config import LoraParams
@@ -12,6 +14,7 @@ from dpo.logps import load_model, sequence_logps
 from dpo.tokens import encode_pairs
 from dpo.training import add_lora, save_checkpoint
 from tasks import merge
+from tasks.provenance import weights
 
 
 def test_a_merged_model_gives_the_numbers_of_base_and_adapter(tiny_model_dir, tmp_path, monkeypatch):
@@ -38,3 +41,17 @@ def test_a_whole_model_is_refused(tiny_model_dir, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["merge", str(tiny_model_dir), str(tmp_path / "whole")])
     with pytest.raises(InputError, match=r"trained without dpo\.lora is whole already"):
         merge.main()
+
+
+def test_an_adapter_is_not_merged_into_other_weights_than_its_own(tiny_model_dir, tmp_path, monkeypatch):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
+    shutil.copytree(tiny_model_dir, tmp_path / "base")
+    model = load_model(tmp_path / "base")
+    add_lora(model, LoraParams(rank=4, alpha=8))
+    facts = {"models": {str(tmp_path / "base"): weights(tmp_path / "base")}}
+    save_checkpoint(model, tokenizer, tmp_path / "adapter", facts)
+    make_model("llama", tmp_path / "base", seed=5)
+    monkeypatch.setattr(sys, "argv", ["merge", str(tmp_path / "adapter"), str(tmp_path / "whole")])
+    with pytest.raises(InputError, match=rf"trained on other weights than those now in {tmp_path / 'base'}"):
+        merge.main()
+    assert not (tmp_path / "whole").exists()

