@@ -61,7 +61,7 @@ def compare(case: Case, model: Path, steps: int, repeats: int) -> dict[str, Any]
     from benchmarks.trainers import score_peer, train_ours, train_peer
 
     rows = case_rows(case, AutoTokenizer.from_pretrained(model), steps)
-    stage = stage_environment()
+    stage = stage_environment("training" if case.train else "scoring")
     args: list[Any] = [case, model, rows]
     ours, peer = score_ours, score_peer
     if case.train:

@@ -23,10 +23,10 @@ from dpo.batching import TokenRow
 T = TypeVar("T")
 
 
-def stage_environment() -> dict[str, str]:
-    """What `dvc.yaml` sets for the stages that hold a model."""
+def stage_environment(work: str) -> dict[str, str]:
+    """What `dvc.yaml` sets for the stages that do `training` or `scoring`."""
     (variables,) = yaml.safe_load(Path("dvc.yaml").read_text())["vars"]
-    return dict(setting.split("=", 1) for setting in variables["allocator"].split())
+    return dict(setting.split("=", 1) for setting in variables[work].split())
 
 
 @dataclass(frozen=True)

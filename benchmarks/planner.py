@@ -2,7 +2,7 @@
 
 Every case trains the base model on micro-batches, two a step, with `dpo.training`, in a process of its own.
 
-Memory is the peak resident memory, with the allocator that `dvc.yaml` sets for the stages; its overhead is what is
+Memory is the peak resident memory, with the allocator that `dvc.yaml` sets for training; its overhead is what is
 resident once a model of one narrow layer has been trained the same way. Time is the median of four steps after the
 first; the operations a second of the first case predict the others.
 Writes `benchmarks/results/planner.json` and the tables of `docs/scale.md`.
@@ -107,7 +107,7 @@ def main() -> None:
         shape, results = shape_of(AutoConfig.from_pretrained(options.model)), []
         for case in CASES:
             rank, pairs, checkpointing = case
-            run = alone(measure, options.model, *case, **stage_environment())
+            run = alone(measure, options.model, *case, **stage_environment("training"))
             setup = Setup(pairs * PAIR.tokens, "fp32", rank, checkpointing)
             memory = training_memory(shape, PAIR, setup, run.overhead)
             flops = pairs * MICRO_BATCHES * sum(pair_flops(shape, PAIR, setup))

@@ -435,6 +435,11 @@ class Params:
     compare: CompareParams
     run: RunParams
 
+    @property
+    def longest_prompt(self) -> int:
+        """Tokens of a prompt that leave room for an answer; of a longer one the beginning is cut."""
+        return self.engine.max_length - self.evaluate.max_new_tokens
+
 
 def load_params(path: Path = Path("params.yaml")) -> Params:
     """Read and check the parameters.
@@ -463,6 +468,11 @@ def load_params(path: Path = Path("params.yaml")) -> Params:
         raise InputError(
             f"{path}: compare.select: {params.compare.select} needs a judge; set evaluate.judge, or select "
             "reward_accuracy or margin"
+        )
+    if params.longest_prompt < 1:
+        raise InputError(
+            f"{path}: evaluate.max_new_tokens: {params.evaluate.max_new_tokens} leaves no room for a prompt in "
+            f"engine.max_length, {params.engine.max_length}; lower it, or raise the other"
         )
     return params
 

@@ -271,6 +271,11 @@ def load_model(path: Path, precision: Precision = "fp32") -> PreTrainedModel:
     return model
 
 
+def precision_of(model: PreTrainedModel) -> Precision:
+    """The precision that `load_model` was asked for."""
+    return model.forward.keywords["precision"]
+
+
 @torch.no_grad()
 def _stream_fault(model: PreTrainedModel) -> str | None:
     """Why the packed stream is not exact for this model; None if it is, as a trial on a few tokens tells."""

@@ -10,6 +10,7 @@ import json
 import logging
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -20,7 +21,7 @@ from dpo.batching import TokenRow
 from dpo.files import sha256, write_json
 from dpo.logps import ENGINE_VERSION
 
-SEAL = "sha256.json"
+SEAL, REPLAY = "sha256.json", "not-finite-"
 KEPT = 2
 """Checkpoints that stay: the last, and the one before in case the last is damaged."""
 
@@ -58,8 +59,16 @@ class Progress:
         return self.root / key
 
     def discard(self) -> None:
-        """Remove what is no longer needed once the result is safe."""
-        shutil.rmtree(self.root, ignore_errors=True)
+        """Remove what is no longer needed once the result is safe, all but pairs whose loss was no number."""
+        for path in sorted(self.root.rglob("*"), reverse=True):
+            if not path.match(f"{REPLAY}*"):
+                path.unlink() if path.is_file() else _remove_empty(path)
+        _remove_empty(self.root)
+
+
+def _remove_empty(folder: Path) -> None:
+    with suppress(OSError):
+        folder.rmdir()
 
 
 def last_checkpoint(folder: Path) -> Path | None:

@@ -24,18 +24,21 @@ def prompt_of(pair: Mapping[Any, Any], tokenizer: PreTrainedTokenizerBase) -> Pr
     return pair["prompt"] if turns is None or not tokenizer.chat_template else list(turns)
 
 
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]) -> list[list[int]]:
+def prompt_ids(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], longest: int | None = None
+) -> list[list[int]]:
     """Token ids of prompts up to the point where the model starts to answer.
 
     With a chat template a prompt is its turns followed by the generation prompt; without one it is the text
     itself behind the tokenizer's own start token. Never empty: an empty text becomes the start (or, for want of
-    one, the end) token.
+    one, the end) token. A prompt of more than `longest` tokens loses its beginning.
 
     Raises:
         InputError: the chat template fails.
         ValueError: a prompt is empty and the tokenizer has neither token.
     """
-    return _prompt_ids(tokenizer, _prompt_texts(tokenizer, prompts))
+    rows = _prompt_ids(tokenizer, _prompt_texts(tokenizer, prompts))
+    return rows if longest is None else [ids[-longest:] for ids in rows]
 
 
 def _prompt_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:

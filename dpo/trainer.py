@@ -30,7 +30,7 @@ from dpo.batching import StepSampler, TokenRow, balance, pack
 from dpo.errors import InputError, Stopped
 from dpo.files import write_json
 from dpo.logps import packed_batches
-from dpo.progress import SEAL, seal
+from dpo.progress import REPLAY, SEAL, seal
 
 ALARM_NATS = 100.0
 """Mean change of a completion's log-prob that a sound run does not reach: a factor of e^100 in its probability."""
@@ -50,12 +50,9 @@ Objective = Callable[[torch.nn.Module, Packed], tuple[Tensor, dict[str, Tensor]]
 class DivergenceAlarm(TrainerCallback):
     """Warns when the policy runs away from its reference, where a loss near 0 is no success."""
 
-    def __init__(self, beta: float) -> None:
-        self.beta = beta
-
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
         """Compare the mean log-ratios of a step with `ALARM_NATS`, its gradient with `ALARM_GRADIENT`."""
-        moved = [abs(logs.get(name, 0.0)) / self.beta for name in ("rewards/chosen", "rewards/rejected")]
+        moved = [abs(logs.get(name, 0.0)) for name in ("logratios/chosen", "logratios/rejected")]
         if max(moved) > ALARM_NATS:
             log.warning(
                 "step %d: the policy runs away from its reference: log-probs of chosen moved by %.0f nats, "
@@ -253,7 +250,7 @@ class PackedTrainer(Trainer):
     def _not_finite(self, what: str, ids: Sequence[str]) -> None:
         """Keep the pairs of a step that would spoil the weights; then stop before it, or go on without it."""
         step = self.state.global_step + 1
-        replay = Path(self.args.output_dir) / f"not-finite-step-{step}-process-{self.args.process_index}.json"
+        replay = Path(self.args.output_dir) / f"{REPLAY}step-{step}-process-{self.args.process_index}.json"
         rows = [vars(self.rows[i]) for i in ids]
         write_json(replay, {"step": step, "fault": what, "rows": rows})
         told = f"step {step}: {what}, from the pairs {', '.join(ids)}; their tokens are in {replay}"
@@ -298,7 +295,12 @@ class PackedTrainer(Trainer):
             self._save_checkpoint(self.model, None)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: None) -> None:
-        """A checkpoint that `dpo.progress` knows to be whole; without room for it, training goes on without."""
+        """A checkpoint that `dpo.progress` knows to be whole; without room for it, training goes on without.
+
+        None of a step that ends the training: going on from there would not know that it was to stop.
+        """
+        if self.control.should_training_stop:
+            return
         checkpoint = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         try:
             super()._save_checkpoint(model, trial)

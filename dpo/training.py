@@ -21,6 +21,7 @@ from dpo.batching import StepSampler, TokenRow
 from dpo.config import Cell, DpoParams, EarlyStopParams, LoraParams, LossParams, OptimizerParams, SftParams
 from dpo.errors import InputError
 from dpo.files import PROVENANCE, sha256, write_json, written_whole
+from dpo.logps import precision_of
 from dpo.losses import nll_loss, preference_loss
 from dpo.processes import this_process
 from dpo.progress import Progress, last_checkpoint, training_key
@@ -32,6 +33,8 @@ OPTIMIZERS = {
     "adamw_8bit": "adamw_bnb_8bit",
     "paged_adamw_8bit": "paged_adamw_8bit",
 }
+
+SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 
 Reference = Callable[[Packed], Tensor]
 """From a packed micro-batch of R pairs to the reference log-probs [2R] of its completions, chosen first."""
@@ -58,10 +61,12 @@ def dpo_objective(
     """
     policy = model(packed=packed).view(-1, 2)
     lengths = torch.tensor([lengths for _, lengths in packed["spans"]], device=policy.device)
-    losses, rewards = loss(policy, reference(packed).to(policy.device).view(-1, 2), lengths)
+    before = reference(packed).to(policy.device).view(-1, 2)
+    losses, rewards = loss(policy, before, lengths)
     chosen_rewards, rejected_rewards = rewards.unbind(1)
     margins = chosen_rewards - rejected_rewards
     chosen, rejected = policy.detach().sum(0)
+    chosen_ratio, rejected_ratio = (policy.detach() - before).sum(0)
     return losses.sum(), {
         "rewards/chosen": chosen_rewards.sum(),
         "rewards/rejected": rejected_rewards.sum(),
@@ -69,6 +74,8 @@ def dpo_objective(
         "rewards/accuracies": (margins > 0).sum(),
         "logps/chosen": chosen,
         "logps/rejected": rejected,
+        "logratios/chosen": chosen_ratio,
+        "logratios/rejected": rejected_ratio,
     }
 
 
@@ -186,7 +193,7 @@ def train_dpo(
     return _train(
         model, rows, params, functools.partial(dpo_objective, loss=loss, reference=answer), "ids",
         learning_rate=cell.learning_rate, seed=cell.seed, tokens_per_batch=tokens_per_batch, progress=progress,
-        callbacks=[DivergenceAlarm(cell.beta), *callbacks], decides=decides, early_stop=params.early_stop,
+        callbacks=[DivergenceAlarm(), *callbacks], decides=decides, early_stop=params.early_stop,
     )  # fmt: skip
 
 
@@ -209,7 +216,7 @@ def _train(
         raise InputError(f"params.yaml: optimizer '{params.optimizer}' needs a CUDA GPU; choose adamw or rmsprop")
     set_seed(seed)
     everything = {**decides, "params": params, "learning_rate": learning_rate, "seed": seed}
-    everything["tokens_per_batch"] = tokens_per_batch
+    everything |= {"tokens_per_batch": tokens_per_batch, "precision": precision_of(model)}
     validation: list[TokenRow] = []
     if early_stop is not None:
         if os.environ.get("ACCELERATE_USE_FSDP") == "true":
@@ -239,7 +246,7 @@ def _train(
             gradient_accumulation_steps=sampler.accumulation,
             learning_rate=learning_rate,
             optim=OPTIMIZERS[params.optimizer],
-            lr_scheduler_type=params.schedule,
+            lr_scheduler_type=SCHEDULES[params.schedule],
             warmup_steps=params.warmup_steps,
             max_grad_norm=params.max_grad_norm,
             weight_decay=0.0,
@@ -255,6 +262,7 @@ def _train(
             ddp_find_unused_parameters=False,
             disable_tqdm=False,
         )
+        args._n_gpu = min(args.n_gpu, 1)  # the Trainer would cut a packed stream up for the GPUs of one process
         skip = params.non_finite == "skip"
         trainer = PackedTrainer(model, args, rows, sampler, objective, loss_per, validation, skip, list(callbacks))
         if trainer.accelerator.mixed_precision != "no":

@@ -25,7 +25,7 @@ def main() -> None:
     table = pairs.sample(asked.samples, replace=len(pairs) < asked.samples, random_state=params.seed)
     table = table[["prompt", "turns"]].reset_index(drop=True)
     prompts = [prompt_of(pair, tokenizer) for pair in table.to_dict("records")]
-    table = table.join(answer_table(model, tokenizer, prompts, asked, params.seed))
+    table = table.join(answer_table(model, tokenizer, prompts, params))
     if not state.is_main_process:
         return
     if isinstance(judge, Scorer):

@@ -57,7 +57,7 @@ def main() -> None:
 
     def distances(mine: list[int]) -> list[Any]:
         to = load_model(SFT, engine.precision).to(state.device)
-        asking = prompt_ids(tokenizer, [prompts[i] for i in mine])
+        asking = prompt_ids(tokenizer, [prompts[i] for i in mine], params.longest_prompt)
         return divergence(model, to, asking, [ids[i] for i in mine], engine.tokens_per_batch).to_dict("records")
 
     pairs = pair_table(
@@ -68,7 +68,7 @@ def main() -> None:
         cell,
         params.losses,
     )
-    answers = answer_table(model, tokenizer, prompts, asked, params.seed)
+    answers = answer_table(model, tokenizer, prompts, params)
     ids, texts = answers["ids"].tolist(), answers["answer"].tolist()
     apart = pd.DataFrame(share(len(prompts), distances))
     if not state.is_main_process:

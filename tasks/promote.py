@@ -192,7 +192,7 @@ def judged_wins(params: Params, cell: Cell, champion: Path) -> tuple[list[str], 
     tokenizer = load_tokenizer(champion / "components/tokenizer")
     prompts = [prompt_of(pair, tokenizer) for pair in baseline.to_dict("records")]
     model = load_model(champion / "model", params.engine.precision).to(this_process().device)
-    texts = answer_table(model, tokenizer, prompts, params.evaluate, params.seed)["answer"].tolist()
+    texts = answer_table(model, tokenizer, prompts, params)["answer"].tolist()
     if isinstance(judge, Scorer):
         wins = score_wins(own["policy_score"], judge.score(prompts, texts))
     else:

@@ -86,14 +86,18 @@ def run(main: Callable[[], None]) -> None:
 
 def run_launched(main: Callable[[], None]) -> None:
     """`run`, in the processes that the accelerate configuration `run.launch` asks for."""
-    config = load_params().run.launch if "LOCAL_RANK" not in os.environ else None
-    if config is None:
-        run(main)
-        return
-    stage = sys.modules["__main__"].__spec__
-    assert stage is not None
-    launcher = ["-m", "accelerate.commands.launch", "--config_file", config, "-m", stage.name, *sys.argv[1:]]
-    os.execv(sys.executable, [sys.executable, *launcher])
+
+    def launch() -> None:
+        config = load_params().run.launch if "LOCAL_RANK" not in os.environ else None
+        if config is None:
+            main()
+            return
+        stage = sys.modules["__main__"].__spec__
+        assert stage is not None
+        launcher = ["-m", "accelerate.commands.launch", "--config_file", config, "-m", stage.name, *sys.argv[1:]]
+        os.execv(sys.executable, [sys.executable, *launcher])
+
+    run(launch)
 
 
 def _end(message: str, code: int) -> None:

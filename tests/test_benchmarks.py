@@ -139,7 +139,7 @@ def environment():
 
 
 def test_a_run_has_the_allocator_of_the_stages_and_leaves_no_trace():
-    settings, before = measure.stage_environment(), dict(os.environ)
+    settings, before = measure.stage_environment("training"), dict(os.environ)
     assert measure.alone(environment, **settings).items() >= settings.items()
     assert dict(os.environ) == before
     words = yaml.safe_load(Path("dvc.lock").read_text())["stages"]["sft"]["cmd"].split()

@@ -103,6 +103,7 @@ ABSENT = type(None)
         ("evaluate.judge", {"kind": "scoer"}, "evaluate.judge: input tag 'scoer'"),
         ("evaluate.judge", {"kind": "scorer"}, "evaluate.judge.scorer.function: missing; add it"),
         ("evaluate.judge", None, "compare.select: win_rate needs a judge; set evaluate.judge, or"),
+        ("evaluate.max_new_tokens", 512, "evaluate.max_new_tokens: 512 leaves no room for a prompt in engine.max"),
         ("evaluate.temperature", 0, "evaluate.temperature: input should be greater than 0, got 0"),
     ],
 )

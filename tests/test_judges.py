@@ -527,6 +527,9 @@ def test_the_last_verdict_that_stands_alone_counts(server, reply):
         completion(""),
         completion([{"type": "text", "text": "A"}]),
         completion("A tie is a bad thing to say"),
+        completion("Answer A is better than answer B."),
+        completion("A > B"),
+        completion("I prefer B over A"),
         completion("Let me think. Answer A", finish_reason="length"),
     ],
 )

@@ -274,10 +274,13 @@ def test_a_policy_is_never_its_own_reference(project):
 def test_bad_params_stop_a_stage_with_one_line(project):
     text = (project / "params.yaml").read_text()
     (project / "params.yaml").write_text(text.replace("eval_fraction: 0.1", "eval_fractoin: 0.1"))
-    output = execute(project, sys.executable, "-m", "tasks.preferences", fails=True)
+    outputs = [
+        execute(project, sys.executable, "-m", stage, fails=True) for stage in ("tasks.preferences", "tasks.sft")
+    ]
     (project / "params.yaml").write_text(text)
-    assert "params.yaml: data.eval_fractoin: unknown key" in output
-    assert "Traceback" not in output
+    for output in outputs:
+        assert "params.yaml: data.eval_fractoin: unknown key" in output
+        assert "Traceback" not in output
 
 
 def test_through_prefect(tmp_path, tiny_model_dir):

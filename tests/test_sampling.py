@@ -1,11 +1,14 @@
 """Answers against the plain model: alone, under padding, with equal prompts, seeds, end tokens and any cache."""
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import ARCHITECTURES, GROUPED, make_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from dpo.config import EvaluateParams
+from dpo.config import load_params
 from dpo.evaluation import sampling
 from dpo.evaluation.sampling import answer_table, sample
 from dpo.logps import load_model
@@ -101,15 +104,17 @@ def test_same_seed_same_answers_and_no_token_after_the_end(tiny_model_dir, token
 def test_prompts_of_one_token_without_an_end_token(tiny_model_dir, tokenizer, monkeypatch):
     model = load_model(tiny_model_dir)
     tokenizer.eos_token = None
-    monkeypatch.setattr(sampling, "prompt_ids", lambda tokenizer, prompts: [[5]] * len(prompts))
+    monkeypatch.setattr(sampling, "prompt_ids", lambda tokenizer, prompts, longest: [[5]] * len(prompts))
     answers = sample(model, tokenizer, ["film"] * 3, max_new_tokens=5, temperature=1.0, seed=3)
     assert [len(answer) for answer in answers] == [5, 5, 5]
 
 
-def test_a_table_of_answers_is_what_was_sampled_with_its_text_and_its_end(tiny_model_dir, tokenizer):
+def test_a_table_of_answers_is_what_was_sampled_with_its_text_and_its_end(tiny_model_dir, tokenizer, monkeypatch):
     model = load_model(tiny_model_dir)
-    asked = EvaluateParams(samples=1, max_new_tokens=30, temperature=3.0, judge=None)
-    table = answer_table(model, tokenizer, ["film"] * 64, asked, 3)
+    params = load_params(Path(__file__).parent.parent / "params.yaml")
+    asked = replace(params.evaluate, max_new_tokens=30, temperature=3.0)
+    params = replace(params, seed=3, evaluate=asked, engine=replace(params.engine, max_length=100))
+    table = answer_table(model, tokenizer, ["film"] * 64, params)
     assert table["ids"].tolist() == sample(
         model, tokenizer, ["film"] * 64, max_new_tokens=30, temperature=3.0, seed=3
     )
@@ -118,3 +123,8 @@ def test_a_table_of_answers_is_what_was_sampled_with_its_text_and_its_end(tiny_m
         len(ids) < 30 or ids[-1] == tokenizer.eos_token_id for ids in table["ids"]
     ]
     assert 0 < table["finished"].sum() < 64
+    long = answer_table(model, tokenizer, ["film " * 500], params)
+    (ids,) = prompt_ids(tokenizer, ["film " * 500])
+    assert len(ids) > 70
+    monkeypatch.setattr(sampling, "prompt_ids", lambda *_: [ids[-70:]])
+    assert answer_table(model, tokenizer, ["film"], params).equals(long), "its last 70 tokens are what is read"

@@ -116,6 +116,10 @@ def test_ties_are_told_and_equal_ones_go_to_the_nearest():
     assert chosen == "near"
     assert "A tie with far" in reason
     assert "A tie with the reference too" in reason
+    assert "the paired test tells no difference." in reason
+    policies = {name: {**each, "margin": 1.0, "margin_ci": [0.5, 1.5]} for name, each in policies.items()}
+    _, reason = select(policies, comparisons, dataclasses.replace(COMPARE, select="margin"))
+    assert "A tie with far: the paired test tells no difference in reward accuracy." in reason
 
 
 def test_no_policy_is_selected_where_each_shows_a_sign():

@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import plain_tokenizer
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 from trl import DPOConfig, DPOTrainer
 
 from dpo.batching import StepSampler, TokenRow
@@ -42,6 +42,8 @@ METRICS = {
     "rewards/accuracies",
     "logps/chosen",
     "logps/rejected",
+    "logratios/chosen",
+    "logratios/rejected",
 }
 
 
@@ -176,6 +178,8 @@ def test_logged_metrics_are_means_over_the_pairs_of_the_step(tiny_model_dir, row
                 "rewards/margins": sum(1.5 * i for i in places) / count,
                 "logps/chosen": sum(reference[row.id][0] for row in step) / count,
                 "logps/rejected": sum(reference[row.id][1] for row in step) / count,
+                "logratios/chosen": sum(places) / count,
+                "logratios/rejected": -2 * sum(places) / count,
                 "loss": sum(math.log1p(math.exp(-1.5 * i)) for i in places) / count,
             }
             assert {name: entry[name] for name in expected} == pytest.approx(expected, rel=1e-5, abs=1e-5)
@@ -438,6 +442,32 @@ def test_a_policy_that_runs_away_raises_an_alarm_with_step_and_margin(tiny_model
     assert re.search(
         r"step \d+: the policy runs away from its reference: .* nats, .* margin .*, loss", caplog.text
     )
+
+
+@pytest.mark.parametrize("loss", LOSS_NAMES)
+def test_the_alarm_counts_nats_of_a_completion_whatever_the_loss(tiny_model_dir, rows, reference, loss, caplog):
+    moved = {name: (chosen - 101.0, rejected) for name, (chosen, rejected) in reference.items()}
+    run_dpo(tiny_model_dir, rows, moved, learning_rate=1e-12, loss=loss, beta=2.0)
+    assert "log-probs of chosen moved by 101 nats, of rejected by 0" in caplog.text
+
+
+def test_a_constant_rate_has_its_warm_up(tiny_model_dir, rows, reference):
+    log, _ = run_dpo(tiny_model_dir, rows, reference, schedule="constant", warmup_steps=2)
+    assert [entry["learning_rate"] for entry in log] == pytest.approx([0.0, 5e-4, 1e-3, 1e-3, 1e-3])
+
+
+def test_gpus_that_one_process_sees_do_not_cut_the_stream_up(tiny_model_dir, rows, reference, monkeypatch):
+    expected, _ = run_dpo(tiny_model_dir, rows, reference)
+
+    class TwoGpus(TrainingArguments):
+        def __post_init__(self):
+            super().__post_init__()
+            self._n_gpu = 2
+
+    monkeypatch.setattr("dpo.training.TrainingArguments", TwoGpus)
+    monkeypatch.setattr(torch.nn.DataParallel, "__init__", None)
+    log, _ = run_dpo(tiny_model_dir, rows, reference)
+    assert log == expected
 
 
 def test_a_loss_that_is_not_finite_stops_the_training_with_step_and_pairs(tiny_model_dir, rows, reference):

@@ -76,6 +76,9 @@ REMINDER = "\n\nYour whole reply must be one of these three words: A, B, TIE."
 VERDICT = re.compile(r"(?<![\w-])(A|B|TIE|Tie)(?![\w-]|['’]\w|\s+[a-z])")
 """A verdict stands alone: it neither begins a clause, as the article does, nor belongs to a longer word."""
 
+COMPARED = re.compile(r"(\b(than|over|beats|to|of)\W+(answer\W+)?|\b[AB]\s*[<>]\s*)$", re.IGNORECASE)
+"""What stands before a verdict that is only what the other one is compared with, as in `A is better than B`."""
+
 WORTH = {"A": 1.0, "TIE": 0.5, "B": 0.0}
 
 log = logging.getLogger(__name__)
@@ -186,9 +189,9 @@ class LlmJudge:
         """What answer A is worth; None if two replies do not tell."""
         for asked in (question, question + REMINDER):
             reply = self._cached(asked) or self._ask(client, asked)
-            words = [] if reply.cut_off else VERDICT.findall(reply.text)
-            if words:
-                return WORTH[words[-1].upper()]
+            found = [] if reply.cut_off else list(VERDICT.finditer(reply.text))
+            if found and not COMPARED.search(reply.text[: found[-1].start()]):
+                return WORTH[found[-1][1].upper()]
         return None
 
     def _body(self, question: str) -> dict[str, Any]:

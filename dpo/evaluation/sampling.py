@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from dpo.config import EvaluateParams
+from dpo.config import Params
 from dpo.logps import generating
 from dpo.processes import share, this_process
 from dpo.tokens import Prompt, prompt_ids
@@ -32,16 +32,18 @@ def sample(
     max_new_tokens: int,
     temperature: float,
     seed: int,
+    longest_prompt: int | None = None,
 ) -> list[list[int]]:
     """One answer a prompt, drawn from the whole distribution (no top-k, no top-p).
 
-    Equal prompts are read once; each still gets a draw of its own.
+    Equal prompts are read once; each still gets a draw of its own. A prompt of more tokens than `longest_prompt`
+    loses its beginning.
 
     Returns:
         Token ids of each answer; an answer that ended holds its end token, one that reached `max_new_tokens`
         does not.
     """
-    rows = prompt_ids(tokenizer, prompts)
+    rows = prompt_ids(tokenizer, prompts, longest_prompt)
     order = sorted(range(len(rows)), key=lambda number: (len(rows[number]), rows[number]))
     end = tokenizer.eos_token_id
     answers: list[list[int]] = [[] for _ in rows]
@@ -128,10 +130,9 @@ def answer_table(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Prompt],
-    params: EvaluateParams,
-    seed: int,
+    params: Params,
 ) -> pd.DataFrame:
-    """One answer a prompt, by `sample` with the settings of `params`; processes of one launch share the prompts.
+    """One answer a prompt, by `sample` as `params` tell; processes of one launch share the prompts.
 
     Returns:
         One row a prompt: `answer`, its text; `ids`, its tokens; `finished`, whether it ended with the end token.
@@ -142,9 +143,10 @@ def answer_table(
             model,
             tokenizer,
             [prompts[number] for number in mine],
-            max_new_tokens=params.max_new_tokens,
-            temperature=params.temperature,
-            seed=seed + this_process().process_index,
+            max_new_tokens=params.evaluate.max_new_tokens,
+            temperature=params.evaluate.temperature,
+            seed=params.seed + this_process().process_index,
+            longest_prompt=params.longest_prompt,
         )
 
     answers = share(len(prompts), draw)

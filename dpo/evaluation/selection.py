@@ -147,7 +147,9 @@ def select(
     ]
     rivals = [name for name in ties if name in sound]
     if rivals:
-        reason += f" A tie with {', '.join(rivals)}: the paired test tells no difference."
+        tested = "win rate" if "win_rate" in figure else "reward accuracy"
+        what = "" if tested == words else f" in {tested}"
+        reason += f" A tie with {', '.join(rivals)}: the paired test tells no difference{what}."
     if REFERENCE in ties:
         reason += " A tie with the reference too: nothing shows yet that it is better."
     return best, reason

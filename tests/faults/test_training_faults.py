@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -63,14 +64,17 @@ def reference(tiny_model_dir, rows):
 def train(tiny_model_dir, rows, reference):
     """Two epochs of three steps, the last of each short; returns the log and the weights."""
 
-    def run(root=None, *callbacks, tokens_per_batch=300, rows=rows, reference=reference, minutes=0, **changes):
+    def run(
+        root=None, *callbacks, tokens_per_batch=300, rows=rows, reference=reference, minutes=0, learning_rate=1e-3,
+        **changes,
+    ):  # fmt: skip
         model = load_model(tiny_model_dir)
         params = dpo_params(
             **{"epochs": 2, "pairs_per_step": 7, "schedule": "cosine", "warmup_steps": 2, **changes}
         )
         progress = None if root is None else Progress(root, minutes)
         log = train_dpo(
-            model, rows, reference, params, cell(), LOSSES,
+            model, rows, reference, params, cell(learning_rate=learning_rate), LOSSES,
             tokens_per_batch=tokens_per_batch, progress=progress, callbacks=callbacks,
         )  # fmt: skip
         return log, {name: weight.detach().clone() for name, weight in model.state_dict().items()}
@@ -206,6 +210,39 @@ def test_another_training_finds_no_checkpoint_of_this_one(train, rows, reference
     with pytest.raises(Cut):
         train(root, count, CutAt(1), **changes)
     assert count.steps == [1]
+
+
+def test_another_precision_finds_no_checkpoint_of_this_one(tiny_model_dir, rows, tmp_path):
+    def sft(precision, *callbacks):
+        model = load_model(tiny_model_dir, precision)
+        train_sft(
+            model,
+            rows,
+            sft_params(),
+            tokens_per_batch=300,
+            seed=3,
+            progress=Progress(tmp_path, 0),
+            callbacks=callbacks,
+        )
+
+    with pytest.raises(Cut):
+        sft("fp32", CutAt(2))
+    count = Count()
+    sft("bf16", count)
+    assert count.steps[0] == 1
+
+
+def test_a_training_killed_after_it_stopped_early_stops_there_again(train, tmp_path):
+    class CutAtEnd(TrainerCallback):
+        def on_train_end(self, args, state, control, **kwargs):
+            raise Cut
+
+    stop = {"early_stop": EarlyStopParams(validation_share=0.3, every_steps=1, patience=1), "epochs": 9}
+    whole = train(learning_rate=0.5, **stop)
+    assert len(whole[0]) < 18
+    with pytest.raises(Cut):
+        train(tmp_path, CutAtEnd(), learning_rate=0.5, **stop)
+    assert_same(train(tmp_path, learning_rate=0.5, **stop), whole)
 
 
 @pytest.mark.parametrize("minutes", [60, 0], ids=["without a checkpoint", "right after one"])
@@ -344,6 +381,9 @@ def test_a_skipped_step_changes_no_weight_and_is_told(
     assert all(weight.isfinite().all() for weight in final.values())
     assert f"step {skipped[0]}: the {where}" in caplog.text
     assert "the step is skipped" in caplog.text
+    (file,) = re.findall(r"their tokens are in (\S+);", caplog.text)
+    Progress(tmp_path, 0).discard()
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [Path(file)]
 
 
 def test_a_gradient_far_above_the_usual_raises_an_alarm(train, monkeypatch, caplog):
