@@ -35,6 +35,9 @@ class Case:
     dtype: Precision = "fp32"
     lora: bool = False
     train: bool = True
+    pairs_per_step: int = PAIRS_PER_STEP
+    gpu: bool = False
+    """On a GPU: ours compiled, TRL with Liger's kernels."""
 
 
 CASES = [
@@ -53,7 +56,8 @@ def arguments(case: Case) -> dict[str, Any]:
     """Trainer arguments that both sides share."""
     return {
         "per_device_train_batch_size": case.micro_batch,
-        "gradient_accumulation_steps": PAIRS_PER_STEP // case.micro_batch,
+        "gradient_accumulation_steps": case.pairs_per_step // case.micro_batch,
+        "use_cpu": not case.gpu,
         "bf16": case.dtype == "bf16",
         **TRAINING,
     }

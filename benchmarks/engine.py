@@ -20,7 +20,6 @@ import os
 import platform
 import statistics
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from benchmarks.cases import BETA, CASES, LORA, PAIRS_PER_STEP, Case, arguments, case_rows, padded_batches
 from benchmarks.flops import flop_ratio, flops
-from benchmarks.measure import Run, alone, close, resident, stage_environment
+from benchmarks.measure import Run, alone, close, now, resident, stage_environment
 from benchmarks.page import put_table
 from dpo.batching import TokenRow
 from dpo.files import write_json
@@ -47,13 +46,13 @@ LOSS_TOLERANCE, LOGP_TOLERANCE = 1e-3, 1e-5
 def score_ours(case: Case, model: Path, rows: Sequence[TokenRow]) -> Run:
     """The reference pass, in batches of at least as many pairs as the peer's."""
     bare = resident()
-    policy = load_model(model, case.dtype)
+    policy = load_model(model, case.dtype, compiled=case.gpu).to("cuda" if case.gpu else "cpu")
     budget = case.micro_batch * max(row.tokens for row in rows)
-    warm_up = sequence_logps(policy, rows[:PAIRS_PER_STEP], budget)
-    start = time.perf_counter()
-    timed = sequence_logps(policy, rows[PAIRS_PER_STEP:], budget)
+    warm_up = sequence_logps(policy, rows[: case.pairs_per_step], budget)
+    start = now()
+    timed = sequence_logps(policy, rows[case.pairs_per_step :], budget)
     logps = torch.cat([warm_up, timed]).flatten().tolist()
-    return close(case, rows, [start, time.perf_counter()], logps, bare)
+    return close(case, rows, [start, now()], logps, bare)
 
 
 def compare(case: Case, model: Path, steps: int, repeats: int) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from typing import Any
 
 from benchmarks.cases import Case, padded_batches
 from dpo.batching import TokenRow
-from dpo.logps import HEAD_CHUNK
+from dpo.logps import GPU_HEAD_CHUNK, HEAD_CHUNK
 from dpo.planner import forward_flops, shape_of
 
 
@@ -35,7 +35,8 @@ def flop_ratio(case: Case, rows: Sequence[TokenRow], config: Any) -> float:
     theirs = _passes(case, *forward) + (sum(forward) if case.train and case.checkpointing else 0)
     batches = [rows[i : i + case.micro_batch] for i in range(0, len(rows), case.micro_batch)]
     scored = [sum(row.completion_tokens for row in batch) for batch in batches]
-    again = sum((positions - 1) // HEAD_CHUNK * HEAD_CHUNK for positions in scored)
+    chunk = GPU_HEAD_CHUNK if case.gpu else HEAD_CHUNK
+    again = sum((positions - 1) // chunk * chunk for positions in scored)
     trained_head = case.train and not case.lora
     ours = flops(case, rows, config) + trained_head * forward_flops(shape, 0, again, 0)[1]
     if case.ours_checkpointing:

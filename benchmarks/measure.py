@@ -17,7 +17,7 @@ import psutil
 import torch
 import yaml
 
-from benchmarks.cases import PAIRS_PER_STEP, Case
+from benchmarks.cases import Case
 from dpo.batching import TokenRow
 
 T = TypeVar("T")
@@ -50,9 +50,10 @@ def close(
 
     `ends` are times, the first at the end of the warm-up, the last at the end of the run; `bare` are bytes.
     """
-    speed = (len(rows) - PAIRS_PER_STEP) / (ends[-1] - ends[0])
-    flops = matmul_flops(torch.bfloat16 if case.dtype == "bf16" else torch.float32)
-    return Run(speed, peak() / 2**30, bare / 2**30, flops, values)
+    speed = (len(rows) - case.pairs_per_step) / (ends[-1] - ends[0])
+    most = torch.cuda.max_memory_allocated() if case.gpu else peak()
+    flops = matmul_flops(torch.bfloat16 if case.dtype == "bf16" else torch.float32, case.gpu)
+    return Run(speed, most / 2**30, bare / 2**30, flops, values)
 
 
 def resident() -> int:
@@ -65,15 +66,23 @@ def peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def matmul_flops(dtype: torch.dtype, size: int = 2048) -> float:
-    """FLOP/s of the fastest of some square matrix products."""
-    left, right = torch.randn(2, size, size).to(dtype)
+def matmul_flops(dtype: torch.dtype, gpu: bool = False) -> float:
+    """FLOP/s of the fastest of some square matrix products, of a size that keeps the device busy."""
+    size, device = (8192, "cuda") if gpu else (2048, "cpu")
+    left, right = torch.randn(2, size, size, device=device).to(dtype)
     times = []
     for _ in range(8):
-        start = time.perf_counter()
+        start = now()
         torch.mm(left, right)
-        times.append(time.perf_counter() - start)
+        times.append(now() - start)
     return 2 * size**3 / min(times)
+
+
+def now() -> float:
+    """Seconds, read when a GPU has done what it was given."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def alone(function: Callable[..., T], *args: Any, **environment: str) -> T:

@@ -172,8 +172,8 @@ def shapes() -> str:
         setups = zip(*(ways(params, LARGE, gpus, "none" if gpus == 1 else "full") for gpus in GPUS), strict=True)
         for each in setups:
             memories = [training_memory(shape, LARGE, setup, GPU_OVERHEAD).total / 2**30 for setup in each]
-            bf16, fp32 = (peak * 1e12 * UTILISATION for peak in TFLOPS)
-            hours = 100_000 * seconds(pair_flops(shape, LARGE, each[0]), 1, (bf16, fp32)) / 3600
+            bf16, tf32, _ = (peak * 1e12 * UTILISATION for peak in TFLOPS)
+            hours = 100_000 * seconds(pair_flops(shape, LARGE, each[0]), 1, (bf16, tf32)) / 3600
             cells = [
                 name,
                 "all weights" if each[0].lora_rank is None else f"LoRA, rank {each[0].lora_rank}",

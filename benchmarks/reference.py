@@ -31,7 +31,7 @@ from dpo.reference import compute_reference, policy_key
 from tasks.stage import BASE, TRAIN
 
 RESULTS, PAGE = Path("benchmarks/results/reference.json"), Path("docs/scale.md")
-ENGINE = EngineParams(max_length=512, tokens_per_batch=8192, precision="fp32")
+ENGINE = EngineParams(max_length=512, tokens_per_batch=8192, precision="fp32", compile=False)
 SEED, VOCABULARY, ROWS_AT_ONCE = 17, 512, 10_000
 
 
@@ -79,7 +79,7 @@ def write_pairs(path: Path, rows: int, sentences: list[str]) -> None:
 def measure(folder: Path, rows: int) -> Run:
     """Score a table in this process."""
     model, tokenizer = load_model(folder / "model"), AutoTokenizer.from_pretrained(folder / "model")
-    key = policy_key(folder / "model", tokenizer, ENGINE.max_length, ENGINE.precision)
+    key = policy_key(folder / "model", tokenizer, ENGINE)
     before, start = resident(), time.perf_counter()
     compute_reference(
         folder / "cache", key, folder / f"{rows}.parquet", model, tokenizer, ENGINE, folder / "progress",

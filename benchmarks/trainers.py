@@ -3,7 +3,6 @@
 import functools
 import math
 import tempfile
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,8 @@ import numpy as np
 from transformers import AutoTokenizer, Trainer, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback, TrainerCallback
 
-from benchmarks.cases import BETA, LORA, PAIRS_PER_STEP, SEED, Case, arguments
-from benchmarks.measure import Run, close, resident
+from benchmarks.cases import BETA, LORA, SEED, Case, arguments
+from benchmarks.measure import Run, close, now, resident
 from dpo.batching import StepSampler, TokenRow
 from dpo.config import LoraParams, load_params
 from dpo.logps import load_model
@@ -21,7 +20,7 @@ from dpo.losses import preference_loss
 from dpo.trainer import PackedTrainer
 from dpo.training import add_lora, cached_reference, dpo_objective
 
-QUIET = {"use_cpu": True, "save_strategy": "no", "logging_steps": 1, "report_to": "none", "disable_tqdm": True,
+QUIET = {"save_strategy": "no", "logging_steps": 1, "report_to": "none", "disable_tqdm": True,
          "dataloader_pin_memory": False}  # fmt: skip
 Reference = Mapping[str, tuple[float, float]]
 """(chosen, rejected) reference log-probs by row id."""
@@ -35,7 +34,7 @@ class Clock(TrainerCallback):
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         """Note the time."""
-        self.ends.append(time.perf_counter())
+        self.ends.append(now())
 
 
 def train(trainer: Trainer, case: Case, rows: Sequence[TokenRow], bare: float = math.nan) -> Run:
@@ -52,15 +51,15 @@ def train(trainer: Trainer, case: Case, rows: Sequence[TokenRow], bare: float = 
 
 
 class InOrder(StepSampler):
-    """The rows in the order given, every step in `PAIRS_PER_STEP / micro_batch` micro-batches."""
+    """The rows in the order given, every step in `pairs_per_step / micro_batch` micro-batches."""
 
-    def __init__(self, rows: Sequence[TokenRow], micro_batch: int) -> None:
+    def __init__(self, rows: Sequence[TokenRow], pairs_per_step: int, micro_batch: int) -> None:
         lengths = [row.tokens for row in rows]
-        super().__init__(lengths, rows_per_step=PAIRS_PER_STEP, tokens_per_batch=sum(lengths), epochs=1, seed=SEED)
-        self.accumulation = PAIRS_PER_STEP // micro_batch
+        super().__init__(lengths, rows_per_step=pairs_per_step, tokens_per_batch=sum(lengths), epochs=1, seed=SEED)
+        self.accumulation = pairs_per_step // micro_batch
 
     def _steps(self, epoch: int) -> list[list[int]]:
-        return np.arange(len(self.lengths)).reshape(-1, PAIRS_PER_STEP).tolist()
+        return np.arange(len(self.lengths)).reshape(-1, self.rows_per_step).tolist()
 
 
 def train_ours(case: Case, model: Path, rows: Sequence[TokenRow], reference: Reference) -> Run:
@@ -68,7 +67,7 @@ def train_ours(case: Case, model: Path, rows: Sequence[TokenRow], reference: Ref
     if case.lora:
         import peft  # noqa: F401
     bare = resident()
-    policy = load_model(model, case.dtype)
+    policy = load_model(model, case.dtype, compiled=case.gpu)
     set_seed(SEED)
     if case.ours_checkpointing:
         policy.gradient_checkpointing_enable({"use_reentrant": False})
@@ -78,7 +77,7 @@ def train_ours(case: Case, model: Path, rows: Sequence[TokenRow], reference: Ref
     objective = functools.partial(dpo_objective, loss=loss, reference=cached_reference(reference, rows))
     with tempfile.TemporaryDirectory() as folder:
         args = TrainingArguments(folder, **arguments(case) | {"bf16": False}, **QUIET, remove_unused_columns=False)
-        sampler = InOrder(rows, case.micro_batch)
+        sampler = InOrder(rows, case.pairs_per_step, case.micro_batch)
         return train(PackedTrainer(policy, args, rows, sampler, objective, "ids", [], False, []), case, rows, bare)
 
 
@@ -108,7 +107,7 @@ def peer_trainer(
 
         def compute_ref_log_probs(self, *args: Any) -> Any:
             logps = super().compute_ref_log_probs(*args)
-            self.ends.append(time.perf_counter())
+            self.ends.append(now())
             return logps
 
     columns: dict[str, list[Any]] = {
@@ -124,6 +123,7 @@ def peer_trainer(
         **arguments(case),
         **QUIET,
         activation_checkpointing=case.checkpointing,
+        use_liger_kernel=case.gpu,
         beta=BETA,
         max_length=None,
         precompute_ref_log_probs=True,

@@ -9,28 +9,32 @@ row with its own forward pass instead.
 """
 
 import functools
+import inspect
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
 from tqdm.auto import tqdm
 from transformers import AttentionInterface, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from dpo.batching import TokenRow, budget_batches, pack
 from dpo.config import Precision
+from dpo.errors import InputError
 from dpo.loading import load_weights
 
 ENGINE_VERSION = 4
 """Part of every reference cache's key; raise it whenever the numbers below could change."""
 
 PACKED_ATTENTION = "dpo_packed"
-HEAD_CHUNK = 256
-"""Positions projected to the vocabulary at a time: 50 MB of fp32 logits at a vocabulary of 49,152."""
+HEAD_CHUNK, GPU_HEAD_CHUNK = 256, 1024
+"""Positions projected to the vocabulary at a time: 50 MB of fp32 logits at a vocabulary of 49,152; 0.5 GB on a GPU
+at one of 128,256, where each chunk reads and writes the gradient of the whole matrix."""
 
 SELF_CHECK_TOLERANCE = 1e-3
 """Most nats by which packed and plain log-probs may differ in the self-check; a wrong mask differs by far more."""
@@ -38,7 +42,48 @@ SELF_CHECK_TOLERANCE = 1e-3
 Layout = list[tuple[int, tuple[int, ...]]]
 """Each row's prompt length and completion lengths."""
 
+FLASH_WIDTH = 256
+"""Widest attention head that variable-length attention can do; it also wants a multiple of 8."""
+
+variable_length_attention: Callable[..., Any] = varlen_attn
+if "enable_gqa" in inspect.signature(varlen_attn).parameters:  # what torch 2.11 takes for granted
+    variable_length_attention = functools.partial(varlen_attn, enable_gqa=True)
+
 log = logging.getLogger(__name__)
+
+
+class Segments(NamedTuple):
+    """A layout for variable-length attention: S runs of queries, each with K_s keys that end where it ends."""
+
+    queries: Tensor
+    """int32 [S + 1], where each run begins in the stream, and its end."""
+    keys: Tensor
+    """int32 [S + 1], where each run's keys begin in `places`, and its end."""
+    places: Tensor
+    """int64 [sum of K_s], the stream positions of the keys."""
+    most_queries: int
+    most_keys: int
+
+
+def segments(layout: Layout, device: torch.device) -> Segments:
+    """Prompt and first completion as a run, each further completion as one whose keys begin with the prompt's."""
+    queries: list[int] = []
+    keys: list[int] = []
+    places: list[Tensor] = []
+    start = 0
+    for prompt, (first, *others) in layout:
+        end = start + prompt + first
+        queries.append(prompt + first)
+        keys.append(prompt + first)
+        places.append(torch.arange(start, end))
+        for length in others:
+            queries.append(length)
+            keys.append(prompt + length)
+            places += [torch.arange(start, start + prompt), torch.arange(end, end + length)]
+            end += length
+        start = end
+    begins, key_begins = (torch.tensor([0, *n]).cumsum(0, dtype=torch.int32).to(device) for n in (queries, keys))
+    return Segments(begins, key_begins, torch.cat(places).to(device), max(queries), max(keys))
 
 
 def _packed_attention(
@@ -48,7 +93,7 @@ def _packed_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    layout: Layout,
+    layout: Layout | Segments,
     scaling: float | None = None,
     sliding_window: int | None = None,
     **kwargs: Any,
@@ -58,6 +103,8 @@ def _packed_attention(
     query [1, heads, T, head_dim], key and value [1, kv_heads, T, head_dim]; returns [1, T, heads, head_dim].
     Dropout is never applied: log-probs must not be random.
     """
+    if isinstance(layout, Segments):
+        return _flash(query, key, value, layout, scaling, sliding_window), None
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
@@ -76,6 +123,25 @@ def _packed_attention(
             own_value = torch.cat([prompt_value, next(values)], 2)
             outputs.append(attend(next(queries), own_key, own_value))
     return torch.cat(outputs, 2).transpose(1, 2), None
+
+
+def _flash(
+    query: Tensor, key: Tensor, value: Tensor, runs: Segments, scaling: float | None, window: int | None
+) -> Tensor:
+    """All rows by one kernel, in bf16; nothing is computed for queries and keys that do not see each other."""
+    own_query, own_key, own_value = (t[0].transpose(0, 1).to(torch.bfloat16) for t in (query, key, value))
+    attended: Tensor = variable_length_attention(
+        own_query,
+        own_key.index_select(0, runs.places),
+        own_value.index_select(0, runs.places),
+        runs.queries,
+        runs.keys,
+        runs.most_queries,
+        runs.most_keys,
+        scale=scaling,
+        window_size=(-1 if window is None else window - 1, 0),
+    )
+    return attended[None]
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, *, scaling: float | None, window: int | None) -> Tensor:
@@ -101,7 +167,7 @@ class _TokenLogps(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
         logps = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
-        for part in _chunks(len(targets)):
+        for part in _chunks(targets):
             ctx.kept = None  # the chunk before goes first
             *ctx.kept, logps[part] = _exponentials(hidden[part], weight, bias, targets[part])
         ctx.save_for_backward(hidden, weight, bias, targets)
@@ -112,7 +178,7 @@ class _TokenLogps(torch.autograd.Function):
         hidden, weight, bias, targets = ctx.saved_tensors
         grad_hidden, grad_weight = torch.empty_like(hidden), None
         grad_bias = torch.zeros_like(bias) if bias is not None and ctx.needs_input_grad[2] else None
-        for part in reversed(_chunks(len(targets))):
+        for part in reversed(_chunks(targets)):
             kept, ctx.kept = ctx.kept, None
             exponentials, total = kept or _exponentials(hidden[part], weight, bias, targets[part])[:2]
             slope = _slope(exponentials, total, targets[part], grads[0][part]).to(hidden.dtype)
@@ -135,7 +201,7 @@ class _FrozenHeadLogps(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
         logps = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
         slopes = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        for part in _chunks(len(targets)):
+        for part in _chunks(targets):
             exponentials, total, logps[part] = _exponentials(hidden[part], weight, bias, targets[part])
             if slopes is not None:
                 each = torch.ones_like(logps[part])
@@ -172,8 +238,9 @@ def _slope(exponentials: Tensor, total: Tensor, targets: Tensor, grad: Tensor) -
     return slope
 
 
-def _chunks(positions: int) -> list[slice]:
-    return [slice(start, start + HEAD_CHUNK) for start in range(0, positions, HEAD_CHUNK)]
+def _chunks(targets: Tensor) -> list[slice]:
+    size = GPU_HEAD_CHUNK if targets.is_cuda else HEAD_CHUNK
+    return [slice(start, start + size) for start in range(0, len(targets), size)]
 
 
 def _forward(
@@ -201,14 +268,23 @@ def _forward(
 
 def _stream_hidden(model: PreTrainedModel, packed: dict[str, Any], precision: Precision) -> Tensor:
     """Hidden states [N, width] that predict the N completion tokens, from one pass over the packed stream."""
+    layout = packed["spans"]
+    if model.device.type == "cuda" and precision == "bf16" and _fits_flash(model):
+        layout = segments(layout, model.device)
     with torch.autocast(model.device.type, torch.bfloat16, enabled=precision == "bf16"):
         hidden = model.get_decoder()(
             input_ids=packed["input_ids"],
             position_ids=packed["position_ids"],
-            layout=packed["spans"],
+            layout=layout,
             use_cache=False,
         ).last_hidden_state[0]
     return hidden.index_select(0, packed["predict_from"]).to(model.get_output_embeddings().weight.dtype)
+
+
+def _fits_flash(model: PreTrainedModel) -> bool:
+    config = model.config.get_text_config()
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return width % 8 == 0 and width <= FLASH_WIDTH
 
 
 def _stream_logps(model: PreTrainedModel, packed: dict[str, Any], precision: Precision) -> Tensor:
@@ -250,13 +326,22 @@ def _plain_logps(model: PreTrainedModel, packed: dict[str, Any], precision: Prec
     )
 
 
-def load_model(path: Path, precision: Precision = "fp32") -> PreTrainedModel:
+def load_model(path: Path, precision: Precision = "fp32", compiled: bool = False) -> PreTrainedModel:
     """Load a causal language model ready for `model(packed=...)`, weights in fp32, dropout off, in eval mode.
+
+    On a GPU `bf16` multiplies the head's matrix in TF32, for the whole process.
 
     Args:
         path: a local folder with safetensors weights, or with a LoRA adapter that names its base.
         precision: of matrix products, wherever this model computes log-probs.
+        compiled: let `torch.compile` fuse what lies between the products of each block.
+
+    Raises:
+        InputError: `compiled` without a GPU or without `bf16`.
     """
+    if compiled and not (torch.cuda.is_available() and precision == "bf16"):
+        raise InputError("params.yaml: engine.compile: true needs a CUDA GPU and precision: bf16; set it to false")
+    torch.backends.cuda.matmul.allow_tf32 = precision == "bf16"
     model = load_weights(AutoModelForCausalLM, path).eval()
     for module in model.modules():
         rates = [name for name, value in vars(module).items() if "drop" in name and isinstance(value, float)]
@@ -267,6 +352,10 @@ def load_model(path: Path, precision: Precision = "fp32") -> PreTrainedModel:
         log.warning("%s: %s; log-probs are computed row by row, which is slower", type(model).__name__, fault)
     else:
         model.set_attn_implementation(PACKED_ATTENTION)
+    if compiled and not fault and _fits_flash(model):
+        for block in model.modules():
+            if type(block).__name__ in (model._no_split_modules or ()):
+                block.compile(dynamic=True)
     model.forward = functools.partial(_forward, model, in_stream=not fault, precision=precision)
     return model
 
@@ -327,7 +416,8 @@ def generating(model: PreTrainedModel) -> Iterator[None]:
     model.generation_config = GenerationConfig()
     del model.forward
     try:
-        yield
+        with torch.compiler.set_stance("force_eager"):  # blocks are compiled for the stream alone
+            yield
     finally:
         model.set_attn_implementation(attention)
         model.generation_config, model.forward = settings, forward

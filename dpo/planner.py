@@ -135,6 +135,8 @@ class Setup:
     optimizer: str = "adamw"
     sharding: Sharding = "none"
     gpus: int = 1
+    head_chunk: int = HEAD_CHUNK
+    """Positions projected to the vocabulary at a time."""
 
 
 @dataclass(frozen=True)
@@ -228,7 +230,7 @@ def training_memory(shape: Shape, pair: Pair, setup: Setup, overhead: float) -> 
     gathered = 4 * (shape.layer * (3 if full else 2) + shape.outside) if setup.sharding == "full" else 0
     head = 4 * shape.head if full else 0
     positions = setup.tokens_per_batch * 2 * pair.completion / pair.tokens
-    chunk = 4 * min(HEAD_CHUNK, positions) * shape.vocabulary
+    chunk = 4 * min(setup.head_chunk, positions) * shape.vocabulary
     logits = chunk + head
     width = 4 if setup.precision == "fp32" else 2
     backward = setup.tokens_per_batch * (3 * width * shape.intermediate + 2 * 4 * shape.hidden)
@@ -248,7 +250,7 @@ def reference_memory(shape: Shape, setup: Setup, overhead: float) -> Memory:
     width = 4 if setup.precision == "fp32" else 2
     copies = 0 if setup.precision == "fp32" else 2 * shape.layers * shape.layer
     layer = setup.tokens_per_batch * (3 * width * shape.intermediate + 3 * 4 * shape.hidden)
-    chunk = 4 * HEAD_CHUNK * shape.vocabulary
+    chunk = 4 * setup.head_chunk * shape.vocabulary
     return Memory(4 * shape.parameters, 0, 0, 0, copies + max(layer, chunk), overhead)
 
 
@@ -288,7 +290,6 @@ def seconds(work: tuple[float, float], gpus: int, speed: tuple[float, float]) ->
     Args:
         work: from `pair_flops`, times the number of pairs.
         gpus: that share it.
-        speed: operations a second of one GPU, communication included, in the layers' precision and in fp32, which
-            the head always has.
+        speed: operations a second of one GPU, communication included, in the layers and in the head.
     """
     return sum(part / (gpus * rate) for part, rate in zip(work, speed, strict=True))

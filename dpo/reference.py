@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dpo.batching import TokenRow
-from dpo.config import EngineParams, Precision
+from dpo.config import EngineParams
 from dpo.errors import InputError
 from dpo.files import sha256, write_json, written_whole
 from dpo.logps import ENGINE_VERSION, sequence_logps
@@ -42,40 +42,34 @@ SHARD = LOGPS.append(pa.field("row", pa.binary(32)))
 """A shard also has the SHA-256 of every row."""
 
 
-def policy_key(
-    model: Path, tokenizer: PreTrainedTokenizerBase, max_length: int, precision: Precision
-) -> dict[str, object]:
+def policy_key(model: Path, tokenizer: PreTrainedTokenizerBase, engine: EngineParams) -> dict[str, object]:
     """What reference log-probs depend on besides the rows, by content.
 
     Args:
         model: the reference policy's folder; weights, config and tokenizer files are hashed.
         tokenizer: its chat template is hashed too.
-        max_length: most tokens of prompt and completion.
-        precision: of the engine.
+        engine: how text becomes log-probs.
     """
     return {
         "engine": ENGINE_VERSION,
-        "precision": precision,
+        "precision": engine.precision,
+        "compile": engine.compile,
         "weights": sha256(*sorted(model.glob("*.safetensors"))),
         "config": sha256(model / "config.json"),
         "tokenizer": sha256(*sorted(model.glob("tokenizer*"))),
         "template": hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest(),
-        "max_length": max_length,
+        "max_length": engine.max_length,
     }
 
 
 def cache_key(
-    model: Path,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: Iterable[TokenRow],
-    max_length: int,
-    precision: Precision,
+    model: Path, tokenizer: PreTrainedTokenizerBase, rows: Iterable[TokenRow], engine: EngineParams
 ) -> dict[str, object]:
     """What reference log-probs depend on: `policy_key` and the ids, the tokens and the order of the rows."""
     digest = hashlib.sha256()
     for row in rows:
         digest.update(row.digest)
-    return {**policy_key(model, tokenizer, max_length, precision), "rows": digest.hexdigest()}
+    return {**policy_key(model, tokenizer, engine), "rows": digest.hexdigest()}
 
 
 def compute_reference(

@@ -20,7 +20,7 @@ def main() -> None:
     judge = load_judge(asked.judge)
     tokenizer = load_tokenizer(SFT)
     state = this_process()
-    model = load_model(SFT, params.engine.precision).to(state.device)
+    model = load_model(SFT, params.engine.precision, params.engine.compile).to(state.device)
     pairs = pd.read_parquet(EVAL)
     table = pairs.sample(asked.samples, replace=len(pairs) < asked.samples, random_state=params.seed)
     table = table[["prompt", "turns"]].reset_index(drop=True)

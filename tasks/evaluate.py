@@ -44,19 +44,19 @@ def main() -> None:
     tokenizer = load_tokenizer(SFT)
     held_out = pd.read_parquet(EVAL)
     rows = encode_pairs(held_out.to_dict("records"), tokenizer, engine.max_length)
-    key = cache_key(SFT, tokenizer, rows, engine.max_length, engine.precision)
+    key = cache_key(SFT, tokenizer, rows, engine)
     cached = load_reference(REFERENCE_EVAL, key)
     baseline = pd.read_parquet(REFERENCE_SAMPLES)
     prompts = [prompt_of(pair, tokenizer) for pair in baseline.to_dict("records")]
 
     state = this_process()
-    model = load_model(policy_folder(cell), engine.precision).to(state.device)
+    model = load_model(policy_folder(cell), engine.precision, engine.compile).to(state.device)
 
     def logps(mine: list[int]) -> list[Any]:
         return sequence_logps(model, [rows[i] for i in mine], engine.tokens_per_batch, "policy log-probs").tolist()
 
     def distances(mine: list[int]) -> list[Any]:
-        to = load_model(SFT, engine.precision).to(state.device)
+        to = load_model(SFT, engine.precision, engine.compile).to(state.device)
         asking = prompt_ids(tokenizer, [prompts[i] for i in mine], params.longest_prompt)
         return divergence(model, to, asking, [ids[i] for i in mine], engine.tokens_per_batch).to_dict("records")
 

@@ -13,6 +13,7 @@ from transformers import AutoConfig
 from dpo.config import Params, load_params
 from dpo.errors import InputError
 from dpo.loading import load_weights
+from dpo.logps import GPU_HEAD_CHUNK
 from dpo.planner import (
     LLAMAS,
     Pair,
@@ -30,8 +31,8 @@ from tasks.stage import run
 GPU_OVERHEAD = 1.5e9
 """Bytes of a process on a GPU without the model: CUDA context, libraries, workspaces. An assumption."""
 
-TFLOPS = (989.0, 67.0)
-"""Dense operations a second of an H100 SXM in bf16 and in fp32, in 1e12, as its data sheet has them."""
+TFLOPS = (989.0, 494.0, 67.0)
+"""Dense operations a second of an H100 SXM in bf16, TF32 and fp32, in 1e12, as its data sheet has them."""
 
 UTILISATION = 0.35
 """Share of these operations that a training reaches. An assumption; a short run of one's own tells."""
@@ -68,6 +69,7 @@ def ways(params: Params, pair: Pair, gpus: int, sharding: Sharding) -> Iterator[
                 optimizer=dpo.optimizer,
                 sharding=sharding,
                 gpus=gpus,
+                head_chunk=GPU_HEAD_CHUNK,
             )
 
 
@@ -82,14 +84,13 @@ def plan(
         pair: mean lengths.
         pairs: in the training data.
         gpus: that share the work.
-        speed: operations a second of one GPU in bf16 and in fp32, as far as they are used.
+        speed: operations a second of one GPU in the layers and in the head, as far as they are used.
         room: bytes of memory of one GPU.
     """
-    layers = speed if params.engine.precision == "bf16" else (speed[1], speed[1])
 
     def line(name: str, checkpointing: str, memories: list[float], setup: Setup | None, passes: int) -> str:
         work = pair_flops(shape, pair, setup)
-        hours = passes * pairs * seconds(work, gpus, layers) / 3600
+        hours = passes * pairs * seconds(work, gpus, speed) / 3600
         cells = [f"{memory / 2**30:.1f}" + " (too much)" * (memory > room) for memory in memories]
         return "| " + " | ".join([name, checkpointing, *cells, f"{hours:.2g}"]) + " |"
 
@@ -123,13 +124,14 @@ def main() -> None:
     parser.add_argument("--prompt-tokens", type=int, default=256, help="mean of a prompt (256)")
     parser.add_argument("--completion-tokens", type=int, default=256, help="mean of a completion (256)")
     parser.add_argument(
-        "--tflops", type=float, nargs=2, default=TFLOPS, help="1e12 operations a second of a GPU in bf16, in fp32"
+        "--tflops", type=float, nargs=3, default=TFLOPS, help="1e12 operations a second: in bf16, in TF32, in fp32"
     )
     parser.add_argument("--utilisation", type=float, default=UTILISATION, help=f"share of it ({UTILISATION})")
     asked = parser.parse_args()
     params, shape = load_params(), named_shape(asked.model)
     pair = Pair(asked.prompt_tokens, asked.completion_tokens)
-    bf16, fp32 = (peak * 1e12 * asked.utilisation for peak in asked.tflops)
+    bf16, tf32, fp32 = (peak * 1e12 * asked.utilisation for peak in asked.tflops)
+    speed = (bf16, tf32) if params.engine.precision == "bf16" else (fp32, fp32)
     sys.stdout.write(
         f"{asked.model}: {shape.parameters / 1e9:.2f} billion parameters; {asked.pairs:,} pairs of "
         f"{pair.tokens:,} tokens; {params.engine.precision}, {params.engine.tokens_per_batch:,} tokens in a "
@@ -137,7 +139,7 @@ def main() -> None:
         "operations used\n\n"
     )
     room = asked.gpu_memory * 2**30
-    sys.stdout.write(plan(shape, params, pair, asked.pairs, asked.gpus, (bf16, fp32), room) + "\n")
+    sys.stdout.write(plan(shape, params, pair, asked.pairs, asked.gpus, speed, room) + "\n")
 
 
 if __name__ == "__main__":

@@ -191,7 +191,8 @@ def judged_wins(params: Params, cell: Cell, champion: Path) -> tuple[list[str], 
     own, baseline = pd.read_parquet(policy_samples(cell)), pd.read_parquet(REFERENCE_SAMPLES)
     tokenizer = load_tokenizer(champion / "components/tokenizer")
     prompts = [prompt_of(pair, tokenizer) for pair in baseline.to_dict("records")]
-    model = load_model(champion / "model", params.engine.precision).to(this_process().device)
+    engine, device = params.engine, this_process().device
+    model = load_model(champion / "model", engine.precision, engine.compile).to(device)
     texts = answer_table(model, tokenizer, prompts, params)["answer"].tolist()
     if isinstance(judge, Scorer):
         wins = score_wins(own["policy_score"], judge.score(prompts, texts))
@@ -209,7 +210,7 @@ def ranked_wins(params: Params, cell: Cell, champion: Path) -> tuple[list[str], 
     held_out, own = pd.read_parquet(EVAL), pd.read_parquet(policy_margins(cell))
     tokenizer = load_tokenizer(champion / "components/tokenizer")
     rows = encode_pairs(held_out.to_dict("records"), tokenizer, engine.max_length)
-    model = load_model(champion / "model", engine.precision).to(this_process().device)
+    model = load_model(champion / "model", engine.precision, engine.compile).to(this_process().device)
     theirs = pair_table(
         held_out,
         sequence_logps(model, rows, engine.tokens_per_batch, "champion log-probs"),

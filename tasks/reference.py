@@ -13,8 +13,8 @@ def main() -> None:
     engine = load_params().engine
     state = this_process()
     tokenizer = load_tokenizer(SFT)
-    model = load_model(SFT, engine.precision).to(state.device)
-    key = policy_key(SFT, tokenizer, engine.max_length, engine.precision)
+    model = load_model(SFT, engine.precision, engine.compile).to(state.device)
+    key = policy_key(SFT, tokenizer, engine)
     for pairs, folder in ((TRAIN, REFERENCE_TRAIN), (EVAL, REFERENCE_EVAL)):
         compute_reference(folder, key, pairs, model, tokenizer, engine, REFERENCE_PROGRESS, state)
     state.destroy_process_group()

@@ -29,7 +29,7 @@ def main() -> None:
     rows = encode_pairs(table.to_dict("records"), tokenizer, params.engine.max_length)
     if params.sft.completions == "chosen":
         rows = [dataclasses.replace(row, completions=row.completions[:1]) for row in rows]
-    model = load_model(BASE, params.engine.precision)
+    model = load_model(BASE, params.engine.precision, params.engine.compile)
     progress = Progress(TRAINING_PROGRESS / "sft", params.run.checkpoint_minutes)
     main_process = this_process().is_main_process
     with reference_run(params, table) if main_process else nullcontext() as run_id:

@@ -36,9 +36,9 @@ def main() -> None:
     table = pd.read_parquet(TRAIN)
     engine = params.engine
     rows = encode_pairs(table.to_dict("records"), tokenizer, engine.max_length)
-    key = cache_key(SFT, tokenizer, rows, engine.max_length, engine.precision)
+    key = cache_key(SFT, tokenizer, rows, engine)
     reference = load_reference(REFERENCE_TRAIN, key)
-    model = load_model(SFT, engine.precision)
+    model = load_model(SFT, engine.precision, engine.compile)
     progress = Progress(TRAINING_PROGRESS / cell.key, params.run.checkpoint_minutes)
     main_process = this_process().is_main_process
     with policy_run(params, cell, table) if main_process else nullcontext() as run_id:

@@ -22,7 +22,7 @@ CASE = Case("tiny", speed=1.5, memory=0.6, micro_batch=4)
 
 @pytest.fixture(autouse=True)
 def no_matrix_products(monkeypatch):
-    monkeypatch.setattr(measure, "matmul_flops", lambda dtype: 1e11)
+    monkeypatch.setattr(measure, "matmul_flops", lambda dtype, gpu: 1e11)
 
 
 @pytest.fixture(scope="module")

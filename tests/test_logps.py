@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from dpo import logps
 from dpo.batching import TokenRow, pack
+from dpo.errors import InputError
 from dpo.logps import load_model, sequence_logps
 
 # Sums of up to 30 token log-probs, some 100 nats in all, where one unit in the last place of fp32 is 8e-6.
@@ -268,6 +269,44 @@ def test_sliding_windows_are_kept(tmp_path):
     assert (sequence_logps(wide, rows, 1000) - naive).abs().max() > 0.1
 
 
+def by_segments(query, key, value, begins, key_begins, most_queries, most_keys, scale, window_size):
+    """Attention of every run of queries on its keys, from its definition, in fp32; both end at the same place."""
+    left, right = window_size
+    assert right == 0, "causal"
+    outputs = []
+    for first, last, first_key, last_key in zip(begins, begins[1:], key_begins, key_begins[1:], strict=False):
+        for place in range(first, last):
+            seen = slice(max(first_key, last_key - (last - place) - left) if left >= 0 else first_key,
+                         last_key - (last - place) + 1)  # fmt: skip
+            heads = []
+            for head, vector in enumerate(query[place].float()):
+                of = head * key.shape[1] // query.shape[1]
+                scores = key[seen, of].float() @ vector * scale
+                heads.append(scores.softmax(0) @ value[seen, of].float())
+            outputs.append(torch.stack(heads))
+    assert (most_queries, most_keys) == (max(begins.diff()), max(key_begins.diff()))
+    return torch.stack(outputs)
+
+
+@pytest.mark.parametrize("window", [None, 6])
+def test_variable_length_attention_gets_what_attention_row_by_row_sees(monkeypatch, window):
+    monkeypatch.setattr(logps, "variable_length_attention", by_segments)
+    rows = [*make_rows(), TokenRow("three", tokens(4, 11), (tokens(2, 12), tokens(5, 13), tokens(1, 14)))]
+    layout = pack([*rows, TokenRow("one", tokens(6, 15), (tokens(3, 16),))])["spans"]
+    length = sum(prompt + sum(completions) for prompt, completions in layout)
+    draw = torch.Generator().manual_seed(0)
+    query = torch.randn(1, 4, length, 8, generator=draw).bfloat16().float()
+    key, value = torch.randn(2, 1, 2, length, 8, generator=draw).bfloat16().float()
+
+    def attend(laid_out):
+        return logps._packed_attention(
+            None, query, key, value, None, layout=laid_out, scaling=0.3, sliding_window=window
+        )[0]
+
+    rows_alone, runs = attend(layout), attend(logps.segments(layout, torch.device("cpu")))
+    torch.testing.assert_close(runs, rows_alone, rtol=1e-5, atol=1e-5)
+
+
 def in_stream(model):
     return model.forward.keywords["in_stream"]
 
@@ -308,6 +347,12 @@ def test_dropout_outside_of_dropout_modules_is_off_too(tmp_path):
     model = load_model(make_model("opt", tmp_path, dropout=0.5, attention_dropout=0.5, layerdrop=0.5))
     packed = pack(make_rows())
     torch.testing.assert_close(model.train()(packed=packed), model.eval()(packed=packed), **CLOSE)
+
+
+def test_compiling_without_a_gpu_is_refused(llama_dir, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(InputError, match=r"engine\.compile: true needs a CUDA GPU and precision: bf16"):
+        load_model(llama_dir, "bf16", compiled=True)
 
 
 def test_bf16_multiplies_in_bf16_and_keeps_weights_and_sums_in_fp32(llama_dir):

@@ -26,7 +26,9 @@ from dpo.tokens import encode_pairs
 from tasks import reference as stage
 
 ROOT = Path(__file__).parent.parent
-ENGINE = EngineParams(max_length=128, tokens_per_batch=400, precision="fp32")
+ENGINE = EngineParams(max_length=128, tokens_per_batch=400, precision="fp32", compile=False)
+KEYED = dataclasses.replace(ENGINE, max_length=64)
+"""Of the caches of `ROWS`."""
 
 ROWS = [TokenRow("a", (1, 2), ((3, 4), (5,))), TokenRow("b", (1, 2), ((6,), (7, 8)))]
 LOGPS = torch.tensor([[-1.5, -2.25], [-0.1, -30.7]])
@@ -44,12 +46,12 @@ def tokenizer(model):
 
 @pytest.fixture
 def cache(tmp_path, model, tokenizer):
-    save_reference(tmp_path / "cache", cache_key(model, tokenizer, ROWS, 64, "fp32"), ROWS, LOGPS)
+    save_reference(tmp_path / "cache", cache_key(model, tokenizer, ROWS, KEYED), ROWS, LOGPS)
     return tmp_path / "cache"
 
 
 def test_round_trip_is_exact(cache, model, tokenizer):
-    loaded = load_reference(cache, cache_key(model, tokenizer, ROWS, 64, "fp32"))
+    loaded = load_reference(cache, cache_key(model, tokenizer, ROWS, KEYED))
     assert list(loaded) == ["a", "b"]
     assert torch.equal(torch.tensor(list(loaded.values())), LOGPS)
 
@@ -71,6 +73,10 @@ def changed(**fields):
     return dataclasses.replace(ROWS[0], **fields)
 
 
+def reset(made, **settings):
+    made["engine"] = dataclasses.replace(KEYED, **settings)
+
+
 @pytest.mark.parametrize(
     ("name", "alter"),
     [
@@ -78,8 +84,9 @@ def changed(**fields):
         ("config", lambda made: edit(made["model"] / "config.json", b"rms_norm_eps", b"rms_norm_esp")),
         ("tokenizer", lambda made: edit(made["model"] / "tokenizer.json", b'"version"', b'"versoin"')),
         ("template", lambda made: setattr(made["tokenizer"], "chat_template", "{{ messages }}")),
-        ("max_length", lambda made: made.update(max_length=65)),
-        ("precision", lambda made: made.update(precision="bf16")),
+        ("max_length", lambda made: reset(made, max_length=65)),
+        ("precision", lambda made: reset(made, precision="bf16")),
+        ("compile", lambda made: reset(made, compile=True)),
         ("rows", lambda made: made.update(rows=ROWS[::-1])),
         ("rows", lambda made: made.update(rows=ROWS[:1])),
         ("rows", lambda made: made.update(rows=[changed(id="c"), ROWS[1]])),
@@ -88,7 +95,7 @@ def changed(**fields):
     ],
 )
 def test_every_input_of_the_key_is_named_when_it_differs(cache, model, tokenizer, name, alter):
-    made = {"model": model, "tokenizer": tokenizer, "rows": ROWS, "max_length": 64, "precision": "fp32"}
+    made = {"model": model, "tokenizer": tokenizer, "rows": ROWS, "engine": KEYED}
     alter(made)
     with pytest.raises(InputError, match=f"refused: {name} differ from"):
         load_reference(cache, cache_key(**made))
@@ -97,11 +104,11 @@ def test_every_input_of_the_key_is_named_when_it_differs(cache, model, tokenizer
 def test_the_engine_is_named_when_it_differs(cache, model, tokenizer, monkeypatch):
     monkeypatch.setattr(reference, "ENGINE_VERSION", -1)
     with pytest.raises(InputError, match="refused: engine differ from"):
-        load_reference(cache, cache_key(model, tokenizer, ROWS, 64, "fp32"))
+        load_reference(cache, cache_key(model, tokenizer, ROWS, KEYED))
 
 
 def test_altered_numbers_and_absent_files_are_refused(cache, model, tokenizer):
-    key = cache_key(model, tokenizer, ROWS, 64, "fp32")
+    key = cache_key(model, tokenizer, ROWS, KEYED)
     manifest = json.loads((cache / "manifest.json").read_text())
     assert set(manifest) == {*key, "logps"}
     content = bytearray((cache / "logps.parquet").read_bytes())
@@ -139,7 +146,7 @@ def compute(tmp_path, model, tokenizer):
     engine = load_model(model)
 
     def run(pairs, folder=tmp_path / "cache"):
-        key = policy_key(model, tokenizer, ENGINE.max_length, ENGINE.precision)
+        key = policy_key(model, tokenizer, ENGINE)
         progress = tmp_path / ".reference-progress"
         compute_reference(folder, key, pairs, engine, tokenizer, ENGINE, progress, PartialState(cpu=True))
 
@@ -149,7 +156,7 @@ def compute(tmp_path, model, tokenizer):
 def expected(folder, model, tokenizer, pairs):
     """The cache, loaded for these pairs, and what it should hold: both [R, 2]."""
     rows = encode_pairs(pairs, tokenizer, ENGINE.max_length)
-    loaded = load_reference(folder, cache_key(model, tokenizer, rows, ENGINE.max_length, ENGINE.precision))
+    loaded = load_reference(folder, cache_key(model, tokenizer, rows, ENGINE))
     assert list(loaded) == [row.id for row in rows]
     return torch.tensor(list(loaded.values())), sequence_logps(load_model(model), rows, ENGINE.tokens_per_batch)
 

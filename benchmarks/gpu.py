@@ -1,0 +1,192 @@
+"""Speed and memory on one GPU, side by side with TRL's `DPOTrainer`: `python -m benchmarks.gpu`.
+
+A Llama of 1.24 billion random weights on pairs of random tokens, since only shapes decide what is measured; bf16
+autocast over fp32 weights, fused AdamW, cached reference log-probs on both sides. TRL has its fastest settings of
+those that its own extras bring: Liger's kernels, pairs grouped by length, no gradient checkpointing; it has no
+padding-free mode in this version. Ours has `engine.precision: bf16` and `engine.compile: true`. Both get the same
+pairs in the same micro-batches, runs alternate, each in a process of its own; the first step warms up untimed.
+"""
+
+import argparse
+import importlib.metadata
+import platform
+import statistics
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, models
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+
+from benchmarks.cases import SEED, Case, padded_batches, padded_length
+from benchmarks.engine import say, score_ours, state_bytes
+from benchmarks.flops import flop_ratio, flops
+from benchmarks.measure import Run, alone
+from benchmarks.page import put_table
+from benchmarks.trainers import score_peer, train_ours, train_peer
+from dpo.batching import TokenRow
+from dpo.files import write_json
+
+RESULTS, PAGE = Path("benchmarks/results/gpu.json"), Path("docs/benchmarks.md")
+UTILISATION = 0.45
+"""Target: least share of the matrix product's peak."""
+
+LLAMA_1B = LlamaConfig(
+    vocab_size=128_256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
+    num_key_value_heads=8, head_dim=64, max_position_embeddings=8192, rope_theta=500_000.0,
+    tie_word_embeddings=True, bos_token_id=0, eos_token_id=0, pad_token_id=0,
+)  # fmt: skip
+"""The shape of Llama 3.2 1B."""
+
+LONG, EVEN, SHORT = (1464, 292), (1024, 512), (40, 47)
+"""Mean tokens of a prompt and of each completion: 2,048 in a pair, divided as the CPU benchmark's long pairs are
+or half and half; and short pairs of 134."""
+
+SHAPES = {"gpu_long": LONG, "gpu_even": EVEN, "gpu_short": SHORT, "gpu_reference": LONG}
+COMMON: dict[str, Any] = {"gpu": True, "by_length": True, "dtype": "bf16"}
+CASES = [
+    Case("gpu_long", 1.5, 0.7, long=True, pairs_per_step=32, micro_batch=4, **COMMON),
+    Case("gpu_reference", None, None, long=True, pairs_per_step=32, micro_batch=8, train=False, **COMMON),
+    Case("gpu_short", None, None, pairs_per_step=256, micro_batch=64, **COMMON),
+    Case("gpu_even", None, None, long=True, pairs_per_step=32, micro_batch=4, **COMMON),
+]
+
+
+def random_rows(case: Case, steps: int) -> list[TokenRow]:
+    """Pairs of random tokens, lengths a quarter about the mean; a step to warm up, then the rest by length."""
+    draw = np.random.default_rng(SEED)
+    prompt, completion = SHAPES[case.name]
+
+    def tokens(mean: int) -> tuple[int, ...]:
+        length = draw.integers(mean - mean // 4, mean + mean // 4, endpoint=True)
+        return tuple(draw.integers(1, LLAMA_1B.vocab_size, length).tolist())
+
+    rows = [
+        TokenRow(str(i), tokens(prompt), (tokens(completion), tokens(completion)))
+        for i in range((steps + 1) * case.pairs_per_step)
+    ]
+    first = case.pairs_per_step
+    return rows[:first] + sorted(rows[first:], key=padded_length, reverse=True)
+
+
+def save_model(folder: Path) -> None:
+    """Random weights, and a tokenizer that TRL asks for its end token alone."""
+    torch.manual_seed(SEED)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model = AutoModelForCausalLM.from_config(LLAMA_1B, dtype=torch.float32)
+    model.save_pretrained(folder)
+    words = Tokenizer(models.WordLevel({"<end>": 0}, unk_token="<end>"))
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>", pad_token="<end>").save_pretrained(folder)
+
+
+def compare(case: Case, model: Path, steps: int, repeats: int) -> dict[str, Any]:
+    """Measure one case: ours, the peer, and so on."""
+    rows = random_rows(case, steps)
+    args: list[Any] = [case, model, rows]
+    sides = (score_ours, score_peer)
+    if case.train:
+        logps = np.reshape(alone(score_ours, *args).values, (-1, 2)).tolist()
+        args.append({row.id: tuple(pair) for row, pair in zip(rows, logps, strict=True)})
+        sides = (train_ours, train_peer)
+    runs: tuple[list[Run], list[Run]] = ([], [])
+    for side, kept in [*zip(sides, runs, strict=True)] * repeats:
+        kept.append(alone(side, *args))
+        say(f"{case.name}: {side.__name__} {kept[-1].pairs_per_second:.2f} pairs/s, {kept[-1].peak_gib:.2f} GiB")
+    return record(case, rows, *runs)
+
+
+def record(case: Case, rows: Sequence[TokenRow], ours: Sequence[Run], peer: Sequence[Run]) -> dict[str, Any]:
+    """The entry of one case in the results."""
+    timed = rows[case.pairs_per_step :]
+    work = flops(case, timed, LLAMA_1B) / len(timed)
+    matmul = max(run.matmul_flops for run in (*ours, *peer))
+
+    def side(runs: Sequence[Run], tokens: int) -> dict[str, Any]:
+        speed = statistics.median(run.pairs_per_second for run in runs)
+        return {
+            "pairs_per_second": speed,
+            "pairs_per_second_repeats": [run.pairs_per_second for run in runs],
+            "peak_gib": statistics.median(run.peak_gib for run in runs),
+            "utilisation": work * speed / matmul,
+            "tokens_per_pair": tokens / len(timed),
+            "values": runs[0].values,
+        }
+
+    us = side(ours, sum(row.tokens for row in timed))
+    them = side(peer, sum(count * length for count, length in padded_batches(case, timed)))
+    packages = ("torch", "transformers", "accelerate", "trl", "liger-kernel", "triton")
+    return {
+        "case": case.name,
+        "dtype": case.dtype,
+        "difference": float(np.abs(np.subtract(us["values"], them["values"])).max()),
+        "speed_ratio": us["pairs_per_second"] / them["pairs_per_second"],
+        "flop_ratio": flop_ratio(case, timed, LLAMA_1B),
+        "memory_ratio": us["peak_gib"] / them["peak_gib"],
+        "memory_floor": state_bytes(case, LLAMA_1B) / 2**30 / them["peak_gib"],
+        "utilisation": us["utilisation"],
+        "matmul_gflops": matmul / 1e9,
+        "targets": {"speed_ratio": case.speed, "memory_ratio": case.memory, "utilisation": UTILISATION},
+        "pairs_per_micro_batch": case.micro_batch,
+        "pairs_per_step": case.pairs_per_step,
+        "ours": us,
+        "peer": them,
+        "versions": {p: importlib.metadata.version(p) for p in packages} | {"python": platform.python_version()},
+        "machine": {"gpu": alone(torch.cuda.get_device_name)},
+    }
+
+
+def table(results: Sequence[dict[str, Any]]) -> str:
+    """Results as Markdown: where they were measured, then one line a case."""
+    packages = ", ".join(f"{name} {version}" for name, version in results[0]["versions"].items())
+    peak = max(entry["matmul_gflops"] for entry in results) / 1e3
+    lines = [
+        f"{results[0]['machine']['gpu']}, {peak:.0f} TFLOP/s in a bf16 matrix product; {packages}. Of two figures",
+        "in a cell, the first is ours, the second TRL's.",
+        "",
+    ]
+    for entry in results:
+        us, them = entry["ours"], entry["peer"]
+        cells = {
+            "case": entry["case"],
+            "speed ratio": f"{entry['speed_ratio']:.2f}",
+            "FLOP ratio": f"{entry['flop_ratio']:.2f}",
+            "memory ratio": f"{entry['memory_ratio']:.2f}",
+            "memory floor": f"{entry['memory_floor']:.2f}",
+            "utilisation": f"{us['utilisation']:.0%}, {them['utilisation']:.0%}",
+            "pairs/s": f"{us['pairs_per_second']:.1f}, {them['pairs_per_second']:.1f}",
+            "peak GiB": f"{us['peak_gib']:.1f}, {them['peak_gib']:.1f}",
+            "tokens a pair": f"{us['tokens_per_pair']:.0f}, {them['tokens_per_pair']:.0f}",
+            "pairs a micro-batch": entry["pairs_per_micro_batch"],
+            "largest difference": f"{entry['difference']:.2g}",
+        }
+        if entry is results[0]:
+            lines += ["| " + " | ".join(cells) + " |", "|" + " --- |" * len(cells)]
+        lines.append("| " + " | ".join(map(str, cells.values())) + " |")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """Measure, write results and page, print the table."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description="Measure ours against TRL.")
+    parser.add_argument("--cases", nargs="+", choices=[case.name for case in CASES], help="default: all")
+    parser.add_argument("--steps", type=int, default=4, help="timed steps")
+    parser.add_argument("--repeats", type=int, default=2, help="runs of each side")
+    options = parser.parse_args()
+    results = []
+    with tempfile.TemporaryDirectory() as folder:
+        alone(save_model, Path(folder))
+        for case in CASES:
+            if case.name in (options.cases or [case.name]):
+                results.append(compare(case, Path(folder), options.steps, options.repeats))
+                write_json(RESULTS, results)
+                put_table(PAGE, "gpu", table(results))
+    say(table(results))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

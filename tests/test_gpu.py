@@ -1,0 +1,115 @@
+"""What only a CUDA GPU can do: variable-length attention, compiled blocks, 8-bit optimizers."""
+
+import dataclasses
+from importlib.util import find_spec
+
+import pytest
+import torch
+from conftest import make_model
+from test_logps import ARCHITECTURES, gradients, make_rows, naive_logps, plain_model
+from transformers import AutoTokenizer
+
+from dpo import logps
+from dpo.batching import pack
+from dpo.config import LoraParams, load_params
+from dpo.evaluation.sampling import sample
+from dpo.logps import load_model, sequence_logps, to_device
+from dpo.training import train_dpo
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+BF16_SHARE = 0.02
+"""Most that bf16 changes a gradient of these tiny models, as a share of it; a wrong mask changes far more."""
+
+
+@pytest.fixture(scope="module")
+def llama_dir(tmp_path_factory):
+    return make_model("llama", tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture
+def variable_lengths(monkeypatch):
+    """How often variable-length attention was called."""
+    calls, attend = [], logps.variable_length_attention
+    monkeypatch.setattr(logps, "variable_length_attention", lambda *a, **k: calls.append(1) or attend(*a, **k))
+    return calls
+
+
+def logps_and_gradients(model):
+    packed = to_device(pack(make_rows()), model.device)
+    sums = model(packed=packed)
+    model.zero_grad()
+    (sums * torch.arange(1, len(sums) + 1, device=model.device)).sum().backward()
+    return sums.detach().cpu(), {name: weight.grad.cpu() for name, weight in model.named_parameters()}
+
+
+def assert_close_gradients(ours, expected, share):
+    largest = max(gradient.norm() for gradient in expected.values())
+    for name, gradient in expected.items():
+        assert (ours[name] - gradient).norm() <= share * gradient.norm() + share * largest / 10, name
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_fp32_log_probs_and_gradients_equal_plain_rows_on_the_cpu(kind, tmp_path):
+    folder = make_model(kind, tmp_path)
+    plain = plain_model(folder)
+    naive = naive_logps(plain, make_rows())
+    ours, gradient = logps_and_gradients(load_model(folder).to("cuda"))
+    torch.testing.assert_close(ours, naive.detach().flatten(), rtol=1e-5, atol=1e-4)
+    assert_close_gradients(gradient, gradients(plain, naive), 1e-4)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "options"), [*((k, {}) for k in ARCHITECTURES), ("mistral", {"sliding_window": 6})]
+)
+def test_bf16_attends_by_variable_lengths_and_equals_fp32_but_for_rounding(
+    kind, options, compiled, tmp_path, variable_lengths
+):
+    folder = make_model(kind, tmp_path, **options)
+    plain = plain_model(folder)
+    naive = naive_logps(plain, make_rows())
+    ours, gradient = logps_and_gradients(load_model(folder, "bf16", compiled).to("cuda"))
+    assert variable_lengths
+    torch.testing.assert_close(ours, naive.detach().flatten(), rtol=3e-3, atol=0.3)
+    assert_close_gradients(gradient, gradients(plain, naive), BF16_SHARE)
+
+
+def test_the_cache_and_training_agree_when_compiled(llama_dir):
+    model = load_model(llama_dir, "bf16", compiled=True).to("cuda")
+    cached = sequence_logps(model, make_rows(), 1000).flatten()
+    trained, _ = logps_and_gradients(model.train())
+    torch.testing.assert_close(trained, cached, rtol=0, atol=0.01)
+
+
+def test_a_compiled_model_writes_the_answers_of_one_that_is_not(tiny_model_dir):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
+    prompts = ["short", "a much longer prompt about a film that was long", "short", "x"]
+    asked = {"max_new_tokens": 12, "temperature": 1e-5, "seed": 3}
+    models = [load_model(tiny_model_dir, "bf16", compiled).to("cuda") for compiled in (False, True)]
+    once, compiled = (sample(model, tokenizer, prompts, **asked) for model in models)
+    assert once == compiled
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({"optimizer": name} for name in ("adamw", "rmsprop", "adamw_8bit", "paged_adamw_8bit")),
+        {"lora": LoraParams(rank=8, alpha=32)},
+        {"gradient_checkpointing": True},
+    ],
+    ids=str,
+)
+def test_compiled_training_lowers_the_loss(tiny_model_dir, changes):
+    if "8bit" in changes.get("optimizer", "") and find_spec("bitsandbytes") is None:
+        pytest.skip("needs bitsandbytes")
+    params, rows = load_params(), make_rows()[:3]
+    logps = sequence_logps(load_model(tiny_model_dir), rows, 1000).tolist()
+    reference = {row.id: tuple(pair) for row, pair in zip(rows, logps, strict=True)}
+    asked = dataclasses.replace(params.dpo, epochs=20, pairs_per_step=3, warmup_steps=0, **changes)
+    cell = dataclasses.replace(params.sweep.cells()[0], learning_rate=3e-3)
+    model = load_model(tiny_model_dir, "bf16", compiled=True)
+    steps = train_dpo(model, rows, reference, asked, cell, params.losses, tokens_per_batch=1000)
+    assert model.device.type == "cuda"
+    assert steps[0]["loss"] == pytest.approx(0.6931, abs=0.02)
+    assert steps[-1]["loss"] < 0.5
