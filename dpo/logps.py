@@ -12,7 +12,7 @@ import functools
 import inspect
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +28,7 @@ from dpo.config import Precision
 from dpo.errors import InputError
 from dpo.loading import load_weights
 
-ENGINE_VERSION = 4
+ENGINE_VERSION = 5
 """Part of every reference cache's key; raise it whenever the numbers below could change."""
 
 PACKED_ATTENTION = "dpo_packed"
@@ -415,8 +415,10 @@ def generating(model: PreTrainedModel) -> Iterator[None]:
         model.set_attn_implementation("sdpa")
     model.generation_config = GenerationConfig()
     del model.forward
+    on_gpu = model.device.type == "cuda"
     try:
-        with torch.compiler.set_stance("force_eager"):  # blocks are compiled for the stream alone
+        # Blocks are compiled for the stream alone.
+        with torch.compiler.set_stance("force_eager") if on_gpu else nullcontext():
             yield
     finally:
         model.set_attn_implementation(attention)

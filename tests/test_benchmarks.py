@@ -10,7 +10,7 @@ import pytest
 import yaml
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
-from benchmarks import engine, measure, trainers, validate
+from benchmarks import engine, gpu, measure, trainers, validate
 from benchmarks.cases import Case
 from benchmarks.flops import flop_ratio, flops
 from benchmarks.measure import Run
@@ -121,6 +121,27 @@ def test_the_page_keeps_what_stands_around_the_table(tmp_path, tiny_model_dir, r
     assert text.endswith("\ntail\n")
     assert "old" not in text
     assert text.count("| tiny |") == 1
+
+
+def test_the_gpu_table_tells_what_was_measured(monkeypatch):
+    case = replace(gpu.CASES[0], pairs_per_step=2, micro_batch=1)
+    pairs = gpu.random_rows(case, steps=2)
+    assert [len(row.completions) for row in pairs] == [2] * 6
+    assert abs(np.mean([row.tokens for row in pairs]) - 2048) < 300
+    monkeypatch.setattr(gpu, "alone", lambda function: "a GPU")
+    monkeypatch.setattr(gpu.importlib.metadata, "version", lambda package: "1.0")
+    ours = [Run(speed, 20.0, 0.5, 8e14, [0.7, 0.6]) for speed in (20.0, 30.0)]
+    entry = gpu.record(case, pairs, ours, [Run(10.0, 40.0, 0.5, 7e14, [0.7, 0.61])] * 2)
+    assert (entry["speed_ratio"], entry["memory_ratio"]) == (2.5, 0.5)
+    assert entry["difference"] == pytest.approx(0.01)
+    work = flops(case, pairs[2:], gpu.LLAMA_1B) / 4
+    assert entry["utilisation"] == pytest.approx(25 * work / 8e14)
+    states = 16 * 1_235_814_400
+    assert entry["memory_floor"] == pytest.approx(states / 2**30 / 40)
+    assert states < entry["planned_gib"] * 2**30 < 2 * states
+    line = gpu.table([entry]).splitlines()[-1]
+    assert line.startswith("| gpu_long | 2.50 |")
+    assert "| 25.0, 10.0 | 20.0, 40.0 |" in line
 
 
 def test_measured_pairs_hold_the_wanted_faults_and_the_table_their_speed(tmp_path):

@@ -171,6 +171,14 @@ def processes_in(folder: Path) -> list[psutil.Process]:
     return found
 
 
+def words_of(process: psutil.Process) -> list[str]:
+    """Its command; none of one that has just ended."""
+    try:
+        return process.cmdline()
+    except psutil.NoSuchProcess:
+        return []
+
+
 def roots_in(folder: Path) -> set[int]:
     """The servers and the worker, by their ids; what these started is left out."""
     pids = {process.pid: process.ppid() for process in processes_in(folder)}
@@ -342,7 +350,7 @@ def test_a_training_whose_worker_is_killed_goes_on_from_its_last_checkpoint(proj
         return max((int(seal.parent.name.rpartition("-")[2]) for seal in found), default=0)
 
     def trainings() -> list[psutil.Process]:
-        return [process for process in processes_in(project.folder) if process.cmdline()[-2:] == words]
+        return [process for process in processes_in(project.folder) if words_of(process)[-2:] == words]
 
     def train_until(step: int) -> str:
         run = project.submit("pipeline/pipeline")
