@@ -116,8 +116,8 @@ class Project:
         only = {"id": {"any_": [self.deployment(name)["id"]]}}
         return self.ask("POST", "flow_runs/filter", deployments=only, sort="START_TIME_ASC")
 
-    def await_run(self, identity: str, state: str, seconds: float = 60) -> Any:
-        wait_for(lambda: self.ask("GET", f"flow_runs/{identity}")["state_name"] == state, seconds)
+    def await_run(self, identity: str, state: str) -> Any:
+        wait_for(lambda: self.ask("GET", f"flow_runs/{identity}")["state_name"] == state)
         return self.ask("GET", f"flow_runs/{identity}")
 
     def pause(self) -> None:
@@ -152,10 +152,11 @@ def make_origin(folder: Path, model: Path, environment: dict[str, str]) -> None:
         subprocess.run(command, cwd=folder, env=environment, check=True)
 
 
-def wait_for(condition: Callable[[], bool], seconds: float) -> None:
-    deadline = time.monotonic() + seconds
+def wait_for(condition: Callable[[], bool]) -> None:
+    """Poll. The bound is for what never comes: a busy machine may take minutes to start a run."""
+    deadline = time.monotonic() + 240
     while not condition():
-        assert time.monotonic() < deadline, f"not within {seconds} seconds"
+        assert time.monotonic() < deadline, "not within four minutes"
         time.sleep(0.5)
 
 
@@ -201,7 +202,7 @@ def test_a_schedule_fires_by_itself_and_its_run_completes(project):
     def completed() -> list[Any]:
         return [run for run in project.runs("pipeline/pipeline") if run["state_name"] == "Completed"]
 
-    wait_for(lambda: bool(completed()), 110)
+    wait_for(lambda: bool(completed()))
     run = completed()[0]
     assert run["auto_scheduled"]
     assert run["created_by"]["type"] == "SCHEDULE"
@@ -239,7 +240,7 @@ def test_the_deployments_and_their_forms_are_those_of_the_flows(project):
 
 def test_what_landed_is_trained_on_and_weighed_by_the_deployment_of_the_night(project):
     first = project.submit("retrain/retrain")
-    assert project.await_run(first, "Kept", 120)["state"]["message"].startswith(
+    assert project.await_run(first, "Kept")["state"]["message"].startswith(
         "1 file new, 0 files refused: No policy"
     )
     landed = [path.name[17:] for path in (project.folder / "data/own/landed").iterdir()]
@@ -354,7 +355,7 @@ def test_a_training_whose_worker_is_killed_goes_on_from_its_last_checkpoint(proj
 
     def train_until(step: int) -> str:
         run = project.submit("pipeline/pipeline")
-        wait_for(lambda: last_step() >= step, 60)
+        wait_for(lambda: last_step() >= step)
         assert len(trainings()) == 1
         return run
 
@@ -386,7 +387,7 @@ def test_a_training_whose_worker_is_killed_goes_on_from_its_last_checkpoint(proj
     resumed = [int(run.data.tags.get(RESUMED, 0)) for run in found]
     assert resumed == [0, first, second]
     (project.folder / "dvc.yaml").write_text(DVC_YAML)
-    wait_for(lambda: len(family()) == 1, 30)
+    wait_for(lambda: len(family()) == 1)
 
 
 def test_a_second_up_starts_nothing_and_down_leaves_nothing(project):
@@ -397,7 +398,7 @@ def test_a_second_up_starts_nothing_and_down_leaves_nothing(project):
     assert roots_in(project.folder) == before
     assert httpx.get(f"http://127.0.0.1:{project.ports[1]}/health").is_success
     interrupted = project.submit("pipeline/pipeline")
-    wait_for(lambda: any(process.name() == "sleep" for process in processes_in(project.folder)), 60)
+    wait_for(lambda: any(process.name() == "sleep" for process in processes_in(project.folder)))
     stranger = subprocess.Popen(["sleep", "60"], cwd=project.folder, start_new_session=True)
     try:
         project.servers("down")
@@ -553,7 +554,7 @@ def test_another_clone_gets_every_result_from_s3(tmp_path, monkeypatch):
         stderr=subprocess.DEVNULL,
     )
     try:
-        wait_for(lambda: servers.answers(store), 60)
+        wait_for(lambda: servers.answers(store))
         httpx.put(f"{store}/results").raise_for_status()
         assert len(setting) == 2
         for _, *words in setting:

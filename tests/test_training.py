@@ -64,7 +64,8 @@ def dpo_params(**changes):
     return DpoParams(**{**defaults, **changes})
 
 
-LOSSES = load_params(Path(__file__).parent.parent / "params.yaml").losses
+PARAMS = load_params(Path(__file__).parent.parent / "params.yaml")
+LOSSES = PARAMS.losses
 
 
 def cell(beta=0.1, learning_rate=1e-3, seed=3, loss="sigmoid"):
@@ -141,7 +142,7 @@ def test_training_starts_at_margin_zero_and_loss_log_2_and_leaves_them(tiny_mode
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
     rows = encode_pairs(make_pairs(18), tokenizer, 200)
     logps = sequence_logps(load_model(tiny_model_dir), rows, 1000)
-    key = cache_key(tiny_model_dir, tokenizer, rows, 200, "fp32")
+    key = cache_key(tiny_model_dir, tokenizer, rows, PARAMS.engine)
     save_reference(tmp_path / "cache", key, rows, logps)
     log, _ = run_dpo(
         tiny_model_dir, rows, load_reference(tmp_path / "cache", key), tokens_per_batch=tokens_per_batch, epochs=3

@@ -472,6 +472,7 @@ TAMPERED: list[tuple[str, Callable[[Path], None], str]] = [
     ("data/train.parquet", another_text, "rows"),
     ("params.yaml", lambda path: change(path.parent, {"engine.max_length": 127}), "max_length"),
     ("params.yaml", lambda path: change(path.parent, {"engine.precision": "bf16"}), "precision"),
+    ("params.yaml", lambda path: change(path.parent, {"engine.compile": True}), "compile"),
     ("reference/train/logps.parquet", flip, "logps"),
 ]
 """What the key of the reference cache holds: a file, what is done to it, and the name that the refusal gives."""
