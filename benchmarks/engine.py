@@ -18,7 +18,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -30,7 +29,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from benchmarks.cases import BETA, CASES, LORA, PAIRS_PER_STEP, Case, arguments, case_rows, padded_batches
 from benchmarks.flops import flop_ratio, flops
-from benchmarks.measure import Run, alone, close, now, resident, stage_environment
+from benchmarks.measure import Run, alone, close, now, resident, stage_environment, summary
 from benchmarks.page import put_table
 from dpo.batching import TokenRow
 from dpo.files import write_json
@@ -101,13 +100,7 @@ def record(
     settings |= {"timed_steps": len(timed) // PAIRS_PER_STEP, "order": "by length" if case.by_length else "random"}
 
     def side(runs: Sequence[Run], tokens: int, checkpointing: bool) -> dict[str, Any]:
-        speed = statistics.median(run.pairs_per_second for run in runs)
-        return {
-            "pairs_per_second": speed,
-            "pairs_per_second_repeats": [run.pairs_per_second for run in runs],
-            "peak_gib": statistics.median(run.peak_gib for run in runs),
-            "utilisation": work * speed / matmul,
-            "tokens_per_pair": tokens / len(timed),
+        return summary(runs, tokens / len(timed), work, matmul) | {
             "settings": settings | {"gradient_checkpointing": checkpointing},
             "losses" if case.train else "logps": runs[0].values,
         }

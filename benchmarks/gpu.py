@@ -11,7 +11,6 @@ import argparse
 import importlib.metadata
 import json
 import platform
-import statistics
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -26,7 +25,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerF
 from benchmarks.cases import SEED, Case, padded_batches, padded_length
 from benchmarks.engine import say, score_ours, state_bytes
 from benchmarks.flops import flop_ratio, flops
-from benchmarks.measure import Run, alone
+from benchmarks.measure import Run, alone, summary
 from benchmarks.page import put_table
 from benchmarks.trainers import score_peer, train_ours, train_peer
 from dpo.batching import TokenRow
@@ -119,19 +118,12 @@ def record(case: Case, rows: Sequence[TokenRow], ours: Sequence[Run], peer: Sequ
     work = flops(case, timed, LLAMA_1B) / len(timed)
     matmul = max(run.matmul_flops for run in (*ours, *peer))
 
-    def side(runs: Sequence[Run], tokens: int) -> dict[str, Any]:
-        speed = statistics.median(run.pairs_per_second for run in runs)
-        return {
-            "pairs_per_second": speed,
-            "pairs_per_second_repeats": [run.pairs_per_second for run in runs],
-            "peak_gib": statistics.median(run.peak_gib for run in runs),
-            "utilisation": work * speed / matmul,
-            "tokens_per_pair": tokens / len(timed),
-            "values": runs[0].values,
-        }
-
-    us = side(ours, sum(row.tokens for row in timed))
-    them = side(peer, sum(count * length for count, length in padded_batches(case, timed)))
+    packed = sum(row.tokens for row in timed)
+    padded = sum(count * length for count, length in padded_batches(case, timed))
+    us, them = (
+        summary(runs, tokens / len(timed), work, matmul) | {"values": runs[0].values}
+        for runs, tokens in ((ours, packed), (peer, padded))
+    )
     packages = ("torch", "transformers", "accelerate", "trl", "liger-kernel", "triton")
     return {
         "case": case.name,

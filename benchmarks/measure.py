@@ -3,6 +3,7 @@
 import math
 import os
 import resource
+import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -54,6 +55,18 @@ def close(
     most = torch.cuda.max_memory_allocated() if case.gpu else peak()
     flops = matmul_flops(torch.bfloat16 if case.dtype == "bf16" else torch.float32, case.gpu)
     return Run(speed, most / 2**30, bare / 2**30, flops, values)
+
+
+def summary(runs: Sequence[Run], tokens_per_pair: float, work: float, matmul: float) -> dict[str, Any]:
+    """Medians of one side's repeats; `work` are operations a pair, `matmul` those a second of a matrix product."""
+    speed = statistics.median(run.pairs_per_second for run in runs)
+    return {
+        "pairs_per_second": speed,
+        "pairs_per_second_repeats": [run.pairs_per_second for run in runs],
+        "peak_gib": statistics.median(run.peak_gib for run in runs),
+        "utilisation": work * speed / matmul,
+        "tokens_per_pair": tokens_per_pair,
+    }
 
 
 def resident() -> int:
