@@ -54,18 +54,25 @@ def score_ours(case: Case, model: Path, rows: Sequence[TokenRow]) -> Run:
     return close(case, rows, [start, now()], logps, bare)
 
 
-def compare(case: Case, model: Path, steps: int, repeats: int) -> dict[str, Any]:
-    """Measure one case: ours, the peer, the peer with the stages' allocator, and so on."""
+def sides_of(
+    case: Case, model: Path, rows: Sequence[TokenRow]
+) -> tuple[Callable[..., Run], Callable[..., Run], list[Any]]:
+    """Ours, the peer, and what both take: training besides the rows their reference log-probs, by ours."""
     from benchmarks.trainers import score_peer, train_ours, train_peer
 
+    args: list[Any] = [case, model, rows]
+    if not case.train:
+        return score_ours, score_peer, args
+    logps = np.reshape(alone(score_ours, *args).values, (-1, 2)).tolist()
+    args.append({row.id: tuple(pair) for row, pair in zip(rows, logps, strict=True)})
+    return train_ours, train_peer, args
+
+
+def compare(case: Case, model: Path, steps: int, repeats: int) -> dict[str, Any]:
+    """Measure one case: ours, the peer, the peer with the stages' allocator, and so on."""
     rows = case_rows(case, AutoTokenizer.from_pretrained(model), steps)
     stage = stage_environment("training" if case.train else "scoring")
-    args: list[Any] = [case, model, rows]
-    ours, peer = score_ours, score_peer
-    if case.train:
-        logps = np.reshape(alone(score_ours, *args).values, (-1, 2)).tolist()
-        args.append({row.id: tuple(pair) for row, pair in zip(rows, logps, strict=True)})
-        ours, peer = train_ours, train_peer
+    ours, peer, args = sides_of(case, model, rows)
 
     def measure(side: Callable[..., Run], environment: Mapping[str, str]) -> Run:
         run = alone(side, *args, **environment)

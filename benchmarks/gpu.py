@@ -13,7 +13,7 @@ import json
 import platform
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,10 @@ from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 from benchmarks.cases import SEED, Case, padded_batches, padded_length
-from benchmarks.engine import say, score_ours, state_bytes
+from benchmarks.engine import say, sides_of, state_bytes
 from benchmarks.flops import flop_ratio, flops
 from benchmarks.measure import Run, alone, summary
 from benchmarks.page import put_table
-from benchmarks.trainers import score_peer, train_ours, train_peer
 from dpo.batching import TokenRow
 from dpo.files import write_json
 from dpo.logps import GPU_HEAD_CHUNK
@@ -99,16 +98,14 @@ def planned_bytes(case: Case, rows: Sequence[TokenRow]) -> float:
 def compare(case: Case, model: Path, steps: int, repeats: int) -> dict[str, Any]:
     """Measure one case: ours, the peer, and so on."""
     rows = random_rows(case, steps)
-    args: list[Any] = [case, model, rows]
-    sides = (score_ours, score_peer)
-    if case.train:
-        logps = np.reshape(alone(score_ours, *args).values, (-1, 2)).tolist()
-        args.append({row.id: tuple(pair) for row, pair in zip(rows, logps, strict=True)})
-        sides = (train_ours, train_peer)
-    runs: tuple[list[Run], list[Run]] = ([], [])
-    for side, kept in [*zip(sides, runs, strict=True)] * repeats:
-        kept.append(alone(side, *args))
-        say(f"{case.name}: {side.__name__} {kept[-1].pairs_per_second:.2f} pairs/s, {kept[-1].peak_gib:.2f} GiB")
+    ours, peer, args = sides_of(case, model, rows)
+
+    def measure(side: Callable[..., Run]) -> Run:
+        run = alone(side, *args)
+        say(f"{case.name}: {side.__name__} {run.pairs_per_second:.2f} pairs/s, {run.peak_gib:.2f} GiB")
+        return run
+
+    runs = zip(*([measure(ours), measure(peer)] for _ in range(repeats)), strict=True)
     return record(case, rows, *runs)
 
 
@@ -177,6 +174,16 @@ def table(results: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def measure_all(cases: Sequence[Case], steps: int, repeats: int) -> None:
+    """Write the results after each case."""
+    with tempfile.TemporaryDirectory() as folder:
+        alone(save_model, Path(folder))
+        results = []
+        for case in cases:
+            results.append(compare(case, Path(folder), steps, repeats))
+            write_json(RESULTS, results)
+
+
 def main() -> int:
     """Measure, write results and page, print the table."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description="Measure ours against TRL.")
@@ -185,14 +192,10 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=2, help="runs of each side")
     parser.add_argument("--table", action="store_true", help="measure nothing, only write the page")
     options = parser.parse_args()
-    results: list[dict[str, Any]] = json.loads(RESULTS.read_text()) if options.table else []
-    with tempfile.TemporaryDirectory() as folder:
-        if not options.table:
-            alone(save_model, Path(folder))
-        for case in [] if options.table else CASES:
-            if case.name in (options.cases or [case.name]):
-                results.append(compare(case, Path(folder), options.steps, options.repeats))
-                write_json(RESULTS, results)
+    if not options.table:
+        asked = [case for case in CASES if case.name in (options.cases or [case.name])]
+        measure_all(asked, options.steps, options.repeats)
+    results = json.loads(RESULTS.read_text())
     put_table(PAGE, "gpu", table(results))
     say(table(results))
     return 0
