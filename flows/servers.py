@@ -30,9 +30,11 @@ from prefect.client.schemas.filters import (
     WorkPoolFilterName,
 )
 from prefect.client.schemas.objects import StateType
+from prefect.client.schemas.responses import DeploymentResponse
 from prefect.exceptions import ObjectAlreadyExists
 from prefect.states import Crashed
 from prefect.workers.process import ProcessWorker
+from ruamel.yaml import YAML
 
 from dpo.errors import InputError
 from flows.pages import MLFLOW_PAGES
@@ -181,13 +183,35 @@ def end_orphans(client: SyncPrefectClient) -> None:
         say(f"{WORKER:8} was stopped in the middle of {orphan.name}, which is marked as crashed")
 
 
-def register(env: dict[str, str]) -> None:
-    """Register the deployments of `prefect.yaml`. Raises InputError with Prefect's own words."""
+def register(client: SyncPrefectClient, env: dict[str, str]) -> None:
+    """Register the deployments of `prefect.yaml`, and no schedule besides; what was paused stays paused.
+
+    Prefect's own command leaves the schedules of a deployment whose list has become empty, and resumes what a
+    person has paused.
+
+    Raises:
+        InputError: Prefect refuses one; in its own words.
+    """
+    paused = [deployment.id for deployment in deployed(client) if deployment.paused]
     command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"]
     here = {name: value for name, value in env.items() if name != WORKSPACE}  # each worker fills it in for itself
     done = subprocess.run(command, env=here, capture_output=True, text=True, check=False)
     if done.returncode:
         raise InputError(f"prefect.yaml: not registered:\n{(done.stdout + done.stderr).strip()}")
+    for identity in paused:
+        client.pause_deployment(identity)
+    declared = YAML(typ="safe").load(Path("prefect.yaml"))["deployments"]
+    unscheduled = {entry["name"] for entry in declared if not (entry.get("schedules") or entry.get("schedule"))}
+    for deployment in deployed(client):
+        for extra in deployment.schedules if deployment.name in unscheduled else []:
+            client.delete_deployment_schedule(deployment.id, extra.id)
+            say(f"{deployment.name:8} a schedule that is not in prefect.yaml is removed")
+
+
+def deployed(client: SyncPrefectClient) -> list[DeploymentResponse]:
+    """The deployments of the pool."""
+    pool = WorkPoolFilter(name=WorkPoolFilterName(any_=[POOL]))
+    return client.read_deployments(work_pool_filter=pool)
 
 
 def heard(client: SyncPrefectClient, since: datetime) -> bool:
@@ -228,7 +252,7 @@ def up() -> None:
             end_orphans(client)
         words = ["prefect", "worker", "start", "--pool", POOL, "--name", POOL]
         worker = start(WORKER, prefect_url, *words, env=env)
-        register(env)
+        register(client, env)
         if fresh:
             await_health(worker, lambda: heard(client, since))
     say(f"\nflows, schedules, forms   {prefect_url}/deployments")
@@ -244,15 +268,16 @@ def down() -> None:
         if process is None:
             say(f"{name:8} does not run")
         else:
-            stop(process)
+            stop(process, politely=name != WORKER)
             say(f"{name:8} stopped")
         (FOLDER / f"{name}.json").unlink(missing_ok=True)
 
 
-def stop(process: psutil.Process) -> None:
-    """End a process and its descendants: politely, its children first; after a while all that is left by force.
+def stop(process: psutil.Process, politely: bool) -> None:
+    """End a process and its descendants: its children first and politely; after a while all that is left by force.
 
-    A worker that is told to end kills its flows, whose stages then run on; so it stands still until they ended.
+    A worker that is told to end kills its flows, whose stages then run on, and starts the run that is next: so it
+    stands still until they have ended, and is not told.
     """
     with suppress(psutil.NoSuchProcess):
         process.suspend()
@@ -261,8 +286,11 @@ def stop(process: psutil.Process) -> None:
             with suppress(psutil.NoSuchProcess):
                 child.terminate()
         await_end(family, but=process)
-        process.terminate()
-        process.resume()
+        if politely:
+            process.terminate()
+            process.resume()
+        else:
+            process.kill()
         end(family)
 
 

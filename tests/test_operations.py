@@ -121,8 +121,9 @@ class Project:
         return self.ask("GET", f"flow_runs/{identity}")
 
     def pause(self) -> None:
-        """The schedule."""
-        self.ask("PATCH", f"deployments/{self.deployment('pipeline/pipeline')['id']}", paused=True)
+        """No schedule starts anything from here on."""
+        for name in ("pipeline", "retrain"):
+            self.ask("PATCH", f"deployments/{self.deployment(f'{name}/{name}')['id']}", paused=True)
 
     def submit(self, name: str, **parameters: object) -> str:
         identity = self.deployment(name)["id"]
@@ -323,12 +324,7 @@ for name in ("base", "preferences", "validate", "sft", "reference", "train"):
 
 
 def prepare_training(project: Project, place: Path, model: Path) -> bytes:
-    """Bring to the project what a training of 480 steps needs, and that stage alone; the weights that come out.
-
-    No schedule runs it.
-    """
-    project.pause()
-    shutil.copy(ROOT / "prefect.yaml", project.folder)
+    """Bring to the project what a training of 480 steps needs, and that stage alone; the weights that come out."""
     done = make_project(place, model)
     change(done, {"dpo.pairs_per_step": 1, "dpo.epochs": 20})
     words = [sys.executable, "-c", UNDISTURBED]
@@ -392,13 +388,21 @@ def test_a_training_whose_worker_is_killed_goes_on_from_its_last_checkpoint(proj
 
 def test_a_second_up_starts_nothing_and_down_leaves_nothing(project):
     (project.folder / "pause.txt").write_text("300")
+    project.pause()
+    added = f"deployments/{project.deployment('sweep/sweep')['id']}/schedules"
+    httpx.post(f"{project.url}/api/{added}", json=[{"schedule": {"cron": "0 3 * * *"}}]).raise_for_status()
     before = roots_in(project.folder)
     words = project.servers("up")
+    assert "sweep    a schedule that is not in prefect.yaml is removed" in words
+    assert project.ask("GET", added) == []
+    paused = {name: project.deployment(f"{name}/{name}")["paused"] for name in ("pipeline", "retrain", "sweep")}
+    assert paused == {"pipeline": True, "retrain": True, "sweep": False}
     assert re.findall(r"(\w+) +runs already", words) == ["prefect", "mlflow", "worker"]
     assert roots_in(project.folder) == before
     assert httpx.get(f"http://127.0.0.1:{project.ports[1]}/health").is_success
     interrupted = project.submit("pipeline/pipeline")
     wait_for(lambda: any(process.name() == "sleep" for process in processes_in(project.folder)))
+    waiting = project.submit("pipeline/pipeline")
     stranger = subprocess.Popen(["sleep", "60"], cwd=project.folder, start_new_session=True)
     try:
         project.servers("down")
@@ -409,8 +413,10 @@ def test_a_second_up_starts_nothing_and_down_leaves_nothing(project):
         stranger.wait()
     assert project.execute("git", "status", "--porcelain", ".servers") == ""
     assert "does not run" in project.servers("down")
+    (project.folder / "pause.txt").write_text("0")
     project.servers("up")
     assert project.await_run(interrupted, "Crashed"), "what was stored is still there, and no run holds the pool"
+    assert project.await_run(waiting, "Completed"), "it did not start while its worker was being stopped"
 
 
 def test_what_a_lost_worker_left_running_is_ended_and_nothing_else_is(tmp_path, monkeypatch):
