@@ -161,12 +161,16 @@ AttentionInterface.register(PACKED_ATTENTION, _packed_attention)
 class _TokenLogps(torch.autograd.Function):
     """log softmax(hidden @ weight.T + bias)[target] by chunks, each worked on in place.
 
-    The backward pass computes each chunk anew, but for the last, which it finds as it was.
+    The backward pass computes each chunk anew, but for the last, which it finds as it was. With `in_place` it adds
+    the weight's gradient to `weight.grad` by itself.
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, in_place: bool
+    ) -> Tensor:
         logps = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
+        ctx.in_place = in_place
         for part in _chunks(targets):
             ctx.kept = None  # the chunk before goes first
             *ctx.kept, logps[part] = _exponentials(hidden[part], weight, bias, targets[part])
@@ -176,7 +180,7 @@ class _TokenLogps(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, targets = ctx.saved_tensors
-        grad_hidden, grad_weight = torch.empty_like(hidden), None
+        grad_hidden, grad_weight = torch.empty_like(hidden), weight.grad if ctx.in_place else None
         grad_bias = torch.zeros_like(bias) if bias is not None and ctx.needs_input_grad[2] else None
         for part in reversed(_chunks(targets)):
             kept, ctx.kept = ctx.kept, None
@@ -191,7 +195,28 @@ class _TokenLogps(torch.autograd.Function):
             if grad_bias is not None:
                 grad_bias += slope.sum(0)
             del kept, exponentials, slope  # before the next chunk
-        return grad_hidden, grad_weight, grad_bias, None
+        if ctx.in_place:
+            weight.grad, grad_weight = grad_weight, None
+        return grad_hidden, grad_weight, grad_bias, None, None
+
+
+class _Embedded(torch.autograd.Function):
+    """F.embedding whose backward pass adds the gradient to `weight.grad` by itself."""
+
+    @staticmethod
+    def forward(ctx: Any, ids: Tensor, weight: Tensor, unchanged: int | None) -> Tensor:
+        ctx.save_for_backward(ids, weight)
+        ctx.unchanged = unchanged
+        return F.embedding(ids, weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
+        ids, weight = ctx.saved_tensors
+        if weight.grad is None:
+            weight.grad = torch.zeros_like(weight)
+        learned = torch.ones_like(ids, dtype=torch.bool) if ctx.unchanged is None else ids != ctx.unchanged
+        weight.grad.index_put_((ids[learned],), grads[0][learned], accumulate=True)
+        return None, None, None
 
 
 class _FrozenHeadLogps(torch.autograd.Function):
@@ -250,6 +275,7 @@ def _forward(
     distributions: bool = False,
     in_stream: bool,
     precision: Precision,
+    in_place: bool = False,
     **kwargs: Any,
 ) -> Any:
     """Forward of a causal language model that also answers `model(packed=pack(rows))` with log-probs [C].
@@ -261,19 +287,28 @@ def _forward(
         return type(model).forward(model, *args, **kwargs)
     if distributions:
         return (_stream_logits if in_stream else _plain_logits)(model, packed, precision)
-    token_logps = (_stream_logps if in_stream else _plain_logps)(model, packed, precision)
+    if in_stream:
+        token_logps = _stream_logps(model, packed, precision, in_place)
+    else:
+        token_logps = _plain_logps(model, packed, precision)
     completions = sum(len(lengths) for _, lengths in packed["spans"])
     return torch.zeros(completions, device=token_logps.device).index_add(0, packed["owner"], token_logps)
 
 
-def _stream_hidden(model: PreTrainedModel, packed: dict[str, Any], precision: Precision) -> Tensor:
+def _stream_hidden(
+    model: PreTrainedModel, packed: dict[str, Any], precision: Precision, in_place: bool = False
+) -> Tensor:
     """Hidden states [N, width] that predict the N completion tokens, from one pass over the packed stream."""
-    layout = packed["spans"]
+    layout, ids, table = packed["spans"], packed["input_ids"], model.get_input_embeddings()
+    if in_place and type(table) is nn.Embedding and table.weight.requires_grad:
+        inputs = {"inputs_embeds": _Embedded.apply(ids, table.weight, table.padding_idx)}
+    else:
+        inputs = {"input_ids": ids}
     if model.device.type == "cuda" and precision == "bf16" and _fits_flash(model):
         layout = segments(layout, model.device)
     with torch.autocast(model.device.type, torch.bfloat16, enabled=precision == "bf16"):
         hidden = model.get_decoder()(
-            input_ids=packed["input_ids"],
+            **inputs,
             position_ids=packed["position_ids"],
             layout=layout,
             use_cache=False,
@@ -287,12 +322,15 @@ def _fits_flash(model: PreTrainedModel) -> bool:
     return width % 8 == 0 and width <= FLASH_WIDTH
 
 
-def _stream_logps(model: PreTrainedModel, packed: dict[str, Any], precision: Precision) -> Tensor:
+def _stream_logps(
+    model: PreTrainedModel, packed: dict[str, Any], precision: Precision, in_place: bool = False
+) -> Tensor:
     """Log-probs [N] of the N completion tokens."""
-    hidden, head = _stream_hidden(model, packed, precision), model.get_output_embeddings()
-    trained = any(weight.requires_grad for weight in head.parameters())
-    token_logps = _TokenLogps if trained else _FrozenHeadLogps
-    return token_logps.apply(hidden, head.weight, getattr(head, "bias", None), packed["targets"])
+    hidden, head = _stream_hidden(model, packed, precision, in_place), model.get_output_embeddings()
+    given = hidden, head.weight, getattr(head, "bias", None), packed["targets"]
+    if any(weight.requires_grad for weight in head.parameters()):
+        return _TokenLogps.apply(*given, in_place)
+    return _FrozenHeadLogps.apply(*given)
 
 
 def _stream_logits(model: PreTrainedModel, packed: dict[str, Any], precision: Precision) -> Iterator[Tensor]:
@@ -358,6 +396,16 @@ def load_model(path: Path, precision: Precision = "fp32", compiled: bool = False
                 block.compile(dynamic=True)
     model.forward = functools.partial(_forward, model, in_stream=not fault, precision=precision)
     return model
+
+
+def accumulate_in_place(model: PreTrainedModel) -> None:
+    """Let the backward pass of `model(packed=...)` add to the `.grad` of the vocabulary's matrices by itself.
+
+    Otherwise each micro-batch makes a gradient of the size of the whole matrix for the head and another one for
+    the embedding, which autograd adds up. For training in one process: DDP and FSDP wait for autograd to do that,
+    and `torch.autograd.grad` asks it for the gradients.
+    """
+    model.forward.keywords["in_place"] = True
 
 
 def precision_of(model: PreTrainedModel) -> Precision:

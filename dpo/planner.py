@@ -209,7 +209,8 @@ def training_memory(shape: Shape, pair: Pair, setup: Setup, overhead: float) -> 
     There are two peaks, and the higher one counts. Between forward and backward pass all activations are there,
     with one chunk of logits and the gradient of the head's matrix, or the temporaries of one layer's backward pass
     where they are more; gradients only if the step has several micro-batches. When the backward pass ends, all
-    gradients are there. Where input and output share a matrix, the gradient of each side is there once.
+    gradients are there. One process adds the gradient of the vocabulary's matrix to what is there; otherwise it is
+    there anew, once for each side where input and output share a matrix.
 
     Assumes: `data` keeps the gradients a second time, in the buckets of DDP. `full` (FSDP) keeps 1/N of weights,
     gradients and states, and besides two whole layers with the gradient of one, and what lies outside of the
@@ -229,16 +230,22 @@ def training_memory(shape: Shape, pair: Pair, setup: Setup, overhead: float) -> 
     states = STATE_BYTES[setup.optimizer] * trained / shards
     gathered = 4 * (shape.layer * (3 if full else 2) + shape.outside) if setup.sharding == "full" else 0
     head = 4 * shape.head if full else 0
+    anew = head if setup.sharding != "none" else 0
+    first = anew if setup.accumulates else head
     positions = setup.tokens_per_batch * 2 * pair.completion / pair.tokens
     chunk = 4 * min(setup.head_chunk, positions) * shape.vocabulary
-    logits = chunk + head
     width = 4 if setup.precision == "fp32" else 2
     backward = setup.tokens_per_batch * (3 * width * shape.intermediate + 2 * 4 * shape.hidden)
     kept = activations(shape, pair, setup)
     start = Memory(
-        weights, gradients * setup.accumulates, states, kept, gathered + max(logits, head + backward), overhead
+        weights,
+        gradients * setup.accumulates,
+        states,
+        kept,
+        gathered + first + max(chunk, backward),
+        overhead,
     )
-    end = Memory(weights, gradients, states, 0, gathered + head * (2 if shape.tied else 1) + backward, overhead)
+    end = Memory(weights, gradients, states, 0, gathered + anew * (2 if shape.tied else 1) + backward, overhead)
     return max(start, end, key=lambda memory: memory.total)
 
 

@@ -29,7 +29,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 from dpo.batching import StepSampler, TokenRow, balance, pack
 from dpo.errors import InputError, Stopped
 from dpo.files import write_json
-from dpo.logps import packed_batches
+from dpo.logps import accumulate_in_place, packed_batches
 from dpo.progress import REPLAY, SEAL, seal
 
 ALARM_NATS = 100.0
@@ -149,6 +149,8 @@ class PackedTrainer(Trainer):
     ) -> None:
         """`loss_per` is the unit that the mean loss is taken over: `ids` (pairs) or `targets` (tokens)."""
         super().__init__(model, args, train_dataset=rows, eval_dataset=validation, callbacks=callbacks)
+        if args.world_size == 1 and not self.is_fsdp_enabled:
+            accumulate_in_place(model)
         self.sampler, self.objective, self.loss_per = sampler, objective, loss_per
         self.skip_non_finite = skip_non_finite
         self.rows = {row.id: row for row in rows}

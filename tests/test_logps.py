@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from dpo import logps
 from dpo.batching import TokenRow, pack
 from dpo.errors import InputError
-from dpo.logps import load_model, sequence_logps
+from dpo.logps import accumulate_in_place, load_model, sequence_logps
 
 # Sums of up to 30 token log-probs, some 100 nats in all, where one unit in the last place of fp32 is 8e-6.
 CLOSE = {"rtol": 1e-6, "atol": 1e-5}
@@ -96,6 +96,23 @@ def test_logps_and_gradients_equal_the_naive_loop(architecture, tmp_path):
     packed = model(packed=pack(rows)).view(len(rows), 2)
     torch.testing.assert_close(packed, expected, **CLOSE)
     assert_same_gradients(gradients(model, packed), gradients(plain, expected))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_micro_batches_that_accumulate_in_place_have_the_gradients_of_the_naive_loop(architecture, tmp_path):
+    folder, rows = make_model(architecture, tmp_path), make_rows()
+    rows += [TokenRow("padded", (0, *tokens(3, 11), 0), ((0, 5), (5, 0)))]  # the pad token is not learned
+    plain, model = plain_model(folder), load_model(str(folder))
+    expected = gradients(plain, naive_logps(plain, rows))
+    accumulate_in_place(model)
+    weights = torch.arange(1, 2 * len(rows) + 1).view(-1, 2)
+    for micro_batch, share in ((rows[:2], weights[:2]), (rows[2:], weights[2:])):
+        (model(packed=pack(micro_batch)) * share.flatten()).sum().backward()
+    ours = {name: weight.grad for name, weight in model.named_parameters()}
+    assert_same_gradients(ours, expected)
+    table = model.get_input_embeddings()
+    if table.padding_idx == 0 and table.weight is not model.get_output_embeddings().weight:
+        assert not table.weight.grad[0].any()
 
 
 def test_untied_head_with_bias_has_the_right_gradients(tmp_path):

@@ -111,7 +111,8 @@ def test_memory_by_hand():
     assert 8 * sharded.optimizer == alone.optimizer
     assert sharded.temporary > alone.temporary
     buckets = training_memory(shape, PAIR, replace(setup, sharding="data", gpus=8), overhead=7)
-    assert buckets.total - alone.total == pytest.approx(alone.gradients)
+    # One process alone adds the gradient of the vocabulary's matrix to what is there.
+    assert buckets.total - alone.total == pytest.approx(alone.gradients + 4 * shape.head)
     assert reference_memory(shape, setup, overhead=7).total < alone.total / 3
     # Without accumulation the gradients come while the activations go.
     one = training_memory(shape, PAIR, replace(setup, tokens_per_batch=10**6, accumulates=False), overhead=7)

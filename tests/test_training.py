@@ -210,6 +210,13 @@ def test_micro_batches_change_nothing(tiny_model_dir, rows, reference, optimizer
             torch.testing.assert_close(parts_weights[name], weight, rtol=1e-4, atol=2e-5)
 
 
+def test_one_process_accumulates_in_place(tiny_model_dir, rows, reference, monkeypatch):
+    told = []
+    monkeypatch.setattr("dpo.trainer.accumulate_in_place", told.append)
+    run_dpo(tiny_model_dir, rows, reference)
+    assert len(told) == 1
+
+
 def test_same_seed_same_bits_and_another_seed_another_model(tiny_model_dir, rows, reference):
     first, again, other = (run_dpo(tiny_model_dir, rows, reference, seed=seed)[1] for seed in (3, 3, 4))
     assert all(torch.equal(first[name], again[name]) for name in first)
