@@ -196,10 +196,10 @@ def register(client: SyncPrefectClient, env: dict[str, str]) -> None:
     command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"]
     here = {name: value for name, value in env.items() if name != WORKSPACE}  # each worker fills it in for itself
     done = subprocess.run(command, env=here, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise InputError(f"prefect.yaml: not registered:\n{(done.stdout + done.stderr).strip()}")
     for identity in paused:
         client.pause_deployment(identity)
+    if done.returncode:
+        raise InputError(f"prefect.yaml: not registered:\n{(done.stdout + done.stderr).strip()}")
     declared = YAML(typ="safe").load(Path("prefect.yaml"))["deployments"]
     unscheduled = {entry["name"] for entry in declared if not (entry.get("schedules") or entry.get("schedule"))}
     for deployment in deployed(client):
