@@ -1,7 +1,7 @@
 """Where a training step's time goes: `python -m benchmarks.profile`, writes a table of `docs/benchmarks.md`.
 
-One DPO step of 8 pairs with AdamW on the CPU, as in the engine's cases, under the profiler of torch, which slows
-small operations down more than large ones.
+One DPO step of 8 pairs with AdamW on the CPU, as in the engine's cases, with the allocator that `dvc.yaml` sets
+for training, under the profiler of torch, which slows small operations down more than large ones.
 """
 
 import functools
@@ -14,10 +14,11 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoTokenizer
 
 from benchmarks.cases import PAIRS_PER_STEP, long_rows, short_rows
+from benchmarks.measure import alone, stage_environment
 from benchmarks.page import put_table
 from dpo.batching import TokenRow, pack
 from dpo.config import load_params
-from dpo.logps import load_model
+from dpo.logps import accumulate_in_place, load_model
 from dpo.losses import preference_loss
 from dpo.training import dpo_objective
 
@@ -48,6 +49,7 @@ def step(model: torch.nn.Module, rows: list[TokenRow], micro_batch: int, optimiz
 def shares(rows: list[TokenRow], micro_batch: int) -> dict[str, float]:
     """Each group's share of the time that operations take by themselves."""
     model = load_model(MODEL).train()
+    accumulate_in_place(model)  # as the trainer of one process does
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
     step(model, rows, micro_batch, optimizer)
     with profile(activities=[ProfilerActivity.CPU]) as recorded:
@@ -75,7 +77,7 @@ def main() -> None:
         "short, 2 at once": (short, 2),
         "long, 1 at once": (long, 1),
     }
-    results = {name: shares(*case) for name, case in cases.items()}
+    results = {name: alone(shares, *case, **stage_environment("training")) for name, case in cases.items()}
     lines = ["| share of time | " + " | ".join(cases) + " |", "| --- |" + " ---: |" * len(cases)]
     for label in (*GROUPS, "all else"):
         lines.append(f"| {label} | " + " | ".join(f"{result[label]:.0%}" for result in results.values()) + " |")
