@@ -324,7 +324,11 @@ for name in ("base", "preferences", "validate", "sft", "reference", "train"):
 
 
 def prepare_training(project: Project, place: Path, model: Path) -> bytes:
-    """Bring to the project what a training of 480 steps needs, and that stage alone; the weights that come out."""
+    """Bring to the project what a training of 480 steps needs, and that stage alone; the weights that come out.
+
+    No schedule runs it.
+    """
+    project.pause()
     done = make_project(place, model)
     change(done, {"dpo.pairs_per_step": 1, "dpo.epochs": 20})
     words = [sys.executable, "-c", UNDISTURBED]
