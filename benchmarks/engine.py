@@ -146,6 +146,18 @@ def record(
     }
 
 
+def update_flop_ratios(results: list[dict[str, Any]], model: Path) -> list[dict[str, Any]]:
+    """Return results whose FLOP ratios are those of `benchmarks.flops` now."""
+    cases, config = {case.name: case for case in CASES}, AutoConfig.from_pretrained(model)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    updated = []
+    for entry in results:
+        case, steps = cases[entry["case"]], entry["ours"]["settings"]["timed_steps"]
+        rows = case_rows(case, tokenizer, steps)[PAIRS_PER_STEP:]
+        updated.append(entry | {"flop_ratio": flop_ratio(case, rows, config)})
+    return updated
+
+
 def state_bytes(case: Case, config: Any) -> int:
     """Bytes that nobody does without: the weights, and of trained ones gradients and AdamW's two states."""
     shape, rank = shape_of(config), LORA["r"] if case.lora else None
@@ -215,9 +227,14 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=2, help="runs of each side")
     parser.add_argument("--model", type=Path, default=MODEL)
     parser.add_argument("--output", type=Path, default=RESULTS, help="results; the page shows the default file")
-    parser.add_argument("--table", action="store_true", help="measure nothing, only write the page")
+    parser.add_argument(
+        "--table", action="store_true", help="measure nothing; compute FLOP ratios, write the page"
+    )
     options = parser.parse_args()
-    results: list[dict[str, Any]] = json.loads(options.output.read_text()) if options.table else []
+    results: list[dict[str, Any]] = []
+    if options.table:
+        results = update_flop_ratios(json.loads(options.output.read_text()), options.model)
+        write_json(options.output, results)
     failures: list[str] = []
     for case in [] if options.table else CASES:
         if case.name not in (options.cases or [case.name]):

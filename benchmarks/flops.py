@@ -24,15 +24,20 @@ def flops(case: Case, rows: Sequence[TokenRow], config: Any) -> float:
 def flop_ratio(case: Case, rows: Sequence[TokenRow], config: Any) -> float:
     """What TRL's layout computes over what ours computes: the speed ratio of two equally efficient programs.
 
-    TRL runs prompt and completion of both sides of a pair, padded to the longest of a micro-batch, through layers
-    and vocabulary. Ours runs `flops`, and all chunks of a micro-batch's vocabulary projection but the last once
-    more, if it is trained. With gradient checkpointing a side runs the layers twice forward, TRL the vocabulary,
-    too.
+    TRL runs prompt and completion of both sides of a pair, padded to the longest of a micro-batch, through the
+    layers. It projects the completion tokens to the vocabulary on a GPU, every padded position elsewhere, and its
+    backward pass repeats that projection (TRL 1.16, `add_fused_lm_head` and `ChunkedLogProbFunction`). Ours runs
+    `flops`; if the head is trained, it repeats the projection of all chunks of a micro-batch except the last.
+    Gradient checkpointing runs the layers of a side a second time.
     """
     shape, sizes = shape_of(config), padded_batches(case, rows)
     padded = sum(count * length for count, length in sizes)
-    forward = forward_flops(shape, padded, padded, sum(count * length**2 for count, length in sizes))
-    theirs = _passes(case, *forward) + (sum(forward) if case.train and case.checkpointing else 0)
+    completions = sum(row.completion_tokens for row in rows)
+    projected = completions if case.gpu else padded
+    forward = forward_flops(shape, padded, projected, sum(count * length**2 for count, length in sizes))
+    layers, head, attention = forward
+    theirs = _passes(case, *forward)
+    theirs += case.train * (head + (layers + attention if case.checkpointing else 0))
     batches = [rows[i : i + case.micro_batch] for i in range(0, len(rows), case.micro_batch)]
     scored = [sum(row.completion_tokens for row in batch) for batch in batches]
     chunk = GPU_HEAD_CHUNK if case.gpu else HEAD_CHUNK

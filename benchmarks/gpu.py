@@ -143,6 +143,17 @@ def record(case: Case, rows: Sequence[TokenRow], ours: Sequence[Run], peer: Sequ
     }
 
 
+def update_flop_ratios(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return results whose FLOP ratios are those of `benchmarks.flops` now."""
+    cases, updated = {case.name: case for case in CASES}, []
+    for entry in results:
+        case = cases[entry["case"]]
+        steps = len(entry["ours"]["values"]) - 1 if case.train else 4
+        timed = random_rows(case, steps)[case.pairs_per_step :]
+        updated.append(entry | {"flop_ratio": flop_ratio(case, timed, LLAMA_1B)})
+    return updated
+
+
 def table(results: Sequence[dict[str, Any]]) -> str:
     """Results as Markdown: where they were measured, then one line a case."""
     packages = ", ".join(f"{name} {version}" for name, version in results[0]["versions"].items())
@@ -190,12 +201,15 @@ def main() -> int:
     parser.add_argument("--cases", nargs="+", choices=[case.name for case in CASES], help="default: all")
     parser.add_argument("--steps", type=int, default=4, help="timed steps")
     parser.add_argument("--repeats", type=int, default=2, help="runs of each side")
-    parser.add_argument("--table", action="store_true", help="measure nothing, only write the page")
+    parser.add_argument(
+        "--table", action="store_true", help="measure nothing; compute FLOP ratios, write the page"
+    )
     options = parser.parse_args()
     if not options.table:
         asked = [case for case in CASES if case.name in (options.cases or [case.name])]
         measure_all(asked, options.steps, options.repeats)
-    results = json.loads(RESULTS.read_text())
+    results = update_flop_ratios(json.loads(RESULTS.read_text()))
+    write_json(RESULTS, results)
     put_table(PAGE, "gpu", table(results))
     say(table(results))
     return 0

@@ -17,6 +17,7 @@ from dpo.batching import StepSampler, TokenRow
 from dpo.config import LoraParams, load_params
 from dpo.logps import load_model
 from dpo.losses import preference_loss
+from dpo.schedule import Schedule
 from dpo.trainer import PackedTrainer
 from dpo.training import add_lora, cached_reference, dpo_objective
 
@@ -77,8 +78,9 @@ def train_ours(case: Case, model: Path, rows: Sequence[TokenRow], reference: Ref
     objective = functools.partial(dpo_objective, loss=loss, reference=cached_reference(reference, rows))
     with tempfile.TemporaryDirectory() as folder:
         args = TrainingArguments(folder, **arguments(case) | {"bf16": False}, **QUIET, remove_unused_columns=False)
-        sampler = InOrder(rows, case.pairs_per_step, case.micro_batch)
-        return train(PackedTrainer(policy, args, rows, sampler, objective, "ids", [], False, []), case, rows, bare)
+        sampler, constant = InOrder(rows, case.pairs_per_step, case.micro_batch), Schedule("constant", 0.0)
+        trainer = PackedTrainer(policy, args, rows, sampler, objective, "ids", [], False, constant, [])
+        return train(trainer, case, rows, bare)
 
 
 # The peer

@@ -153,8 +153,9 @@ class OptimizerParams:
     """The paper's code uses RMSprop; AdamW is the common choice since. 8-bit states need a CUDA GPU."""
     schedule: Literal["linear", "cosine", "constant"]
     """Course of the learning rate after warm-up."""
-    warmup_steps: Annotated[int, Field(ge=0)]
-    """Steps of linear warm-up; 150 in Rafailov et al. 2023, appendix B."""
+    warmup_ratio: Annotated[float, Field(ge=0, lt=1)]
+    """Share of the steps, rounded down, in which the learning rate rises linearly; 0.1 in Tunstall et al. 2023,
+    "Zephyr: Direct Distillation of LM Alignment", section 4."""
     max_grad_norm: Rate
     """Gradients are clipped to this norm; 10 in the paper's code."""
     gradient_checkpointing: bool

@@ -306,7 +306,7 @@ def _stream_hidden(
         inputs = {"input_ids": ids}
     if model.device.type == "cuda" and precision == "bf16" and _fits_flash(model):
         layout = segments(layout, model.device)
-    with torch.autocast(model.device.type, torch.bfloat16, enabled=precision == "bf16"):
+    with _autocast(model, precision):
         hidden = model.get_decoder()(
             **inputs,
             position_ids=packed["position_ids"],
@@ -314,6 +314,15 @@ def _stream_hidden(
             use_cache=False,
         ).last_hidden_state[0]
     return hidden.index_select(0, packed["predict_from"]).to(model.get_output_embeddings().weight.dtype)
+
+
+def _autocast(model: PreTrainedModel, precision: Precision) -> torch.autocast:
+    """Multiply matrices in bf16 if `precision` is `bf16`.
+
+    The weight cache is off: it would keep a bf16 copy of every trained weight until the pass ends, with gradient
+    checkpointing and without gradients too. Each weight is used once per pass, so the cache saves nothing.
+    """
+    return torch.autocast(model.device.type, torch.bfloat16, enabled=precision == "bf16", cache_enabled=False)
 
 
 def _fits_flash(model: PreTrainedModel) -> bool:
@@ -347,7 +356,7 @@ def _plain_logits(model: PreTrainedModel, packed: dict[str, Any], precision: Pre
         end = start + prompt
         for length in completions:
             ids = torch.cat([stream[start : start + prompt], stream[end : end + length]])[None]
-            with torch.autocast(model.device.type, torch.bfloat16, enabled=precision == "bf16"):
+            with _autocast(model, precision):
                 logits = type(model).forward(model, input_ids=ids, use_cache=False).logits
             yield logits[0, prompt - 1 : -1].float()
             end += length

@@ -27,13 +27,28 @@ from torch import Tensor
 from dpo.config import LossName, LossParams
 
 
+def implicit_rewards(policy: Tensor, reference: Tensor, lengths: Tensor, beta: float, loss: LossName) -> Tensor:
+    """Return the implicit rewards of completions: beta r(y), and beta r(y) / |y| for `length_normalised`.
+
+    Eq. 5 of Rafailov et al. 2023, up to beta log Z(x), which cancels between the completions of one prompt.
+
+    Args:
+        policy: log pi(y|x), summed over completion tokens, in nats, any shape.
+        reference: log pi_ref(y|x), same shape.
+        lengths: tokens of each completion, at least 1, same shape.
+        beta: strength of the KL constraint.
+        loss: the loss that the policy is trained with.
+    """
+    ratios = policy - reference
+    return beta * (ratios / lengths if loss == "length_normalised" else ratios)
+
+
 def preference_loss(
     policy: Tensor, reference: Tensor, lengths: Tensor, beta: float, loss: LossName, settings: LossParams
 ) -> tuple[Tensor, Tensor]:
     """Loss and implicit rewards of a batch of preference pairs; the equations head this module.
 
-    The reward is beta r(y), eq. 5 of Rafailov et al. 2023 up to beta log Z(x), which cancels between the two
-    completions of one prompt; for `length_normalised` it is beta r(y) / |y|.
+    The rewards are those of `implicit_rewards`.
 
     Args:
         policy: log pi(y|x) of chosen and rejected, summed over completion tokens, in nats, shape [pairs, 2].
@@ -76,7 +91,7 @@ def preference_loss(
             losses = -F.logsigmoid(beta * h) - settings.rpo.sft_weight * policy[:, 0] / lengths[:, 0]
         case "dpop":
             losses = -F.logsigmoid(beta * (h - settings.dpop.penalty * F.relu(-ratios[:, 0])))
-    return losses, (beta * ratios).detach()
+    return losses, implicit_rewards(policy, reference, lengths, beta, loss).detach()
 
 
 def nll_loss(completion_logps: Tensor) -> Tensor:

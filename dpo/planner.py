@@ -185,36 +185,38 @@ def layer_activations(shape: Shape, pair: Pair, setup: Setup) -> float:
     return norms + inputs + attention + mlp + width * 7 * (setup.lora_rank or 0)
 
 
-def activations(shape: Shape, pair: Pair, setup: Setup) -> float:
-    """Bytes kept for the backward pass of one micro-batch.
-
-    With gradient checkpointing a layer keeps its input alone, and one layer at a time is computed again. bf16
-    keeps a rounded copy of the layers' weights, or of those of one layer. Behind the layers the last norm and the
-    hidden states of the completions are kept.
-    """
-    layer = setup.tokens_per_batch * layer_activations(shape, pair, setup)
+def recomputed_layer(shape: Shape, pair: Pair, setup: Setup) -> float:
+    """Return the bytes of one layer in its backward pass: its activations, and in bf16 its rounded weights."""
     copies = 0 if setup.precision == "fp32" else 2 * shape.layer
-    if setup.gradient_checkpointing:
-        layers = setup.tokens_per_batch * shape.layers * 4 * shape.hidden + layer + copies
-    else:
-        layers = shape.layers * (layer + copies)
+    return setup.tokens_per_batch * layer_activations(shape, pair, setup) + copies
+
+
+def activations(shape: Shape, pair: Pair, setup: Setup) -> float:
+    """Return the bytes that the forward pass of one micro-batch keeps for the backward pass.
+
+    With gradient checkpointing each layer keeps its input only. After the layers, the last norm and the hidden
+    states of the completions are kept.
+    """
+    kept = setup.tokens_per_batch * 4 * shape.hidden
+    layer = kept if setup.gradient_checkpointing else recomputed_layer(shape, pair, setup)
     completions = 2 * pair.completion / pair.tokens
     norm = 2 if setup.lora_rank is None else 1
-    return layers + setup.tokens_per_batch * 4 * shape.hidden * (norm + completions)
+    return shape.layers * layer + kept * (norm + completions)
 
 
 def training_memory(shape: Shape, pair: Pair, setup: Setup, overhead: float) -> Memory:
     """Bytes at the peak of a step of each GPU.
 
-    There are two peaks, and the higher one counts. Between forward and backward pass all activations are there,
-    with one chunk of logits and the gradient of the head's matrix, or the temporaries of one layer's backward pass
-    where they are more; gradients only if the step has several micro-batches. When the backward pass ends, all
-    gradients are there. One process adds the gradient of the vocabulary's matrix to what is there; otherwise it is
-    there anew, once for each side where input and output share a matrix.
+    There are three candidates, and the largest counts. At the head all activations exist, with one chunk of logits
+    and the gradient of the head's matrix. At the last layer, whose backward pass comes next, the temporaries of
+    that pass replace the chunk, and gradient checkpointing has recomputed the layer. In both, earlier gradients
+    exist only if the step has several micro-batches. At the end of the backward pass all gradients exist. One
+    process adds the gradient of the vocabulary matrices in place; several processes make a new one for each use.
 
-    Assumes: `data` keeps the gradients a second time, in the buckets of DDP. `full` (FSDP) keeps 1/N of weights,
-    gradients and states, and besides two whole layers with the gradient of one, and what lies outside of the
-    layers. No early stopping, which keeps another copy of the trained weights. No fragmentation of the allocator.
+    Assumes: `data` keeps the gradients a second time, in the buckets of DDP. `full` (FSDP2) keeps 1/N of weights,
+    gradients and states. During a layer's backward pass it gathers two layers and holds the gradient of one;
+    during the projection to the vocabulary it gathers the head instead, and the embedding with it if they share a
+    matrix. No early stopping, which keeps another copy of the trained weights. No fragmentation of the allocator.
 
     Args:
         shape: of the model.
@@ -228,34 +230,40 @@ def training_memory(shape: Shape, pair: Pair, setup: Setup, overhead: float) -> 
     weights = 4 * (shape.parameters + (0 if full else trained)) / shards
     gradients = 4 * trained / shards * (2 if setup.sharding == "data" else 1)
     states = STATE_BYTES[setup.optimizer] * trained / shards
-    gathered = 4 * (shape.layer * (3 if full else 2) + shape.outside) if setup.sharding == "full" else 0
+    sharded = setup.sharding == "full"
+    gathered_layers = 4 * shape.layer * (3 if full else 2) if sharded else 0
+    gathered_head = 4 * shape.head if sharded else 0
     head = 4 * shape.head if full else 0
-    anew = head if setup.sharding != "none" else 0
-    first = anew if setup.accumulates else head
+    new_head = head if setup.sharding != "none" else 0
+    first = new_head if setup.accumulates else head
     positions = setup.tokens_per_batch * 2 * pair.completion / pair.tokens
     chunk = 4 * min(setup.head_chunk, positions) * shape.vocabulary
     width = 4 if setup.precision == "fp32" else 2
     backward = setup.tokens_per_batch * (3 * width * shape.intermediate + 2 * 4 * shape.hidden)
     kept = activations(shape, pair, setup)
-    start = Memory(
-        weights,
-        gradients * setup.accumulates,
-        states,
-        kept,
-        gathered + first + max(chunk, backward),
-        overhead,
-    )
-    end = Memory(weights, gradients, states, 0, gathered + anew * (2 if shape.tied else 1) + backward, overhead)
-    return max(start, end, key=lambda memory: memory.total)
+    accumulated = gradients * setup.accumulates
+    # FSDP shards the head and its gradient again before the layers, unless the embedding shares the matrix.
+    shared = shape.tied or not sharded
+    head_in_layers = (first + gathered_head) if shared else 0
+    head_at_end = (2 * new_head if shape.tied else new_head) + (gathered_head if shared else 0)
+    layer = recomputed_layer(shape, pair, setup) if setup.gradient_checkpointing else 0
+
+    def memory(gradients: float, activations: float, temporary: float) -> Memory:
+        return Memory(weights, gradients, states, activations, temporary, overhead)
+
+    at_head = memory(accumulated, kept, gathered_head + first + chunk)
+    at_last_layer = memory(accumulated, kept + layer, gathered_layers + head_in_layers + backward)
+    at_end = memory(gradients, 0, gathered_layers + head_at_end + backward)
+    return max(at_head, at_last_layer, at_end, key=lambda memory: memory.total)
 
 
 def reference_memory(shape: Shape, setup: Setup, overhead: float) -> Memory:
     """Bytes at the peak of the reference pass, which holds a whole model and keeps no activations.
 
-    bf16 keeps a rounded copy of the layers' weights during the pass.
+    bf16 rounds the weights of one linear map at a time.
     """
     width = 4 if setup.precision == "fp32" else 2
-    copies = 0 if setup.precision == "fp32" else 2 * shape.layers * shape.layer
+    copies = 0 if setup.precision == "fp32" else 2 * shape.hidden * shape.intermediate
     layer = setup.tokens_per_batch * (3 * width * shape.intermediate + 3 * 4 * shape.hidden)
     chunk = 4 * setup.head_chunk * shape.vocabulary
     return Memory(4 * shape.parameters, 0, 0, 0, copies + max(layer, chunk), overhead)

@@ -5,6 +5,8 @@ to stop, too little memory for a step, a full disk under its checkpoints. A loss
 never reaches the weights.
 """
 
+import functools
+import itertools
 import logging
 import math
 import shutil
@@ -23,6 +25,7 @@ from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
@@ -31,12 +34,16 @@ from dpo.errors import InputError, Stopped
 from dpo.files import write_json
 from dpo.logps import accumulate_in_place, packed_batches
 from dpo.progress import REPLAY, SEAL, seal
+from dpo.schedule import Schedule
 
 ALARM_NATS = 100.0
 """Mean change of a completion's log-prob that a sound run does not reach: a factor of e^100 in its probability."""
 
 ALARM_GRADIENT = 100.0
-"""Norm of a gradient, over the median of the steps before it, that a sound run does not reach."""
+"""Ratio of a gradient norm to the median of the `ALARM_STEPS` before it that a sound run does not reach."""
+
+ALARM_STEPS = 100
+"""Earlier steps whose gradient norms a step is compared with."""
 
 TRAINED, BEST = "trained.safetensors", "best.safetensors"
 
@@ -59,13 +66,14 @@ class DivergenceAlarm(TrainerCallback):
                 "of rejected by %.0f, margin %.3g, loss %.3g; lower the learning rate or raise beta",
                 *(state.global_step, *moved, logs["rewards/margins"], logs["loss"]),
             )
-        norms = [entry["grad_norm"] for entry in state.log_history if "grad_norm" in entry]
-        if "grad_norm" in logs and len(norms) > 5:
-            usual = statistics.median(norms[:-1])
+        norms = (entry["grad_norm"] for entry in reversed(state.log_history) if "grad_norm" in entry)
+        _, *earlier = itertools.islice(norms, ALARM_STEPS + 1) if "grad_norm" in logs else [None]
+        if len(earlier) >= 5:
+            usual = statistics.median(earlier)
             if logs["grad_norm"] > ALARM_GRADIENT * usual:
                 log.warning(
-                    "step %d: the gradient's norm is %.3g, %.0f times its median so far; look at the pairs of "
-                    "this step, lower the learning rate or max_grad_norm",
+                    "step %d: the gradient norm is %.3g, %.0f times the median of the steps before; look at "
+                    "the pairs of this step, lower the learning rate or max_grad_norm",
                     *(state.global_step, logs["grad_norm"], logs["grad_norm"] / usual),
                 )
 
@@ -145,6 +153,7 @@ class PackedTrainer(Trainer):
         loss_per: str,
         validation: Sequence[TokenRow],
         skip_non_finite: bool,
+        schedule: Schedule,
         callbacks: list[TrainerCallback],
     ) -> None:
         """`loss_per` is the unit that the mean loss is taken over: `ids` (pairs) or `targets` (tokens)."""
@@ -152,7 +161,7 @@ class PackedTrainer(Trainer):
         if args.world_size == 1 and not self.is_fsdp_enabled:
             accumulate_in_place(model)
         self.sampler, self.objective, self.loss_per = sampler, objective, loss_per
-        self.skip_non_finite = skip_non_finite
+        self.skip_non_finite, self.schedule = skip_non_finite, schedule
         self.rows = {row.id: row for row in rows}
         self.sums: dict[str, float] = defaultdict(float)
         self.step_batches: list[Packed] = []
@@ -166,6 +175,14 @@ class PackedTrainer(Trainer):
         )
         loader.set_epoch = self.sampler.set_epoch
         return loader
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> LambdaLR:
+        """Create the scheduler of `self.schedule`."""
+        factor = functools.partial(self.schedule.factor, steps=num_training_steps)
+        self.lr_scheduler = LambdaLR(optimizer or self.optimizer, factor)
+        return self.lr_scheduler
 
     def collate(self, rows: Sequence[TokenRow]) -> Packed:
         """Pack rows; where a short step has none left for this process, one whose loss will count nothing."""

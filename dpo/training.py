@@ -25,6 +25,7 @@ from dpo.logps import precision_of
 from dpo.losses import nll_loss, preference_loss
 from dpo.processes import this_process
 from dpo.progress import Progress, last_checkpoint, training_key
+from dpo.schedule import Schedule
 from dpo.trainer import Cadence, DivergenceAlarm, EarlyStop, Objective, Packed, PackedTrainer, stopping_on_sigterm
 
 OPTIMIZERS = {
@@ -33,8 +34,6 @@ OPTIMIZERS = {
     "adamw_8bit": "adamw_bnb_8bit",
     "paged_adamw_8bit": "paged_adamw_8bit",
 }
-
-SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 
 Reference = Callable[[Packed], Tensor]
 """From a packed micro-batch of R pairs to the reference log-probs [2R] of its completions, chosen first."""
@@ -71,7 +70,7 @@ def dpo_objective(
         "rewards/chosen": chosen_rewards.sum(),
         "rewards/rejected": rejected_rewards.sum(),
         "rewards/margins": margins.sum(),
-        "rewards/accuracies": (margins > 0).sum(),
+        "rewards/accuracies": ((margins.sign() + 1) / 2).sum(),  # ties count one half
         "logps/chosen": chosen,
         "logps/rejected": rejected,
         "logratios/chosen": chosen_ratio,
@@ -246,8 +245,6 @@ def _train(
             gradient_accumulation_steps=sampler.accumulation,
             learning_rate=learning_rate,
             optim=OPTIMIZERS[params.optimizer],
-            lr_scheduler_type=SCHEDULES[params.schedule],
-            warmup_steps=params.warmup_steps,
             max_grad_norm=params.max_grad_norm,
             weight_decay=0.0,
             seed=seed,
@@ -264,7 +261,10 @@ def _train(
         )
         args._n_gpu = min(args.n_gpu, 1)  # the Trainer would cut a packed stream up for the GPUs of one process
         skip = params.non_finite == "skip"
-        trainer = PackedTrainer(model, args, rows, sampler, objective, loss_per, validation, skip, list(callbacks))
+        schedule = Schedule(params.schedule, params.warmup_ratio)
+        trainer = PackedTrainer(
+            model, args, rows, sampler, objective, loss_per, validation, skip, schedule, list(callbacks)
+        )
         if trainer.accelerator.mixed_precision != "no":
             raise InputError(
                 "run.launch: mixed_precision must be 'no' there; engine.precision in params.yaml decides"

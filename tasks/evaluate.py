@@ -15,6 +15,7 @@ from dpo.evaluation.sampling import answer_table
 from dpo.files import write_json, written_whole
 from dpo.loading import load_tokenizer
 from dpo.logps import load_model, sequence_logps
+from dpo.losses import implicit_rewards
 from dpo.processes import share, this_process
 from dpo.reference import cache_key, load_reference
 from dpo.tokens import encode_pairs, prompt_ids, prompt_of
@@ -52,7 +53,7 @@ def main() -> None:
     state = this_process()
     model = load_model(policy_folder(cell), engine.precision, engine.compile).to(state.device)
 
-    def logps(mine: list[int]) -> list[Any]:
+    def score(mine: list[int]) -> list[Any]:
         return sequence_logps(model, [rows[i] for i in mine], engine.tokens_per_batch, "policy log-probs").tolist()
 
     def distances(mine: list[int]) -> list[Any]:
@@ -62,7 +63,7 @@ def main() -> None:
 
     pairs = pair_table(
         held_out,
-        torch.tensor(share(len(rows), logps)),
+        torch.tensor(share(len(rows), score)),
         torch.tensor([cached[row.id] for row in rows]),
         torch.tensor([[len(ids) for ids in row.completions] for row in rows]),
         cell,
@@ -73,6 +74,9 @@ def main() -> None:
     apart = pd.DataFrame(share(len(prompts), distances))
     if not state.is_main_process:
         return
+    logps, reference_logps = (torch.tensor(apart[name].to_numpy()) for name in ("policy_logp", "reference_logp"))
+    lengths = torch.tensor([len(tokens) for tokens in ids])
+    rewards = implicit_rewards(logps, reference_logps, lengths, cell.beta, cell.loss)
     samples = pd.DataFrame(
         {
             "prompt": baseline["prompt"],
@@ -83,7 +87,7 @@ def main() -> None:
             "reference_finished": baseline["finished"],
             "policy_finished": answers["finished"],
             **apart,
-            "implicit_reward": cell.beta * (apart["policy_logp"] - apart["reference_logp"]),
+            "implicit_reward": rewards.numpy(),
         }
     )
     if isinstance(judge, Scorer):

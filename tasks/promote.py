@@ -8,6 +8,7 @@ are drawn and flipped. A tie changes nothing.
 """
 
 import json
+import math
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -159,7 +160,9 @@ def against_reference(params: Params, cell: Cell) -> Evidence:
 
 
 def weigh(figure: str, against: str, prompts: Sequence[str], wins: Sequence[float], seed: int) -> Evidence:
-    """The mean of N wins, each from 0 to 1, with interval and test; N prompts tell which belong together."""
+    """The mean of N wins, each from 0 to 1 or NaN if unknown, with interval and test, clustered by N prompts."""
+    known = [(prompt, win) for prompt, win in zip(prompts, wins, strict=True) if not math.isnan(win)]
+    prompts, wins = [prompt for prompt, _ in known], [win for _, win in known]
     found: Any = bootstrap({"wins": mean(wins)}, prompts, seed)
     low, high = found["wins_ci"]
     p = paired_test([win - 0.5 for win in wins], prompts, seed)

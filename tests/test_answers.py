@@ -118,9 +118,19 @@ def test_every_figure_has_its_interval_and_all_are_json():
         [[1, 2, END], [3]] * 5, [[1, END], [2, 3]] * 5, win=[1, 0.5] * 5, policy_score=1, reference_score=0
     )
     metrics = answer_metrics(table, 0)
-    figures = {name for name in metrics if not name.endswith("_ci")} - {"samples"}
+    figures = {name for name in metrics if not name.endswith("_ci")} - {"samples", "failed_verdicts"}
     assert {f"{name}_ci" for name in figures} == {name for name in metrics if name.endswith("_ci")}
     assert json.loads(json.dumps(metrics, allow_nan=False)) == metrics
+
+
+def test_failed_verdicts_are_counted_and_left_out():
+    judged = answer_metrics(answers([[1, 2, END], [3]] * 5, [[1, END]] * 10, win=[1, 0.5] * 5), 0)
+    with_failed = answers([[1, 2, END], [3]] * 6, [[1, END]] * 12, win=[1, 0.5] * 5 + [np.nan] * 2)
+    metrics = answer_metrics(with_failed, 0)
+    assert (judged["failed_verdicts"], metrics["failed_verdicts"]) == (0, 2)
+    for name in ("win_rate", "tie_rate", "judged_gain"):
+        assert metrics[name] == judged[name], name
+    assert metrics["length_controlled_win_rate"] == pytest.approx(judged["length_controlled_win_rate"], abs=0.02)
 
 
 def test_prompts_are_the_clusters():

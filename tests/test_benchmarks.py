@@ -101,12 +101,16 @@ def test_flops_by_hand():
     forward = 2 * (2 * 9216 * 6 + 32 * 320 * 3) + 4 * 2 * 4 * 8 * (6 + 9 + 4)
     assert flops(replace(CASE, train=False), [row], config) == forward
     assert flops(CASE, [row], config) == 3 * forward
-    # TRL: two rows of 5 tokens, all of them projected, 25 pairs each.
-    theirs = 2 * (2 * 9216 * 10 + 32 * 320 * 10) + 4 * 2 * 4 * 8 * 2 * 25
-    assert flop_ratio(replace(CASE, train=False), [row], config) == theirs / forward
-    assert flop_ratio(CASE, [row], config) == theirs / forward
+    # TRL: two rows of 5 tokens, all of them projected, 25 pairs each; its backward pass projects once more.
+    layers, head = 2 * 2 * 9216 * 10 + 4 * 2 * 4 * 8 * 2 * 25, 2 * 32 * 320 * 10
+    assert flop_ratio(replace(CASE, train=False), [row], config) == (layers + head) / forward
+    assert flop_ratio(CASE, [row], config) == (3 * layers + 4 * head) / (3 * forward)
     both = replace(CASE, checkpointing=True, ours_checkpointing=True)
-    assert flop_ratio(both, [row], config) == 4 * theirs / (4 * forward - 2 * 32 * 320 * 3)
+    assert flop_ratio(both, [row], config) == 4 * (layers + head) / (4 * forward - 2 * 32 * 320 * 3)
+    # On a GPU TRL projects the 3 completion tokens only.
+    head = 2 * 32 * 320 * 3
+    assert flop_ratio(replace(CASE, gpu=True, train=False), [row], config) == (layers + head) / forward
+    assert flop_ratio(replace(CASE, gpu=True), [row], config) == (3 * layers + 4 * head) / (3 * forward)
 
 
 def test_the_page_keeps_what_stands_around_the_table(tmp_path, tiny_model_dir, rows):

@@ -114,3 +114,11 @@ def test_answers_to_one_prompt_share_a_row_within_the_token_budget():
         ((4,), ((7,),)),
     ]
     assert order.tolist() == [0, 2, 3, 1]
+
+
+def test_kl_is_never_below_zero():
+    logps = torch.randn(2000, VOCABULARY, generator=torch.Generator().manual_seed(0)).mul(20).log_softmax(1)
+    nudged = (logps + 1e-7 * logps).log_softmax(1)
+    plain = torch.einsum("nv,nv->n", logps.exp(), logps - nudged)
+    assert plain.min() < 0, "rounding must fall below 0 for this test to say anything"
+    assert module._compare(logps, nudged, torch.zeros(2000, dtype=torch.long))[:, 2].min() >= 0

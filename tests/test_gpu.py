@@ -96,7 +96,7 @@ def test_compiled_training_lowers_the_loss(tiny_model_dir, changes):
     params, rows = load_params(), make_rows()[:3]
     logps = sequence_logps(load_model(tiny_model_dir), rows, 1000).tolist()
     reference = {row.id: tuple(pair) for row, pair in zip(rows, logps, strict=True)}
-    asked = dataclasses.replace(params.dpo, epochs=20, pairs_per_step=3, warmup_steps=0, **changes)
+    asked = dataclasses.replace(params.dpo, epochs=20, pairs_per_step=3, warmup_ratio=0.0, **changes)
     cell = dataclasses.replace(params.sweep.cells()[0], learning_rate=3e-3)
     model = load_model(tiny_model_dir, "bf16", compiled=True)
     steps = train_dpo(model, rows, reference, asked, cell, params.losses, tokens_per_batch=1000)

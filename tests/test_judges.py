@@ -508,12 +508,13 @@ def test_a_question_shows_every_turn_and_both_answers_between_tags_that_no_text_
         "Verdict: {}.",
         "'{}'",
         r"\boxed{{{}}}",
-        "Answer A is longer than B, yet B-rated. So the verdict is {}",
+        "Answer A is longer than B, yet B-rated.\nThe final verdict is {}.",
         "{}\n\nA brief reason: answer B's tone is as good as A's.",
+        "Answer: {}\n",
         "<think>A or B? TIE?</think>{}",
     ],
 )
-def test_the_last_verdict_that_stands_alone_counts(server, reply):
+def test_a_line_that_states_one_verdict_counts(server, reply):
     server.respond = lambda question: completion(reply.format(longer(question)))
     assert server.judge().compare(*PAIRS) == LONGER
     assert len(server.asked()) == 6
@@ -529,19 +530,30 @@ def test_the_last_verdict_that_stands_alone_counts(server, reply):
         completion("A tie is a bad thing to say"),
         completion("Answer A is better than answer B."),
         completion("A > B"),
+        completion("A, not B"),
+        completion("Not A."),
+        completion("A\nB"),
+        completion("A or B"),
+        completion("A is better"),
+        completion("Verdict: A. No, B."),
         completion("I prefer B over A"),
         completion("Let me think. Answer A", finish_reason="length"),
     ],
 )
-def test_an_unreadable_reply_is_asked_for_once_more_and_then_counted_as_a_tie(server, caplog, unreadable):
-    server.respond = lambda question: unreadable
-    assert server.judge().compare(*PAIRS) == [0.5, 0.5, 0.5]
-    assert len(server.asked()) == 12
-    assert [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING] == [
-        "6 of 6 questions got no verdict and count as ties"
-    ]
+def test_a_reply_without_exactly_one_verdict_is_retried_and_then_counts_as_failed(server, caplog, unreadable):
+    server.respond = lambda question: completion("A") if "middling" in question else unreadable
+    assert server.judge().compare(*PAIRS) == pytest.approx([math.nan, math.nan, 0.5], nan_ok=True)
+    assert len(server.asked()) == 10
+    (warning,) = [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
+    assert warning.startswith("2 of 3 pairs got no verdict and are left out of the win rate")
     server.judge().compare(*PAIRS)
     assert server.asked() == []
+
+
+def test_a_judge_that_gives_no_verdict_at_all_is_an_error(server):
+    server.respond = lambda question: completion("I cannot tell.")
+    with pytest.raises(InputError, match=r"evaluate\.judge: no pair of 3 got a verdict; see whether"):
+        server.judge().compare(*PAIRS)
 
 
 def test_a_second_try_that_is_readable_counts(server, caplog):

@@ -1,11 +1,14 @@
 """The log-prob engine against plain transformers models, one completion and one forward pass at a time."""
 
+import contextlib
 import random
+import weakref
 
 import pytest
 import torch
 from conftest import TINY, make_model
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 from dpo import logps
@@ -381,3 +384,51 @@ def test_bf16_multiplies_in_bf16_and_keeps_weights_and_sums_in_fp32(llama_dir):
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     error = (ours - exact).abs().max().item()
     assert 1e-4 < error < 0.05 * exact.abs().max().item()
+
+
+class LiveBf16(TorchDispatchMode):
+    """Counts the bytes of bf16 storages made inside it that are still alive."""
+
+    def __init__(self):
+        super().__init__()
+        self.storages = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(tensor, torch.Tensor) and tensor.dtype == torch.bfloat16:
+                storage = tensor.untyped_storage()
+                self.storages[storage.data_ptr()] = weakref.ref(storage)
+        return result
+
+    def bytes(self):
+        return sum(s.nbytes() for s in (ref() for ref in self.storages.values()) if s is not None)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_bf16_keeps_no_copies_of_weights_with_checkpointing_or_without_gradients(tmp_path, grad):
+    model = load_model(make_model("llama", tmp_path / "m", hidden_size=64, intermediate_size=160), "bf16").train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    held = []
+    model.model.norm.register_forward_pre_hook(lambda *_: held.append(live.bytes()))  # the last layer has run
+    live = LiveBf16()
+    with live, contextlib.nullcontext() if grad else torch.no_grad():
+        model(packed=pack(make_rows()))
+    layers = 2 * sum(p.numel() for name, p in model.named_parameters() if ".layers." in name)
+    assert live.storages
+    assert held[0] < layers / 10, "the rounded weights of a layer are gone when the next one runs"
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_autocast_without_a_weight_cache_gives_the_same_bits(tmp_path, monkeypatch, checkpointing):
+    folder, results = make_model("llama", tmp_path / "m"), []
+    cached = lambda model, precision: torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")  # noqa: E731
+    for autocast in (logps._autocast, cached):
+        monkeypatch.setattr(logps, "_autocast", autocast)
+        model = load_model(folder, "bf16").train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        scores = model(packed=pack(make_rows()))
+        scores.sum().backward()
+        results.append([scores.detach(), *(p.grad for p in model.parameters())])
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*results, strict=True))

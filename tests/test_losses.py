@@ -11,7 +11,7 @@ from scipy.special import expit, logit
 from trl import DPOTrainer
 
 from dpo.config import LossName, LossParams, PenalisedLoss, PlainLoss, RegularisedLoss, SmoothedLoss
-from dpo.losses import nll_loss, preference_loss
+from dpo.losses import implicit_rewards, nll_loss, preference_loss
 
 LOSSES = get_args(LossName)
 BETAS = [0.01, 0.1, 0.5, 2.0]
@@ -342,3 +342,13 @@ def test_nll_is_the_negative_sum():
     assert loss.item() == 7.75
     loss.backward()
     assert torch.equal(logps.grad, torch.full((2, 2), -1.0))
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_implicit_rewards_are_those_of_the_loss_for_any_shape(loss):
+    policy, reference, lengths = random_pairs()
+    _, rewards = preference_loss(policy, reference, lengths, 0.3, loss, settings())
+    alone = implicit_rewards(policy[:, 0], reference[:, 0], lengths[:, 0], 0.3, loss)
+    assert torch.equal(alone, rewards[:, 0])
+    share = lengths if loss == "length_normalised" else 1
+    torch.testing.assert_close(rewards, 0.3 * (policy - reference) / share)

@@ -53,7 +53,7 @@ def dpo_params(**changes):
         "pairs_per_step": 4,
         "optimizer": "adamw",
         "schedule": "constant",
-        "warmup_steps": 0,
+        "warmup_ratio": 0.0,
         "max_grad_norm": 1.0,
         "gradient_checkpointing": False,
         "non_finite": "stop",
@@ -149,7 +149,7 @@ def test_training_starts_at_margin_zero_and_loss_log_2_and_leaves_them(tiny_mode
     )
     first, last = log[0], log[-1]
     assert first["rewards/margins"] == first["rewards/chosen"] == first["rewards/rejected"] == 0.0
-    assert first["rewards/accuracies"] == 0.0
+    assert first["rewards/accuracies"] == 0.5, "ties count one half"
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-7)
     assert last["loss"] < math.log(2) - 0.05
     assert last["rewards/margins"] > 0.1
@@ -197,7 +197,13 @@ def test_the_last_partial_step_is_a_mean_over_its_own_pairs(tiny_model_dir, rows
 
 @pytest.mark.parametrize("optimizer", ["adamw", "rmsprop"])
 def test_micro_batches_change_nothing(tiny_model_dir, rows, reference, optimizer):
-    changes = {"optimizer": optimizer, "epochs": 2, "learning_rate": 1e-4, "schedule": "cosine", "warmup_steps": 2}
+    changes = {
+        "optimizer": optimizer,
+        "epochs": 2,
+        "learning_rate": 1e-4,
+        "schedule": "cosine",
+        "warmup_ratio": 0.2,
+    }
     whole, whole_weights = run_dpo(tiny_model_dir, rows, reference, **changes)
     for tokens_per_batch in (160, 1):
         parts, parts_weights = run_dpo(
@@ -278,7 +284,19 @@ def test_a_checkpoint_gives_the_trained_numbers_again(tiny_model_dir, tmp_path, 
 
 
 class OrderedDPOTrainer(DPOTrainer):
-    """TRL's own trainer on the dataset as it stands, not shuffled."""
+    """TRL's own trainer on the dataset in its order, not shuffled, with our warm-up."""
+
+    def create_scheduler(self, num_training_steps, optimizer=None):
+        def factor(step):
+            warmup = self.args.warmup_steps
+            if step < warmup:
+                return (step + 1) / (warmup + 1)
+            if self.args.lr_scheduler_type == "constant":
+                return 1.0
+            return (num_training_steps - step) / (num_training_steps - warmup)
+
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, factor)
+        return self.lr_scheduler
 
     def _get_train_sampler(self, dataset=None):
         return torch.utils.data.SequentialSampler(dataset or self.train_dataset)
@@ -287,8 +305,8 @@ class OrderedDPOTrainer(DPOTrainer):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"optimizer": "adamw", "schedule": "constant", "warmup_steps": 0, "max_grad_norm": 1.0},
-        {"optimizer": "rmsprop", "schedule": "linear", "warmup_steps": 3, "max_grad_norm": 10.0},
+        {"optimizer": "adamw", "schedule": "constant", "warmup_ratio": 0.0, "max_grad_norm": 1.0},
+        {"optimizer": "rmsprop", "schedule": "linear", "warmup_ratio": 0.3, "max_grad_norm": 10.0},
     ],
 )
 def test_ten_steps_equal_those_of_trl(tiny_model_dir, tmp_path, changes):
@@ -315,7 +333,7 @@ def test_ten_steps_equal_those_of_trl(tiny_model_dir, tmp_path, changes):
             learning_rate=point.learning_rate,
             optim={"adamw": "adamw_torch", "rmsprop": "rmsprop"}[params.optimizer],
             lr_scheduler_type=params.schedule,
-            warmup_steps=params.warmup_steps,
+            warmup_steps=round(10 * params.warmup_ratio),
             max_grad_norm=params.max_grad_norm,
             weight_decay=0.0,
             max_length=None,
@@ -459,9 +477,12 @@ def test_the_alarm_counts_nats_of_a_completion_whatever_the_loss(tiny_model_dir,
     assert "log-probs of chosen moved by 101 nats, of rejected by 0" in caplog.text
 
 
-def test_a_constant_rate_has_its_warm_up(tiny_model_dir, rows, reference):
-    log, _ = run_dpo(tiny_model_dir, rows, reference, schedule="constant", warmup_steps=2)
-    assert [entry["learning_rate"] for entry in log] == pytest.approx([0.0, 5e-4, 1e-3, 1e-3, 1e-3])
+def test_the_first_step_of_a_warm_up_changes_the_weights(tiny_model_dir, rows, reference):
+    log, _ = run_dpo(tiny_model_dir, rows, reference, schedule="constant", warmup_ratio=0.4)
+    assert [entry["learning_rate"] for entry in log] == pytest.approx([1e-3 / 3, 2e-3 / 3, 1e-3, 1e-3, 1e-3])
+    before = load_model(tiny_model_dir).state_dict()
+    _, weights = run_dpo(tiny_model_dir, rows[:4], reference, warmup_ratio=0.9, learning_rate=1e-2)
+    assert any(not torch.equal(weights[name], before[name]) for name in before)
 
 
 def test_gpus_that_one_process_sees_do_not_cut_the_stream_up(tiny_model_dir, rows, reference, monkeypatch):

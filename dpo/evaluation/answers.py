@@ -35,19 +35,21 @@ def answer_metrics(table: pd.DataFrame, seed: int) -> dict[str, float | list[flo
     - `empty`: share of answers without a visible character; `unfinished`: share without an end token, and
       `unfinished_rise` above the reference's.
     - With a judge: `win_rate`, mean of `win`; `tie_rate`, share of 0.5; `length_controlled_win_rate`, see
-      `length_controlled`; `judged_gain`, by how much the score, or without scores the win rate above 0.5, rose;
+      `length_controlled`; `judged_gain`, the rise of the score, or without scores of the win rate above 0.5;
+      `failed_verdicts`, the number of answers whose `win` is NaN, which are left out of the figures before;
       with scores: `reward` and `reference_reward`, their means.
 
     Args:
         table: one row an answer: `prompt`; `policy`, text; `policy_ids` and `reference_ids`, tokens;
             `policy_finished` and `reference_finished`; `kl` and `entropy`, nats summed over the answer's tokens;
-            `implicit_reward`. From a judge `win`, from 0 to 1, and from a scorer `policy_score` and
-            `reference_score`.
+            `implicit_reward`. From a judge `win`, from 0 to 1 or NaN for a failed verdict, and from a scorer
+            `policy_score` and `reference_score`.
         seed: of the bootstrap.
 
     Returns:
         The figures and `samples`, the number of answers. A ratio to nothing is left out.
     """
+    counts: dict[str, float | list[float]] = {"samples": len(table)}
     tokens, reference_tokens = table["policy_ids"].map(len), table["reference_ids"].map(len)
     answers, reference_answers = _content(table, "policy"), _content(table, "reference")
     repetition, reference_repetition = (
@@ -74,11 +76,13 @@ def answer_metrics(table: pd.DataFrame, seed: int) -> dict[str, float | list[flo
         "implicit_reward": mean(table["implicit_reward"]),
     }
     if "win" in table:
+        judged, win = table["win"].notna(), table["win"].fillna(0.5)
+        counts["failed_verdicts"] = int((~judged).sum())
         statistics |= {
-            "win_rate": mean(table["win"]),
-            "tie_rate": mean(table["win"] == 0.5),
-            "length_controlled_win_rate": length_controlled(table["win"], tokens - reference_tokens),
-            "judged_gain": mean(table["win"] - 0.5),
+            "win_rate": ratio(win * judged, judged),
+            "tie_rate": ratio(judged & (win == 0.5), judged),
+            "length_controlled_win_rate": length_controlled(win, tokens - reference_tokens, judged),
+            "judged_gain": ratio((win - 0.5) * judged, judged),
         }
     if "policy_score" in table:
         statistics |= {
@@ -86,10 +90,10 @@ def answer_metrics(table: pd.DataFrame, seed: int) -> dict[str, float | list[flo
             "reference_reward": mean(table["reference_score"]),
             "judged_gain": mean(table["policy_score"] - table["reference_score"]),
         }
-    return {"samples": len(table), **bootstrap(statistics, table["prompt"].tolist(), seed)}
+    return counts | bootstrap(statistics, table["prompt"].tolist(), seed)
 
 
-def length_controlled(wins: ArrayLike, longer: ArrayLike) -> Statistic:
+def length_controlled(wins: ArrayLike, longer: ArrayLike, judged: ArrayLike = 1.0) -> Statistic:
     """The win rate that answers of the reference's length would have.
 
     After Dubois et al. 2024, "Length-Controlled AlpacaEval", with no terms but length: sigmoid(a) of the logistic
@@ -98,11 +102,13 @@ def length_controlled(wins: ArrayLike, longer: ArrayLike) -> Statistic:
     Args:
         wins: N outcomes from 0 to 1.
         longer: tokens that each answer has more than the reference's.
+        judged: 1 for outcomes that count, 0 for others.
     """
     won, more = np.asarray(wins, float), np.asarray(longer, float)
     x = np.tanh(more / (more.std() or 1))
 
     def statistic(weights: Numbers) -> Numbers:
+        weights = weights * np.asarray(judged, float)
         a = b = np.zeros(len(weights))
         for _ in range(NEWTON_STEPS):
             p = expit(a[:, None] + b[:, None] * x)

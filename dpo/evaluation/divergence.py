@@ -62,7 +62,7 @@ def _compare(policy: Tensor, reference: Tensor, targets: Tensor) -> Tensor:
     """Log-probs of both, KL and entropy [n, 4] from the log-distributions [n, vocabulary] of n tokens."""
     chosen = [logps.gather(1, targets[:, None])[:, 0] for logps in (policy, reference)]
     weights = policy.exp()
-    kl = torch.einsum("nv,nv->n", weights, policy - reference)
+    kl = torch.einsum("nv,nv->n", weights, policy - reference).clamp_min(0)  # rounding can fall below 0
     entropy = -torch.einsum("nv,nv->n", weights, policy)
     return torch.stack([*chosen, kl, entropy], 1)
 

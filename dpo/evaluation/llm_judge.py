@@ -8,6 +8,7 @@ import functools
 import hashlib
 import json
 import logging
+import math
 import os
 import random
 import re
@@ -73,11 +74,14 @@ Reply with one word: A if answer A is better, B if answer B is better, TIE if ne
 
 REMINDER = "\n\nYour whole reply must be one of these three words: A, B, TIE."
 
-VERDICT = re.compile(r"(?<![\w-])(A|B|TIE|Tie)(?![\w-]|['’]\w|\s+[a-z])")
-"""A verdict stands alone: it neither begins a clause, as the article does, nor belongs to a longer word."""
+REASONING = re.compile(r"<think>.*?</think>", re.DOTALL)
+"""Reasoning that some models put before their reply."""
 
-COMPARED = re.compile(r"(\b(than|over|beats|to|of)\W+(answer\W+)?|\b[AB]\s*[<>]\s*)$", re.IGNORECASE)
-"""What stands before a verdict that is only what the other one is compared with, as in `A is better than B`."""
+VERDICT = re.compile(
+    r"\W*(?i:(?:the |my )?(?:final |better )?(?:verdict|answer|choice)\b(?: is\b)?)?\W*"
+    r"(?:boxed\W*)?(?P<verdict>A|B|TIE|(?i:tie))\W*"
+)
+"""A line that states a verdict and nothing else, such as `B`, `**A**`, `Verdict: TIE.` or `\\boxed{A}`."""
 
 WORTH = {"A": 1.0, "TIE": 0.5, "B": 0.0}
 
@@ -125,7 +129,8 @@ class LlmJudge:
 
         Every pair is asked in both orders, which cancels a liking for the first or the second place (Zheng et
         al. 2023, "Judging LLM-as-a-Judge with MT-Bench and Chatbot Arena", section 3.4). Equal answers are a tie
-        without a question. So is, after a second try, a reply without a verdict; a warning counts these.
+        without a question. If a question gets no verdict in two attempts, its pair has failed; a warning counts
+        these.
 
         Replies of earlier runs that these pairs need count towards `max_cost`. A reply without `usage` is taken
         to have cost the most that it could.
@@ -136,7 +141,7 @@ class LlmJudge:
             others: N other answers.
 
         Returns:
-            N means of two verdicts, each 1 (the answer is better), 0.5 (tie) or 0.
+            N means of two verdicts, each 1 (the answer is better), 0.5 (tie) or 0; NaN if the pair has failed.
 
         Raises:
             InputError: `max_cost` is too low for the next question; the server refuses, or does not answer after
@@ -179,19 +184,29 @@ class LlmJudge:
                 f"${self.params.max_cost:.4f} are spent, and the next question could cost more than is left; "
                 f"{done} of {len(pairs)} pairs are done and kept: raise max_cost, or lower evaluate.samples"
             ) from error
-        unreadable = sum(verdict is None for verdict in verdicts.values())
-        if unreadable:
-            log.warning("%d of %d questions got no verdict and count as ties", unreadable, len(questions))
-        worth = {question: 0.5 if verdict is None else verdict for question, verdict in verdicts.items()}
-        return [(worth[pair[0]] + 1 - worth[pair[1]]) / 2 if pair else 0.5 for pair in pairs]
+        worth = {question: math.nan if verdict is None else verdict for question, verdict in verdicts.items()}
+        wins = [(worth[pair[0]] + 1 - worth[pair[1]]) / 2 if pair else 0.5 for pair in pairs]
+        failed_pairs = sum(map(math.isnan, wins))
+        if wins and failed_pairs == len(wins):
+            raise InputError(
+                f"{WHERE}: no pair of {len(wins)} got a verdict; see whether evaluate.judge.model is a chat model "
+                "that can answer with one word"
+            )
+        if failed_pairs:
+            log.warning(
+                "%d of %d pairs got no verdict and are left out of the win rate; evaluate.judge.model may be too "
+                "weak a judge, or set evaluate.judge.criterion more clearly",
+                *(failed_pairs, len(wins)),
+            )
+        return wins
 
     def _verdict(self, client: httpx.Client, question: str) -> float | None:
         """What answer A is worth; None if two replies do not tell."""
         for asked in (question, question + REMINDER):
             reply = self._cached(asked) or self._ask(client, asked)
-            found = [] if reply.cut_off else list(VERDICT.finditer(reply.text))
-            if found and not COMPARED.search(reply.text[: found[-1].start()]):
-                return WORTH[found[-1][1].upper()]
+            verdict = None if reply.cut_off else read_verdict(reply.text)
+            if verdict is not None:
+                return verdict
         return None
 
     def _body(self, question: str) -> dict[str, Any]:
@@ -298,6 +313,16 @@ class LlmJudge:
 
     def _without_key(self, text: str) -> str:
         return text.replace(self.key, "[key]") if self.key else text
+
+
+def read_verdict(text: str) -> float | None:
+    """Return what answer A is worth according to a reply; None unless the reply states exactly one verdict.
+
+    A verdict is a line of its own; `A, not B` or `A is better` is none. Reasoning in `<think>` tags is left out.
+    """
+    lines = (VERDICT.fullmatch(line) for line in REASONING.sub("", text).splitlines())
+    verdicts = {match["verdict"].upper() for match in lines if match}
+    return WORTH[verdicts.pop()] if len(verdicts) == 1 else None
 
 
 def _is_address(url: str) -> bool:

@@ -92,13 +92,14 @@ def compare_policies(
 
     Args:
         outcomes: for each policy, N outcomes against the reference on the same N items in the same order: 1 for
-            better, 0 for worse, 0.5 for equal. The reference itself is 0.5 everywhere.
+            better, 0 for worse, 0.5 for equal, NaN for unknown, which counts as no difference. The reference
+            itself is 0.5 everywhere.
         clusters: the prompt of each item.
         seed: of the bootstrap and of the permutations.
     """
     contestants = {REFERENCE: np.full(len(clusters), 0.5)} | {k: np.asarray(v, float) for k, v in outcomes.items()}
     pairs = [(second, first) for first, second in itertools.combinations(contestants, 2)]
-    differences = [contestants[first] - contestants[second] for first, second in pairs]
+    differences = [np.nan_to_num(contestants[first] - contestants[second]) for first, second in pairs]
     adjusted = holm([paired_test(values.tolist(), clusters, seed) for values in differences])
     found = []
     for (first, second), values, p in zip(pairs, differences, adjusted, strict=True):

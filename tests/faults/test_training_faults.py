@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from dpo.config import EarlyStopParams
 from dpo.errors import InputError, Stopped
 from dpo.logps import load_model
 from dpo.progress import Progress, last_checkpoint
-from dpo.trainer import PackedTrainer
+from dpo.trainer import DivergenceAlarm, PackedTrainer
 from dpo.training import train_dpo, train_sft
 
 EARLY_STOP = EarlyStopParams(validation_share=0.3, every_steps=1, patience=2)
@@ -70,7 +71,7 @@ def train(tiny_model_dir, rows, reference):
     ):  # fmt: skip
         model = load_model(tiny_model_dir)
         params = dpo_params(
-            **{"epochs": 2, "pairs_per_step": 7, "schedule": "cosine", "warmup_steps": 2, **changes}
+            **{"epochs": 2, "pairs_per_step": 7, "schedule": "cosine", "warmup_ratio": 0.3, **changes}
         )
         progress = None if root is None else Progress(root, minutes)
         log = train_dpo(
@@ -371,7 +372,7 @@ def test_a_skipped_step_changes_no_weight_and_is_told(
             weights[state.global_step] = torch.cat([p.detach().flatten() for p in model.parameters()]).clone()
 
     log, final = train(
-        tmp_path, Watch(), reference=broken, non_finite="skip", epochs=1, schedule="constant", warmup_steps=0
+        tmp_path, Watch(), reference=broken, non_finite="skip", epochs=1, schedule="constant", warmup_ratio=0.0
     )
     skipped = [entry["step"] for entry in log if math.isnan(entry["loss"])]
     assert len(skipped) == 1
@@ -395,5 +396,14 @@ def test_a_gradient_far_above_the_usual_raises_an_alarm(train, monkeypatch, capl
 
     monkeypatch.setattr(PackedTrainer, "compute_loss", compute_loss)
     train()
-    assert re.search(r"step 6: the gradient's norm is .* times its median so far", caplog.text)
-    assert caplog.text.count("times its median") == 1
+    assert re.search(r"step 6: the gradient norm is .* times the median of the steps before", caplog.text)
+    assert caplog.text.count("times the median") == 1
+
+
+def test_a_gradient_is_compared_with_the_last_hundred_steps(caplog):
+    history = [{"grad_norm": 1.0}] * 500 + [{"grad_norm": 1000.0}] * 100 + [{"eval_loss": 1.0}]
+    for norm, alarms in ((9000.0, 0), (200_000.0, 1)):
+        entry = {"grad_norm": norm, "loss": 0.7}
+        state = SimpleNamespace(global_step=601, log_history=[*history, entry])
+        DivergenceAlarm().on_log(None, state, None, entry)
+        assert caplog.text.count("200 times the median") == alarms
