@@ -42,7 +42,7 @@ audit: setup
 # `make repro SET="-S dpo.epochs=2"` changes parameters on the way.
 repro: setup
 	$(if $(SET),dvc exp run $(SET),dvc repro)
-	@python -m tasks.results
+	@python -m tasks.commands.results
 
 test: setup
 	python -m pytest --numprocesses auto --dist loadfile
@@ -62,11 +62,11 @@ bench: setup
 # Kills, full disks, dead servers and more, done to a tiny project: about half an hour. Writes benchmarks/results/faults.json
 # and the table of docs/faults.md. Disks are made full and read-only only for root on Linux.
 faults: setup
-	PYTHONPATH=.:tests python tests/faults/harness.py
+	python -m tests.support.faults
 
 # The pictures of the README, needs graphviz and Chromium.
 images: setup
-	python -m docs.images
+	python -m tools.images
 
 # Prefect, MLflow and a worker in the background, with the deployments of prefect.yaml; logs are in .servers/. Ports of
 # your own: make up PREFECT_PORT=4300 MLFLOW_PORT=5100

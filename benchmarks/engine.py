@@ -29,12 +29,13 @@ from transformers import AutoConfig, AutoTokenizer
 
 from benchmarks.cases import BETA, CASES, LORA, PAIRS_PER_STEP, Case, arguments, case_rows, padded_batches
 from benchmarks.flops import flop_ratio, flops
-from benchmarks.measure import Run, alone, close, now, resident, stage_environment, summary
+from benchmarks.measure import Run, alone, close, now, resident, summary
 from benchmarks.page import put_table
-from dpo.batching import TokenRow
-from dpo.files import write_json
-from dpo.logps import load_model, sequence_logps
+from dpo.common.files import write_json
+from dpo.engine.logprobs import load_model, sequence_logps
+from dpo.engine.packing import TokenRow
 from dpo.planner import shape_of, trained_parameters
+from tasks.common.allocator import SCORING, TRAINING
 
 MODEL = Path("models/base")
 RESULTS, PAGE = Path("benchmarks/results/engine.json"), Path("docs/benchmarks.md")
@@ -71,7 +72,7 @@ def sides_of(
 def compare(case: Case, model: Path, steps: int, repeats: int) -> dict[str, Any]:
     """Measure one case: ours, the peer, the peer with the stages' allocator, and so on."""
     rows = case_rows(case, AutoTokenizer.from_pretrained(model), steps)
-    stage = stage_environment("training" if case.train else "scoring")
+    stage = TRAINING if case.train else SCORING
     ours, peer, args = sides_of(case, model, rows)
 
     def measure(side: Callable[..., Run], environment: Mapping[str, str]) -> Run:

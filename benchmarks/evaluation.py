@@ -15,13 +15,14 @@ from pathlib import Path
 from ruamel.yaml import YAML
 
 from benchmarks.page import put_table
-from dpo.config import Cell, load_params
-from dpo.files import write_json
+from dpo.common.files import write_json
+from dpo.config import load_params
+from dpo.training.settings import Trial
 
 RESULTS = Path("benchmarks/results/evaluation.json")
 PAGE = Path("docs/evaluation.md")
 ANSWERS, NEW_TOKENS = 256, 32
-NEEDED = ("params.yaml", "dpo", "tasks", "data", "models/base", "models/sft", "reference")
+NEEDED = ("params.yaml", "dpo", "tasks", "data", "models/base", "models/reference", "reference")
 
 
 def prepare(folder: Path) -> None:
@@ -33,13 +34,13 @@ def prepare(folder: Path) -> None:
     params = yaml.load(folder / "params.yaml")
     params["evaluate"] |= {"samples": ANSWERS, "max_new_tokens": NEW_TOKENS}
     yaml.dump(params, folder / "params.yaml")
-    subprocess.run([sys.executable, "-m", "tasks.baseline"], cwd=folder, check=True)
+    subprocess.run([sys.executable, "-m", "tasks.reference_samples"], cwd=folder, check=True)
 
 
-def seconds(folder: Path, stage: str, cell: Cell) -> float:
+def seconds(folder: Path, stage: str, trial: Trial) -> float:
     """How long a stage takes, its start included."""
     start = time.perf_counter()
-    subprocess.run([sys.executable, "-m", f"tasks.{stage}", cell.key], cwd=folder, check=True)
+    subprocess.run([sys.executable, "-m", f"tasks.{stage}", trial.name], cwd=folder, check=True)
     return time.perf_counter() - start
 
 
@@ -49,14 +50,14 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=1)
     repeats = parser.parse_args().repeats
     params = load_params()
-    cell = params.sweep.cells()[0]
+    trial = params.sweep.trials()[0]
     taken: dict[str, list[float]] = {"train": [], "evaluate": []}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         prepare(folder)
         for _ in range(repeats):
             for stage, times in taken.items():
-                times.append(seconds(folder, stage, cell))
+                times.append(seconds(folder, stage, trial))
     train, evaluate = (statistics.median(times) for times in taken.values())
     result = {
         "training_pairs": params.data.max_train_pairs,

@@ -27,9 +27,9 @@ from benchmarks.engine import say, sides_of, state_bytes
 from benchmarks.flops import flop_ratio, flops
 from benchmarks.measure import Run, alone, summary
 from benchmarks.page import put_table
-from dpo.batching import TokenRow
-from dpo.files import write_json
-from dpo.logps import GPU_HEAD_CHUNK
+from dpo.common.files import write_json
+from dpo.engine.logprobs import GPU_HEAD_CHUNK
+from dpo.engine.packing import TokenRow
 from dpo.planner import Pair, Setup, reference_memory, shape_of, training_memory
 
 RESULTS, PAGE = Path("benchmarks/results/gpu.json"), Path("docs/benchmarks.md")

@@ -10,24 +10,16 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
-from pathlib import Path
 from typing import Any, TypeVar
 from unittest.mock import patch
 
 import psutil
 import torch
-import yaml
 
 from benchmarks.cases import Case
-from dpo.batching import TokenRow
+from dpo.engine.packing import TokenRow
 
 T = TypeVar("T")
-
-
-def stage_environment(work: str) -> dict[str, str]:
-    """What `dvc.yaml` sets for the stages that do `training` or `scoring`."""
-    (variables,) = yaml.safe_load(Path("dvc.yaml").read_text())["vars"]
-    return dict(setting.split("=", 1) for setting in variables[work].split())
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from typing import Any
 from ruamel.yaml import YAML
 
 from benchmarks.page import put_table
-from dpo.files import write_json
+from dpo.common.files import write_json
 from flows.servers import answers
 
 ROOT = Path(__file__).parent.parent

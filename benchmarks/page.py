@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from dpo.files import written_whole
+from dpo.common.files import atomic_write
 
 
 def put_table(page: Path, name: str, table: str) -> None:
@@ -14,8 +14,8 @@ def put_table(page: Path, name: str, table: str) -> None:
     start, end = markers(name)
     head, table_then_tail = page.read_text().split(start)
     _, tail = table_then_tail.split(end)
-    with written_whole(page) as aside:
-        aside.write_text(f"{head}{start}\n\n{table}\n\n{end}{tail}")
+    with atomic_write(page) as tmp:
+        tmp.write_text(f"{head}{start}\n\n{table}\n\n{end}{tail}")
 
 
 def markers(name: str) -> tuple[str, str]:

@@ -1,6 +1,6 @@
 """The planner's predictions against measured memory and time, on this machine: `python -m benchmarks.planner`.
 
-Every case trains the base model on micro-batches, two a step, with `dpo.training`, in a process of its own.
+Every case trains the base model on micro-batches, two a step, with `dpo.training.train`, in a process of its own.
 
 Memory is the peak resident memory, with the allocator that `dvc.yaml` sets for training; its overhead is what is
 resident once a model of one narrow layer has been trained the same way. Time is the median of four steps after the
@@ -22,17 +22,19 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from benchmarks.measure import alone, peak, resident, stage_environment
+from benchmarks.measure import alone, peak, resident
 from benchmarks.page import put_table
 from benchmarks.trainers import Clock
-from dpo.batching import TokenRow
-from dpo.config import LoraParams, load_params
-from dpo.files import write_json
-from dpo.logps import load_model
+from dpo.common.files import write_json
+from dpo.config import load_params
+from dpo.engine.logprobs import load_model
+from dpo.engine.packing import TokenRow
 from dpo.planner import LLAMAS, Pair, Setup, pair_flops, seconds, shape_of, training_memory
-from dpo.training import train_dpo
-from tasks.plan import GPU_OVERHEAD, TFLOPS, UTILISATION, ways
-from tasks.stage import BASE
+from dpo.training.settings import LoraSettings
+from dpo.training.train import train_dpo
+from tasks.commands.plan import GPU_OVERHEAD, TFLOPS, UTILISATION, ways
+from tasks.common.allocator import TRAINING
+from tasks.common.paths import BASE
 
 RESULTS, PAGE = Path("benchmarks/results/planner.json"), Path("docs/scale.md")
 PAIR = Pair(prompt=32, completion=24)
@@ -75,16 +77,15 @@ def measure(model: Path, rank: int | None, pairs: int, checkpointing: bool) -> R
         pairs_per_step=pairs * MICRO_BATCHES,
         optimizer="adamw",
         gradient_checkpointing=checkpointing,
-        reference="cached",
-        lora=None if rank is None else LoraParams(rank=rank, alpha=2 * rank),
+        lora=None if rank is None else LoraSettings(rank=rank, alpha=2 * rank),
         early_stop=None,
     )
 
     def seconds_a_step(path: Path) -> float:
         clock = Clock()
         train_dpo(
-            load_model(path), rows, {row.id: (-100.0, -100.0) for row in rows}, asked, params.sweep.cells()[0],
-            params.losses, tokens_per_batch=pairs * PAIR.tokens, callbacks=[clock],
+            load_model(path), rows, {row.id: (-100.0, -100.0) for row in rows}, asked, params.sweep.trials()[0],
+            params.losses, max_tokens_per_microbatch=pairs * PAIR.tokens, callbacks=[clock],
         )  # fmt: skip
         return statistics.median(np.diff(clock.ends))
 
@@ -107,7 +108,7 @@ def main() -> None:
         shape, results = shape_of(AutoConfig.from_pretrained(options.model)), []
         for case in CASES:
             rank, pairs, checkpointing = case
-            run = alone(measure, options.model, *case, **stage_environment("training"))
+            run = alone(measure, options.model, *case, **TRAINING)
             setup = Setup(pairs * PAIR.tokens, "fp32", rank, checkpointing)
             memory = training_memory(shape, PAIR, setup, run.overhead)
             flops = pairs * MICRO_BATCHES * sum(pair_flops(shape, PAIR, setup))
@@ -116,7 +117,7 @@ def main() -> None:
                 {
                     "lora_rank": rank,
                     "pairs": pairs,
-                    "tokens": setup.tokens_per_batch,
+                    "tokens": setup.max_tokens_per_microbatch,
                     "gradient_checkpointing": checkpointing,
                     "peak": run.peak,
                     "predicted_peak": memory.total,
@@ -159,7 +160,7 @@ def measured(results: list[dict[str, Any]]) -> str:
 def shapes() -> str:
     """Llamas of three sizes in bf16: GiB of a GPU for each number of GPUs, with FSDP on more than one."""
     params = load_params()
-    engine = dataclasses.replace(params.engine, precision="bf16", tokens_per_batch=TOKENS)
+    engine = dataclasses.replace(params.engine, precision="bf16", max_tokens_per_microbatch=TOKENS)
     asked = dataclasses.replace(params.dpo, optimizer="adamw", pairs_per_step=64, lora=None)
     params = dataclasses.replace(params, engine=engine, dpo=asked)
     lines = [

@@ -14,13 +14,14 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoTokenizer
 
 from benchmarks.cases import PAIRS_PER_STEP, long_rows, short_rows
-from benchmarks.measure import alone, stage_environment
+from benchmarks.measure import alone
 from benchmarks.page import put_table
-from dpo.batching import TokenRow, pack
 from dpo.config import load_params
-from dpo.logps import accumulate_in_place, load_model
-from dpo.losses import preference_loss
-from dpo.training import dpo_objective
+from dpo.engine.logprobs import accumulate_in_place, load_model
+from dpo.engine.packing import TokenRow, pack
+from dpo.training.losses import preference_loss
+from dpo.training.train import dpo_objective
+from tasks.common.allocator import TRAINING
 
 PAGE, MODEL = Path("docs/benchmarks.md"), Path("models/base")
 GROUPS = {
@@ -77,7 +78,7 @@ def main() -> None:
         "short, 2 at once": (short, 2),
         "long, 1 at once": (long, 1),
     }
-    results = {name: alone(shares, *case, **stage_environment("training")) for name, case in cases.items()}
+    results = {name: alone(shares, *case, **TRAINING) for name, case in cases.items()}
     lines = ["| share of time | " + " | ".join(cases) + " |", "| --- |" + " ---: |" * len(cases)]
     for label in (*GROUPS, "all else"):
         lines.append(f"| {label} | " + " | ".join(f"{result[label]:.0%}" for result in results.values()) + " |")

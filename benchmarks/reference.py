@@ -24,14 +24,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from benchmarks.measure import alone, peak, resident
 from benchmarks.page import put_table
-from dpo.config import EngineParams
-from dpo.files import write_json
-from dpo.logps import load_model
-from dpo.reference import compute_reference, policy_key
-from tasks.stage import BASE, TRAIN
+from dpo.common.files import write_json
+from dpo.engine.logprobs import load_model
+from dpo.engine.reference_cache import compute_reference, policy_key
+from dpo.engine.settings import EngineSettings
+from tasks.common.paths import BASE, TRAIN
 
 RESULTS, PAGE = Path("benchmarks/results/reference.json"), Path("docs/scale.md")
-ENGINE = EngineParams(max_length=512, tokens_per_batch=8192, precision="fp32", compile=False)
+ENGINE = EngineSettings(max_length=512, max_tokens_per_microbatch=8192, precision="fp32", compile=False)
 SEED, VOCABULARY, ROWS_AT_ONCE = 17, 512, 10_000
 
 
@@ -95,14 +95,14 @@ def table(results: list[dict[str, Any]]) -> str:
         "| ---: | ---: | ---: | ---: | ---: |",
     ]
     for r in results:
-        cells = [
+        trials = [
             f"{r['rows']:,}",
             f"{r['seconds']:.0f}",
             f"{r['rows'] / r['seconds']:,.0f}",
             f"{r['peak'] / 2**30:.2f}",
             f"{(r['peak'] - r['before']) / 2**30:.2f}",
         ]
-        lines.append("| " + " | ".join(cells) + " |")
+        lines.append("| " + " | ".join(trials) + " |")
     return "\n".join(lines)
 
 

@@ -13,13 +13,14 @@ from transformers.trainer_callback import PrinterCallback, TrainerCallback
 
 from benchmarks.cases import BETA, LORA, SEED, Case, arguments
 from benchmarks.measure import Run, close, now, resident
-from dpo.batching import StepSampler, TokenRow
-from dpo.config import LoraParams, load_params
-from dpo.logps import load_model
-from dpo.losses import preference_loss
-from dpo.schedule import Schedule
-from dpo.trainer import PackedTrainer
-from dpo.training import add_lora, cached_reference, dpo_objective
+from dpo.config import load_params
+from dpo.engine.logprobs import load_model
+from dpo.engine.packing import StepSampler, TokenRow
+from dpo.training.loop import PackedTrainer
+from dpo.training.losses import preference_loss
+from dpo.training.schedule import Schedule
+from dpo.training.settings import LoraSettings
+from dpo.training.train import add_lora, cached_reference, dpo_objective
 
 QUIET = {"save_strategy": "no", "logging_steps": 1, "report_to": "none", "disable_tqdm": True,
          "dataloader_pin_memory": False}  # fmt: skip
@@ -56,7 +57,9 @@ class InOrder(StepSampler):
 
     def __init__(self, rows: Sequence[TokenRow], pairs_per_step: int, micro_batch: int) -> None:
         lengths = [row.tokens for row in rows]
-        super().__init__(lengths, rows_per_step=pairs_per_step, tokens_per_batch=sum(lengths), epochs=1, seed=SEED)
+        super().__init__(
+            lengths, rows_per_step=pairs_per_step, max_tokens_per_microbatch=sum(lengths), epochs=1, seed=SEED
+        )
         self.accumulation = pairs_per_step // micro_batch
 
     def _steps(self, epoch: int) -> list[list[int]]:
@@ -64,7 +67,7 @@ class InOrder(StepSampler):
 
 
 def train_ours(case: Case, model: Path, rows: Sequence[TokenRow], reference: Reference) -> Run:
-    """DPO with `dpo.training`'s trainer; bf16 is the engine's own, not the trainer's."""
+    """DPO with `dpo.training.train`'s trainer; bf16 is the engine's own, not the trainer's."""
     if case.lora:
         import peft  # noqa: F401
     bare = resident()
@@ -73,7 +76,7 @@ def train_ours(case: Case, model: Path, rows: Sequence[TokenRow], reference: Ref
     if case.ours_checkpointing:
         policy.gradient_checkpointing_enable({"use_reentrant": False})
     if case.lora:
-        add_lora(policy, LoraParams(rank=LORA["r"], alpha=LORA["lora_alpha"]))
+        add_lora(policy, LoraSettings(rank=LORA["r"], alpha=LORA["lora_alpha"]))
     loss = functools.partial(preference_loss, beta=BETA, loss="sigmoid", settings=load_params().losses)
     objective = functools.partial(dpo_objective, loss=loss, reference=cached_reference(reference, rows))
     with tempfile.TemporaryDirectory() as folder:

@@ -1,8 +1,8 @@
 """How validation grows with the data: `python -m benchmarks.validate [--rows N ...]`.
 
 Writes JSONL of the wanted number of pairs, about a kilobyte each, and checks each file as a user does, with
-`python -m tasks.validate FILE`, tokenizer included. Writes `benchmarks/results/validate.json` and the table of
-`docs/data.md`.
+`python -m tasks.commands.validate FILE`, tokenizer included. Writes `benchmarks/results/validate.json` and the
+table of `docs/data.md`.
 """
 
 import argparse
@@ -18,8 +18,8 @@ import pandas as pd
 import psutil
 
 from benchmarks.page import put_table
-from dpo.files import write_json
-from tasks.stage import BASE, TRAIN
+from dpo.common.files import write_json
+from tasks.common.paths import BASE, TRAIN
 
 RESULTS, PAGE = Path("benchmarks/results/validate.json"), Path("docs/data.md")
 SEED = 17
@@ -43,7 +43,7 @@ def write_pairs(path: Path, rows: int, sentences: list[str]) -> None:
 
 def measure(path: Path, output: Path) -> tuple[float, float]:
     """Seconds and peak memory (GiB resident, all processes together) of one check."""
-    command = [sys.executable, "-m", "tasks.validate", str(path), "--output", str(output)]
+    command = [sys.executable, "-m", "tasks.commands.validate", str(path), "--output", str(output)]
     start, peak = time.perf_counter(), 0
     process = psutil.Popen(command, stdout=subprocess.DEVNULL)
     while process.poll() is None:

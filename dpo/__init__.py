@@ -1,5 +1,5 @@
-"""Direct Preference Optimization: losses, log-probs, batching, training and evaluation.
+"""Direct Preference Optimization: data, log-probs, training and evaluation.
 
-This package knows nothing of files' whereabouts, orchestration or experiment tracking; those live in
-`tasks` and `flows`, which import it and are never imported by it.
+This package does not know where files are kept, and does not import prefect, dvc or mlflow. `tasks` and `flows`
+import it and are never imported by it.
 """

@@ -1,6 +1,6 @@
 """What a training would take: peak memory of a GPU and hours, from shapes alone.
 
-The formulas follow what the engine does: one packed stream of at most `tokens_per_batch` tokens, weights,
+The formulas follow what the engine does: one packed stream of at most `max_tokens_per_microbatch` tokens, weights,
 gradients and optimizer states in fp32, matrix products of the layers in fp32 or bf16, the vocabulary in fp32 in
 chunks of `HEAD_CHUNK` positions, reference log-probs from a cache. They hold for models built as Llama is:
 grouped-query attention, a gated MLP, two RMSNorms a layer.
@@ -9,9 +9,9 @@ grouped-query attention, a gated MLP, two RMSNorms a layer.
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from dpo.config import Precision
-from dpo.errors import InputError
-from dpo.logps import HEAD_CHUNK
+from dpo.common.errors import InputError
+from dpo.engine.logprobs import HEAD_CHUNK
+from dpo.engine.settings import Precision
 
 Sharding = Literal["none", "data", "full"]
 """`none`: one process; `data`: a whole model in each process; `full`: weights, gradients and states in shards."""
@@ -124,7 +124,7 @@ class Pair:
 class Setup:
     """How a model is trained."""
 
-    tokens_per_batch: int
+    max_tokens_per_microbatch: int
     """Tokens in a micro-batch of one GPU."""
     precision: Precision = "fp32"
     lora_rank: int | None = None
@@ -188,7 +188,7 @@ def layer_activations(shape: Shape, pair: Pair, setup: Setup) -> float:
 def recomputed_layer(shape: Shape, pair: Pair, setup: Setup) -> float:
     """Return the bytes of one layer in its backward pass: its activations, and in bf16 its rounded weights."""
     copies = 0 if setup.precision == "fp32" else 2 * shape.layer
-    return setup.tokens_per_batch * layer_activations(shape, pair, setup) + copies
+    return setup.max_tokens_per_microbatch * layer_activations(shape, pair, setup) + copies
 
 
 def activations(shape: Shape, pair: Pair, setup: Setup) -> float:
@@ -197,7 +197,7 @@ def activations(shape: Shape, pair: Pair, setup: Setup) -> float:
     With gradient checkpointing each layer keeps its input only. After the layers, the last norm and the hidden
     states of the completions are kept.
     """
-    kept = setup.tokens_per_batch * 4 * shape.hidden
+    kept = setup.max_tokens_per_microbatch * 4 * shape.hidden
     layer = kept if setup.gradient_checkpointing else recomputed_layer(shape, pair, setup)
     completions = 2 * pair.completion / pair.tokens
     norm = 2 if setup.lora_rank is None else 1
@@ -236,10 +236,10 @@ def training_memory(shape: Shape, pair: Pair, setup: Setup, overhead: float) -> 
     head = 4 * shape.head if full else 0
     new_head = head if setup.sharding != "none" else 0
     first = new_head if setup.accumulates else head
-    positions = setup.tokens_per_batch * 2 * pair.completion / pair.tokens
+    positions = setup.max_tokens_per_microbatch * 2 * pair.completion / pair.tokens
     chunk = 4 * min(setup.head_chunk, positions) * shape.vocabulary
     width = 4 if setup.precision == "fp32" else 2
-    backward = setup.tokens_per_batch * (3 * width * shape.intermediate + 2 * 4 * shape.hidden)
+    backward = setup.max_tokens_per_microbatch * (3 * width * shape.intermediate + 2 * 4 * shape.hidden)
     kept = activations(shape, pair, setup)
     accumulated = gradients * setup.accumulates
     # FSDP shards the head and its gradient again before the layers, unless the embedding shares the matrix.
@@ -264,7 +264,7 @@ def reference_memory(shape: Shape, setup: Setup, overhead: float) -> Memory:
     """
     width = 4 if setup.precision == "fp32" else 2
     copies = 0 if setup.precision == "fp32" else 2 * shape.hidden * shape.intermediate
-    layer = setup.tokens_per_batch * (3 * width * shape.intermediate + 3 * 4 * shape.hidden)
+    layer = setup.max_tokens_per_microbatch * (3 * width * shape.intermediate + 3 * 4 * shape.hidden)
     chunk = 4 * setup.head_chunk * shape.vocabulary
     return Memory(4 * shape.parameters, 0, 0, 0, copies + max(layer, chunk), overhead)
 

@@ -35,9 +35,9 @@ from prefect.states import Cancelled, Completed
 from prefect.task_runners import ThreadPoolTaskRunner
 from pydantic import PositiveInt
 
-from flows.pages import BAR_SECONDS, Progress, show_stage
+from flows.artifacts import BAR_SECONDS, Progress, show_stage
 from flows.servers import lives
-from tasks.provenance import FLOW_RUN
+from tasks.tracking.provenance import FLOW_RUN
 
 Logger: TypeAlias = "logging.Logger | logging.LoggerAdapter[Any]"
 RAN, RESTORED, UP_TO_DATE, STOPPED, FAILED = "ran", "restored", "up to date", "stopped", "failed"

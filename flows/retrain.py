@@ -29,11 +29,12 @@ from prefect.runtime import flow_run
 from prefect.states import Cancelled, Completed
 from pydantic import PositiveInt
 
+from dpo.common.errors import InputError
+from dpo.common.files import atomic_write, write_json
 from dpo.config import load_params
-from dpo.errors import InputError
-from dpo.files import write_json, written_whole
-from dpo.preferences.sources import READERS
-from flows.pages import if_there
+from dpo.data.readers import READERS
+from flows.artifacts import if_there
+from flows.git import commit, default_remote, dvc, git, module, switch
 from flows.pipeline import (
     PATIENT,
     TAIL_LINES,
@@ -43,8 +44,7 @@ from flows.pipeline import (
     pipeline,
     run_now,
 )
-from flows.repository import commit, default_remote, dvc, git, module, switch
-from tasks.registry import GATE, LANDED, VERSIONED, uncommitted
+from tasks.tracking.registry import GATE, LANDED, VERSIONED, uncommitted
 
 WORK = Path(".retrain")
 LOCK, PENDING, INCOMING, REFUSED = WORK / "lock", WORK / "pending", WORK / "incoming", WORK / "refused"
@@ -198,8 +198,8 @@ def fetch_new(landing: str, owed: Sequence[str]) -> list[Path]:
                     )
                 get_run_logger().info("%s is left alone: no data file by its name", origin)
                 continue
-            with written_whole(INCOMING / "new") as aside:
-                digest = _copy(files, origin, aside)
+            with atomic_write(INCOMING / "new") as tmp:
+                digest = _copy(files, origin, tmp)
             path = INCOMING / f"{digest[:HASH_LENGTH]}-{re.sub(r'[^A-Za-z0-9_.-]+', '_', name)}"
             if digest[:HASH_LENGTH] in known:
                 (INCOMING / "new").unlink()
@@ -236,7 +236,7 @@ def check_file(path: Path) -> str | None:
     Raises:
         StageError: the check itself failed.
     """
-    command = ["tasks.validate", str(path), "--output", str(WORK / "checked")]
+    command = ["tasks.commands.validate", str(path), "--output", str(WORK / "checked")]
     code, lines = execute(command, threading.Event(), get_run_logger())
     if code == 0:
         return None
@@ -255,8 +255,8 @@ def check_file(path: Path) -> str | None:
 def refuse(name: str, reason: str) -> None:
     """Remember by name, which begins with its hash, that a file is not to be taken in."""
     get_run_logger().warning("%s is refused: %s", name, reason)
-    with written_whole(REFUSED / f"{name}.txt") as aside:
-        aside.write_text(f"{reason}\n")
+    with atomic_write(REFUSED / f"{name}.txt") as tmp:
+        tmp.write_text(f"{reason}\n")
 
 
 @task(name="new version of the data", cache_policy=NO_CACHE)
@@ -282,7 +282,7 @@ def keep_results(files: Sequence[str]) -> None:
 @task(name="gate", cache_policy=NO_CACHE)
 def ask_gate() -> dict[str, str]:
     """Promote the selected policy if it is better than the champion; the outcome and the reason."""
-    module("tasks.promote")
+    module("tasks.commands.promote")
     with if_there():
         create_markdown_artifact(GATE.with_suffix(".md").read_text(), key="gate")
     verdict = json.loads(GATE.read_text())

@@ -14,13 +14,13 @@ from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
 from prefect.states import Completed
 
-from dpo.errors import InputError
+from dpo.common.errors import InputError
+from flows.git import commit, default_remote, dvc, git, known
 from flows.pipeline import StageError, name_flow_run, run_now
-from flows.repository import commit, default_remote, dvc, git, known
 from flows.retrain import PENDING, alone, notify, refuse
-from tasks import registry
-from tasks.registry import COMMIT, LANDED, VERSIONED, uncommitted
-from tasks.spool import connect
+from tasks.tracking import registry
+from tasks.tracking.offline import connect
+from tasks.tracking.registry import COMMIT, LANDED, VERSIONED, uncommitted
 
 
 @dataclass(frozen=True)

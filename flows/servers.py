@@ -36,10 +36,11 @@ from prefect.states import Crashed
 from prefect.workers.process import ProcessWorker
 from ruamel.yaml import YAML
 
-from dpo.errors import InputError
-from flows.pages import MLFLOW_PAGES
-from tasks.provenance import FLOW_RUN
-from tasks.stage import MLFLOW_STORE, run
+from dpo.common.errors import InputError
+from flows.artifacts import MLFLOW_PAGES
+from tasks.common.paths import MLFLOW_STORE
+from tasks.common.runner import run
+from tasks.tracking.provenance import FLOW_RUN
 
 FOLDER = Path(".servers")
 HOST = "127.0.0.1"

@@ -1,8 +1,8 @@
 """Sweep over losses, betas, learning rates and seeds: `python -m flows.sweep --betas 0.05 0.1 --seeds 17 18`.
 
-The lists are written to `params.yaml` and the pipeline is run. So the cells are DVC's own: the DAG stays defined
-once, a cell that is known already is not trained again, and `git diff params.yaml` shows what was asked for. DVC's
-queue of experiments would train the cells in folders and workers that Prefect does not see.
+The flow writes the lists to `params.yaml` and runs the pipeline. DVC expands the trials: the DAG is defined once,
+a trial that is up to date is not trained again, and `git diff params.yaml` shows the request. DVC's experiment
+queue would train the trials in folders and workers that Prefect does not see.
 """
 
 import argparse
@@ -15,9 +15,10 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from ruamel.yaml import YAML
 from ruamel.yaml.representer import RoundTripRepresenter
 
-from dpo.config import LossName, load_params
-from dpo.errors import InputError
-from dpo.files import written_whole
+from dpo.common.errors import InputError
+from dpo.common.files import atomic_write
+from dpo.config import load_params
+from dpo.training.settings import LossName
 from flows.pipeline import name_flow_run, pipeline, run_now
 
 PARAMS = Path("params.yaml")
@@ -68,13 +69,13 @@ def set_lists(lists: dict[str, list[LossName] | list[float] | list[int]]) -> Non
     params = yaml.load(before)
     for name, values in lists.items():
         params["sweep"][name][:] = values
-    with written_whole(PARAMS) as aside:
-        yaml.dump(params, aside)
+    with atomic_write(PARAMS) as tmp:
+        yaml.dump(params, tmp)
     try:
         load_params(PARAMS)
     except InputError:
-        with written_whole(PARAMS) as aside:
-            aside.write_bytes(before)
+        with atomic_write(PARAMS) as tmp:
+            tmp.write_bytes(before)
         raise
 
 

@@ -1,14 +1,16 @@
-"""The stages of `dvc.yaml`, one module each, run as `python -m tasks.NAME`.
+"""The stages of `dvc.yaml`, one module each, run as `python -m tasks.STAGE`.
 
-Importing this package keeps every dependency from reporting usage to its makers; set a variable yourself to
-choose otherwise. It also has Python search for garbage less often: torch and transformers make millions of objects
-that stay, and a third of a stage's start went into looking at them.
+Importing this package disables telemetry in every dependency, unless the variables are set already. It also makes
+Python collect garbage less often: torch and transformers create millions of objects that stay, and a third of the
+start of a stage was spent on examining them.
 """
 
 import gc
 import os
 
-QUIET = {
+from tasks.common.allocator import use_allocator_settings
+
+TELEMETRY_OFF = {
     "DO_NOT_TRACK": "true",
     "DVC_NO_ANALYTICS": "true",
     "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -16,7 +18,8 @@ QUIET = {
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
 }
 
-for _name, _value in QUIET.items():
+for _name, _value in TELEMETRY_OFF.items():
     os.environ.setdefault(_name, _value)
 
+use_allocator_settings()
 gc.set_threshold(100_000, 50, 50)

@@ -8,26 +8,26 @@ import pandas as pd
 from jinja2 import Environment, FileSystemLoader
 from plotly.offline import get_plotlyjs
 
+from dpo.common.files import atomic_write, write_json
 from dpo.config import Params, load_params
-from dpo.evaluation.preferences import reliability, slices
+from dpo.evaluation.pair_metrics import reliability, slices
 from dpo.evaluation.selection import compare_policies, failure_signs, select
-from dpo.files import write_json, written_whole
-from tasks.figures import calibration, curve, frontier, height, labels, margins
-from tasks.provenance import provenance
-from tasks.serving import log_models
-from tasks.stage import (
+from tasks.common.paths import (
     COMPARISON,
     METRICS,
+    REFERENCE,
     REPORT,
-    SFT,
     evaluation,
     policy_folder,
     policy_margins,
     policy_samples,
-    run,
     train_log,
 )
-from tasks.tracking import log_comparison, seconds_of
+from tasks.common.runner import run
+from tasks.report.figures import calibration, curve, frontier, height, labels, margins
+from tasks.tracking.models import log_models
+from tasks.tracking.provenance import provenance
+from tasks.tracking.runs import log_comparison, seconds_of
 
 SHOWN_ANSWERS = 100
 """Answers of each policy in the report."""
@@ -36,18 +36,18 @@ SHOWN_ANSWERS = 100
 def main() -> None:
     """Gather, test, select, draw, write."""
     params = load_params()
-    cells = params.sweep.cells()
-    names = labels(cells)
-    policies: dict[str, dict[str, Any]] = {c.key: json.loads(evaluation(c).read_text()) for c in cells}
-    pairs = {cell.key: pd.read_parquet(policy_margins(cell)) for cell in cells}
-    samples = {cell.key: pd.read_parquet(policy_samples(cell)) for cell in cells}
+    trials = params.sweep.trials()
+    names = labels(trials)
+    policies: dict[str, dict[str, Any]] = {c.name: json.loads(evaluation(c).read_text()) for c in trials}
+    pairs = {trial.name: pd.read_parquet(policy_margins(trial)) for trial in trials}
+    samples = {trial.name: pd.read_parquet(policy_samples(trial)) for trial in trials}
     comparisons = compare_policies(*_outcomes(params, pairs, samples), params.seed)
     selected, reason = select(policies, comparisons, params.compare)
     signs = {key: failure_signs(metrics, params.compare) for key, metrics in policies.items()}
 
     up = height(policies)
     points = [
-        {"policy": key, "beta": row["cell"]["beta"], "kl": row["kl"], "reward": row[up]}
+        {"policy": key, "beta": row["trial"]["beta"], "kl": row["kl"], "reward": row[up]}
         for key, row in policies.items()
     ]
     bins = _gather({key: reliability(table) for key, table in pairs.items()}, names)
@@ -67,23 +67,23 @@ def main() -> None:
     for name, table in {
         "frontier": pd.DataFrame(points), "calibration": bins, "slices": parts, "tests": tests
     }.items():  # fmt: skip
-        with written_whole(METRICS / f"{name}.csv") as aside:
-            table.to_csv(aside, index=False)
+        with atomic_write(METRICS / f"{name}.csv") as tmp:
+            table.to_csv(tmp, index=False)
 
-    curves = _gather({cell.key: pd.read_csv(train_log(cell)) for cell in cells}, names)
+    curves = _gather({trial.name: pd.read_csv(train_log(trial)) for trial in trials}, names)
     figures = [
-        frontier(cells, policies),
+        frontier(trials, policies),
         margins(_gather(pairs, names)),
         *([calibration(bins)] if len(bins) else []),
         *(curve(curves, name) for name in ("rewards/margins", "rewards/accuracies", "loss")),
     ]
-    template = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True).get_template(
-        "report.html.jinja"
-    )
+    template = Environment(
+        loader=FileSystemLoader(Path(__file__).parent / "report"), autoescape=True
+    ).get_template("report.html.jinja")
     shown = {k: table.head(SHOWN_ANSWERS).rename(columns={"policy": "answer"}) for k, table in samples.items()}
-    checkpoints = [SFT, *(policy_folder(cell) for cell in cells)]
-    with written_whole(REPORT) as aside:
-        aside.write_text(
+    checkpoints = [REFERENCE, *(policy_folder(trial) for trial in trials)]
+    with atomic_write(REPORT) as tmp:
+        tmp.write_text(
             template.render(
                 params=params,
                 params_text=Path("params.yaml").read_text(),
@@ -109,7 +109,7 @@ def main() -> None:
             )
         )
     log_comparison(params, policies, selected, reason, figures)
-    log_models(params, [SFT, *(policy_folder(cell) for cell in cells if cell.key == selected)])
+    log_models(params, [REFERENCE, *(policy_folder(trial) for trial in trials if trial.name == selected)])
 
 
 def _outcomes(

@@ -5,18 +5,19 @@ from contextlib import nullcontext
 
 import pandas as pd
 
+from dpo.common.distributed import this_process
+from dpo.common.files import atomic_write
 from dpo.config import load_params
-from dpo.files import written_whole
-from dpo.loading import load_tokenizer
-from dpo.logps import load_model
-from dpo.processes import this_process
-from dpo.progress import Progress
-from dpo.tokens import encode_pairs
-from dpo.training import save_checkpoint, train_sft
-from tasks.provenance import made_by
-from tasks.stage import BASE, METRICS, SFT, TRAIN, TRAINING_PROGRESS, run_launched
-from tasks.steplog import StepLog
-from tasks.tracking import reference_run, tag_checkpoint
+from dpo.engine.logprobs import load_model
+from dpo.engine.pretrained import load_tokenizer
+from dpo.engine.tokenization import encode_pairs
+from dpo.training.checkpoints import Progress
+from dpo.training.train import save_checkpoint, train_sft
+from tasks.common.paths import BASE, METRICS, REFERENCE, TRAIN, TRAINING_PROGRESS
+from tasks.common.runner import run_launched
+from tasks.tracking.provenance import made_by
+from tasks.tracking.runs import reference_run, tag_checkpoint
+from tasks.tracking.steplog import StepLog
 
 
 def main() -> None:
@@ -37,17 +38,17 @@ def main() -> None:
             model,
             rows,
             params.sft,
-            tokens_per_batch=params.engine.tokens_per_batch,
+            max_tokens_per_microbatch=params.engine.max_tokens_per_microbatch,
             seed=params.seed,
             progress=progress,
             callbacks=[StepLog(run_id)] if run_id else [],
         )
-        save_checkpoint(model, tokenizer, SFT, made_by(params, run_id))
+        save_checkpoint(model, tokenizer, REFERENCE, made_by(params, run_id))
         if run_id:
-            tag_checkpoint(run_id, SFT)
+            tag_checkpoint(run_id, REFERENCE)
     if main_process:
-        with written_whole(METRICS / "sft.csv") as aside:
-            pd.DataFrame(log).to_csv(aside, index=False)
+        with atomic_write(METRICS / "sft.csv") as tmp:
+            pd.DataFrame(log).to_csv(tmp, index=False)
         progress.discard()
 
 

@@ -1,64 +1,63 @@
-"""Stage `train`: one cell of the sweep, from the reference to a policy, `python -m tasks.train CELL`."""
+"""Stage `train`: one trial of the sweep, from the reference to a policy, `python -m tasks.train TRIAL`."""
 
 from contextlib import nullcontext
 
 import pandas as pd
 
+from dpo.common.distributed import this_process
+from dpo.common.files import atomic_write
 from dpo.config import load_params
-from dpo.files import written_whole
-from dpo.loading import load_tokenizer
-from dpo.logps import load_model
-from dpo.processes import this_process
-from dpo.progress import Progress
-from dpo.reference import cache_key, load_reference
-from dpo.tokens import encode_pairs
-from dpo.training import save_checkpoint, train_dpo
-from tasks.provenance import made_by
-from tasks.stage import (
+from dpo.engine.logprobs import load_model
+from dpo.engine.pretrained import load_tokenizer
+from dpo.engine.reference_cache import cache_key, load_reference
+from dpo.engine.tokenization import encode_pairs
+from dpo.training.checkpoints import Progress
+from dpo.training.train import save_checkpoint, train_dpo
+from tasks.common.paths import (
+    REFERENCE,
     REFERENCE_TRAIN,
-    SFT,
     TRAIN,
     TRAINING_PROGRESS,
-    cell_argument,
     policy_folder,
-    run_launched,
     train_log,
 )
-from tasks.steplog import StepLog
-from tasks.tracking import policy_run, tag_checkpoint
+from tasks.common.runner import run_launched, trial_argument
+from tasks.tracking.provenance import made_by
+from tasks.tracking.runs import policy_run, tag_checkpoint
+from tasks.tracking.steplog import StepLog
 
 
 def main() -> None:
     """Load, train, save."""
     params = load_params()
-    cell = cell_argument(params)
-    tokenizer = load_tokenizer(SFT)
+    trial = trial_argument(params)
+    tokenizer = load_tokenizer(REFERENCE)
     table = pd.read_parquet(TRAIN)
     engine = params.engine
     rows = encode_pairs(table.to_dict("records"), tokenizer, engine.max_length)
-    key = cache_key(SFT, tokenizer, rows, engine)
+    key = cache_key(REFERENCE, tokenizer, rows, engine)
     reference = load_reference(REFERENCE_TRAIN, key)
-    model = load_model(SFT, engine.precision, engine.compile)
-    progress = Progress(TRAINING_PROGRESS / cell.key, params.run.checkpoint_minutes)
+    model = load_model(REFERENCE, engine.precision, engine.compile)
+    progress = Progress(TRAINING_PROGRESS / trial.name, params.run.checkpoint_minutes)
     main_process = this_process().is_main_process
-    with policy_run(params, cell, table) if main_process else nullcontext() as run_id:
+    with policy_run(params, trial, table) if main_process else nullcontext() as run_id:
         log = train_dpo(
             model,
             rows,
             reference,
             params.dpo,
-            cell,
+            trial,
             params.losses,
-            tokens_per_batch=engine.tokens_per_batch,
+            max_tokens_per_microbatch=engine.max_tokens_per_microbatch,
             progress=progress,
             callbacks=[StepLog(run_id)] if run_id else [],
         )
-        save_checkpoint(model, tokenizer, policy_folder(cell), made_by(params, run_id, cell))
+        save_checkpoint(model, tokenizer, policy_folder(trial), made_by(params, run_id, trial))
         if run_id:
-            tag_checkpoint(run_id, policy_folder(cell))
+            tag_checkpoint(run_id, policy_folder(trial))
     if main_process:
-        with written_whole(train_log(cell)) as aside:
-            pd.DataFrame(log).to_csv(aside, index=False)
+        with atomic_write(train_log(trial)) as tmp:
+            pd.DataFrame(log).to_csv(tmp, index=False)
         progress.discard()
 
 

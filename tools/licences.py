@@ -7,9 +7,9 @@ import re
 from importlib.metadata import PackageMetadata, PackageNotFoundError, metadata
 from pathlib import Path
 
-from dpo.errors import InputError
-from dpo.files import written_whole
-from tasks.stage import run
+from dpo.common.errors import InputError
+from dpo.common.files import atomic_write
+from tasks.common.runner import run
 
 LOCKS = Path("requirements")
 PAGE = Path("docs/licences.md")
@@ -53,9 +53,9 @@ def main() -> None:
         lines.append(f"| {name} | {found['Version']} | {stated or 'none'} | {REASONS.get(name, '')} |\n")
     if faults:
         raise InputError("\n".join(faults))
-    with written_whole(PAGE) as aside:
+    with atomic_write(PAGE) as tmp:
         table = "| package | version | licence | why |\n| --- | --- | --- | --- |\n" + "".join(lines)
-        aside.write_text(f"{HEAD}\n{table}\nNot installed on this machine, so not checked: {', '.join(absent)}.\n")
+        tmp.write_text(f"{HEAD}\n{table}\nNot installed on this machine, so not checked: {', '.join(absent)}.\n")
 
 
 def locked() -> list[str]:

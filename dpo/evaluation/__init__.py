@@ -1,1 +1,1 @@
-"""What a policy is worth: metrics, samples, judges."""
+"""Metrics, sampling, judges and the choice of a policy."""

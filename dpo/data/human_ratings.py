@@ -1,0 +1,149 @@
+"""The embedded preference data: pairs of sentences ordered by the people who rated them.
+
+Hutto and Gilbert 2014 ("VADER", ICWSM) had 15 to 20 people rate each sentence of film reviews, product reviews
+and newspaper editorials from -4 (negative) to 4 (positive). Of two sentences of one domain, `chosen` is the one
+with the higher mean rating.
+"""
+
+import ast
+import io
+import random
+import tarfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+DOMAINS = {
+    "movieReviewSnippets": "film review",
+    "amazonReviewSnippets": "product review",
+    "nytEditorialSnippets": "newspaper editorial",
+}
+
+TRAIN_PHRASINGS = (
+    "Write one sentence from a {}.",
+    "Give me a sentence of a {}.",
+    "Quote a line from a {}.",
+    "Compose a sentence for a {}.",
+    "What might a {} say?",
+    "Please write a line of a {}.",
+    "I need a sentence for a {}.",
+    "Can you write a single sentence of a {}?",
+    "Produce one line of a {}.",
+    "Draft a sentence that could stand in a {}.",
+    "Say something that belongs in a {}.",
+    "Write a sentence as it might appear in a {}.",
+)
+EVAL_PHRASINGS = (
+    "Make up a sentence from a {}.",
+    "Show me one line of a {}.",
+    "Write a short excerpt from a {}.",
+    "Invent a line of a {}.",
+    "Could you give me one sentence of a {}?",
+    "Let me read a sentence of a {}.",
+    "Come up with a line for a {}.",
+    "What would one sentence of a {} be?",
+    "Think of a sentence in a {}.",
+    "Imagine a {} and write one of its sentences.",
+    "One line of a {}, please.",
+    "Put down a sentence of a {}.",
+)
+"""Held out, so that no prompt is in both splits."""
+
+WORDS = range(4, 21)
+"""Lengths of the sentences used: long enough to judge, short enough for two CPU cores."""
+
+
+@dataclass(frozen=True)
+class Rated:
+    """A sentence and its ratings; `mean` is the authors' published mean."""
+
+    id: str
+    text: str
+    mean: float
+    ratings: tuple[int, ...]
+
+
+def agreement(chosen: tuple[int, ...], rejected: tuple[int, ...]) -> float:
+    """Probability that a random rater of `chosen` rated higher than a random rater of `rejected`, ties half.
+
+    Its mean over pairs is the accuracy that one person reaches against another: the human ceiling.
+    """
+    difference = np.subtract.outer(chosen, rejected)
+    return float(np.mean(difference > 0) + np.mean(difference == 0) / 2)
+
+
+def read_ratings(sdist: Path) -> dict[str, list[Rated]]:
+    """Rated sentences by domain, from the sdist of vaderSentiment.
+
+    Left out: sentences whose two files disagree about the mean, and repeats of a text already seen.
+    """
+    with tarfile.open(sdist) as outer:
+        member = next(m for m in outer.getmembers() if m.name.endswith("hutto_ICWSM_2014.tar.gz"))
+        inner = outer.extractfile(member)
+        assert inner is not None
+        content = inner.read()
+    seen: set[str] = set()
+    domains: dict[str, list[Rated]] = {}
+    with tarfile.open(fileobj=io.BytesIO(content)) as archive:
+        for prefix, domain in DOMAINS.items():
+            truth = _rows(archive, f"{prefix}_GroundTruth.txt")
+            raters = {row[0]: row for row in _rows(archive, f"{prefix}_anonDataRatings.txt")}
+            rated = []
+            for key, mean, text in truth:
+                _, raters_mean, _, ratings = raters[key]
+                text = " ".join(text.split())
+                if text.casefold() in seen or abs(float(mean) - float(raters_mean)) > 1e-3:
+                    continue
+                seen.add(text.casefold())
+                rated.append(Rated(f"{prefix}/{key}", text, float(mean), tuple(ast.literal_eval(ratings))))
+            domains[domain] = rated
+    return domains
+
+
+def _rows(archive: tarfile.TarFile, name: str) -> list[list[str]]:
+    file = archive.extractfile(f"hutto_ICWSM_2014/{name}")
+    assert file is not None
+    return [line.split("\t") for line in file.read().decode("utf-8-sig").split("\r\n") if line.strip()]
+
+
+def rating_pairs(
+    domains: dict[str, list[Rated]], *, min_rating_gap: float, eval_fraction: float, seed: int
+) -> pd.DataFrame:
+    """Pair the sentences of each domain at random; each sentence is used at most once.
+
+    Args:
+        domains: from `read_ratings`.
+        min_rating_gap: pairs whose mean ratings are closer than this are left out, and ties always.
+        eval_fraction: share of the pairs that is held out, with prompts of its own.
+        seed: decides partners, phrasings and split.
+
+    Returns:
+        The canonical table of `dpo.data.schema`, sorted by id.
+    """
+    rng = random.Random(seed)
+    rows = []
+    for domain, sentences in domains.items():
+        usable = [s for s in sentences if len(s.text.split()) in WORDS]
+        rng.shuffle(usable)
+        for first, second in zip(usable[::2], usable[1::2], strict=False):
+            better, worse = (first, second) if first.mean > second.mean else (second, first)
+            if better.mean - worse.mean < max(min_rating_gap, 1e-9):
+                continue
+            split = "eval" if rng.random() < eval_fraction else "train"
+            phrasing = rng.choice(EVAL_PHRASINGS if split == "eval" else TRAIN_PHRASINGS)
+            rows.append(
+                {
+                    "id": f"{better.id}>{worse.id.split('/')[1]}",
+                    "prompt": phrasing.format(domain),
+                    "chosen": better.text,
+                    "rejected": worse.text,
+                    "split": split,
+                    "source": domain,
+                    "agreement": agreement(better.ratings, worse.ratings),
+                    "chosen_rating": better.mean,
+                    "rejected_rating": worse.mean,
+                }
+            )
+    return pd.DataFrame(rows).sort_values("id", ignore_index=True)

@@ -1,0 +1,171 @@
+"""From token rows to packed batches: one flat stream of tokens without padding.
+
+A row is a prompt and the completions that answer it (two for a preference pair). In the stream the prompt
+stands once and its completions follow it:
+
+    row 0: [prompt | completion 0 | completion 1]  row 1: [prompt | completion 0 | completion 1] ...
+
+Positions of each completion continue from its prompt. No token is a pad, so linear layers do no wasted work;
+attention (see `dpo.engine.logprobs`) lets a completion see its prompt and itself, nothing else.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+
+@dataclass(frozen=True)
+class TokenRow:
+    """One prompt with its completions as token ids. A completion includes its end token."""
+
+    id: str
+    prompt: tuple[int, ...]
+    completions: tuple[tuple[int, ...], ...]
+
+    @property
+    def tokens(self) -> int:
+        """Number of stream positions that the row takes."""
+        return len(self.prompt) + sum(map(len, self.completions))
+
+    @property
+    def completion_tokens(self) -> int:
+        """Number of tokens whose log-probs are scored."""
+        return sum(map(len, self.completions))
+
+    @property
+    def digest(self) -> bytes:
+        """SHA-256 of id and tokens."""
+        return hashlib.sha256(json.dumps([self.id, self.prompt, self.completions]).encode()).digest()
+
+
+def pack(rows: Sequence[TokenRow]) -> dict[str, object]:
+    """Lay rows out in one stream.
+
+    Args:
+        rows: R rows with T tokens in all, N of them in C completions. Prompts must not be empty: the first
+            completion token is predicted from the last prompt token.
+
+    Returns:
+        A dict of
+        `input_ids` [1, T] and `position_ids` [1, T];
+        `spans`: for each row (prompt length, (completion lengths...));
+        `predict_from` [N]: the stream position whose hidden state predicts the token;
+        `targets` [N]: the token predicted; `owner` [N]: the number of its completion, 0..C-1;
+        `ids`: the R row ids.
+    """
+    input_ids: list[int] = []
+    position_ids: list[int] = []
+    predict_from: list[int] = []
+    targets: list[int] = []
+    owner: list[int] = []
+    spans: list[tuple[int, tuple[int, ...]]] = []
+    completions = 0
+    for row in rows:
+        start, length = len(input_ids), len(row.prompt)
+        if not length or not all(row.completions):
+            raise ValueError(f"row {row.id!r}: the prompt and every completion need at least one token")
+        spans.append((length, tuple(map(len, row.completions))))
+        input_ids += row.prompt
+        position_ids += range(length)
+        for completion in row.completions:
+            first = len(input_ids)
+            predict_from += [start + length - 1, *range(first, first + len(completion) - 1)]
+            targets += completion
+            owner += [completions] * len(completion)
+            input_ids += completion
+            position_ids += range(length, length + len(completion))
+            completions += 1
+    return {
+        "input_ids": torch.tensor([input_ids]),
+        "position_ids": torch.tensor([position_ids]),
+        "spans": spans,
+        "predict_from": torch.tensor(predict_from),
+        "targets": torch.tensor(targets),
+        "owner": torch.tensor(owner),
+        "ids": [row.id for row in rows],
+    }
+
+
+def budget_batches(lengths: Sequence[int], max_tokens_per_microbatch: int) -> list[list[int]]:
+    """Cut 0..n-1, in order, into runs of at most `max_tokens_per_microbatch` tokens; a longer row stands alone."""
+    batches: list[list[int]] = []
+    total = 0
+    for index, length in enumerate(lengths):
+        if not batches or total + length > max_tokens_per_microbatch:
+            batches.append([])
+            total = 0
+        batches[-1].append(index)
+        total += length
+    return batches
+
+
+def balance(indices: Sequence[int], lengths: Sequence[int], bins: int) -> list[list[int]]:
+    """Spread indices over at most `bins` groups of nearly equal token counts (longest first, to the lightest)."""
+    groups: list[list[int]] = [[] for _ in range(min(bins, len(indices)))]
+    loads = [0] * len(groups)
+    for index in sorted(indices, key=lambda i: (-lengths[i], i)):
+        lightest = loads.index(min(loads))
+        groups[lightest].append(index)
+        loads[lightest] += lengths[index]
+    return groups
+
+
+class StepSampler:
+    """Batch sampler that keeps the effective batch exact in rows and every micro-batch under a token budget.
+
+    Each epoch is a seeded shuffle cut into optimizer steps of `rows_per_step` rows (the last may be smaller; it
+    is kept). Every full step is split into the same number of micro-batches, `accumulation` for each of the
+    processes that train together: the least for which every micro-batch of every epoch fits in
+    `max_tokens_per_microbatch`, or one row each if a row alone exceeds the budget. All processes get the same
+    number of micro-batches; if a short step leaves a process without rows, its micro-batch is empty.
+    """
+
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        *,
+        rows_per_step: int,
+        max_tokens_per_microbatch: int,
+        epochs: int,
+        seed: int,
+        processes: int = 1,
+        process: int = 0,
+    ) -> None:
+        if not lengths:
+            raise ValueError("there are no rows to train on")
+        self.lengths = list(lengths)
+        self.rows_per_step = min(rows_per_step, len(self.lengths))
+        self.max_tokens_per_microbatch = max_tokens_per_microbatch
+        self.seed = seed
+        self.processes, self.process = processes, process
+        self.epoch = 0
+        steps = [step for epoch in range(epochs) for step in self._steps(epoch)]
+        self.accumulation = 1
+        while self.accumulation * processes < self.rows_per_step and any(
+            sum(self.lengths[i] for i in group) > max_tokens_per_microbatch
+            for step in steps
+            for group in balance(step, self.lengths, self.accumulation * processes)
+        ):
+            self.accumulation += 1
+
+    def _steps(self, epoch: int) -> list[list[int]]:
+        order = np.random.default_rng([self.seed, epoch]).permutation(len(self.lengths)).tolist()
+        return [order[i : i + self.rows_per_step] for i in range(0, len(order), self.rows_per_step)]
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose shuffle the next iteration follows."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for step in self._steps(self.epoch):
+            groups = balance(step, self.lengths, self.accumulation * self.processes)
+            groups += [[]] * (-len(groups) % self.processes)
+            yield from groups[self.process :: self.processes]
+
+    def __len__(self) -> int:
+        full, rest = divmod(len(self.lengths), self.rows_per_step)
+        return full * self.accumulation + min(-(-rest // self.processes), self.accumulation)

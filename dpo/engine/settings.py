@@ -1,0 +1,33 @@
+"""Settings of the model and of the log-prob engine."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from dpo.common.settings import Positive, Settings
+
+Precision = Literal["fp32", "bf16"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings(Settings):
+    """The model to align."""
+
+    base: str
+    """`default` (SmolLM2-135M-Instruct), a folder under `models/own/`, or a hub id."""
+    revision: str | None = None
+    """Commit, tag or branch of a hub id. Required for a hub id."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineSettings(Settings):
+    """How text becomes log-probs. Every stage that runs the model uses these settings."""
+
+    max_length: Positive
+    """Maximum tokens of a prompt with one completion. Prompts are cut from the left, completions never."""
+    max_tokens_per_microbatch: Positive
+    """Maximum number of tokens in one forward pass. It bounds memory and does not change results."""
+    precision: Precision = "fp32"
+    """`fp32` is exact. `bf16` multiplies the matrices of the layers in bfloat16; weights and the projection to the
+    vocabulary stay fp32. A GPU computes that projection in TF32."""
+    compile: bool = False
+    """Fuse the operations between matrix products with `torch.compile`. Needs a CUDA GPU and `bf16`."""

@@ -1,0 +1,1 @@
+"""Judges, which compare two responses to a prompt."""

@@ -1,0 +1,195 @@
+"""What held-out preference pairs say of a policy: accuracy, margins, likelihood and calibration."""
+
+from collections.abc import Iterator
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+from scipy.special import expit
+from torch import Tensor
+
+from dpo.common.errors import InputError
+from dpo.evaluation.bootstrap import Numbers, Statistic, bootstrap, mean, quantile, ratio
+from dpo.training.losses import preference_loss
+from dpo.training.settings import LossSettings, Trial
+
+BINS = 10
+"""Of equal width, for the calibration of confidences from 0.5 to 1."""
+
+SHOWN_PROMPTS, PAIRS_PER_PROMPT = 20, 5
+"""How many prompts become slices of their own, and how many pairs each needs for that."""
+
+
+def pair_table(
+    pairs: pd.DataFrame, policy: Tensor, reference: Tensor, lengths: Tensor, trial: Trial, losses: LossSettings
+) -> pd.DataFrame:
+    """What a policy makes of each held-out pair.
+
+    Args:
+        pairs: P rows of the held-out table.
+        policy: log pi(y|x) of chosen and rejected, summed over completion tokens, in nats, shape [P, 2].
+        reference: log pi_ref(y|x), shape [P, 2].
+        lengths: tokens of each completion, shape [P, 2].
+        trial: the loss and the beta that the policy was trained with.
+        losses: the settings of its loss.
+
+    Returns:
+        One row a pair: its `id`, `prompt`, `source` and `agreement`; `tokens` of both completions; rewards,
+        `margin` and `loss` as `dpo.training.losses` defines them; `correct`, which is 0.5 at a margin of 0;
+        `chosen_logp_change`, policy minus reference; and for each side its log-probs and tokens.
+
+    Raises:
+        InputError: a log-prob is not finite.
+    """
+    policy, reference = policy.double(), reference.double()
+    unsound = ~(policy.isfinite() & reference.isfinite()).all(1).numpy()
+    if unsound.any():
+        raise InputError(
+            f"pair '{pairs['id'].iloc[unsound.argmax()]}': its log-probs are not finite, so the weights have "
+            "diverged; lower the learning rate in params.yaml"
+        )
+    loss, rewards = preference_loss(policy, reference, lengths, trial.beta, trial.loss, losses)
+    margin = (rewards[:, 0] - rewards[:, 1]).numpy()
+    return pairs[["id", "prompt", "source", "agreement"]].assign(
+        tokens=lengths.sum(1).numpy(),
+        chosen_reward=rewards[:, 0].numpy(),
+        rejected_reward=rewards[:, 1].numpy(),
+        margin=margin,
+        loss=loss.numpy(),
+        correct=(np.sign(margin) + 1) / 2,
+        chosen_logp_change=(policy - reference)[:, 0].numpy(),
+        chosen_logp=policy[:, 0].numpy(),
+        rejected_logp=policy[:, 1].numpy(),
+        chosen_reference_logp=reference[:, 0].numpy(),
+        rejected_reference_logp=reference[:, 1].numpy(),
+        chosen_tokens=lengths[:, 0].numpy(),
+        rejected_tokens=lengths[:, 1].numpy(),
+    )
+
+
+def preference_metrics(
+    table: pd.DataFrame, seed: int, *, completions: Literal["both", "chosen"]
+) -> dict[str, float | list[float]]:
+    """Figures of a `pair_table`, each with its 95% interval `*_ci`; whole prompts are drawn.
+
+    - `reward_accuracy`, `margin`, `chosen_reward`, `rejected_reward`, `loss`, `chosen_logp_change`: means;
+      `margin_p05` to `margin_p95`: quantiles; `chosen_logp_fell_share`: share of pairs whose chosen completion
+      is less likely than under the reference.
+    - `perplexity`, `reference_perplexity` and `perplexity_ratio`, one over the other: a token, of `completions`.
+    - Where people's agreement is known: `human_ceiling`, its mean, the accuracy of one person against another;
+      `ece`, the expected calibration error over ten bins of confidence (Guo et al. 2017, "On Calibration of
+      Modern Neural Networks"), see `calibration`; `brier`, E (p - Y)^2 with p = sigmoid(margin), the
+      policy's probability that chosen is preferred, and Y ~ Bernoulli(agreement), whether a person prefers it.
+      Resampling adds noise within the bins, so the interval of `ece` lies high.
+
+    Args:
+        table: from `pair_table`.
+        seed: of the bootstrap.
+        completions: those that supervised fine-tuning imitates, and perplexity is measured on.
+    """
+    sides = ("chosen", "rejected") if completions == "both" else ("chosen",)
+    policy, reference, tokens = (
+        sum(table[f"{side}_{name}"] for side in sides) for name in ("logp", "reference_logp", "tokens")
+    )
+    statistics = {
+        "reward_accuracy": mean(table["correct"]),
+        "margin": mean(table["margin"]),
+        **{f"margin_p{percent:02}": quantile(table["margin"], percent / 100) for percent in (5, 25, 50, 75, 95)},
+        "chosen_reward": mean(table["chosen_reward"]),
+        "rejected_reward": mean(table["rejected_reward"]),
+        "loss": mean(table["loss"]),
+        "chosen_logp_change": mean(table["chosen_logp_change"]),
+        "chosen_logp_fell_share": mean(table["chosen_logp_change"] < 0),
+        "perplexity": _exp(ratio(-policy, tokens)),
+        "reference_perplexity": _exp(ratio(-reference, tokens)),
+        "perplexity_ratio": _exp(ratio(reference - policy, tokens)),
+        **_against_people(table),
+    }
+    return {"pairs": len(table), **bootstrap(statistics, table["prompt"].tolist(), seed)}
+
+
+def _exp(statistic: Statistic) -> Statistic:
+    return lambda weights: np.exp(statistic(weights))
+
+
+def _against_people(table: pd.DataFrame) -> dict[str, Statistic]:
+    known = table["agreement"].notna()
+    agreement = table["agreement"].fillna(0)
+    p = expit(table["margin"])
+    brier = agreement * (1 - p) ** 2 + (known - agreement) * p**2
+    places = calibration(table).reindex(table.index)
+    gap = (places["confidence"] - places["agreement"]).fillna(0)
+    gaps = [ratio(gap.where(places["bin"] == number, 0), known) for number in range(BINS)]
+
+    def ece(weights: Numbers) -> Numbers:
+        return np.sum([np.abs(statistic(weights)) for statistic in gaps], axis=0)
+
+    return {"human_ceiling": ratio(agreement, known), "ece": ece, "brier": ratio(brier, known)}
+
+
+def calibration(table: pd.DataFrame) -> pd.DataFrame:
+    """How sure the policy is of its side in each pair, and how many people take that side.
+
+    Which completion is called chosen must not matter, so a pair is read from the policy's side.
+
+    Returns:
+        `bin` from 0, `confidence` max(p, 1 - p) with p = sigmoid(margin), and `agreement`, the share of people on
+        the policy's side, 0.5 at a margin of 0. Pairs of unknown agreement are left out; the index is the table's.
+    """
+    table = table[table["agreement"].notna()]
+    p = expit(table["margin"])
+    confidence = np.maximum(p, 1 - p)
+    number = np.minimum((confidence - 0.5) * 2 * BINS, BINS - 1).astype(int)
+    agreement = table["correct"] * table["agreement"] + (1 - table["correct"]) * (1 - table["agreement"])
+    return pd.DataFrame({"bin": number, "confidence": confidence, "agreement": agreement})
+
+
+def reliability(table: pd.DataFrame) -> pd.DataFrame:
+    """The calibration curve of a `pair_table`.
+
+    Returns:
+        One row for each bin that holds a pair: its limits `low` and `high`, `pairs`, mean `confidence` and mean
+        `agreement`; no rows where no agreement is known.
+    """
+    bins = calibration(table).groupby("bin")
+    curve = bins.agg(pairs=("bin", "size"), confidence=("confidence", "mean"), agreement=("agreement", "mean"))
+    low = 0.5 + curve.index.to_numpy() / (2 * BINS)
+    curve.insert(0, "low", low)
+    curve.insert(1, "high", low + 0.5 / BINS)
+    return curve.reset_index(drop=True)
+
+
+def slices(table: pd.DataFrame, seed: int) -> pd.DataFrame:
+    """The main figures by source, by quarter of length, and by prompt.
+
+    Args:
+        table: from `pair_table`.
+        seed: of the bootstraps.
+
+    Returns:
+        One row a slice: `slice` (`source`, `length` or `prompt`), `value`, `pairs`; `reward_accuracy`, `margin`
+        and `chosen_logp_change` with the limits `_low` and `_high` of their 95% intervals. Lengths are tokens of
+        both completions; prompts are the 20 most frequent, of at least five pairs. Whole prompts are drawn, and
+        within a slice of one prompt pairs.
+    """
+    figures = {"reward_accuracy": "correct", "margin": "margin", "chosen_logp_change": "chosen_logp_change"}
+    rows = []
+    for name, value, part in _parts(table):
+        statistics = {figure: mean(part[column]) for figure, column in figures.items()}
+        found = bootstrap(statistics, part["prompt"].tolist(), seed)
+        rows.append({"slice": name, "value": value, "pairs": len(part), **found})
+    every = pd.DataFrame(rows)
+    for figure in figures:
+        every[[f"{figure}_low", f"{figure}_high"]] = every.pop(f"{figure}_ci").tolist()
+    return every
+
+
+def _parts(table: pd.DataFrame) -> Iterator[tuple[str, str, pd.DataFrame]]:
+    for source, part in table.groupby("source"):
+        yield "source", str(source), part
+    quarter = np.searchsorted(np.quantile(table["tokens"], [0.25, 0.5, 0.75]), table["tokens"])
+    for _, part in table.groupby(quarter):
+        yield "length", f"{part['tokens'].min()}-{part['tokens'].max()} tokens", part
+    counts = table["prompt"].value_counts().head(SHOWN_PROMPTS)
+    for prompt in counts[counts >= PAIRS_PER_PROMPT].index:
+        yield "prompt", prompt, table[table["prompt"] == prompt]

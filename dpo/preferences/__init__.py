@@ -1,1 +1,0 @@
-"""Preference data: sources, formats and the contract."""

@@ -1,0 +1,44 @@
+"""Print the comparison and where to find the rest: `python -m tasks.commands.results`."""
+
+import json
+import textwrap
+
+from dpo.common.errors import InputError
+from tasks.common.paths import COMPARISON
+from tasks.common.runner import run
+
+COLUMNS = {
+    "reward_accuracy": "reward accuracy",
+    "margin": "margin",
+    "kl": "KL (nats)",
+    "win_rate": "win rate",
+}
+
+
+def main() -> None:
+    """Print."""
+    if not COMPARISON.is_file():
+        raise InputError(f"{COMPARISON}: not there; run `make repro` first")
+    comparison = json.loads(COMPARISON.read_text())
+    policies = comparison["policies"]
+    print("".join(f"{title:>24}" for title in ("policy", *COLUMNS.values())))
+    for key, row in policies.items():
+        print(f"{key:>24}" + "".join(f"{_with_interval(row, name):>24}" for name in COLUMNS))
+    first = next(iter(policies.values()))
+    if "human_ceiling" in first:
+        print(f"\nhuman ceiling for reward accuracy on these {first['pairs']} pairs: {first['human_ceiling']:.3f}")
+    print("\n" + textwrap.fill(comparison["reason"], 115))
+    print("\nmake mlflow     experiments and sweeps, http://127.0.0.1:5000/#/experiments/1/runs")
+    print("make prefect    flows and schedules, http://127.0.0.1:4200")
+    print("make report     the comparison, reports/index.html")
+
+
+def _with_interval(row: dict[str, float | list[float]], name: str) -> str:
+    if name not in row:
+        return "-"
+    low, high = row[f"{name}_ci"]  # type: ignore[misc]
+    return f"{row[name]:.3f} [{low:.3f}, {high:.3f}]"
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,1 @@
+"""What all stages and commands share: paths and how they start."""

@@ -1,0 +1,35 @@
+"""glibc's allocator settings for the stages that run a model.
+
+Without caches of small freed blocks, neighbouring blocks join again: the peak of a stage is up to 40% lower.
+Training also keeps its largest blocks for the next step, which saves a tenth to a fifth of its time; scoring gains
+nothing from that. Huge pages are used for large blocks if the system has them. `docs/log.md` has the measurements.
+"""
+
+import os
+import sys
+
+_NO_SMALL_CACHES = "glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0"
+_KEEP_LARGE_BLOCKS = "glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=4294967296"
+
+SCORING = {"GLIBC_TUNABLES": _NO_SMALL_CACHES, "THP_MEM_ALLOC_ENABLE": "1"}
+TRAINING = {"GLIBC_TUNABLES": f"{_NO_SMALL_CACHES}:{_KEEP_LARGE_BLOCKS}", "THP_MEM_ALLOC_ENABLE": "1"}
+
+STAGES = {
+    "sft": TRAINING,
+    "train": TRAINING,
+    "reference_logprobs": SCORING,
+    "reference_samples": SCORING,
+    "evaluate": SCORING,
+}
+
+
+def use_allocator_settings() -> None:
+    """Start this process again with its stage's allocator settings, which glibc reads at the start of a process.
+
+    Does nothing on other systems, outside of `python -m tasks.STAGE`, or if `GLIBC_TUNABLES` is set already.
+    """
+    words = sys.orig_argv
+    module = words[words.index("-m") + 1] if "-m" in words[:-1] else ""
+    settings = STAGES.get(module.removeprefix("tasks.")) if module.startswith("tasks.") else None
+    if settings and sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
+        os.execve(sys.executable, [sys.executable, *words[1:]], {**os.environ, **settings})

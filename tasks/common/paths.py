@@ -1,0 +1,55 @@
+"""Where the stages keep their inputs and outputs, relative to the project folder."""
+
+from pathlib import Path
+
+from dpo.training.settings import Trial
+
+BASE = Path("models/base")
+REFERENCE = Path("models/reference")
+RAW_PAIRS = Path("data/raw_pairs.parquet")
+QUARANTINE = Path("data/quarantine.parquet")
+TRAIN = Path("data/train.parquet")
+EVAL = Path("data/eval.parquet")
+REFERENCE_TRAIN = Path("reference/train")
+REFERENCE_EVAL = Path("reference/eval")
+REFERENCE_PROGRESS = Path(".reference-progress")
+TRAINING_PROGRESS = Path(".training-progress")
+REFERENCE_SAMPLES = Path("samples/reference.parquet")
+SAMPLES = Path("samples")
+MARGINS = Path("margins")
+METRICS = Path("metrics")
+COMPARISON = METRICS / "comparison.json"
+MLFLOW_STORE = "sqlite:///mlflow.db"
+PROFILE = METRICS / "profile.json"
+REPORTS = Path("reports")
+REPORT = REPORTS / "index.html"
+
+
+def policy_folder(trial: Trial) -> Path:
+    """The checkpoint of a trial."""
+    return Path("models") / trial.name
+
+
+def model_card(trial: Trial) -> Path:
+    """The description beside the checkpoint."""
+    return Path("models") / f"{trial.name}.md"
+
+
+def train_log(trial: Trial) -> Path:
+    """The step log of a trial's training."""
+    return METRICS / "train" / f"{trial.name}.csv"
+
+
+def evaluation(trial: Trial) -> Path:
+    """The held-out metrics of a trial's policy."""
+    return METRICS / "evaluate" / f"{trial.name}.json"
+
+
+def policy_samples(trial: Trial) -> Path:
+    """The answers of a trial's policy."""
+    return SAMPLES / f"{trial.name}.parquet"
+
+
+def policy_margins(trial: Trial) -> Path:
+    """Rewards and margin of every held-out pair under a trial's policy."""
+    return MARGINS / f"{trial.name}.parquet"

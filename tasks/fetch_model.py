@@ -1,0 +1,19 @@
+"""Stage `fetch_model`: the model that params.yaml names, as safetensors with its tokenizer."""
+
+from dpo.common.files import atomic_write
+from dpo.config import load_params
+from dpo.engine.base_model import load_base
+from tasks.common.paths import BASE
+from tasks.common.runner import run
+
+
+def main() -> None:
+    """Fetch and save."""
+    model, tokenizer = load_base(load_params().model)
+    with atomic_write(BASE) as tmp:
+        model.save_pretrained(tmp)
+        tokenizer.save_pretrained(tmp)
+
+
+if __name__ == "__main__":
+    run(main)

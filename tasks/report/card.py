@@ -1,0 +1,81 @@
+"""The model card beside a checkpoint."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from jinja2 import Environment, FileSystemLoader
+
+from dpo.common.bundled import MODEL_NAME
+from dpo.common.files import atomic_write, md5
+from dpo.config import Params
+from dpo.training.settings import Trial
+from tasks.common.paths import (
+    BASE,
+    EVAL,
+    REFERENCE,
+    TRAIN,
+    model_card,
+    policy_folder,
+)
+from tasks.tracking.provenance import weights
+
+FIGURES = {
+    "reward_accuracy": "reward accuracy on held-out pairs",
+    "margin": "margin on held-out pairs",
+    "win_rate": "win rate against the reference",
+    "length_controlled_win_rate": "win rate, lengths made equal",
+    "kl": "KL to the reference, nats an answer",
+    "perplexity_ratio": "perplexity of held-out completions, over the reference's",
+    "length_ratio": "tokens of an answer, over the reference's",
+}
+
+
+def write_card(params: Params, trial: Trial, metrics: dict[str, Any]) -> None:
+    """Describe a policy in the hub's format: metadata that the hub reads, then text for people."""
+    is_default = params.model.base == "default"
+    base = MODEL_NAME if is_default else params.model.base
+    source = params.data.source if isinstance(params.data.source, str) else ", ".join(params.data.source)
+    results = [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type="preferences",
+            dataset_name=f"{source}, held-out pairs",
+            metric_type=figure,
+            metric_name=words,
+            metric_value=metrics[figure],
+        )
+        for figure, words in FIGURES.items()
+        if figure in metrics
+    ]
+    data = ModelCardData(
+        base_model=base if is_default or params.model.revision else None,
+        library_name="peft" if params.dpo.lora else "transformers",
+        pipeline_tag="text-generation",
+        tags=["dpo", "preference-optimization", trial.loss],
+        model_name=trial.name,
+        eval_results=results,
+    )
+    loader = FileSystemLoader(Path(__file__).parent)
+    # Markdown is no HTML.
+    markdown = Environment(loader=loader, trim_blocks=True, autoescape=False)  # nosec B701
+    template = markdown.get_template("card.md.jinja")
+    body = template.render(
+        name=trial.name,
+        base=base,
+        source=source,
+        trial=trial,
+        metrics=metrics,
+        figures=FIGURES,
+        interval=lambda ends: f"{ends[0]:.3f} to {ends[1]:.3f}",
+        evaluate=params.evaluate,
+        judge=getattr(params.evaluate.judge, "function", getattr(params.evaluate.judge, "model", None)),
+        settings=dataclasses.asdict(trial)
+        | dataclasses.asdict(getattr(params.losses, trial.loss))
+        | dataclasses.asdict(params.dpo),
+        hashes={f"{path} (MD5)": md5(path) for path in (TRAIN, EVAL)}
+        | {f"{path} (SHA-256)": weights(path) for path in (BASE, REFERENCE, policy_folder(trial))},
+    )
+    with atomic_write(model_card(trial)) as tmp:
+        ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}").save(tmp)

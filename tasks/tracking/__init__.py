@@ -1,0 +1,1 @@
+"""MLflow runs, models and the registry, and what made a result."""

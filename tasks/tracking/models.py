@@ -1,0 +1,47 @@
+"""Checkpoints as MLflow models: `mlflow models serve` answers a prompt with them."""
+
+import logging
+from importlib.metadata import version
+from pathlib import Path
+
+import mlflow
+
+from dpo.common.files import PROVENANCE
+from dpo.config import Params
+from dpo.engine.base_model import load_checkpoint
+from dpo.engine.pretrained import load_tokenizer
+from tasks.common.paths import REFERENCE
+from tasks.tracking import offline, runs
+from tasks.tracking.provenance import weights
+
+NEEDED = ("mlflow", "torch", "transformers", "accelerate")
+log = logging.getLogger(__name__)
+logging.getLogger("mlflow.transformers").setLevel(logging.ERROR)  # it warns of each checkpoint without a licence
+
+
+def log_models(params: Params, folders: list[Path]) -> None:
+    """Keep checkpoints as MLflow models that answer a prompt when served, each in the run that made it, once."""
+    if not offline.connect_or_offline():
+        log.warning(
+            "MLflow is unreachable: the models are logged by the next `dvc repro -f -s compare` or promotion"
+        )
+        return
+    for folder in folders:
+        made, logged = runs.run_of(folder), f"dpo.logged.{weights(folder)[:16]}"
+        run_id = runs.sweep_run(params) if made is None else made.info.run_id
+        if logged in mlflow.get_run(run_id).data.tags:
+            continue
+        tokenizer, model = load_tokenizer(folder), load_checkpoint(folder)
+        model.name_or_path = f"./{folder}"  # no hub id: MLflow would ask the hub for its licence
+        chat = bool(tokenizer.chat_template)
+        words = {"messages": [{"role": "user", "content": "Hello"}]} if chat else {"prompt": "Hello"}
+        with mlflow.start_run(run_id=run_id):
+            mlflow.transformers.log_model(
+                {"model": model, "tokenizer": tokenizer},
+                name="reference" if folder == REFERENCE else "policy",
+                task=f"llm/v1/{'chat' if chat else 'completions'}",
+                metadata={"provenance": (folder / PROVENANCE).read_text()},
+                input_example={**words, "max_tokens": 16},
+                pip_requirements=[f"{name}=={version(name)}" for name in NEEDED],
+            )
+            mlflow.set_tag(logged, "true")

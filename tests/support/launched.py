@@ -1,0 +1,54 @@
+"""A training on tiny data, for tests that start it in several processes: `launched.py MODEL OUT SETTINGS`."""
+
+import json
+import sys
+from pathlib import Path
+
+import accelerate.state
+from accelerate import PartialState
+from transformers import AutoTokenizer, TrainerCallback
+
+from dpo.engine.logprobs import load_model
+from dpo.training.checkpoints import Progress
+from dpo.training.train import save_checkpoint, train_dpo
+from tests.support.training import LORA, LOSSES, dpo_params, make_reference, make_rows, trial
+
+
+def shard_on_cpu() -> None:
+    """accelerate shards weights on accelerators alone; tell it that this is one."""
+    plain = PartialState.__init__
+
+    def init(self, *args, **kwargs):
+        plain(self, *args, **kwargs)
+        self.distributed_type = accelerate.state.DistributedType.MULTI_GPU
+
+    PartialState.__init__ = init
+
+
+class Cut(TrainerCallback):
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 3:
+            sys.exit(7)
+
+
+def main(model_folder, out, settings):
+    if settings.pop("sharded", False):
+        shard_on_cpu()
+    callbacks = [Cut()] if settings.pop("cut", False) else []
+    if settings.pop("lora", False):
+        settings["lora"] = LORA
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    rows = make_rows(model_folder, 16)
+    reference = make_reference(model_folder, rows)
+    model = load_model(model_folder)
+    log = train_dpo(
+        model, rows, reference, dpo_params(pairs_per_step=5, **settings), trial(), LOSSES,
+        max_tokens_per_microbatch=100, progress=Progress(out.with_suffix(".progress"), 0), callbacks=callbacks,
+    )  # fmt: skip
+    save_checkpoint(model, tokenizer, out, {})
+    if PartialState().is_main_process:
+        out.with_suffix(".json").write_text(json.dumps([PartialState().num_processes, log]))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3]))

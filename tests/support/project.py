@@ -1,0 +1,88 @@
+"""A project with a tiny model and its own pairs, and commands in it."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+from ruamel.yaml import YAML
+
+ROOT = Path(__file__).parents[2]
+
+
+TRIAL = "sigmoid-0.1-0.01-17"
+
+
+ENV = {
+    **os.environ,
+    "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+    "HF_HUB_OFFLINE": "1",
+}
+
+
+ENV.pop("MLFLOW_TRACKING_URI", None)
+
+
+def make_project(folder: Path, model: Path) -> Path:
+    """A checkout of this repository with a tiny model and 40 pairs of its own in place of the embedded ones."""
+    for name in ("dpo", "tasks", "flows"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("dvc.yaml", "params.yaml", "pyproject.toml", ".gitignore", "prefect.toml"):
+        shutil.copy(ROOT / name, folder / name)
+    shutil.copytree(model, folder / "models/own/tiny")
+    (folder / "data/own").mkdir(parents=True)
+    pairs = pd.DataFrame(
+        {
+            "prompt": [f"Say something about film {number}." for number in range(40)],
+            "chosen": [f"Film {number} is a joy and a delight." for number in range(40)],
+            "rejected": [f"Film {number} is a bore." for number in range(40)],
+            "split": ["train"] * 24 + ["eval"] * 16,
+            "agreement": [0.75] * 40,
+        }
+    )
+    pairs.to_json(folder / "data/own/pairs.jsonl", orient="records", lines=True)
+    change(
+        folder,
+        {
+            "model.base": "models/own/tiny",
+            "data.source": "data/own/pairs.jsonl",
+            "data.max_train_pairs": None,
+            "engine.max_length": 128,
+            "engine.max_tokens_per_microbatch": 400,
+            "sft.learning_rate": 1e-2,
+            "dpo.pairs_per_step": 8,
+            "sweep.learning_rates": [1e-2],
+            "sweep.betas": [0.1],
+            "evaluate.samples": 8,
+            "evaluate.max_new_tokens": 6,
+        },
+    )
+    for command in (
+        ["git", "init", "-q"],
+        ["dvc", "init", "-q"],
+        ["git", "add", "-A"],
+        ["git", "-c", "user.name=t", "-c", "user.email=t@example.org", "commit", "-qm", "start"],
+    ):
+        subprocess.run(command, cwd=folder, env=ENV, check=True)
+    return folder
+
+
+def change(folder: Path, values: dict[str, object]) -> None:
+    yaml = YAML()
+    params = yaml.load(folder / "params.yaml")
+    for key, value in values.items():
+        *groups, name = key.split(".")
+        target = params
+        for group in groups:
+            target = target[group]
+        target[name] = value
+    yaml.dump(params, folder / "params.yaml")
+
+
+def execute(folder: Path, *command: str, fails: bool = False) -> str:
+    done = subprocess.run(command, cwd=folder, env=ENV, capture_output=True, text=True)
+    output = done.stdout + done.stderr
+    assert (done.returncode != 0) is fails, output[-3000:]
+    return output

@@ -1,0 +1,94 @@
+"""Tiny trainings: settings, pairs, token rows and their reference log-probs."""
+
+import copy
+import dataclasses
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer
+
+from dpo.config import load_params
+from dpo.engine.logprobs import load_model, sequence_logps
+from dpo.engine.tokenization import encode_pairs
+from dpo.training.settings import DpoSettings, LoraSettings, OptimizerSettings, SftSettings, Trial
+
+SHARED = {field.name for field in dataclasses.fields(OptimizerSettings)}
+
+
+POINT = {field.name for field in dataclasses.fields(Trial)}
+
+
+def dpo_params(**changes):
+    defaults = {
+        "epochs": 1,
+        "pairs_per_step": 4,
+        "optimizer": "adamw",
+        "schedule": "constant",
+        "warmup_ratio": 0.0,
+        "max_grad_norm": 1.0,
+        "gradient_checkpointing": False,
+        "non_finite": "stop",
+        "lora": None,
+        "early_stop": None,
+    }
+    return DpoSettings(**{**defaults, **changes})
+
+
+PARAMS = load_params(Path(__file__).parents[2] / "params.yaml")
+
+
+LOSSES = PARAMS.losses
+
+
+def trial(beta=0.1, learning_rate=1e-3, seed=3, loss="sigmoid"):
+    return Trial(loss=loss, beta=beta, learning_rate=learning_rate, seed=seed)
+
+
+def sft_params(**changes):
+    shared = {k: v for k, v in dataclasses.asdict(dpo_params()).items() if k in SHARED}
+    return SftSettings(**{**shared, "learning_rate": 1e-3, "completions": "both", "max_pairs": None, **changes})
+
+
+def make_pairs(count):
+    joys, bores = (
+        ["a joy", "a delight and a joy", "long, good and moving"],
+        ["a bore", "neither", "not good, alas"],
+    )
+    return [
+        {
+            "id": f"pair {i}",
+            "prompt": f"Say something about film {i * 37 % 50}." + " Short." * (i % 4),
+            "chosen": f" Film {i} is {joys[i % 3]}.",
+            "rejected": f" It is {bores[i // 3 % 3]}" + "!" * (i % 5) + ".",
+        }
+        for i in range(count)
+    ]
+
+
+def make_rows(folder, count):
+    return encode_pairs(make_pairs(count), AutoTokenizer.from_pretrained(folder), 200)
+
+
+def make_reference(folder, rows):
+    table = sequence_logps(load_model(folder), rows, 1000)
+    return {row.id: tuple(logps) for row, logps in zip(rows, table.tolist(), strict=True)}
+
+
+LORA = LoraSettings(rank=4, alpha=8)
+
+
+def online_reference(model, *, lora):
+    """Reference log-probs computed when asked for: by `model` with its adapters off, or by a copy made now."""
+    frozen = model if lora else copy.deepcopy(model).eval()
+
+    @torch.no_grad()
+    def answer(packed):
+        if not lora:
+            return frozen.to(packed["input_ids"].device)(packed=packed)
+        frozen.disable_adapters()
+        try:
+            return frozen(packed=packed)
+        finally:
+            frozen.enable_adapters()
+
+    return answer

@@ -1,0 +1,78 @@
+"""Two processes train as one does: data parallel and with sharded weights, on the CPU over gloo."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dpo.engine.logprobs import load_model
+from tests.support.models import free_ports
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = Path(__file__).with_name("launched.py")
+FSDP = ROOT / "configs/one-node-fsdp.yaml"
+
+
+def start(processes, *arguments, config=None):
+    (port,) = free_ports(1)
+    launch = [
+        *("-m", "accelerate.commands.launch", "--num_processes", str(processes)),
+        *("--num_machines", "1", "--main_process_port", str(port), "--mixed_precision", "no"),
+        *(["--config_file", str(config)] if config else ["--multi_gpu", "--dynamo_backend", "no"]),
+    ]
+    command = [sys.executable, *(launch if processes > 1 else []), *map(str, arguments)]
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+
+
+def train(processes, model, out, config=None, **settings):
+    done = start(
+        processes, SCRIPT, model, out, json.dumps({**settings, "sharded": config is not None}), config=config
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    counted, log = json.loads(out.with_suffix(".json").read_text())
+    assert counted == processes
+    return log
+
+
+def assert_close(log, other):
+    assert len(log) == len(other) == 4
+    for ours, theirs in zip(log, other, strict=True):
+        ours, theirs = ({k: v for k, v in entry.items() if k != "epoch"} for entry in (ours, theirs))
+        assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("config", "settings"),
+    [(None, {}), (FSDP, {"gradient_checkpointing": True}), (FSDP, {"lora": True})],
+    ids=["ddp", "fsdp2", "fsdp2 and lora"],
+)
+def test_two_processes_train_like_one_and_their_checkpoint_loads_in_one(
+    tiny_model_dir, tmp_path, config, settings
+):
+    # 16 pairs in steps of 5: the last step has one pair, and one process nothing to do.
+    alone = train(1, tiny_model_dir, tmp_path / "alone", **settings)
+    assert_close(train(2, tiny_model_dir, tmp_path / "both", config, **settings), alone)
+    (name,) = (path.name for path in (tmp_path / "alone").glob("*.safetensors"))
+    ours, theirs = (load_file(tmp_path / folder / name) for folder in ("both", "alone"))
+    assert ours.keys() == theirs.keys()
+    for key in ours:
+        torch.testing.assert_close(ours[key], theirs[key], rtol=1e-3, atol=1e-4)
+    load_model(tmp_path / "both")
+
+
+def test_sharded_training_goes_on_from_its_last_checkpoint(tiny_model_dir, tmp_path):
+    settings = json.dumps({"sharded": True, "cut": True})
+    cut = start(2, SCRIPT, tiny_model_dir, tmp_path / "both", settings, config=FSDP)
+    assert cut.returncode != 0
+    assert not (tmp_path / "both").exists()
+    assert list((tmp_path / "both.progress").glob("*/checkpoint-3"))
+    log = train(2, tiny_model_dir, tmp_path / "both", FSDP)
+    assert log == train(2, tiny_model_dir, tmp_path / "undisturbed", FSDP)
+    ours, theirs = (load_file(tmp_path / folder / "model.safetensors") for folder in ("both", "undisturbed"))
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)

@@ -1,0 +1,221 @@
+"""Rows against rows: repeats, almost-repeats, contradictions and leaks between the splits."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from dpo.data.duplicates import PERMUTATIONS, Marks, compare, join, mark
+from dpo.data.rules import TABLE_RULES
+
+BARRING = frozenset(TABLE_RULES)
+WARNING = frozenset[str]()
+
+
+def words(name, count=60):
+    return [f"{name}{i}" for i in range(count)]
+
+
+def text(name, count=60, **changes):
+    said = words(name, count)
+    for place, word in changes.items():
+        said[int(place[1:])] = word
+    return " ".join(said)
+
+
+def pair(number, prompt, chosen, rejected, split="train", name=None):
+    return {"id": name or f"p{number}", "prompt": prompt, "chosen": chosen, "rejected": rejected, "split": split}
+
+
+def pairs_of(*rows):
+    return [pair(number, *row) for number, row in enumerate(rows)]
+
+
+def found(pairs, barring=BARRING, similarity=0.9):
+    return [(f.rule, f.row) for f in compare(mark(pairs, range(len(pairs))), similarity, barring)]
+
+
+def test_an_id_names_one_pair():
+    pairs = [pair(i, f"{i}", f"chosen {i}", f"rejected {i}", name=f"p{i % 2}") for i in range(5)]
+    findings = list(compare(mark(pairs, range(5)), 0.9, BARRING))
+    assert [(f.rule, f.row, f.reason) for f in findings] == [
+        ("duplicate_id", 2, "the same id as row 1"),
+        ("duplicate_id", 3, "the same id as row 2"),
+        ("duplicate_id", 4, "the same id as row 1"),
+    ]
+
+
+@pytest.mark.parametrize("again", [("Say", "A joy.", "A bore."), (" say ", "A  JOY.", "a\nbore.")])
+def test_a_pair_stands_there_once_and_the_first_is_kept(again):
+    pairs = pairs_of(("Say", "A joy.", "A bore."), ("Other", "One.", "Two."), again, again)
+    assert found(pairs) == [("duplicate_pair", 2), ("duplicate_pair", 3)]
+
+
+@pytest.mark.parametrize(
+    "other", [("Sya", "A joy.", "A bore."), ("Say", "A job.", "A bore."), ("Say", "A joy.", "No")]
+)
+def test_pairs_that_differ_in_a_text_are_no_repeats(other):
+    assert found(pairs_of(("Say", "A joy.", "A bore."), other)) == []
+
+
+def test_texts_that_differ_behind_a_zero_byte_differ():
+    assert found(pairs_of(("Say\0a", "A\0a", "B"), ("Say\0b", "A\0b", "B"))) == []
+
+
+@pytest.mark.parametrize("field", [0, 1, 2])
+def test_a_word_of_sixty_makes_no_other_pair(field):
+    first = [text("p"), text("c"), text("r")]
+    again = list(first)
+    again[field] = text("pcr"[field], w30="other")
+    assert found(pairs_of(first, ("Other", "One.", "Two."), again), similarity=0.85) == [
+        ("near_duplicate_pair", 2)
+    ]
+
+
+def test_other_completions_of_a_long_prompt_are_no_repeats():
+    assert found(pairs_of((text("p"), text("c"), text("r")), (text("p"), text("d"), text("s")))) == []
+    assert found(pairs_of((text("p", 400), "A joy.", "A bore."), (text("p", 400), "So good.", "So bad."))) == []
+
+
+def test_the_same_short_completions_of_other_prompts_are_no_repeats():
+    assert found(pairs_of(*((text(f"p{i}x"), "A joy.", "A bore.") for i in range(5)))) == []
+    assert found(pairs_of(("Film 1?", "A joy.", "A bore."), ("Film 2?", "A joy.", "A bore."))) == []
+
+
+def test_a_repeat_is_found_behind_the_same_completions_of_another_prompt():
+    pairs = pairs_of(
+        (text("p"), text("c"), text("r")),
+        (text("q"), text("c"), text("r")),
+        (text("q"), text("c", w30="other"), text("r")),
+    )
+    ((finding),) = compare(mark(pairs, range(3)), 0.9, BARRING)
+    assert (finding.row, finding.reason) == (2, "almost the same pair as row 2")
+
+
+def test_of_near_repeats_the_first_is_kept_and_named():
+    pairs = pairs_of(
+        ("Other", "One.", "Two."),
+        *((text("p"), text("c", 200, w30=f"other{i}"), text("r", 200)) for i in range(6)),
+    )
+    findings = list(compare(mark(pairs, range(7)), 0.9, BARRING))
+    assert [f.row for f in findings] == [2, 3, 4, 5, 6]
+    assert {f.reason for f in findings} == {"almost the same pair as row 2"}
+
+
+def test_a_flipped_pair_contradicts_and_both_rows_are_named():
+    pairs = pairs_of(("Say", "A joy.", "A bore."), ("Other", "One.", "Two."), ("say", "a bore.", "A JOY."))
+    findings = list(compare(mark(pairs, range(3)), 0.9, BARRING))
+    assert [(f.rule, f.row) for f in findings] == [("contradiction", 0), ("contradiction", 2)]
+    assert "row 3 prefers the other" in findings[0].reason
+    assert "row 1 prefers the other" in findings[1].reason
+
+
+def test_the_same_completions_flipped_under_another_prompt_are_no_contradiction():
+    assert found(pairs_of(("Film 1?", "A joy.", "A bore."), ("Film 2?", "A bore.", "A joy."))) == []
+
+
+def test_a_prompt_of_both_splits_is_barred_from_training():
+    pairs = pairs_of(
+        ("Film 1?", "A joy.", "A bore.", "train"),
+        ("FILM 1?", "Good.", "Bad.", "eval"),
+        ("Film 2?", "So so.", "Meh.", "train"),
+    )
+    assert found(pairs) == [("prompt_in_both_splits", 0)]
+
+
+@pytest.mark.parametrize(("chosen", "rejected"), [("good.", "New."), ("New.", "GOOD."), ("Bad.", "New.")])
+def test_a_held_out_completion_is_barred_from_training(chosen, rejected):
+    pairs = pairs_of(
+        ("Film 1?", "Good.", "Bad.", "eval"),
+        ("Film 2?", chosen, rejected, "train"),
+        ("Film 3?", "Other.", "Another.", "train"),
+        ("Film 4?", "Good.", "Third.", "eval"),
+    )
+    assert found(pairs) == [("eval_text_in_train", 1)]
+
+
+def test_a_row_that_is_set_aside_is_compared_no_further():
+    pairs = [
+        pair(0, "Say", "A joy.", "A bore.", "train", "same"),
+        pair(1, "Say", "A joy.", "A bore.", "train", "same"),
+        pair(2, "Say", "A bore.", "A joy.", "eval"),
+    ]
+    leaks = [("prompt_in_both_splits", 0), ("eval_text_in_train", 0)]
+    contradictions = [("contradiction", 0), ("contradiction", 2)]
+    assert found(pairs) == [("duplicate_id", 1), *contradictions]
+    assert found(pairs, BARRING - {"contradiction"}) == [("duplicate_id", 1), *contradictions, *leaks]
+    assert found(pairs, BARRING - {"duplicate_id"}) == [
+        ("duplicate_id", 1),
+        ("duplicate_pair", 1),
+        *contradictions,
+    ]
+    assert found(pairs, WARNING) == [
+        ("duplicate_id", 1),
+        ("duplicate_pair", 1),
+        ("contradiction", 0),
+        ("contradiction", 1),
+        ("contradiction", 2),
+        ("prompt_in_both_splits", 0),
+        ("prompt_in_both_splits", 1),
+        ("eval_text_in_train", 0),
+        ("eval_text_in_train", 1),
+    ]
+
+
+def jaccard(one, other):
+    shingles = [{*zip(said, [*said[1:], None], strict=True)} for said in (one, other)]
+    return len(shingles[0] & shingles[1]) / len(shingles[0] | shingles[1])
+
+
+def test_the_estimated_similarity_is_near_the_true_one():
+    draw = np.random.default_rng(7)
+    errors = []
+    for number in range(60):
+        one = [f"{number}-{word}" for word in draw.integers(10_000, size=draw.integers(20, 200))]
+        other = [word if draw.random() > number / 240 else f"new{draw.integers(10_000)}" for word in one]
+        sketch = mark(pairs_of((" ".join(one), "a", "b"), (" ".join(other), "a", "b")), [0, 1]).sketch[:, 0]
+        errors.append((sketch[0] == sketch[1]).mean() - jaccard(one, other))
+    assert np.abs(errors).max() < 0.2
+    assert abs(np.mean(errors)) < 0.02
+    assert np.std(errors) < 1 / np.sqrt(PERMUTATIONS) / 2 + 0.02
+
+
+@pytest.mark.parametrize("pairs", [[], pairs_of(("Say", "A joy.", "A bore."))])
+def test_no_row_and_one_row_break_nothing(pairs):
+    marks = mark(pairs, range(len(pairs)))
+    assert marks.sketch.shape == (len(marks), 2, PERMUTATIONS)
+    assert list(compare(marks, 0.9, BARRING)) == []
+
+
+def test_empty_texts_are_compared_like_others():
+    assert found(pairs_of(("", "A joy.", "A bore."), ("", "Good.", "Bad."), (" ", "a joy.", "a bore."))) == [
+        ("duplicate_pair", 2)
+    ]
+
+
+def test_results_do_not_depend_on_how_rows_are_grouped():
+    draw = np.random.default_rng(3)
+    pairs = []
+    for number in range(120):
+        topic, one, other = draw.integers(3, size=3)
+        changed = {f"w{draw.integers(40)}": "other"} if draw.random() < 0.5 else {}
+        sides = [text(f"c{one}", 40, **changed), text(f"d{other}", 40)]
+        if draw.random() < 0.3:
+            sides.reverse()
+        split = "eval" if draw.random() < 0.2 else "train"
+        pairs.append(pair(number, f"topic {topic}", *sides, split, f"p{draw.integers(110)}"))
+    whole = mark(pairs, range(120))
+    for sizes in ([40, 40, 40], [1, 0, 119], [7] * 17 + [1]):
+        ends = np.cumsum(sizes)
+        parts = [
+            mark(pairs[end - size : end], range(end - size, end)) for size, end in zip(sizes, ends, strict=True)
+        ]
+        joined = join(parts)
+        for field in dataclasses.fields(Marks):
+            one, other = (getattr(marks, field.name) for marks in (whole, joined))
+            assert one.dtype == other.dtype
+            np.testing.assert_array_equal(one, other)
+        for barring in (BARRING, WARNING):
+            findings = list(compare(whole, 0.8, barring))
+            assert findings == list(compare(joined, 0.8, barring))
+        assert {finding.rule for finding in findings} == set(TABLE_RULES)

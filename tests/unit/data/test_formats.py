@@ -1,0 +1,535 @@
+"""The accepted formats of a row, and the rule that a row breaks of which no pair can be made."""
+
+import contextlib
+import datetime
+import math
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dpo.common.errors import InputError
+from dpo.data.formats import FORMATS, RowFault, detect, to_pairs
+
+SYSTEM = {"role": "system", "content": "Be brief."}
+ASK = {"role": "user", "content": "Film 3?"}
+WHY = {"role": "user", "content": "Why?"}
+JOY = {"role": "assistant", "content": "A joy."}
+BORE = {"role": "assistant", "content": "A bore."}
+TEXTS = {"prompt": "Film 3?", "chosen": "A joy.", "rejected": "A bore."}
+ULTRAFEEDBACK = {
+    "instruction": "Film 3?",
+    "models": ["a", "b", "c"],
+    "completions": [
+        {"model": "a", "response": "Fair.", "overall_score": 5.0},
+        {"model": "b", "response": "A joy.", "overall_score": 9},
+        {"model": "c", "response": "A bore.", "overall_score": "1.5"},
+    ],
+}
+RATED = {"prompt": "Film 3?", "responses": ["Fair.", "A joy.", "A bore."], "scores": [0.5, 0.9, 0.1]}
+RANKED = {"prompt": "Film 3?", "responses": ["Fair.", "A joy.", "A bore."], "ranks": [2, 1, 3]}
+SCORED_BEST_REST = [("A joy.", "Fair."), ("A joy.", "A bore.")]
+
+
+def pairs_of(row, pairing="best_worst"):
+    return to_pairs(row, detect([row], "x"), pairing)
+
+
+def pair_of(row):
+    (pair,) = pairs_of(row)
+    return pair
+
+
+def fault_of(row, form=None):
+    with pytest.raises(RowFault) as fault:
+        to_pairs(row, form or detect([row], "x"), "best_rest")
+    assert fault.value.reason == str(fault.value) != ""
+    fault.value.reason.encode()
+    return fault.value.rule
+
+
+@pytest.mark.parametrize(
+    ("row", "form"),
+    [
+        (TEXTS, "pairs"),
+        ({**TEXTS, "prompt": [ASK]}, "pairs"),
+        ({"chosen": [ASK, JOY], "rejected": [ASK, BORE]}, "conversations"),
+        ({"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: c"}, "transcripts"),
+        (ULTRAFEEDBACK, "scored completions"),
+        (RATED, "rated responses"),
+        (RANKED, "rated responses"),
+    ],
+)
+def test_each_format_is_detected(row, form):
+    assert detect([row], "x") == form
+    assert detect([{}, {"chosen": 1}, row], "x") == form
+
+
+def test_the_format_of_most_rows_counts():
+    assert detect([RATED, TEXTS, TEXTS], "x") == "pairs"
+    assert detect([RATED, RATED, TEXTS], "x") == "rated responses"
+
+
+def test_prompt_chosen_and_rejected_stay_as_they_are():
+    pair = pair_of({"prompt": " Film 3?\n", "chosen": " A joy.", "rejected": "A bore.  "})
+    assert (pair["prompt"], pair["chosen"], pair["rejected"]) == (" Film 3?\n", " A joy.", "A bore.  ")
+    assert pair["turns"] is None
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": [ASK], "chosen": [JOY], "rejected": [BORE]},
+        {"prompt": "Film 3?", "chosen": [JOY], "rejected": [BORE]},
+        {"prompt": "Film 3?", "chosen": [ASK, JOY], "rejected": [ASK, BORE]},
+        {"prompt": [ASK], "chosen": [ASK, JOY], "rejected": [ASK, BORE]},
+        {"chosen": [ASK, JOY], "rejected": [ASK, BORE]},
+        {"instruction": "Film 3?", "chosen": "A joy.", "rejected": "A bore."},
+        {"prompt": None, "instruction": "Film 3?", "chosen": "A joy.", "rejected": "A bore."},
+    ],
+)
+def test_a_conversation_of_one_question_is_the_same_pair_as_its_texts(row):
+    assert pair_of(row) == pair_of(TEXTS)
+
+
+SYSTEM_TEXT = "System: Be brief.\n\nUser: Film 3?\n\nAssistant:"
+LONG_TEXT = "User: Film 3?\n\nAssistant: A joy.\n\nUser: Why?\n\nAssistant:"
+
+
+@pytest.mark.parametrize(
+    ("turns", "text"),
+    [
+        ([SYSTEM, ASK], SYSTEM_TEXT),
+        ([ASK, JOY, WHY], LONG_TEXT),
+        ([SYSTEM, ASK, JOY, WHY], f"System: Be brief.\n\n{LONG_TEXT}"),
+    ],
+)
+def test_a_conversation_keeps_its_turns_and_has_a_transcript_as_prompt(turns, text):
+    whole = {"chosen": [*turns, JOY], "rejected": [*turns, BORE]}
+    for row in (
+        whole,
+        {"prompt": turns, "chosen": [JOY], "rejected": [BORE]},
+        {"prompt": turns, "chosen": "A joy.", "rejected": "A bore."},
+        {"prompt": turns, **whole},
+        {"prompt": f"{turns[-1]['content']} ", **whole},
+    ):
+        pair = pair_of(row)
+        assert pair["prompt"] == text
+        assert pair["turns"] == turns
+        assert (pair["chosen"], pair["rejected"]) == ("A joy.", "A bore.")
+
+
+def test_turns_keep_role_and_content_only():
+    row = {"chosen": [{**SYSTEM, "name": "x"}, {**ASK, "id": 1}, JOY], "rejected": [SYSTEM, ASK, BORE]}
+    assert pair_of(row)["turns"] == [SYSTEM, ASK]
+
+
+@pytest.mark.parametrize(
+    ("opening", "turns"),
+    [
+        ("\n\nHuman: Film 3?\n\nAssistant:", [ASK]),
+        ("Human: Film 3?\n\nAssistant:", [ASK]),
+        ("\n\nHuman: Film 3?\n\nAssistant: A joy.\n\nHuman: Why?\n\nAssistant:", [ASK, JOY, WHY]),
+    ],
+)
+def test_the_prompt_of_transcripts_is_what_they_share_up_to_the_last_answer(opening, turns):
+    pair = pair_of({"chosen": f"{opening} A joy, a delight.", "rejected": f"{opening} A joyless bore."})
+    assert pair["prompt"] == opening
+    assert pair["turns"] == turns
+    assert (pair["chosen"], pair["rejected"]) == ("A joy, a delight.", "A joyless bore.")
+
+
+@pytest.mark.parametrize("row", [ULTRAFEEDBACK, RATED, RANKED])
+@pytest.mark.parametrize(
+    ("pairing", "texts"), [("best_worst", [("A joy.", "A bore.")]), ("best_rest", SCORED_BEST_REST)]
+)
+def test_the_best_completion_is_paired_with_the_worst_or_with_the_rest(row, pairing, texts):
+    pairs = pairs_of(row, pairing)
+    assert [(pair["chosen"], pair["rejected"]) for pair in pairs] == texts
+    assert all(pair["prompt"] == "Film 3?" and pair["turns"] is None for pair in pairs)
+
+
+@pytest.mark.parametrize("row", [ULTRAFEEDBACK, RATED])
+def test_the_chosen_completion_is_rated_higher(row):
+    assert all(pair["chosen_rating"] > pair["rejected_rating"] for pair in pairs_of(row, "best_rest"))
+
+
+def test_ratings_of_completions_are_kept():
+    (pair,) = pairs_of(ULTRAFEEDBACK)
+    assert (pair["chosen_rating"], pair["rejected_rating"]) == (9.0, 1.5)
+    assert [pair["rejected_rating"] for pair in pairs_of(RATED, "best_rest")] == [0.5, 0.1]
+
+
+def test_completions_that_are_as_good_as_the_best_are_in_no_pair_with_it():
+    tied = {"prompt": "Film 3?", "responses": ["a", "b", "c", "d"], "scores": [1, 2, 2, 0]}
+    assert [(p["chosen"], p["rejected"]) for p in pairs_of(tied, "best_rest")] == [("b", "a"), ("b", "d")]
+    assert [(p["chosen"], p["rejected"]) for p in pairs_of(tied)] == [("b", "d")]
+
+
+def test_scored_completions_may_answer_a_conversation():
+    (pair,) = pairs_of({**RATED, "prompt": [ASK, JOY, WHY]})
+    assert (pair["prompt"], pair["turns"]) == (LONG_TEXT, [ASK, JOY, WHY])
+
+
+def test_unpaired_data_is_refused_as_made_for_kto():
+    with pytest.raises(InputError, match=r"data\.jsonl: .*unpaired data, made for KTO"):
+        detect([{"prompt": "a", "completion": "b", "label": True}], "data.jsonl")
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"question": "a", "answer_0": "b"},
+        {"chosen": "no transcript", "rejected": "neither"},
+        {"prompt": "a", "chosen": "b"},
+        {"prompt": "a", "responses": ["b", "c"]},
+        {"completions": [], "scores": []},
+    ],
+)
+def test_unknown_columns_are_refused_by_name(row):
+    with pytest.raises(InputError) as error:
+        detect([row], "data.jsonl")
+    assert str(error.value).startswith("data.jsonl: no known format")
+    assert all(repr(field) in str(error.value).split(";")[0] for field in row)
+
+
+def test_rows_without_fields_are_refused():
+    with pytest.raises(InputError, match="found no field"):
+        detect([{}], "x")
+
+
+def turned(*turns):
+    return {"chosen": [*turns, JOY], "rejected": [*turns, BORE]}
+
+
+HH = {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: c"}
+BROKEN = {
+    "missing_text": [
+        {**TEXTS, "prompt": None},
+        {**TEXTS, "chosen": None},
+        {**TEXTS, "rejected": None},
+        {"chosen": None, "rejected": [ASK, BORE]},
+        {"chosen": [ASK, JOY], "rejected": None},
+        {"chosen": [ASK, {"role": "assistant", "content": None}], "rejected": [ASK, BORE]},
+        {**HH, "rejected": None},
+        {**ULTRAFEEDBACK, "instruction": None},
+        {**ULTRAFEEDBACK, "completions": None},
+        {"prompt": "a", "completions": [{"response": None, "score": 1}]},
+        {"prompt": "a", "completions": [{"score": 1}]},
+        {**RATED, "prompt": None},
+        {**RATED, "responses": None},
+        {**RATED, "responses": ["a", None, "b"]},
+        {**RATED, "scores": None},
+    ],
+    "wrong_type": [
+        {**TEXTS, "prompt": 3},
+        {**TEXTS, "chosen": 3},
+        {**TEXTS, "rejected": {"text": "a"}},
+        {**TEXTS, "rejected": ["a"]},
+        {**TEXTS, "chosen": [{"from": "gpt", "value": "a"}]},
+        {"chosen": [ASK, {"role": "assistant", "content": ["a"]}], "rejected": [ASK, BORE]},
+        {"chosen": [ASK, JOY], "rejected": "a"},
+        {**HH, "rejected": 3},
+        {"prompt": "a", "completions": "b"},
+        {"prompt": "a", "completions": ["b", "c"]},
+        {"prompt": "a", "completions": [{"text": 3, "score": 1}]},
+        {"prompt": "a", "completions": [{"text": "b"}]},
+        {"prompt": "a", "completions": [{"text": "b", "rating": "N/A"}]},
+        {**RATED, "responses": "a"},
+        {**RATED, "responses": ["a", 3, "b"]},
+        {**RATED, "scores": 3},
+        {**RATED, "scores": [1, 2]},
+        {**RATED, "scores": [1, 2, None]},
+        {**RATED, "scores": [1, 2, math.nan]},
+        {**RATED, "scores": [1, 2, True]},
+        {**RATED, "scores": [1, 2, 10**400]},
+        {**RANKED, "ranks": [1, 2, 3, 4]},
+        {**TEXTS, "weight": 0},
+        {**TEXTS, "weight": "much"},
+        {**TEXTS, "agreement": 1.01},
+        {**TEXTS, "agreement": [1]},
+        {**TEXTS, "chosen_rating": math.inf},
+        {**TEXTS, "id": True},
+        {**TEXTS, "source": ["a"]},
+        {**TEXTS, "timestamp": {}},
+    ],
+    "broken_roles": [
+        turned(),
+        turned({"role": "tool", "content": "a"}, ASK),
+        turned({"role": ["user"], "content": "a"}),
+        turned({"role": "\ud800", "content": "a"}),
+        turned(JOY),
+        turned(ASK, WHY),
+        turned(JOY, ASK),
+        turned(ASK, SYSTEM),
+        turned(SYSTEM),
+        turned(SYSTEM, SYSTEM, ASK),
+        turned(ASK, JOY),
+        {"chosen": [ASK], "rejected": [ASK]},
+        {"chosen": [], "rejected": [ASK, BORE]},
+        {"chosen": [ASK, JOY], "rejected": [WHY, BORE]},
+        {"chosen": [ASK, JOY, WHY, JOY], "rejected": [ASK, BORE]},
+        {"prompt": "Film 4?", **turned(ASK)},
+        {"prompt": [SYSTEM, ASK], **turned(ASK)},
+        {**TEXTS, "prompt": []},
+        {**TEXTS, "prompt": [ASK, JOY]},
+        {**TEXTS, "chosen": []},
+        {**TEXTS, "chosen": [ASK]},
+        {**TEXTS, "chosen": [ASK, JOY]},
+        {**HH, "rejected": "\n\nHuman: a"},
+        {**HH, "rejected": "\n\nHuman: b\n\nAssistant: c"},
+        {**HH, "rejected": "\n\nHuman: a\n\nAssistant: c\n\nHuman: d\n\nAssistant: e"},
+        {**HH, "rejected": "no transcript"},
+        {**HH, "rejected": "Note\n\nHuman: a\n\nAssistant: c"},
+        {"chosen": "\n\nAssistant: b", "rejected": "\n\nAssistant: c"},
+    ],
+    "no_preference": [
+        {**RATED, "scores": [1, 1, 1]},
+        {**RANKED, "ranks": [1, 1, 1]},
+        {**RATED, "responses": [], "scores": []},
+        {**RATED, "responses": ["a"], "scores": [1]},
+        {**ULTRAFEEDBACK, "completions": []},
+        {**ULTRAFEEDBACK, "completions": [{"response": "a", "score": 1}]},
+    ],
+    "unknown_split": [{**TEXTS, "split": split} for split in ("holdout", "Train", 1, False, ["train"], "\ud800")],
+    "lone_surrogate": [
+        {**TEXTS, "prompt": "a \ud83d"},
+        {**TEXTS, "chosen": "\udc00"},
+        {**TEXTS, "rejected": "a\udfffb"},
+        turned(ASK, JOY, {"role": "user", "content": "\ud83d"}),
+        {**HH, "rejected": f"{HH['rejected']} \ud83d"},
+        {**RATED, "responses": ["a", "\ud83d", "b"]},
+        {**TEXTS, "id": "\ud83d"},
+        {**TEXTS, "source": "\ud83d"},
+    ],
+    "invalid_utf8": [
+        {**TEXTS, "prompt": b"caf\xe9".decode(errors="surrogateescape")},
+        {**TEXTS, "chosen": b"\x80".decode(errors="surrogateescape")},
+        {**TEXTS, "id": b"\xff".decode(errors="surrogateescape")},
+    ],
+}
+
+
+@pytest.mark.parametrize(("rule", "row"), [(rule, row) for rule, rows in BROKEN.items() for row in rows])
+def test_a_row_of_which_no_pair_can_be_made_breaks_the_rule(rule, row):
+    assert fault_of(row) == rule
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_a_row_of_another_format_misses_its_texts(form):
+    assert fault_of({"question": "a"}, form) == "missing_text"
+
+
+def test_a_rule_says_what_it_found():
+    with pytest.raises(RowFault, match="'chosen' holds int, not a text or a list"):
+        pairs_of({**TEXTS, "chosen": 3})
+    with pytest.raises(RowFault, match="'weight' holds 'much', not a number"):
+        pairs_of({**TEXTS, "weight": "much"})
+    with pytest.raises(RowFault, match="split 'holdout' is none of train, eval, test"):
+        pairs_of({**TEXTS, "split": "holdout"})
+    with pytest.raises(RowFault, match="byte 0xe9 is no UTF-8"):
+        pairs_of({**TEXTS, "chosen": "caf\udce9"})
+
+
+def deep(levels):
+    value = []
+    for _ in range(levels):
+        value = [value]
+    return value
+
+
+@pytest.mark.parametrize("value", [deep(2000), ["x" * 100] * 100, {"a": {"b": deep(2000)}}])
+def test_no_value_is_too_deep_or_too_large_for_a_message(value):
+    said = [ASK, {"role": "assistant", "content": value}]
+    for row in (
+        {"chosen": said, "rejected": said},
+        {**TEXTS, "split": value},
+        {**TEXTS, "weight": value},
+        {**TEXTS, "chosen": [{"role": value, "content": "a"}]},
+        {**RATED, "scores": [1, 2, value]},
+    ):
+        with pytest.raises(RowFault) as fault:
+            pairs_of(row)
+        assert len(fault.value.reason) < 200
+
+
+def test_optional_columns_are_kept():
+    known = {
+        "id": "p7",
+        "split": "eval",
+        "source": "forum",
+        "timestamp": "2024-05-01",
+        "weight": 2.0,
+        "agreement": 0.75,
+        "chosen_rating": 4.0,
+        "rejected_rating": -1.0,
+    }
+    assert pair_of({**TEXTS, **known, "other": 1}) == {**TEXTS, "turns": None, **known}
+
+
+@pytest.mark.parametrize("row", [TEXTS, HH, turned(ASK), ULTRAFEEDBACK, RATED])
+def test_every_format_may_have_optional_columns(row):
+    pair = pair_of({**row, "source": "forum", "split": "test", "agreement": "1", "id": 7})
+    assert (pair["source"], pair["split"], pair["agreement"], pair["id"]) == ("forum", "eval", 1.0, "7")
+    assert pair["weight"] is None
+
+
+def test_a_date_is_kept_as_its_text():
+    time = datetime.datetime(2024, 5, 1, 12, 30, tzinfo=datetime.UTC)
+    assert pair_of({**TEXTS, "timestamp": time})["timestamp"] == "2024-05-01T12:30:00+00:00"
+    assert pair_of({**TEXTS, "timestamp": time.date()})["timestamp"] == "2024-05-01"
+    assert pair_of({**TEXTS, "timestamp": 1714521600})["timestamp"] == "1714521600"
+
+
+@pytest.mark.parametrize("field", ["id", "split", "source", "timestamp", "weight", "agreement", "chosen_rating"])
+@pytest.mark.parametrize("nothing", [None, "", math.nan])
+def test_an_optional_column_may_be_empty(field, nothing):
+    assert pair_of({**TEXTS, field: nothing}) == pair_of(TEXTS)
+
+
+@pytest.mark.parametrize(
+    ("alias", "split"),
+    [
+        ("train", "train"),
+        ("eval", "eval"),
+        ("test", "eval"),
+        ("validation", "eval"),
+        ("valid", "eval"),
+        ("dev", "eval"),
+    ],
+)
+def test_aliases_of_splits_are_known(alias, split):
+    assert pair_of({**TEXTS, "split": alias})["split"] == split
+
+
+def test_an_id_is_made_of_the_texts_alone():
+    assert pair_of(TEXTS)["id"] == pair_of({**TEXTS, "source": "x", "weight": 3})["id"] == "0ba46320ead6426f"
+    changed = [pair_of({**TEXTS, field: "other"})["id"] for field in TEXTS]
+    swapped = pair_of({**TEXTS, "chosen": TEXTS["rejected"], "rejected": TEXTS["chosen"]})["id"]
+    assert len({pair_of(TEXTS)["id"], swapped, *changed}) == 5
+
+
+def test_several_pairs_of_a_row_have_numbered_ids():
+    assert [pair["id"] for pair in pairs_of({**RATED, "id": "p7"}, "best_rest")] == ["p7/0", "p7/1"]
+    assert [pair["id"] for pair in pairs_of({**RATED, "id": "p7"})] == ["p7"]
+    assert len({pair["id"] for pair in pairs_of(RATED, "best_rest")}) == 2
+
+
+FIELDS = [
+    *("prompt", "instruction", "chosen", "rejected", "completions", "responses", "scores", "ratings", "ranks"),
+    *("rankings", "id", "weight", "agreement", "source", "timestamp", "split", "label", "completion"),
+    *("chosen_rating", "rejected_rating"),
+]
+strings = st.one_of(
+    st.text(st.characters(), max_size=8),
+    st.sampled_from(["", "train", "dev", "3", "a\ud83d", "\udcff", "\n\nHuman: a\n\nAssistant: b", "Human:x"]),
+)
+scalars = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), strings)
+turn = st.fixed_dictionaries(
+    {"role": st.sampled_from(["user", "assistant", "system", "tool", None]), "content": strings | scalars}
+)
+completion = st.fixed_dictionaries(
+    {},
+    optional={
+        field: strings | scalars
+        for field in ("response", "text", "content", "completion", "score", "overall_score", "rating")
+    },
+)
+values = st.recursive(
+    st.one_of(scalars, turn, completion),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=4),
+        st.dictionaries(st.sampled_from(["role", "content", *FIELDS]) | strings, inner, max_size=4),
+    ),
+    max_leaves=8,
+)
+likely = st.one_of(
+    values,
+    strings,
+    st.lists(turn, max_size=4),
+    st.lists(completion, max_size=3),
+    st.lists(strings, max_size=3),
+    st.lists(st.integers(0, 3), max_size=3),
+)
+rows = st.dictionaries(st.sampled_from(FIELDS) | strings, likely, max_size=6) | st.fixed_dictionaries(
+    {}, optional=dict.fromkeys(FIELDS, likely)
+)
+
+
+def pairs_or_rule(row, form, pairing="best_rest"):
+    try:
+        return to_pairs(row, form, pairing), None
+    except RowFault as fault:
+        fault.reason.encode()
+        return [], fault.rule
+
+
+@settings(max_examples=300, deadline=None)
+@given(rows, st.sampled_from(["best_worst", "best_rest"]))
+def test_any_row_is_pairs_of_texts_or_one_fault(row, pairing):
+    for form in FORMATS:
+        pairs, rule = pairs_or_rule(row, form, pairing)
+        assert rule in BROKEN if rule else pairs
+        for pair in pairs:
+            for field in ("id", "prompt", "chosen", "rejected"):
+                pair[field].encode()
+            for said in pair["turns"] or []:
+                said["content"].encode()
+            assert pair["split"] in ("train", "eval", None)
+
+
+def chat(text):
+    return st.lists(st.builds(lambda said: {"role": "user", "content": said}, text), min_size=1, max_size=1)
+
+
+well_formed = st.one_of(
+    st.fixed_dictionaries({"prompt": strings | chat(strings), "chosen": strings, "rejected": strings}),
+    st.builds(
+        lambda asked, good, bad: {
+            "chosen": [*asked, {"role": "assistant", "content": good}],
+            "rejected": [*asked, {"role": "assistant", "content": bad}],
+        },
+        chat(strings),
+        strings,
+        strings,
+    ),
+    st.builds(
+        lambda asked, good, bad: {
+            "chosen": f"\n\nHuman: {asked}\n\nAssistant: {good}",
+            "rejected": f"\n\nHuman: {asked}\n\nAssistant: {bad}",
+        },
+        strings,
+        strings,
+        strings,
+    ),
+    st.fixed_dictionaries(
+        {
+            "prompt": strings,
+            "responses": st.lists(strings, min_size=2, max_size=2),
+            "ranks": st.permutations([1, 2]),
+        }
+    ),
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(well_formed)
+def test_a_row_in_a_format_is_pairs_unless_its_text_is_at_fault(row):
+    form = detect([row], "x")
+    pairs, rule = pairs_or_rule(row, form)
+    at_fault = {"lone_surrogate", "invalid_utf8"} | ({"broken_roles"} if form == "transcripts" else set())
+    assert rule in at_fault if rule else len(pairs) == 1
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(rows, max_size=3))
+def test_any_rows_have_a_known_format_or_are_refused(some):
+    with contextlib.suppress(InputError):
+        assert detect(some, "x") in FORMATS
+
+
+def test_a_rank_orders_but_is_no_rating():
+    (pair,) = to_pairs(RANKED, "rated responses", "best_worst")
+    assert (pair["chosen"], pair["rejected"]) == ("A joy.", "A bore.")
+    assert pair["chosen_rating"] is None
+    assert pair["rejected_rating"] is None

@@ -1,0 +1,381 @@
+"""The log-prob engine against plain transformers models, one completion and one forward pass at a time."""
+
+import contextlib
+import weakref
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM
+
+from dpo.common.errors import InputError
+from dpo.engine import logprobs
+from dpo.engine.logprobs import accumulate_in_place, load_model, sequence_logps
+from dpo.engine.packing import TokenRow, pack
+from tests.support.logprobs import (
+    ARCHITECTURES,
+    assert_same_gradients,
+    gradients,
+    make_rows,
+    naive_logps,
+    plain_model,
+    tokens,
+)
+from tests.support.models import TINY, make_model
+
+# Sums of up to 30 token log-probs, some 100 nats in all, where one unit in the last place of fp32 is 8e-6.
+CLOSE = {"rtol": 1e-6, "atol": 1e-5}
+
+
+@pytest.fixture(scope="module")
+def llama_dir(tmp_path_factory):
+    return make_model("llama", tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture
+def llama(llama_dir):
+    return load_model(str(llama_dir))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_logps_and_gradients_equal_the_naive_loop(architecture, tmp_path):
+    folder, rows = make_model(architecture, tmp_path), make_rows()
+    plain, model = plain_model(folder), load_model(str(folder))
+    expected = naive_logps(plain, rows)
+    packed = model(packed=pack(rows)).view(len(rows), 2)
+    torch.testing.assert_close(packed, expected, **CLOSE)
+    assert_same_gradients(gradients(model, packed), gradients(plain, expected))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_micro_batches_that_accumulate_in_place_have_the_gradients_of_the_naive_loop(architecture, tmp_path):
+    folder, rows = make_model(architecture, tmp_path), make_rows()
+    rows += [TokenRow("padded", (0, *tokens(3, 11), 0), ((0, 5), (5, 0)))]  # the pad token is not learned
+    plain, model = plain_model(folder), load_model(str(folder))
+    expected = gradients(plain, naive_logps(plain, rows))
+    accumulate_in_place(model)
+    weights = torch.arange(1, 2 * len(rows) + 1).view(-1, 2)
+    for micro_batch, share in ((rows[:2], weights[:2]), (rows[2:], weights[2:])):
+        (model(packed=pack(micro_batch)) * share.flatten()).sum().backward()
+    ours = {name: weight.grad for name, weight in model.named_parameters()}
+    assert_same_gradients(ours, expected)
+    table = model.get_input_embeddings()
+    if table.padding_idx == 0 and table.weight is not model.get_output_embeddings().weight:
+        assert not table.weight.grad[0].any()
+
+
+def test_untied_head_with_bias_has_the_right_gradients(tmp_path):
+    folder, rows = make_model("phi", tmp_path, seed=1), make_rows()
+    plain, model = plain_model(folder), load_model(str(folder))
+    assert model.lm_head.bias is not None
+    nn.init.normal_(model.lm_head.bias)
+    plain.lm_head.bias.data = model.lm_head.bias.data.clone()
+    ours, expected = model(packed=pack(rows)), naive_logps(plain, rows)
+    torch.testing.assert_close(ours.view(-1, 2), expected, **CLOSE)
+    assert_same_gradients(gradients(model, ours), gradients(plain, expected))
+
+
+def test_every_completion_token_counts_and_no_prompt_token(llama, llama_dir):
+    end = TINY["eos_token_id"]
+    prompt, text = tokens(6, 1), tokens(5, 2)
+    ended, open_ended = sequence_logps(llama, [TokenRow("a", prompt, ((*text, end), text))], 100)[0]
+    table = plain_model(llama_dir)(input_ids=torch.tensor([prompt + text])).logits[0].log_softmax(1)
+    by_token = [table[len(prompt) - 1 + i, token].item() for i, token in enumerate(text)]
+    assert open_ended.item() == pytest.approx(sum(by_token), rel=1e-6)
+    assert (ended - open_ended).item() == pytest.approx(table[-1, end].item(), abs=2e-5)
+
+
+@pytest.mark.parametrize("max_tokens_per_microbatch", [1, 30, 60, 10_000])
+def test_the_token_budget_changes_nothing(llama, llama_dir, max_tokens_per_microbatch):
+    rows = make_rows()
+    expected = naive_logps(plain_model(llama_dir), rows)
+    torch.testing.assert_close(sequence_logps(llama, rows, max_tokens_per_microbatch), expected, **CLOSE)
+
+
+def test_order_of_rows_changes_nothing(llama):
+    rows = make_rows()
+    order = [2, 0, 3, 1]
+    shuffled = sequence_logps(llama, [rows[i] for i in order], 10_000)
+    torch.testing.assert_close(shuffled, sequence_logps(llama, rows, 10_000)[order], **CLOSE)
+
+
+def test_neighbours_and_the_other_completion_are_never_seen(llama):
+    rows = make_rows()
+    before = llama(packed=pack(rows)).view(-1, 2)
+    other = TokenRow("usual", rows[0].prompt, (tokens(7, 50), rows[0].completions[1]))
+    after = llama(packed=pack([other, TokenRow("short", tokens(1, 51), rows[1].completions), *rows[2:]])).view(
+        -1, 2
+    )
+    torch.testing.assert_close(after[0, 1], before[0, 1], **CLOSE)
+    torch.testing.assert_close(after[2:], before[2:], **CLOSE)
+    assert (after[0, 0] - before[0, 0]).abs() > 1
+    assert ((after[1] - before[1]).abs() > 0.01).all()
+
+
+def test_no_gradient_reaches_a_token_of_a_neighbour_or_of_the_other_completion(llama):
+    rows = make_rows()
+    embeddings = []
+    llama.get_input_embeddings().register_forward_hook(
+        lambda module, inputs, output: (output.retain_grad(), embeddings.append(output))[1]
+    )
+    llama(packed=pack(rows))[1].backward()
+    prompt, (chosen, rejected) = rows[0].prompt, rows[0].completions
+    seen = embeddings[0].grad[0].abs().sum(1) > 0
+    # The prompt, nothing of chosen, rejected but for its last token, which predicts nothing, and nothing after.
+    expected = [True] * len(prompt) + [False] * len(chosen) + [True] * (len(rejected) - 1)
+    assert seen.tolist() == expected + [False] * (sum(row.tokens for row in rows) - len(expected))
+
+
+def test_one_or_three_completions_to_a_prompt(llama, llama_dir):
+    plain = plain_model(llama_dir)
+    for count in (1, 3):
+        rows = [TokenRow("a", tokens(4, 1), tuple(tokens(3 + i, 60 + i) for i in range(count)))] * 2
+        torch.testing.assert_close(sequence_logps(llama, rows, 50), naive_logps(plain, rows), **CLOSE)
+
+
+def test_a_prompt_of_8000_tokens(tmp_path):
+    folder = make_model("llama", tmp_path, max_position_embeddings=8192)
+    rows = [TokenRow("long", tokens(8000, 1), (tokens(5, 2), tokens(8, 3)))]
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa").eval()
+    with torch.inference_mode():
+        expected = naive_logps(plain, rows)
+    torch.testing.assert_close(sequence_logps(load_model(str(folder)), rows, 1024), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_dropout_is_off_even_in_training_mode(tmp_path):
+    folder, rows = make_model("gpt2", tmp_path), make_rows()
+    model = load_model(str(folder)).train()
+    assert model.config.resid_pdrop == model.config.attn_pdrop == model.config.embd_pdrop == 0.1
+    torch.testing.assert_close(
+        model(packed=pack(rows)).view(-1, 2), naive_logps(plain_model(folder), rows), **CLOSE
+    )
+
+
+@pytest.fixture
+def projected(monkeypatch):
+    """The number of positions of each projection to the vocabulary, five at most."""
+    monkeypatch.setattr(logprobs, "HEAD_CHUNK", 5)
+    lengths, linear = [], logprobs.F.linear
+
+    def watched(hidden, weight, bias=None):
+        if weight.shape[0] == TINY["vocab_size"]:
+            lengths.append(len(hidden))
+        return linear(hidden, weight, bias)
+
+    monkeypatch.setattr(logprobs.F, "linear", watched)
+    return lengths
+
+
+def test_chunks_of_the_vocabulary_projection_change_nothing_and_bound_its_size(llama, llama_dir, projected):
+    rows, plain = make_rows(), plain_model(llama_dir)
+    expected = naive_logps(plain, rows)
+    projected.clear()
+    packed = llama(packed=pack(rows))
+    torch.testing.assert_close(packed.view(-1, 2), expected, **CLOSE)
+    assert_same_gradients(gradients(llama, packed), gradients(plain, expected))
+    scored = sum(row.completion_tokens for row in rows)
+    assert max(projected) == 5
+    last = scored % 5 or 5
+    assert sum(projected) == 2 * scored - last, "backward, all but the last chunk"
+
+
+def test_a_head_that_is_not_trained_is_projected_once_and_keeps_no_logits(llama, llama_dir, projected):
+    rows, plain = make_rows(), plain_model(llama_dir)
+    for model in (llama, plain):
+        model.get_output_embeddings().weight.requires_grad_(False)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t.shape), t)[1], lambda t: t):
+        packed = llama(packed=pack(rows))
+    assert not [shape for shape in kept if TINY["vocab_size"] in shape]
+    ours = gradients(llama, packed)
+    assert sum(projected) == sum(row.completion_tokens for row in rows)
+    assert_same_gradients(ours, gradients(plain, naive_logps(plain, rows)))
+
+
+def test_a_second_backward_pass_gives_the_same_gradient(llama):
+    total = llama(packed=pack(make_rows())).sum()
+    first = torch.autograd.grad(total, list(llama.parameters()), retain_graph=True)
+    for once, twice in zip(first, torch.autograd.grad(total, list(llama.parameters())), strict=True):
+        torch.testing.assert_close(twice, once, rtol=1e-6, atol=1e-7)
+
+
+def test_no_tensor_over_all_tokens_and_the_whole_vocabulary_is_kept(tmp_path, monkeypatch):
+    folder = make_model("llama", tmp_path, vocab_size=5_000)
+    model = load_model(str(folder))
+    monkeypatch.setattr(logprobs, "HEAD_CHUNK", 16)
+    rows = [TokenRow(str(i), tokens(3, i), (tokens(40, i + 50), tokens(50, i + 90))) for i in range(4)]
+    weights = model.get_output_embeddings().weight.numel()
+    largest = []
+    pack_hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: (largest.append(t.numel()), t)[1], lambda t: t)
+    with pack_hooks:
+        model(packed=pack(rows)).sum().backward()
+    assert max(largest) == weights < sum(row.completion_tokens for row in rows) * 5_000
+
+
+def test_it_stays_an_ordinary_model(llama, llama_dir, tmp_path):
+    ids = torch.tensor([tokens(10, 1)])
+    llama.set_attn_implementation("sdpa")
+    with torch.inference_mode():
+        torch.testing.assert_close(llama(input_ids=ids).logits, plain_model(llama_dir)(input_ids=ids).logits)
+    llama.save_pretrained(tmp_path)
+    again = plain_model(tmp_path)
+    for name, weight in plain_model(llama_dir).state_dict().items():
+        assert torch.equal(again.state_dict()[name], weight), name
+
+
+def test_sliding_windows_are_kept(tmp_path):
+    # A window of 6 over rows of up to 31 tokens: most positions see less than their whole past.
+    folder = make_model("mistral", tmp_path, sliding_window=6)
+    rows = make_rows()
+    model, plain = load_model(folder), plain_model(folder)
+    assert in_stream(model)
+    ours, naive = sequence_logps(model, rows, 1000), naive_logps(plain, rows).detach()
+    torch.testing.assert_close(ours, naive, **CLOSE)
+    wide = load_model(make_model("mistral", tmp_path / "wide", sliding_window=None))
+    assert (sequence_logps(wide, rows, 1000) - naive).abs().max() > 0.1
+
+
+def by_segments(query, key, value, begins, key_begins, most_queries, most_keys, scale, window_size):
+    """Attention of every run of queries on its keys, from its definition, in fp32; both end at the same place."""
+    left, right = window_size
+    assert right == 0, "causal"
+    outputs = []
+    for first, last, first_key, last_key in zip(begins, begins[1:], key_begins, key_begins[1:], strict=False):
+        for place in range(first, last):
+            seen = slice(max(first_key, last_key - (last - place) - left) if left >= 0 else first_key,
+                         last_key - (last - place) + 1)  # fmt: skip
+            heads = []
+            for head, vector in enumerate(query[place].float()):
+                of = head * key.shape[1] // query.shape[1]
+                scores = key[seen, of].float() @ vector * scale
+                heads.append(scores.softmax(0) @ value[seen, of].float())
+            outputs.append(torch.stack(heads))
+    assert (most_queries, most_keys) == (max(begins.diff()), max(key_begins.diff()))
+    return torch.stack(outputs)
+
+
+@pytest.mark.parametrize("window", [None, 6])
+def test_variable_length_attention_gets_what_attention_row_by_row_sees(monkeypatch, window):
+    monkeypatch.setattr(logprobs, "variable_length_attention", by_segments)
+    rows = [*make_rows(), TokenRow("three", tokens(4, 11), (tokens(2, 12), tokens(5, 13), tokens(1, 14)))]
+    layout = pack([*rows, TokenRow("one", tokens(6, 15), (tokens(3, 16),))])["spans"]
+    length = sum(prompt + sum(completions) for prompt, completions in layout)
+    draw = torch.Generator().manual_seed(0)
+    query = torch.randn(1, 4, length, 8, generator=draw).bfloat16().float()
+    key, value = torch.randn(2, 1, 2, length, 8, generator=draw).bfloat16().float()
+
+    def attend(laid_out):
+        return logprobs._packed_attention(
+            None, query, key, value, None, layout=laid_out, scaling=0.3, sliding_window=window
+        )[0]
+
+    rows_alone, runs = attend(layout), attend(logprobs.segments(layout, torch.device("cpu")))
+    torch.testing.assert_close(runs, rows_alone, rtol=1e-5, atol=1e-5)
+
+
+def in_stream(model):
+    return model.forward.keywords["in_stream"]
+
+
+def test_a_model_that_the_stream_is_wrong_for_is_computed_row_by_row_and_says_so(tmp_path, caplog):
+    # Gemma 2 caps attention scores and logits, which the packed stream does not.
+    folder = make_model("gemma2", tmp_path, initializer_range=0.5)
+    model, plain = load_model(folder), plain_model(folder)
+    assert not in_stream(model)
+    assert "Gemma2ForCausalLM: its packed log-probs differ from plain ones by" in caplog.text
+    rows = make_rows()
+    ours, naive = model(packed=pack(rows)), naive_logps(plain, rows)
+    torch.testing.assert_close(ours.view(-1, 2), naive, **CLOSE)
+    assert_same_gradients(gradients(model, ours), gradients(plain, naive))
+
+
+def test_a_model_that_cannot_run_the_stream_is_computed_row_by_row_and_says_so(tmp_path, caplog):
+    # Bloom adds its positions as a bias to the attention scores and knows no pluggable attention.
+    folder = make_model("bloom", tmp_path)
+    model = load_model(folder)
+    assert not in_stream(model)
+    assert "BloomForCausalLM: " in caplog.text
+    rows = make_rows()
+    naive = naive_logps(plain_model(folder), rows).detach()
+    torch.testing.assert_close(sequence_logps(model, rows, 1000), naive, **CLOSE)
+
+
+def test_rotary_positions_that_depend_on_the_longest_row_are_computed_row_by_row(tmp_path, caplog):
+    rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10_000.0}
+    folder = make_model("llama", tmp_path, max_position_embeddings=16, rope_parameters=rope)
+    model, rows = load_model(folder), make_rows()
+    assert not in_stream(model)
+    naive = naive_logps(plain_model(folder), rows).detach()
+    torch.testing.assert_close(sequence_logps(model, rows, 1000), naive, **CLOSE)
+
+
+def test_dropout_outside_of_dropout_modules_is_off_too(tmp_path):
+    model = load_model(make_model("opt", tmp_path, dropout=0.5, attention_dropout=0.5, layerdrop=0.5))
+    packed = pack(make_rows())
+    torch.testing.assert_close(model.train()(packed=packed), model.eval()(packed=packed), **CLOSE)
+
+
+def test_compiling_without_a_gpu_is_refused(llama_dir, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(InputError, match=r"engine\.compile: true needs a CUDA GPU and precision: bf16"):
+        load_model(llama_dir, "bf16", compiled=True)
+
+
+def test_bf16_multiplies_in_bf16_and_keeps_weights_and_sums_in_fp32(llama_dir):
+    rows = make_rows()
+    exact = sequence_logps(load_model(llama_dir), rows, 1000)
+    model = load_model(llama_dir, "bf16")
+    ours = sequence_logps(model, rows, 1000)
+    assert ours.dtype == torch.float32
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    error = (ours - exact).abs().max().item()
+    assert 1e-4 < error < 0.05 * exact.abs().max().item()
+
+
+class LiveBf16(TorchDispatchMode):
+    """Counts the bytes of bf16 storages made inside it that are still alive."""
+
+    def __init__(self):
+        super().__init__()
+        self.storages = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(tensor, torch.Tensor) and tensor.dtype == torch.bfloat16:
+                storage = tensor.untyped_storage()
+                self.storages[storage.data_ptr()] = weakref.ref(storage)
+        return result
+
+    def bytes(self):
+        return sum(s.nbytes() for s in (ref() for ref in self.storages.values()) if s is not None)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_bf16_keeps_no_copies_of_weights_with_checkpointing_or_without_gradients(tmp_path, grad):
+    model = load_model(make_model("llama", tmp_path / "m", hidden_size=64, intermediate_size=160), "bf16").train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    held = []
+    model.model.norm.register_forward_pre_hook(lambda *_: held.append(live.bytes()))  # the last layer has run
+    live = LiveBf16()
+    with live, contextlib.nullcontext() if grad else torch.no_grad():
+        model(packed=pack(make_rows()))
+    layers = 2 * sum(p.numel() for name, p in model.named_parameters() if ".layers." in name)
+    assert live.storages
+    assert held[0] < layers / 10, "the rounded weights of a layer are gone when the next one runs"
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_autocast_without_a_weight_cache_gives_the_same_bits(tmp_path, monkeypatch, checkpointing):
+    folder, results = make_model("llama", tmp_path / "m"), []
+    cached = lambda model, precision: torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")  # noqa: E731
+    for autocast in (logprobs._autocast, cached):
+        monkeypatch.setattr(logprobs, "_autocast", autocast)
+        model = load_model(folder, "bf16").train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        scores = model(packed=pack(make_rows()))
+        scores.sum().backward()
+        results.append([scores.detach(), *(p.grad for p in model.parameters())])
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*results, strict=True))

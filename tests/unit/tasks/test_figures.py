@@ -1,0 +1,56 @@
+"""The figures hold the numbers they are drawn from."""
+
+import pandas as pd
+import pytest
+
+from dpo.training.settings import Trial
+from tasks.report.figures import calibration, curve, frontier, height, labels, margins
+
+
+def trial(loss="sigmoid", beta=0.1, learning_rate=5e-5, seed=17):
+    return Trial(loss=loss, beta=beta, learning_rate=learning_rate, seed=seed)
+
+
+def metrics(kl, reward):
+    return {"kl": kl, "kl_ci": [kl - 1, kl + 2], "reward": reward, "reward_ci": [reward - 0.1, reward + 0.3],
+            "reference_reward": 0.05, "win_rate": 0.5, "win_rate_ci": [0.4, 0.6]}  # fmt: skip
+
+
+def test_a_label_is_the_beta_and_what_else_varies():
+    assert list(labels([trial(beta=0.1), trial(beta=1)]).values()) == ["β 0.1", "β 1"]
+    varied = labels([trial("sigmoid", seed=1), trial("ipo", seed=2)])
+    assert list(varied.values()) == ["sigmoid, β 0.1, seed 1", "ipo, β 0.1, seed 2"]
+    rates = labels([trial(learning_rate=1e-5), trial(learning_rate=5e-5)], beta=False)
+    assert list(rates.values()) == ["lr 1e-05", "lr 5e-05"]
+
+
+def test_the_frontier_is_one_line_for_each_loss_with_a_point_for_each_beta_and_its_bars():
+    trials = [trial(loss, beta) for loss in ("sigmoid", "ipo") for beta in (0.5, 0.1)]
+    policies = {c.name: metrics(kl=1 / c.beta, reward=c.beta) for c in trials}
+    figure = frontier(trials, policies)
+    lines = {trace.name: trace for trace in figure.data}
+    assert list(lines) == ["sigmoid", "ipo", "reference"]
+    assert lines["ipo"].x == (2.0, 10.0)
+    assert lines["ipo"].y == (0.5, 0.1)
+    assert lines["ipo"].text == ("β 0.5", "β 0.1")
+    assert lines["ipo"].error_y.array == pytest.approx((0.3, 0.3))
+    assert lines["ipo"].error_x.arrayminus == pytest.approx((1, 1))
+    assert (lines["reference"].x, lines["reference"].y) == ((0,), (0.05,))
+
+
+def test_without_scores_the_frontier_shows_the_win_rate_from_one_half_on():
+    policies = {trial().name: {k: v for k, v in metrics(3, 1).items() if "reward" not in k}}
+    assert height(policies) == "win_rate"
+    figure = frontier([trial()], policies)
+    assert figure.data[-1].y == (0.5,)
+    assert figure.data[0].y == (0.5,)
+
+
+def test_curves_margins_and_calibration_have_a_line_for_each_policy():
+    table = pd.DataFrame({"policy": ["a", "a", "b"], "step": [1, 2, 1], "loss": [3.0, 2.0, 1.0],
+                          "margin": [0.1, 0.2, 0.3], "confidence": [0.6, 0.9, 0.7],
+                          "agreement": [0.5, 0.8, 0.7], "pairs": [1, 2, 3]})  # fmt: skip
+    for figure in (curve(table, "loss"), margins(table), calibration(table)):
+        assert [trace.name for trace in figure.data] == ["a", "b"]
+    assert list(curve(table, "loss").data[0].y) == [3.0, 2.0]
+    assert list(calibration(table).data[0].x) == [0.6, 0.9]

@@ -1,0 +1,215 @@
+"""What MLflow is told of a training: its steps in order, its past after a cut, its alarms."""
+
+import dataclasses
+import logging
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import mlflow
+import pandas as pd
+import pytest
+
+from dpo.config import load_params
+from dpo.training.settings import Trial
+from tasks.tracking import offline
+from tasks.tracking import runs as tracking
+from tasks.tracking.steplog import StepLog
+
+ROOT = Path(__file__).parents[3]
+PARAMS = load_params(ROOT / "params.yaml")
+TABLE = pd.DataFrame({"prompt": ["p"], "chosen": ["c"], "rejected": ["r"]})
+
+WRITER = """
+import multiprocessing, sys
+from types import SimpleNamespace
+from tasks.tracking.steplog import StepLog
+from tasks.tracking.runs import policy_run
+from tests.unit.tasks.test_tracking import PARAMS, TABLE, trial
+
+def write(seed, together):
+    with policy_run(PARAMS, trial(seed), TABLE) as run_id:
+        log = StepLog(run_id)
+        log.STEPS_AT_ONCE = 1
+        together.wait(timeout=300)
+        for step in range(1, 51):
+            log.on_log(None, SimpleNamespace(global_step=step), None, {"loss": seed + step, "margin": -step})
+        log.on_train_end(None, None, None)
+
+context = multiprocessing.get_context("fork")
+together = context.Barrier(8)
+writers = [context.Process(target=write, args=(seed, together)) for seed in range(8)]
+for writer in writers: writer.start()
+for writer in writers: writer.join()
+sys.exit(max(writer.exitcode for writer in writers))
+"""
+
+
+def trial(seed):
+    return Trial(loss="sigmoid", beta=0.1, learning_rate=1e-5, seed=seed)
+
+
+def make_project(folder):
+    for name in ("train", "eval", "raw_pairs"):
+        (folder / "data").mkdir(exist_ok=True)
+        TABLE.to_parquet(folder / "data" / f"{name}.parquet")
+    (folder / "reference/train").mkdir(parents=True)
+    (folder / "reference/train/manifest.json").write_text("{}")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_project(tmp_path_factory.mktemp("tracking"))
+
+
+@pytest.fixture
+def project(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")
+    return folder
+
+
+def step(number):
+    return SimpleNamespace(global_step=number)
+
+
+def curve(run_id, name):
+    points = mlflow.MlflowClient().get_metric_history(run_id, f"train/{name}")
+    return [(point.step, point.value) for point in sorted(points, key=lambda point: point.step)]
+
+
+def test_eight_trainings_at_once_lose_nothing_in_a_new_sqlite_store(project):
+    done = subprocess.run(
+        [sys.executable, "-c", WRITER], capture_output=True, text=True, env={"PYTHONPATH": str(ROOT)}
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    offline.connect()
+    runs = mlflow.search_runs(experiment_names=[offline.EXPERIMENT], output_format="list")
+    policies = [run for run in runs if tracking.TRIAL in run.data.tags]
+    assert len(runs) == 9
+    assert len(policies) == 8
+    assert {run.data.tags["mlflow.parentRunId"] for run in policies} == {tracking.sweep_run(PARAMS)}
+    for run in policies:
+        assert run.info.status == "FINISHED"
+        seed = int(run.data.params["seed"])
+        assert curve(run.info.run_id, "loss") == [(n, seed + n) for n in range(1, 51)]
+        assert curve(run.info.run_id, "margin") == [(n, -n) for n in range(1, 51)]
+
+
+def test_a_clock_that_jumps_back_neither_loses_nor_disorders_steps(project, monkeypatch):
+    times = iter([2e9, 2e9, 1e9, 1e9, 1.5e9])
+    with tracking.reference_run(PARAMS, TABLE) as run_id:
+        log = StepLog(run_id)
+        for number in range(1, 6):
+            now = next(times)
+            monkeypatch.setattr(time, "time", lambda now=now: now)
+            log.on_log(None, step(number), None, {"loss": 1 / number})
+        log.on_train_end(None, step(5), None)
+    assert curve(run_id, "loss") == [(n, 1 / n) for n in range(1, 6)]
+    assert mlflow.get_run(run_id).data.metrics["train/loss"] == 1 / 5
+
+
+def test_a_training_that_goes_on_has_whole_curves_in_its_new_run(project):
+    history = [{"loss": 1 / n, "rewards/margins": n, "epoch": n / 9, "step": n} for n in range(1, 4)]
+    history += [{"eval_loss": 0.5, "epoch": 3 / 9, "step": 3}, {"train_runtime": 9.0, "step": 3}]
+    with tracking.reference_run(PARAMS, TABLE) as run_id:
+        log = StepLog(run_id)
+        log.on_train_begin(None, SimpleNamespace(global_step=3, log_history=history), None)
+        log.on_log(None, step(4), None, {"loss": 1 / 4})
+        log.on_train_end(None, step(4), None)
+    run = mlflow.get_run(run_id)
+    assert curve(run_id, "loss") == [(n, 1 / n) for n in range(1, 5)]
+    assert curve(run_id, "rewards/margins") == [(n, n) for n in range(1, 4)]
+    assert curve(run_id, "eval_loss") == [(3, 0.5)]
+    assert "train/train_runtime" not in run.data.metrics
+    assert "train/step" not in run.data.metrics
+    assert run.data.tags[tracking.RESUMED] == "3"
+
+
+def test_a_training_from_its_beginning_is_not_marked_as_resumed(project):
+    with tracking.reference_run(PARAMS, TABLE) as run_id:
+        StepLog(run_id).on_train_begin(None, SimpleNamespace(global_step=0, log_history=[]), None)
+    assert tracking.RESUMED not in mlflow.get_run(run_id).data.tags
+
+
+def test_what_the_library_warns_of_during_a_training_is_in_its_run(project, caplog):
+    library = logging.getLogger("dpo.training.train")
+    library.warning("before")
+    with tracking.policy_run(PARAMS, trial(99), TABLE) as run_id:
+        library.warning("step %d: runs away", 7)
+        assert mlflow.get_run(run_id).data.tags[tracking.ALARMS] == "step 7: runs away\n"
+        library.info("all is well")
+        library.warning("x" * 2 * tracking.ALARMS_LENGTH)
+        library.warning("beyond the tag")
+    library.warning("after")
+    found = mlflow.get_run(run_id).data.tags[tracking.ALARMS]
+    assert found == ("step 7: runs away\n" + "x" * 9999)[: tracking.ALARMS_LENGTH]
+    assert caplog.messages[0::4] == ["before", "after"]
+
+
+def test_the_run_of_a_training_that_fails_has_failed(project):
+    runs = []
+    with pytest.raises(ZeroDivisionError):
+        fail(runs)
+    assert mlflow.get_run(runs[0]).info.status == "FAILED"
+
+
+def test_a_run_that_was_cut_off_is_marked_as_killed_when_its_stage_runs_again(project):
+    def begin():
+        with (
+            tracking.reference_run(PARAMS, TABLE) as reference,
+            tracking.policy_run(PARAMS, trial(71), TABLE) as policy,
+        ):
+            tracking.log_validation(PARAMS, {}, [])
+        return [reference, policy, *data_runs()]
+
+    def data_runs():
+        runs = mlflow.search_runs(filter_string=f"tags.`{offline.ROLE}` = 'data'", output_format="list")
+        return [run.info.run_id for run in runs]
+
+    client = mlflow.MlflowClient()
+    ours = begin()
+    with tracking.reference_run(dataclasses.replace(PARAMS, seed=PARAMS.seed + 1), TABLE) as theirs:
+        pass
+    for run in (*ours, theirs):
+        client.update_run(run, "RUNNING")
+    begin()
+    assert [mlflow.get_run(run).info.status for run in ours] == ["KILLED"] * 3
+    assert mlflow.get_run(theirs).info.status == "RUNNING", "of another training: it may be at work"
+
+
+def fail(runs):
+    with tracking.reference_run(PARAMS, TABLE) as run_id:
+        runs.append(run_id)
+        raise ZeroDivisionError
+
+
+def test_a_warning_is_still_printed_where_nobody_configured_logging():
+    code = (
+        "import logging; from tasks.tracking import runs; runs.record = lambda *_: None\n"
+        "logging.getLogger('dpo').addHandler(runs.Alarms('id'))\n"
+        "logging.getLogger('dpo.training.train').warning('runs %s', 'away')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stderr.splitlines()[-1] == "runs away"
+
+
+def test_a_store_whose_making_was_cut_off_is_made_anew(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    code = (
+        "import os; from tasks.tracking import offline\n"
+        "offline.MlflowClient.search_experiments = lambda *_, **__: os._exit(9)\n"
+        "offline.connect()"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    assert subprocess.run([sys.executable, "-c", code], env=environment, check=False).returncode == 9
+    assert not Path("mlflow.db").exists()
+    assert list(tmp_path.glob(".mlflow.db*.partial"))
+    offline.connect()
+    assert mlflow.get_experiment_by_name(offline.EXPERIMENT) is not None
+    assert not list(tmp_path.glob(".mlflow.db*.partial"))

@@ -1,0 +1,145 @@
+"""Imports only go down, and DVC knows every package that the result of a stage depends on."""
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from ruamel.yaml import YAML
+
+ROOT = Path(__file__).parents[2]
+STAGES = YAML(typ="safe").load(ROOT / "dvc.yaml")["stages"]
+NO_DEPS = {
+    "dpo/config.py": "it only reads params.yaml, which DVC tracks by key",
+    "dpo/data/settings.py": "types of settings; stages that use the data depend on the whole of dpo/data",
+    "dpo/evaluation/settings.py": "types of settings; stages that evaluate depend on the whole of dpo/evaluation",
+    "dpo/training/settings.py": "types of settings; stages that train depend on the whole of dpo/training",
+    "dpo/engine/settings.py": "types of settings; stages that run the model depend on the whole of dpo/engine",
+    "tasks/tracking": "logging does not change a result",
+}
+"""Modules and packages that are no deps, and why."""
+
+LAYERS = ["dpo", "tasks", "tasks.commands", "flows"]
+"""Each may import those before it, and no other part of the project."""
+
+DPO_LAYERS = ["common", "engine", "data", "training", "evaluation", "config", "planner"]
+"""Order of the parts of `dpo`; each may import those before it. Settings modules may be imported from anywhere."""
+
+
+def modules(folder):
+    for path in sorted((ROOT / folder).rglob("*.py")):
+        yield ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"), path
+
+
+def imports(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def layer(module):
+    found = [name for name in LAYERS if module == name or module.startswith(f"{name}.")]
+    return max(map(LAYERS.index, found)) if found else None
+
+
+@pytest.mark.parametrize("folder", ["dpo", "tasks", "flows"])
+def test_imports_go_down(folder):
+    wrong = [
+        (module, name)
+        for module, path in modules(folder)
+        for name in imports(path)
+        if layer(name) is not None and layer(name) > layer(module)
+    ]
+    assert not wrong
+
+
+@pytest.mark.parametrize(
+    ("folder", "forbidden"),
+    [("dpo", {"prefect", "dvc", "mlflow"}), ("tasks", {"prefect", "dvc"})],
+)
+def test_tools_stay_out_of_the_layers_below_them(folder, forbidden):
+    assert not {name.split(".")[0] for _, path in modules(folder) for name in imports(path)} & forbidden
+
+
+def test_the_packages_of_dpo_import_each_other_in_one_direction():
+    wrong = []
+    for module, path in modules("dpo"):
+        parts = module.split(".")
+        if len(parts) < 2 or parts[-1] == "settings":
+            continue
+        for name in imports(path):
+            target = name.split(".")
+            inside = target[0] == "dpo" and len(target) > 1 and "settings" not in target
+            if inside and DPO_LAYERS.index(target[1]) > DPO_LAYERS.index(parts[1]):
+                wrong.append((module, name))
+    assert not wrong
+
+
+def test_the_modules_in_tasks_are_the_stages():
+    assert {path.stem for path in (ROOT / "tasks").glob("*.py")} - {"__init__"} == set(STAGES)
+
+
+def test_the_default_flow_has_the_five_steps_of_the_method():
+    asked = ["validate", "sft", "reference_logprobs", "train", "evaluate"]
+    assert [stage for stage in STAGES if stage in asked] == asked
+    assert "pandera" in (ROOT / "dpo/data/schema.py").read_text()
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_module_a_stage_imports_is_among_its_deps(stage):
+    code = (
+        f"import sys, tasks.{stage}\n"
+        "print(*(m.__file__ for n, m in sys.modules.items() if n.split('.')[0] in ('dpo', 'tasks')))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True, env=os.environ
+    )
+    found = {Path(f).relative_to(ROOT) for f in done.stdout.split()}
+    found = {m for m in found if m.name != "__init__.py"}
+    declared = [Path(dep) for dep in STAGES[stage]["deps"]]
+    known = [*declared, *map(Path, NO_DEPS)]
+    assert not {m for m in found if not any(m == d or d in m.parents for d in known)}
+    code_deps = [d for d in declared if d.parts[0] in ("dpo", "tasks")]
+    unused = [d for d in code_deps if not any(m == d or d in m.parents for m in found)]
+    assert not unused, "declared, yet not imported"
+
+
+@pytest.mark.parametrize("stage", ["train", "evaluate"])
+def test_a_trial_depends_on_the_settings_of_its_own_loss_and_on_no_list_of_the_sweep(stage):
+    assert "losses.${item.loss}" in STAGES[stage]["params"]
+    assert not {"losses", "sweep"} & set(STAGES[stage]["params"])
+    assert STAGES[stage]["matrix"] == {
+        "loss": "${sweep.losses}",
+        "beta": "${sweep.betas}",
+        "learning_rate": "${sweep.learning_rates}",
+        "seed": "${sweep.seeds}",
+    }
+
+
+def test_sections_that_dvc_depends_on_are_in_params_yaml():
+    params = YAML(typ="safe").load(ROOT / "params.yaml")
+    for stage in STAGES.values():
+        for key in stage.get("params", []):
+            if key == "losses.${item.loss}":
+                key = "losses.sigmoid"
+            value = params
+            for part in key.split("."):
+                value = value[part]
+
+
+def test_dvc_yaml_starts_with_a_stage_and_stays_short():
+    lines = (ROOT / "dvc.yaml").read_text().splitlines()
+    assert lines[0] == "stages:"
+    assert len(lines) <= 200
+
+
+def test_telemetry_is_off():
+    done = subprocess.run(
+        [sys.executable, "-c", "import os, tasks; print(*(os.environ[n] for n in tasks.TELEMETRY_OFF))"],
+        cwd=ROOT, capture_output=True, text=True, check=True, env={"PATH": os.environ["PATH"]},
+    )  # fmt: skip
+    assert done.stdout.split() == ["true", "true", "1", "true", "false"]

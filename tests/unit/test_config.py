@@ -1,0 +1,231 @@
+"""params.yaml: every key is known, typed and in range, or one line says which is not."""
+
+import dataclasses
+import math
+from pathlib import Path
+
+import pytest
+from ruamel.yaml import YAML
+
+from dpo.common.errors import InputError
+from dpo.config import load_params
+
+PARAMS = Path(__file__).parents[2] / "params.yaml"
+
+
+def leaves(value, above=""):
+    """The dotted keys of a nested mapping; an empty mapping is a leaf."""
+    if not isinstance(value, dict) or not value:
+        return {above}
+    return set().union(*(leaves(inner, f"{above}.{key}".strip(".")) for key, inner in value.items()))
+
+
+def test_params_yaml_shows_at_most_sixty_settings():
+    assert len(leaves(YAML(typ="safe").load(PARAMS))) <= 60
+
+
+def test_settings_that_params_yaml_does_not_list_have_defaults(change):
+    params = load_params(change("validate", {}))
+    assert params.validate.rules.mojibake == "quarantine"
+    assert load_params(change("validate", {"rules": {"mojibake": "warn"}})).validate.rules.mojibake == "warn"
+    assert load_params(change("run", ABSENT)).run.checkpoint_minutes == 5
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        (
+            "engine.tokens_per_batch",
+            1024,
+            "engine.tokens_per_batch: renamed; use engine.max_tokens_per_micro",
+        ),
+        ("sft.warmup_steps", 4, "sft.warmup_steps: renamed; use sft.warmup_ratio, a share of the steps"),
+        ("compare.signs", {}, "compare.signs: renamed; use compare.guardrails"),
+        ("dpo.reference", "online", "dpo.reference: removed: reference log-probs always come from the cache"),
+        ("evaluate.temperature", 1.0, "evaluate.temperature: removed: responses are always sampled at temp"),
+    ],
+)
+def test_a_key_of_an_earlier_version_names_its_successor(change, key, value, words):
+    path = change(key, value)
+    with pytest.raises(InputError) as error:
+        load_params(path)
+    assert str(error.value).startswith(f"{path}: {words}")
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_values_arrive_as_written():
+    params, written = load_params(PARAMS), YAML(typ="safe").load(PARAMS)
+    assert params.seed == written["seed"]
+    assert params.sweep.betas == tuple(written["sweep"]["betas"])
+    assert params.sft.learning_rate == written["sft"]["learning_rate"]
+    assert dataclasses.asdict(params.evaluate.judge) == written["evaluate"]["judge"]
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        params.seed = 1
+
+
+@pytest.fixture
+def change(tmp_path):
+    """Write a params.yaml that differs from the real one in one key, and give its path."""
+
+    def write(key, value):
+        path = tmp_path / "params.yaml"
+        values = YAML(typ="safe").load(PARAMS)
+        *groups, name = key.split(".")
+        target = values
+        for group in groups:
+            target = target[group]
+        if value is ABSENT:
+            del target[name]
+        else:
+            target[name] = value
+        YAML().dump(values, path)
+        return path
+
+    return write
+
+
+ABSENT = type(None)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("dpo.epoch", 1, "dpo.epoch: unknown key"),
+        ("model.revison", "main", "model.revison: unknown key"),
+        ("extra", {"a": 1}, "extra: unknown key"),
+        ("seed", "17", "seed: input should be a valid integer, got '17'"),
+        ("seed", 1.5, "seed: input should be a valid integer, got 1.5"),
+        ("sft.epochs", True, "sft.epochs: input should be a valid integer, got True"),
+        ("data.min_rating_gap", math.inf, "data.min_rating_gap: input should be a finite number"),
+        ("sweep.betas", [0.1, 0.10], "sweep.betas: value error, the same value appears twice"),
+        ("seed", 2**32, "seed: input should be less than 4294967296"),
+        ("model.base", 3, "model.base: input should be a valid string, got 3"),
+        ("sft.learning_rate", "fast", "sft.learning_rate: input should be a valid number, got 'fast'"),
+        (
+            "dpo.optimizer",
+            "adam",
+            "dpo.optimizer: input should be 'adamw', 'rmsprop', 'adamw_8bit' or 'paged_adamw_8bit', got 'adam'",
+        ),
+        ("sft.completions", "rejected", "sft.completions: input should be 'both' or 'chosen'"),
+        ("engine", 512, "engine: "),
+        ("engine.max_length", ABSENT, "engine.max_length: missing; add it"),
+        ("evaluate", ABSENT, "evaluate: missing; add it"),
+        ("seed", -1, "seed: input should be greater than or equal to 0, got -1"),
+        (
+            "engine.max_tokens_per_microbatch",
+            0,
+            "engine.max_tokens_per_microbatch: input should be greater than 0, got 0",
+        ),
+        ("data.eval_fraction", 1, "data.eval_fraction: input should be less than 1, got 1"),
+        ("data.max_train_pairs", 0, "data.max_train_pairs: input should be greater than 0, got 0"),
+        ("sft.warmup_ratio", -0.1, "sft.warmup_ratio: input should be greater than or equal to 0, got -0.1"),
+        ("dpo.warmup_ratio", 1.0, "dpo.warmup_ratio: input should be less than 1, got 1.0"),
+        ("sweep.betas", [], "sweep.betas: "),
+        ("sweep.losses", ["sigmoid", "kto"], "sweep.losses.1: input should be 'sigmoid', 'ipo'"),
+        ("sweep.seeds", [1, 1], "sweep.seeds: value error, the same value appears twice"),
+        (
+            "losses.robust",
+            {"label_smoothing": 0.5},
+            "losses.robust.label_smoothing: input should be less than 0.5",
+        ),
+        ("losses.sigmoid", {"label_smoothing": 0.1}, "losses.sigmoid.label_smoothing: unknown key"),
+        ("evaluate.judge", {"kind": "scoer"}, "evaluate.judge: input tag 'scoer'"),
+        ("evaluate.judge", {"kind": "scorer"}, "evaluate.judge.scorer.function: missing; add it"),
+        ("evaluate.judge", None, "compare.select: win_rate needs a judge; set evaluate.judge, or"),
+        ("evaluate.max_new_tokens", 512, "evaluate.max_new_tokens: 512 leaves no room for a prompt in engine.max"),
+    ],
+)
+def test_each_fault_is_one_line_with_file_key_and_reason(change, key, value, words):
+    path = change(key, value)
+    with pytest.raises(InputError) as error:
+        load_params(path)
+    assert str(error.value).startswith(f"{path}: {words}")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("beta", [0, -0.1, "0.1", None])
+def test_a_bad_beta_is_named_by_its_place(change, beta):
+    path = change("sweep.betas", [0.1, beta])
+    with pytest.raises(InputError) as error:
+        load_params(path)
+    assert all(line.startswith(f"{path}: sweep.betas.1") for line in str(error.value).splitlines())
+
+
+def test_whole_numbers_are_betas_and_null_lifts_a_limit(change):
+    assert load_params(change("sweep.betas", [1, 0.5])).sweep.betas == (1, 0.5)
+    assert load_params(change("data.max_train_pairs", None)).data.max_train_pairs is None
+
+
+def test_all_faults_are_told_at_once(tmp_path):
+    path = tmp_path / "params.yaml"
+    text = PARAMS.read_text().replace("seed: 17", "seed: x").replace("  samples: ", "  sampels: ")
+    path.write_text(text)
+    with pytest.raises(InputError) as error:
+        load_params(path)
+    assert {line.removeprefix(f"{path}: ").split(":")[0] for line in str(error.value).splitlines()} == {
+        "seed",
+        "evaluate.samples",
+        "evaluate.sampels",
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("seed: [1", "line 1"),
+        ("seed: 1\nseed: 2\n", "seed"),
+        ("", "top level"),
+        ("- 1\n", "top level"),
+    ],
+)
+def test_a_file_that_is_no_set_of_parameters_is_one_line(tmp_path, text, words):
+    path = tmp_path / "params.yaml"
+    path.write_text(text)
+    with pytest.raises(InputError) as error:
+        load_params(path)
+    message = str(error.value)
+    assert message.startswith(f"{path}: ")
+    assert words in message
+    assert "\n" not in message
+
+
+def test_an_absent_file_is_named(tmp_path):
+    with pytest.raises(InputError, match=r"params\.yaml.*No such file"):
+        load_params(tmp_path / "params.yaml")
+
+
+def test_not_a_number_is_no_number(change):
+    path = change("data.min_rating_gap", float("nan"))
+    with pytest.raises(InputError, match=r"data\.min_rating_gap: .* got nan"):
+        load_params(path)
+
+
+def test_a_date_is_read_as_a_word(tmp_path):
+    path = tmp_path / "params.yaml"
+    path.write_text(PARAMS.read_text().replace("revision: null", "revision: 2024-01-01", 1))
+    assert load_params(path).model.revision == "2024-01-01"
+
+
+def test_a_key_that_is_no_word_is_named(tmp_path):
+    path = tmp_path / "params.yaml"
+    path.write_text(PARAMS.read_text() + "? [a, b]\n: 1\n")
+    with pytest.raises(InputError, match=r"params\.yaml: keys must be"):
+        load_params(path)
+
+
+def test_cells_are_every_combination_named_as_dvc_names_them(change):
+    path = change(
+        "sweep", {"losses": ["sigmoid", "ipo"], "betas": [0.1, 1], "learning_rates": [5e-5], "seeds": [1, 2]}
+    )
+    trials = load_params(path).sweep.trials()
+    assert [trial.name for trial in trials] == [
+        f"{loss}-{beta}-5e-05-{seed}" for loss in ("sigmoid", "ipo") for beta in ("0.1", "1") for seed in (1, 2)
+    ]
+    assert trials[-1].loss == "ipo"
+    assert (trials[-1].beta, trials[-1].learning_rate, trials[-1].seed) == (1, 5e-5, 2)
+
+
+def test_without_a_judge_another_figure_selects(change):
+    path = change("evaluate.judge", None)
+    path.write_text(path.read_text().replace("select: win_rate", "select: margin"))
+    assert load_params(path).compare.select == "margin"

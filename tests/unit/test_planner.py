@@ -1,0 +1,153 @@
+"""The planner counts what models have and what the engine keeps; the command says what fits."""
+
+import math
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from dpo.common.errors import InputError
+from dpo.engine.logprobs import load_model
+from dpo.engine.packing import TokenRow, pack
+from dpo.planner import (
+    LLAMAS,
+    Pair,
+    Setup,
+    activations,
+    pair_flops,
+    reference_memory,
+    seconds,
+    shape_of,
+    trained_parameters,
+    training_memory,
+)
+from dpo.training.settings import LoraSettings
+from dpo.training.train import add_lora
+from tasks.commands import plan
+
+PAIR, PAIRS = Pair(prompt=24, completion=16), 8
+TOKENS = PAIRS * PAIR.tokens
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A random Llama with grouped queries, wide enough for the small tensors not to count."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        "llama", vocab_size=512, hidden_size=64, intermediate_size=160, num_hidden_layers=4,
+        num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True,
+    )  # fmt: skip
+    path = tmp_path_factory.mktemp("planner") / "model"
+    AutoModelForCausalLM.from_config(config).save_pretrained(path)
+    return path
+
+
+def kept(model):
+    """Bytes that a forward pass keeps for its backward pass, the model's own parameters aside."""
+    draw = torch.Generator().manual_seed(0)
+    lengths = (PAIR.prompt, PAIR.completion, PAIR.completion)
+    rows = []
+    for number in range(PAIRS):
+        prompt, *completions = (tuple(torch.randint(512, (n,), generator=draw).tolist()) for n in lengths)
+        rows.append(TokenRow(str(number), prompt, tuple(completions)))
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    tensors = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: tensors.append(t) or t, lambda t: t):
+        model(packed=pack(rows))
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(size for pointer, size in storages.items() if pointer not in parameters)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("rank", [None, 8])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_activations_are_what_the_engine_keeps(folder, precision, rank, checkpointing):
+    model = load_model(folder, precision).train()
+    if rank is not None:
+        add_lora(model, LoraSettings(rank=rank, alpha=16))
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    shape, setup = shape_of(model.config), Setup(TOKENS, precision, rank, checkpointing)
+    assert trained_parameters(shape, rank) == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    expected = activations(shape, PAIR, setup)
+    assert kept(model) == pytest.approx(expected, rel=0.03)
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"), [("llama-1b", 1.2358), ("llama-8b", 8.0303), ("llama-70b", 70.5537)]
+)
+def test_llamas_have_the_parameters_that_their_cards_tell(name, billions):
+    assert LLAMAS[name].parameters / 1e9 == pytest.approx(billions, abs=1e-4)
+
+
+def test_flops_by_hand():
+    # One layer's matrices: q and o 64 * 64, k and v 64 * 32, three of 64 * 160. Seen: 300 in the prompt, twice
+    # 136 in a completion and 24 * 16 of the prompt by it.
+    shape = replace(LLAMAS["llama-1b"], layers=4, hidden=64, intermediate=160, heads=4, kv_heads=2, head_dim=16)
+    linear = 2 * 4 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 160) * 56
+    attention, head = 4 * 4 * 64 * (300 + 2 * 136 + 2 * 384), 2 * 128256 * 64 * 32
+    assert pair_flops(shape, PAIR, None) == (linear + attention, head)
+    assert pair_flops(shape, PAIR, Setup(TOKENS)) == (3 * (linear + attention), 4 * head)
+    lora = Setup(TOKENS, lora_rank=8, gradient_checkpointing=True)
+    assert pair_flops(shape, PAIR, lora) == (3 * linear + 4 * attention, 3 * head)
+    assert seconds((600, 40), 2, (100, 10)) == 5
+
+
+def test_memory_by_hand():
+    shape = LLAMAS["llama-8b"]
+    setup = Setup(max_tokens_per_microbatch=64)
+    alone = training_memory(shape, PAIR, setup, overhead=7)
+    assert (alone.weights, alone.gradients, alone.optimizer, alone.overhead) == (
+        4 * shape.parameters, 4 * shape.parameters, 8 * shape.parameters, 7
+    )  # fmt: skip
+    assert alone.total == sum(vars(alone).values())
+    sharded = training_memory(shape, PAIR, replace(setup, sharding="full", gpus=8), overhead=7)
+    assert 8 * sharded.weights == alone.weights
+    assert 8 * sharded.optimizer == alone.optimizer
+    assert sharded.temporary > alone.temporary
+    buckets = training_memory(shape, PAIR, replace(setup, sharding="data", gpus=8), overhead=7)
+    # One process alone adds the gradient of the vocabulary's matrix to what is there.
+    assert buckets.total - alone.total == pytest.approx(alone.gradients + 4 * shape.head)
+    assert reference_memory(shape, setup, overhead=7).total < alone.total / 3
+    # Without accumulation the gradients come while the activations go.
+    one = training_memory(
+        shape, PAIR, replace(setup, max_tokens_per_microbatch=10**6, accumulates=False), overhead=7
+    )
+    assert (one.gradients, one.activations > 0) == (0, True)
+
+
+def run(monkeypatch, capsys, *arguments):
+    monkeypatch.setattr(sys, "argv", ["plan", *arguments])
+    plan.main()
+    return capsys.readouterr().out
+
+
+def test_the_command_says_what_fits(monkeypatch, capsys, folder):
+    said = run(monkeypatch, capsys, "--model", "llama-70b", "--gpus", "8")
+    lines = [line.split(" | ") for line in said.splitlines() if line.startswith("| all weights | on")]
+    assert [("too much" in trial) for trial in lines[0]] == [False, False, True, True, False]
+    assert "| reference pass |" in said
+    assert "DDP" not in run(monkeypatch, capsys, "--model", str(folder))
+    gib = []
+    for tokens in ("2000", "4000"):
+        said = run(monkeypatch, capsys, "--model", "llama-8b", "--prompt-tokens", tokens)
+        (line,) = [line for line in said.splitlines() if line.startswith("| all weights | off")]
+        gib.append(float(line.split(" | ")[2].split()[0]))
+    assert gib[0] < gib[1], "a pair longer than the budget is a micro-batch of its own"
+    double = ("--model", str(folder), "--utilisation", "0.5", "--pairs")
+    hours = [float(run(monkeypatch, capsys, *double, n).split()[-2]) for n in ("1000000000", "2000000000")]
+    assert math.isclose(hours[1] / hours[0], 2, rel_tol=0.1)
+
+
+def test_a_model_without_a_plan_is_refused(monkeypatch, capsys, tmp_path):
+    AutoConfig.for_model("gpt2").save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="no plan for a model of type 'gpt2'"):
+        run(monkeypatch, capsys, "--model", str(tmp_path))
+    AutoConfig.for_model("mixtral").save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="no plan for a model with experts, 'mixtral'"):
+        run(monkeypatch, capsys, "--model", str(tmp_path))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="neither llama-1b, llama-8b, llama-70b nor a model"):
+        run(monkeypatch, capsys, "--model", str(tmp_path / "empty"))

@@ -1,0 +1,29 @@
+"""The pictures of the README, from the pipeline as it stands: `make images`, after `make repro`."""
+
+import json
+import subprocess
+import tempfile
+from pathlib import Path
+
+from dpo.config import load_params
+from tasks.common.paths import COMPARISON
+from tasks.report.figures import frontier
+from tools.browser import photograph
+
+IMAGES = Path("docs/images")
+
+
+def main() -> None:
+    """Draw the graph of the stages with graphviz, and the frontier of the last comparison in Chromium."""
+    dot = subprocess.run(["dvc", "dag", "--dot"], check=True, capture_output=True, text=True).stdout
+    subprocess.run(["dot", "-Tsvg", "-o", str(IMAGES / "dag.svg")], input=dot, check=True, text=True)
+    policies = json.loads(COMPARISON.read_text())["policies"]
+    figure = frontier(load_params().sweep.trials(), policies)
+    with tempfile.TemporaryDirectory() as folder:
+        page = Path(folder) / "frontier.html"
+        page.write_text(figure.update_layout(width=900, height=520).to_html(config={"displayModeBar": False}))
+        photograph(page.as_uri(), IMAGES / "frontier.png", 920, 540)
+
+
+if __name__ == "__main__":
+    main()

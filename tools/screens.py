@@ -1,0 +1,80 @@
+"""Pictures of the pages of Prefect and MLflow, after a pipeline run: `python -m tools.screens [--output FOLDER]`.
+
+The servers are those of PREFECT_API_URL and MLFLOW_TRACKING_URI, or else those of `make up`. Needs Chromium.
+"""
+
+import argparse
+import json
+import os
+from pathlib import Path
+from urllib.parse import quote
+
+from mlflow import MlflowClient
+from prefect.client.orchestration import SyncPrefectClient
+from prefect.client.schemas.filters import (
+    ArtifactFilter,
+    ArtifactFilterType,
+    FlowFilter,
+    FlowFilterName,
+    FlowRunFilter,
+    FlowRunFilterState,
+    FlowRunFilterStateType,
+)
+from prefect.client.schemas.objects import StateType
+from prefect.client.schemas.sorting import FlowRunSort
+
+from tasks.tracking.offline import ROLE, SWEEP
+from tools.browser import photograph
+
+IMAGES = Path(__file__).parent / "images"
+COMPLETED = [StateType.COMPLETED]
+API = "http://127.0.0.1:4200/api"
+MLFLOW = "http://127.0.0.1:5000"
+
+
+def prefect_pages(api: str) -> dict[str, str]:
+    """By the name of its picture the address of each page: the latest run, the longest artifact, all, a form."""
+    site = api.removesuffix("/api")
+    with SyncPrefectClient(api) as client:
+        runs = client.read_flow_runs(
+            flow_filter=FlowFilter(name=FlowFilterName(any_=["pipeline"])),
+            flow_run_filter=FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=COMPLETED))),
+            sort=FlowRunSort.START_TIME_DESC,
+            limit=1,
+        )
+        written = ArtifactFilter(type=ArtifactFilterType(any_=["markdown"]))
+        longest = max(client.read_artifacts(artifact_filter=written), key=lambda page: len(str(page.data)))
+        form = client.read_deployment_by_name("sweep/sweep")
+    return {
+        "prefect-run": f"{site}/runs/flow-run/{runs[0].id}",
+        "prefect-stage": f"{site}/artifacts/artifact/{longest.id}",
+        "prefect-artifacts": f"{site}/artifacts",
+        "prefect-form": f"{site}/deployments/deployment/{form.id}/run",
+    }
+
+
+def mlflow_pages(site: str) -> dict[str, str]:
+    """The page that compares the policies of the latest sweep."""
+    client = MlflowClient(site)
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    latest, *others = client.search_runs(experiments, f"tags.`{ROLE}` = 'policy'")
+    runs = [latest, *(run for run in others if run.data.tags[SWEEP] == latest.data.tags[SWEEP])]
+    shown = {"runs": [run.info.run_id for run in runs], "experiments": [latest.info.experiment_id]}
+    query = "&".join(f"{name}={quote(json.dumps(ids))}" for name, ids in shown.items())
+    return {"mlflow-compare": f"{site}/#/compare-runs?{query}"}
+
+
+def main() -> None:
+    """Take each picture."""
+    parser = argparse.ArgumentParser(prog="python -m tools.screens", description=__doc__)
+    parser.add_argument("--output", type=Path, default=IMAGES)
+    folder = parser.parse_args().output
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, url in prefect_pages(os.environ.get("PREFECT_API_URL", API)).items():
+        photograph(url, folder / f"{name}.png", 1280, 900)
+    for name, url in mlflow_pages(os.environ.get("MLFLOW_TRACKING_URI", MLFLOW)).items():
+        photograph(url, folder / f"{name}.png", 1600, 1000)
+
+
+if __name__ == "__main__":
+    main()
