@@ -1,9 +1,13 @@
-"""Errors that are the user's to mend."""
+"""Errors that end a command with one message."""
 
 
 class InputError(ValueError):
-    """Bad input; the message names the file, the row or key, and the mend."""
+    """Bad input. The message names the file, the row or key, and the fix."""
+
+
+class TransientError(RuntimeError):
+    """A fault that may disappear without a change, such as an unreachable server. Retry later."""
 
 
 class Stopped(Exception):
-    """The work was asked to stop; what it had done is kept, and doing it again goes on from there."""
+    """The work was asked to stop. Completed parts are kept; running it again resumes from them."""

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from dpo.common.errors import InputError, Stopped
+from dpo.common.errors import InputError, Stopped, TransientError
 from dpo.config import Params, load_params
 from dpo.training.settings import Trial
 
@@ -17,13 +17,16 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 def run(main: Callable[[], None]) -> None:
     """Run a stage; what is the user's to mend ends it with the message alone, without a traceback.
 
-    Exit codes: 2 for bad input, 1 where nothing can be written or a number is none, 143 when SIGTERM stopped it.
+    Exit codes: 2 for bad input, 75 (EX_TEMPFAIL) for transient faults, 1 if nothing can be written or a loss is
+    not finite, 143 if SIGTERM stopped it.
     """
     gc.freeze()  # what the imports made stays: no later collection looks at it again
     try:
         main()
     except InputError as error:
         _end(f"error: {error}", 2)
+    except TransientError as error:
+        _end(f"error: {error}", os.EX_TEMPFAIL)
     except OSError as error:
         if error.errno not in NO_ROOM:
             raise
