@@ -1,4 +1,4 @@
-# Everything a user types. `make repro` and `make test` need Python 3.11 or later, git and make, nothing else.
+# Commands of the project. `make repro` and `make test` need Python 3.11 or later, git and make, nothing else.
 PYTHON ?= python3
 ENV := .venv/bin
 export PATH := $(CURDIR)/$(ENV):$(PATH)
@@ -8,11 +8,13 @@ export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export DVC_NO_ANALYTICS := true
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: setup lock audit repro test check bench faults images up down mlflow prefect report
+.PHONY: setup lock audit repro test test-fast test-all slowest check bench faults images up down mlflow prefect report
 
 setup: .venv/installed
 
-# What is installed is locked by version and SHA-256. A CPU build of torch is taken where pip is told of one.
+PYTEST := python -m pytest --numprocesses auto --dist loadfile
+
+# Versions and SHA-256 hashes are locked in requirements/. A CPU build of torch is preferred if pip finds one.
 INSTALL := $(ENV)/python -m pip install --quiet --no-deps --no-build-isolation
 
 .venv/installed: pyproject.toml $(wildcard requirements/*.txt)
@@ -44,8 +46,21 @@ repro: setup
 	$(if $(SET),dvc exp run $(SET),dvc repro)
 	@python -m tasks.commands.results
 
+# Unit tests and one system test per kind of behaviour.
 test: setup
-	python -m pytest --numprocesses auto --dist loadfile
+	$(PYTEST) -m "not slow"
+
+# Unit tests only.
+test-fast: setup
+	$(PYTEST) tests/unit -m "not slow"
+
+# All tests; about half an hour on two cores.
+test-all: setup
+	$(PYTEST)
+
+# The 20 slowest tests of `make test`.
+slowest: setup
+	$(PYTEST) -m "not slow" --durations 20
 
 check: setup
 	ruff check .
