@@ -28,7 +28,7 @@ from benchmarks.flops import flop_ratio, flops
 from benchmarks.measure import Run, alone, summary
 from benchmarks.page import put_table
 from dpo.common.files import write_json
-from dpo.engine.logprobs import GPU_HEAD_CHUNK
+from dpo.engine.head import GPU_HEAD_CHUNK
 from dpo.engine.packing import TokenRow
 from dpo.planner import Pair, Setup, reference_memory, shape_of, training_memory
 

@@ -17,7 +17,7 @@ from benchmarks.cases import PAIRS_PER_STEP, long_rows, short_rows
 from benchmarks.measure import alone
 from benchmarks.page import put_table
 from dpo.config import load_params
-from dpo.engine.logprobs import accumulate_in_place, load_model
+from dpo.engine.logprobs import load_model
 from dpo.engine.packing import TokenRow, pack
 from dpo.training.losses import preference_loss
 from dpo.training.train import dpo_objective
@@ -39,8 +39,8 @@ def step(model: torch.nn.Module, rows: list[TokenRow], micro_batch: int, optimiz
     """One optimizer step over the rows, from a reference that gives every completion 0."""
     dpo = functools.partial(preference_loss, beta=0.1, loss="sigmoid", settings=load_params().losses)
     for start in range(0, len(rows), micro_batch):
-        packed = pack(rows[start : start + micro_batch])
-        loss, _ = dpo_objective(model, packed, loss=dpo, reference=lambda p: torch.zeros(2 * len(p["ids"])))
+        batch = pack(rows[start : start + micro_batch])
+        loss, _ = dpo_objective(model, batch, loss=dpo, reference=lambda b: torch.zeros(b.completions))
         (loss / len(rows)).backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
@@ -50,7 +50,7 @@ def step(model: torch.nn.Module, rows: list[TokenRow], micro_batch: int, optimiz
 def shares(rows: list[TokenRow], micro_batch: int) -> dict[str, float]:
     """Each group's share of the time that operations take by themselves."""
     model = load_model(MODEL).train()
-    accumulate_in_place(model)  # as the trainer of one process does
+    model.accumulate_in_place = True  # as in training with one process
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
     step(model, rows, micro_batch, optimizer)
     with profile(activities=[ProfilerActivity.CPU]) as recorded:

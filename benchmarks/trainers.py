@@ -74,9 +74,9 @@ def train_ours(case: Case, model: Path, rows: Sequence[TokenRow], reference: Ref
     policy = load_model(model, case.dtype, compiled=case.gpu)
     set_seed(SEED)
     if case.ours_checkpointing:
-        policy.gradient_checkpointing_enable({"use_reentrant": False})
+        policy.model.gradient_checkpointing_enable({"use_reentrant": False})
     if case.lora:
-        add_lora(policy, LoraSettings(rank=LORA["r"], alpha=LORA["lora_alpha"]))
+        add_lora(policy.model, LoraSettings(rank=LORA["r"], alpha=LORA["lora_alpha"]))
     loss = functools.partial(preference_loss, beta=BETA, loss="sigmoid", settings=load_params().losses)
     objective = functools.partial(dpo_objective, loss=loss, reference=cached_reference(reference, rows))
     with tempfile.TemporaryDirectory() as folder:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from dpo.common.errors import InputError
-from dpo.engine.logprobs import HEAD_CHUNK
+from dpo.engine.head import HEAD_CHUNK
 from dpo.engine.settings import Precision
 
 Sharding = Literal["none", "data", "full"]

@@ -6,16 +6,22 @@ stands once and its completions follow it:
     row 0: [prompt | completion 0 | completion 1]  row 1: [prompt | completion 0 | completion 1] ...
 
 Positions of each completion continue from its prompt. No token is a pad, so linear layers do no wasted work;
-attention (see `dpo.engine.logprobs`) lets a completion see its prompt and itself, nothing else.
+attention (see `dpo.engine.attention`) lets a completion see its prompt and itself, nothing else.
 """
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
+
+Layout = tuple[tuple[int, tuple[int, ...]], ...]
+"""The prompt length and the completion lengths of each row."""
 
 
 @dataclass(frozen=True)
@@ -42,52 +48,73 @@ class TokenRow:
         return hashlib.sha256(json.dumps([self.id, self.prompt, self.completions]).encode()).digest()
 
 
-def pack(rows: Sequence[TokenRow]) -> dict[str, object]:
+@dataclass(frozen=True, eq=False)
+class PackedBatch:
+    """R rows as one stream of T tokens, N of which belong to C completions."""
+
+    input_ids: Tensor
+    """[1, T]"""
+    position_ids: Tensor
+    """[1, T], from 0 for each prompt. Every completion continues from its prompt."""
+    layout: Layout
+    logit_positions: Tensor
+    """[N], stream positions whose hidden states predict the completion tokens."""
+    targets: Tensor
+    """[N], the completion tokens."""
+    completion_index: Tensor
+    """[N], completion of each token, 0 to C - 1."""
+    ids: tuple[str, ...]
+    """The R row ids."""
+
+    @property
+    def completions(self) -> int:
+        """The number of completions, C."""
+        return sum(len(lengths) for _, lengths in self.layout)
+
+    def to(self, device: torch.device) -> "PackedBatch":
+        """Return a copy with all tensors on `device`."""
+        tensors: dict[str, Any] = {
+            name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)
+        }
+        return dataclasses.replace(self, **tensors)
+
+
+def pack(rows: Sequence[TokenRow]) -> PackedBatch:
     """Lay rows out in one stream.
 
-    Args:
-        rows: R rows with T tokens in all, N of them in C completions. Prompts must not be empty: the first
-            completion token is predicted from the last prompt token.
-
-    Returns:
-        A dict of
-        `input_ids` [1, T] and `position_ids` [1, T];
-        `spans`: for each row (prompt length, (completion lengths...));
-        `predict_from` [N]: the stream position whose hidden state predicts the token;
-        `targets` [N]: the token predicted; `owner` [N]: the number of its completion, 0..C-1;
-        `ids`: the R row ids.
+    Raises:
+        ValueError: a prompt or a completion is empty. The first completion token is predicted from the last prompt
+            token.
     """
     input_ids: list[int] = []
     position_ids: list[int] = []
-    predict_from: list[int] = []
+    logit_positions: list[int] = []
     targets: list[int] = []
-    owner: list[int] = []
-    spans: list[tuple[int, tuple[int, ...]]] = []
+    completion_index: list[int] = []
     completions = 0
     for row in rows:
         start, length = len(input_ids), len(row.prompt)
         if not length or not all(row.completions):
             raise ValueError(f"row {row.id!r}: the prompt and every completion need at least one token")
-        spans.append((length, tuple(map(len, row.completions))))
         input_ids += row.prompt
         position_ids += range(length)
         for completion in row.completions:
             first = len(input_ids)
-            predict_from += [start + length - 1, *range(first, first + len(completion) - 1)]
+            logit_positions += [start + length - 1, *range(first, first + len(completion) - 1)]
             targets += completion
-            owner += [completions] * len(completion)
+            completion_index += [completions] * len(completion)
             input_ids += completion
             position_ids += range(length, length + len(completion))
             completions += 1
-    return {
-        "input_ids": torch.tensor([input_ids]),
-        "position_ids": torch.tensor([position_ids]),
-        "spans": spans,
-        "predict_from": torch.tensor(predict_from),
-        "targets": torch.tensor(targets),
-        "owner": torch.tensor(owner),
-        "ids": [row.id for row in rows],
-    }
+    return PackedBatch(
+        torch.tensor([input_ids]),
+        torch.tensor([position_ids]),
+        tuple((len(row.prompt), tuple(map(len, row.completions))) for row in rows),
+        torch.tensor(logit_positions),
+        torch.tensor(targets),
+        torch.tensor(completion_index),
+        tuple(row.id for row in rows),
+    )
 
 
 def budget_batches(lengths: Sequence[int], max_tokens_per_microbatch: int) -> list[list[int]]:

@@ -19,11 +19,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from accelerate import PartialState
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from dpo.common.errors import InputError
 from dpo.common.files import atomic_write, sha256, write_json
-from dpo.engine.logprobs import ENGINE_VERSION, sequence_logps
+from dpo.engine.logprobs import ENGINE_VERSION, LogProbModel, sequence_logps
 from dpo.engine.packing import TokenRow
 from dpo.engine.settings import EngineSettings
 from dpo.engine.tokenization import encode_pairs
@@ -76,7 +76,7 @@ def compute_reference(
     folder: Path,
     key: dict[str, object],
     pairs: Path,
-    model: PreTrainedModel,
+    model: LogProbModel,
     tokenizer: PreTrainedTokenizerBase,
     engine: EngineSettings,
     progress: Path,
@@ -120,7 +120,7 @@ def compute_reference(
 
 
 def _compute_shard(
-    path: Path, model: PreTrainedModel, rows: Sequence[TokenRow], max_tokens_per_microbatch: int, title: str
+    path: Path, model: LogProbModel, rows: Sequence[TokenRow], max_tokens_per_microbatch: int, title: str
 ) -> None:
     """Unless the file holds these very rows already."""
     if path.is_file() and pq.read_table(path)["row"].to_pylist() == [row.digest for row in rows]:

@@ -8,16 +8,15 @@ import pandas as pd
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
 
-from dpo.engine.logprobs import packed_batches
+from dpo.engine.logprobs import LogProbModel, packed_batches
 from dpo.engine.packing import TokenRow
 
 
 @torch.no_grad()
 def divergence(
-    policy: PreTrainedModel,
-    reference: PreTrainedModel,
+    policy: LogProbModel,
+    reference: LogProbModel,
     prompts: Sequence[Sequence[int]],
     answers: Sequence[Sequence[int]],
     max_tokens_per_microbatch: int,
@@ -44,16 +43,16 @@ def divergence(
     columns = ("policy_logp", "reference_logp", "kl", "entropy")
     parts = []
     with tqdm(total=len(rows), desc="KL to the reference", unit="row", mininterval=2) as bar:
-        for packed in packed_batches(rows, max_tokens_per_microbatch, policy.device):
-            sums = torch.zeros(int(packed["owner"][-1]) + 1, len(columns), dtype=torch.float64)
+        for batch in packed_batches(rows, max_tokens_per_microbatch, policy.device):
+            sums = torch.zeros(batch.completions, len(columns), dtype=torch.float64)
             start = 0
-            both = (model(packed=packed, distributions=True) for model in (policy, reference))
+            both = (model.logits(batch) for model in (policy, reference))
             for ours, theirs in zip(*both, strict=True):
                 part = slice(start, start := start + len(ours))
-                tokens = _compare(ours.log_softmax(1), theirs.log_softmax(1), packed["targets"][part])
-                sums.index_add_(0, packed["owner"][part].cpu(), tokens.double().cpu())
+                tokens = _compare(ours.log_softmax(1), theirs.log_softmax(1), batch.targets[part])
+                sums.index_add_(0, batch.completion_index[part].cpu(), tokens.double().cpu())
             parts.append(sums)
-            bar.update(len(packed["ids"]))
+            bar.update(len(batch.ids))
     table = pd.DataFrame(torch.cat(parts).numpy(), columns=columns)
     return table.set_axis(order).sort_index()
 

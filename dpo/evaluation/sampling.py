@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DynamicCache, PreTrainedTokenizerBase
 
 from dpo.common.distributed import share, this_process
-from dpo.engine.logprobs import generating
+from dpo.engine.logprobs import LogProbModel
 from dpo.engine.tokenization import Prompt, prompt_ids
 
 ROWS_AT_ONCE = 128
@@ -24,7 +24,7 @@ STEPS_AT_ONCE = 8
 
 
 def sample(
-    model: PreTrainedModel,
+    model: LogProbModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Prompt],
     *,
@@ -47,9 +47,10 @@ def sample(
     end = tokenizer.eos_token_id
     answers: list[list[int]] = [[] for _ in rows]
     torch.manual_seed(seed)
-    with generating(model), tqdm(total=len(rows), desc="answers", unit="row", disable=len(rows) == 1) as bar:
+    bar = tqdm(total=len(rows), desc="answers", unit="row", disable=len(rows) == 1)
+    with model.generation() as generator, bar:
         generate = functools.partial(
-            model.generate,
+            generator.generate,
             do_sample=True,
             temperature=temperature,
             top_k=0,
@@ -58,7 +59,7 @@ def sample(
             pad_token_id=0 if end is None else end,
             return_dict_in_generate=True,
         )
-        takes_cache = "past_key_values" in inspect.signature(model.forward).parameters
+        takes_cache = "past_key_values" in inspect.signature(generator.forward).parameters
         for first in range(0, len(rows), ROWS_AT_ONCE):
             batch = order[first : first + ROWS_AT_ONCE]
             ids, mask = (t.to(model.device) for t in _left_padded([rows[number] for number in batch]))
@@ -126,7 +127,7 @@ def _continue(
 
 
 def answer_table(
-    model: PreTrainedModel,
+    model: LogProbModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Prompt],
     *,

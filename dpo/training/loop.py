@@ -31,8 +31,8 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 
 from dpo.common.errors import InputError, Stopped
 from dpo.common.files import write_json
-from dpo.engine.logprobs import accumulate_in_place, packed_batches
-from dpo.engine.packing import StepSampler, TokenRow, balance, pack
+from dpo.engine.logprobs import LogProbModel, packed_batches
+from dpo.engine.packing import PackedBatch, StepSampler, TokenRow, balance, pack
 from dpo.training.checkpoints import REPLAY, SEAL, seal
 from dpo.training.schedule import Schedule
 
@@ -50,7 +50,9 @@ TRAINED, BEST = "trained.safetensors", "best.safetensors"
 log = logging.getLogger(__name__)
 
 Packed = dict[str, Any]
-Objective = Callable[[torch.nn.Module, Packed], tuple[Tensor, dict[str, Tensor]]]
+"""`batch`: a `PackedBatch`; `weight`: 0 if its loss does not count."""
+
+Objective = Callable[[torch.nn.Module, PackedBatch], tuple[Tensor, dict[str, Tensor]]]
 """From the model and a packed micro-batch to the loss summed over it and metrics summed over its rows."""
 
 
@@ -145,7 +147,7 @@ class PackedTrainer(Trainer):
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: LogProbModel,
         args: TrainingArguments,
         rows: Sequence[TokenRow],
         sampler: StepSampler,
@@ -157,9 +159,10 @@ class PackedTrainer(Trainer):
         callbacks: list[TrainerCallback],
     ) -> None:
         """`loss_per` is the unit that the mean loss is taken over: `ids` (pairs) or `targets` (tokens)."""
+        model.config = model.model.config  # the Trainer reads it
         super().__init__(model, args, train_dataset=rows, eval_dataset=validation, callbacks=callbacks)
         if args.world_size == 1 and not self.is_fsdp_enabled:
-            accumulate_in_place(model)
+            model.accumulate_in_place = True
         self.sampler, self.objective, self.loss_per = sampler, objective, loss_per
         self.skip_non_finite, self.schedule = skip_non_finite, schedule
         self.rows = {row.id: row for row in rows}
@@ -186,13 +189,15 @@ class PackedTrainer(Trainer):
 
     def collate(self, rows: Sequence[TokenRow]) -> Packed:
         """Pack rows; where a short step has none left for this process, one whose loss will count nothing."""
-        return pack(rows) | {"weight": 1} if rows else pack(self.train_dataset[:1]) | {"weight": 0}
+        return {"batch": pack(rows or self.train_dataset[:1]), "weight": int(bool(rows))}
 
     def get_batch_samples(self, *args: Any) -> tuple[list[Packed], float]:
         """The micro-batches of one step, with the units that its mean loss is taken over, a process."""
         batches, _ = super().get_batch_samples(*args)
         self.step_batches = []
-        units = torch.tensor([sum(batch["weight"] * len(batch[self.loss_per]) for batch in batches)])
+        units = torch.tensor(
+            [sum(each["weight"] * len(getattr(each["batch"], self.loss_per)) for each in batches)]
+        )
         processes = self.args.world_size  # gradients become means over them
         return batches, self.accelerator.reduce(units.to(self.args.device)).item() / processes
 
@@ -210,7 +215,7 @@ class PackedTrainer(Trainer):
         return self._step_anew(model, num_items_in_batch)
 
     def _backward(self, model: torch.nn.Module, inputs: Packed, units: float) -> Tensor:
-        rows = [self.rows[i] for i in inputs["ids"]]
+        rows = [self.rows[i] for i in inputs["batch"].ids]
         groups = balance(range(len(rows)), [row.tokens for row in rows], self.parts)
         parts = [self.collate([rows[i] for i in group]) for group in groups] if self.parts > 1 else [inputs]
         losses = [super(PackedTrainer, self).training_step(model, part, units) for part in parts]
@@ -218,7 +223,7 @@ class PackedTrainer(Trainer):
 
     def _step_anew(self, model: torch.nn.Module, units: float) -> Tensor:
         """Begin the step again in smaller parts: a backward pass that failed has left a part of its gradient."""
-        rows = max(len(batch["ids"]) for batch in self.step_batches)
+        rows = max(len(batch["batch"].ids) for batch in self.step_batches)
         while self.parts < rows:
             self.parts *= 2
             log.warning(
@@ -247,21 +252,22 @@ class PackedTrainer(Trainer):
         num_items_in_batch: Any = None,
     ) -> Tensor:
         """This micro-batch's share of the step's mean loss."""
-        loss, sums = self.objective(model, inputs)
+        batch = inputs["batch"].to(self.args.device)
+        loss, sums = self.objective(model, batch)
         weight = inputs["weight"]
         if not loss.isfinite():
-            self._not_finite(f"the loss is {loss.item()}", inputs["ids"])
+            self._not_finite(f"the loss is {loss.item()}", batch.ids)
             weight = 0
         for name, value in sums.items():
             self.sums[name] += value.item() if weight else 0.0
-        self.sums["rows"] += weight * len(inputs["ids"])
+        self.sums["rows"] += weight * len(batch.ids)
         return loss * inputs["weight"] / num_items_in_batch
 
     def _clip_grad_norm(self, model: torch.nn.Module) -> Any:
         norm = super()._clip_grad_norm(model)
         if not math.isfinite(norm):
             if not self.skipped:
-                ids = [i for batch in self.step_batches for i in batch["ids"]]
+                ids = [i for batch in self.step_batches for i in batch["batch"].ids]
                 self._not_finite(f"the gradient's norm is {float(norm)}", ids)
             model.zero_grad()  # sets gradients to None, and without a gradient the optimizer leaves a weight alone
         return norm
@@ -288,9 +294,9 @@ class PackedTrainer(Trainer):
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """The mean loss of the validation rows, as `eval_loss`."""
         total, units = 0.0, 0
-        for packed in packed_batches(self.eval_dataset, self.sampler.max_tokens_per_microbatch, self.args.device):
-            total += self.objective(self.model_wrapped, packed)[0].item()
-            units += len(packed[self.loss_per])
+        for batch in packed_batches(self.eval_dataset, self.sampler.max_tokens_per_microbatch, self.args.device):
+            total += self.objective(self.model_wrapped, batch)[0].item()
+            units += len(getattr(batch, self.loss_per))
         metrics = {"eval_loss": total / units}
         self.log(metrics)
         self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)  # writes to control
@@ -339,7 +345,7 @@ class PackedTrainer(Trainer):
         if self.is_fsdp_enabled:
             return  # the shards are written with those of the optimizer
         if self.args.should_save:
-            save_file(trained_weights(self.model), folder / TRAINED)
+            save_file(trained_weights(self.model.model), folder / TRAINED)
             for stop in self._early_stops():
                 stop.save(folder)
 
@@ -347,7 +353,7 @@ class PackedTrainer(Trainer):
         if self.is_fsdp_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
-        folder, weights = Path(resume_from_checkpoint), trained_weights(self.model)
+        folder, weights = Path(resume_from_checkpoint), trained_weights(self.model.model)
         with safe_open(folder / TRAINED, "pt") as file:
             for name in file.keys():  # noqa: SIM118
                 copy_into(weights, {name: file.get_tensor(name)})

@@ -19,15 +19,14 @@ from transformers import PreTrainedModel, TrainerCallback, TrainingArguments, se
 from dpo.common.distributed import this_process
 from dpo.common.errors import InputError
 from dpo.common.files import PROVENANCE, atomic_write, sha256, write_json
-from dpo.engine.logprobs import precision_of
-from dpo.engine.packing import StepSampler, TokenRow
+from dpo.engine.logprobs import LogProbModel
+from dpo.engine.packing import PackedBatch, StepSampler, TokenRow
 from dpo.training.checkpoints import Progress, last_checkpoint, training_key
 from dpo.training.loop import (
     Cadence,
     DivergenceAlarm,
     EarlyStop,
     Objective,
-    Packed,
     PackedTrainer,
     stopping_on_sigterm,
 )
@@ -50,32 +49,32 @@ OPTIMIZERS = {
     "paged_adamw_8bit": "paged_adamw_8bit",
 }
 
-Reference = Callable[[Packed], Tensor]
+Reference = Callable[[PackedBatch], Tensor]
 """From a packed micro-batch of R pairs to the reference log-probs [2R] of its completions, chosen first."""
 
 PairLoss = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 """From policy, reference and lengths [R, 2] to losses and rewards, as `dpo.training.losses.preference_loss`."""
 
 
-def sft_objective(model: torch.nn.Module, packed: Packed) -> tuple[Tensor, dict[str, Tensor]]:
+def sft_objective(model: torch.nn.Module, batch: PackedBatch) -> tuple[Tensor, dict[str, Tensor]]:
     """Negative log-likelihood in nats, summed over the completions of the micro-batch."""
-    return nll_loss(model(packed=packed)), {}
+    return nll_loss(model(batch)), {}
 
 
 def dpo_objective(
-    model: torch.nn.Module, packed: Packed, *, loss: PairLoss, reference: Reference
+    model: torch.nn.Module, batch: PackedBatch, *, loss: PairLoss, reference: Reference
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Preference loss summed over pairs, and the sums behind the metrics that TRL users know by these names.
 
     Args:
         model: the policy.
-        packed: R pairs, chosen first.
+        batch: R pairs, chosen first.
         loss: of the trial that is trained.
-        reference: of the 2R completions, in the order of `packed`.
+        reference: of the 2R completions, in the order of `batch`.
     """
-    policy = model(packed=packed).view(-1, 2)
-    lengths = torch.tensor([lengths for _, lengths in packed["spans"]], device=policy.device)
-    before = reference(packed).to(policy.device).view(-1, 2)
+    policy = model(batch).view(-1, 2)
+    lengths = torch.tensor([lengths for _, lengths in batch.layout], device=policy.device)
+    before = reference(batch).to(policy.device).view(-1, 2)
     losses, rewards = loss(policy, before, lengths)
     chosen_rewards, rejected_rewards = rewards.unbind(1)
     margins = chosen_rewards - rejected_rewards
@@ -102,7 +101,7 @@ def cached_reference(table: Mapping[str, tuple[float, float]], rows: Sequence[To
     missing = [row.id for row in rows if row.id not in table]
     if missing:
         raise KeyError(f"no reference log-probs for {len(missing)} pairs, the first is {missing[0]!r}")
-    return lambda packed: torch.tensor([table[i] for i in packed["ids"]], dtype=torch.float32).flatten()
+    return lambda batch: torch.tensor([table[i] for i in batch.ids], dtype=torch.float32).flatten()
 
 
 def add_lora(model: PreTrainedModel, params: LoraSettings) -> None:
@@ -121,7 +120,7 @@ def add_lora(model: PreTrainedModel, params: LoraSettings) -> None:
 
 
 def train_sft(
-    model: PreTrainedModel,
+    model: LogProbModel,
     rows: Sequence[TokenRow],
     params: SftSettings,
     *,
@@ -141,7 +140,7 @@ def train_sft(
 
 
 def train_dpo(
-    model: PreTrainedModel,
+    model: LogProbModel,
     rows: Sequence[TokenRow],
     reference: Mapping[str, tuple[float, float]],
     params: DpoSettings,
@@ -181,7 +180,7 @@ def train_dpo(
     decides["reference"] = [reference[row.id] for row in rows]
     if params.lora is not None:
         set_seed(trial.seed)  # the adapters begin at random
-        add_lora(model, params.lora)
+        add_lora(model.model, params.lora)
     loss = functools.partial(preference_loss, beta=trial.beta, loss=trial.loss, settings=losses)
     return _train(
         model,
@@ -200,7 +199,7 @@ def train_dpo(
 
 
 def _train(
-    model: PreTrainedModel,
+    model: LogProbModel,
     rows: Sequence[TokenRow],
     params: OptimizerSettings,
     objective: Objective,
@@ -218,7 +217,7 @@ def _train(
         raise InputError(f"params.yaml: optimizer '{params.optimizer}' needs a CUDA GPU; choose adamw or rmsprop")
     set_seed(seed)
     everything = {**decides, "params": params, "learning_rate": learning_rate, "seed": seed}
-    everything |= {"max_tokens_per_microbatch": max_tokens_per_microbatch, "precision": precision_of(model)}
+    everything |= {"max_tokens_per_microbatch": max_tokens_per_microbatch, "precision": model.precision}
     validation: list[TokenRow] = []
     if early_stop is not None:
         if os.environ.get("ACCELERATE_USE_FSDP") == "true":
@@ -226,11 +225,11 @@ def _train(
                 "params.yaml: dpo.early_stop does not work with sharded weights (FSDP); set it to null"
             )
         rows, validation = _hold_out(rows, early_stop.validation_share)
-        callbacks = [*callbacks, EarlyStop(model, early_stop.patience)]
+        callbacks = [*callbacks, EarlyStop(model.model, early_stop.patience)]
     if progress is not None:
         callbacks = [*callbacks, Cadence(progress.minutes)]
     if params.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.model.gradient_checkpointing_enable({"use_reentrant": False})
     processes = this_process()
     sampler = StepSampler(
         [row.tokens for row in rows],
@@ -286,12 +285,12 @@ def _train(
 
 @contextmanager
 def _folder(
-    progress: Progress | None, model: PreTrainedModel, rows: Sequence[TokenRow], decides: Mapping[str, object]
+    progress: Progress | None, model: LogProbModel, rows: Sequence[TokenRow], decides: Mapping[str, object]
 ) -> Iterator[Path]:
     """The folder of this training: the one that earlier tries of it used, if progress is kept."""
     if progress is not None:
         with this_process().main_process_first():
-            folder = progress.folder(training_key(model, rows, decides))
+            folder = progress.folder(training_key(model.model, rows, decides))
         yield folder
         return
     with tempfile.TemporaryDirectory() as scratch:
@@ -312,12 +311,13 @@ def _hold_out(rows: Sequence[TokenRow], share: float) -> tuple[list[TokenRow], l
     return sides
 
 
-def save_checkpoint(model: PreTrainedModel, tokenizer: Any, folder: Path, facts: Mapping[str, object]) -> None:
+def save_checkpoint(policy: LogProbModel, tokenizer: Any, folder: Path, facts: Mapping[str, object]) -> None:
     """Write safetensors weights (with LoRA, the adapter alone) and tokenizer to `folder`, all or nothing.
 
     Under `torch.distributed` all processes call this; the first gathers the weights of the others and writes.
     `facts`, what made the checkpoint, go into its `provenance.json`, with the SHA-256 of the weights.
     """
+    model = policy.model
     weights = dict(model.named_parameters())  # tied ones once
     state = None
     if any(isinstance(weight, DTensor) for weight in weights.values()):

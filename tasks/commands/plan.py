@@ -12,7 +12,7 @@ from transformers import AutoConfig
 
 from dpo.common.errors import InputError
 from dpo.config import Params, load_params
-from dpo.engine.logprobs import GPU_HEAD_CHUNK
+from dpo.engine.head import GPU_HEAD_CHUNK
 from dpo.engine.pretrained import load_weights
 from dpo.planner import (
     LLAMAS,

@@ -82,13 +82,13 @@ def online_reference(model, *, lora):
     frozen = model if lora else copy.deepcopy(model).eval()
 
     @torch.no_grad()
-    def answer(packed):
+    def answer(batch):
         if not lora:
-            return frozen.to(packed["input_ids"].device)(packed=packed)
-        frozen.disable_adapters()
+            return frozen.to(batch.input_ids.device)(batch)
+        frozen.model.disable_adapters()
         try:
-            return frozen(packed=packed)
+            return frozen(batch)
         finally:
-            frozen.enable_adapters()
+            frozen.model.enable_adapters()
 
     return answer

@@ -14,7 +14,7 @@ from dpo.engine.logprobs import load_model
 from tests.support.models import free_ports
 
 ROOT = Path(__file__).parents[2]
-SCRIPT = Path(__file__).with_name("launched.py")
+SCRIPT = ROOT / "tests/support/launched.py"
 FSDP = ROOT / "configs/one-node-fsdp.yaml"
 
 
@@ -26,7 +26,7 @@ def start(processes, *arguments, config=None):
         *(["--config_file", str(config)] if config else ["--multi_gpu", "--dynamo_backend", "no"]),
     ]
     command = [sys.executable, *(launch if processes > 1 else []), *map(str, arguments)]
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
 
 

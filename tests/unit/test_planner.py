@@ -55,7 +55,7 @@ def kept(model):
     parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     tensors = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: tensors.append(t) or t, lambda t: t):
-        model(packed=pack(rows))
+        model(pack(rows))
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     return sum(size for pointer, size in storages.items() if pointer not in parameters)
 
@@ -66,10 +66,10 @@ def kept(model):
 def test_activations_are_what_the_engine_keeps(folder, precision, rank, checkpointing):
     model = load_model(folder, precision).train()
     if rank is not None:
-        add_lora(model, LoraSettings(rank=rank, alpha=16))
+        add_lora(model.model, LoraSettings(rank=rank, alpha=16))
     if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    shape, setup = shape_of(model.config), Setup(TOKENS, precision, rank, checkpointing)
+        model.model.gradient_checkpointing_enable({"use_reentrant": False})
+    shape, setup = shape_of(model.model.config), Setup(TOKENS, precision, rank, checkpointing)
     assert trained_parameters(shape, rank) == sum(p.numel() for p in model.parameters() if p.requires_grad)
     expected = activations(shape, PAIR, setup)
     assert kept(model) == pytest.approx(expected, rel=0.03)

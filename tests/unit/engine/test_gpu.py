@@ -7,8 +7,8 @@ import torch
 from transformers import AutoTokenizer
 
 from dpo.config import load_params
-from dpo.engine import logprobs
-from dpo.engine.logprobs import load_model, sequence_logps, to_device
+from dpo.engine import attention
+from dpo.engine.logprobs import load_model, sequence_logps
 from dpo.engine.packing import pack
 from dpo.evaluation.sampling import sample
 from dpo.training.settings import LoraSettings
@@ -37,14 +37,14 @@ def llama_dir(tmp_path_factory):
 @pytest.fixture
 def variable_lengths(monkeypatch):
     """How often variable-length attention was called."""
-    calls, attend = [], logprobs.variable_length_attention
-    monkeypatch.setattr(logprobs, "variable_length_attention", lambda *a, **k: calls.append(1) or attend(*a, **k))
+    calls, attend = [], attention.variable_length_attention
+    monkeypatch.setattr(attention, "variable_length_attention", lambda *a, **k: calls.append(1) or attend(*a, **k))
     return calls
 
 
 def logps_and_gradients(model):
-    sums = model(packed=to_device(pack(make_rows()), model.device))
-    return sums.detach().cpu(), {name: gradient.cpu() for name, gradient in gradients(model, sums).items()}
+    sums = model(pack(make_rows()).to(model.device))
+    return sums.detach().cpu(), {name: gradient.cpu() for name, gradient in gradients(model.model, sums).items()}
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)

@@ -10,8 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 from dpo.common.errors import InputError
-from dpo.engine import logprobs
-from dpo.engine.logprobs import accumulate_in_place, load_model, sequence_logps
+from dpo.engine import attention, head
+from dpo.engine.logprobs import LogProbModel, load_model, sequence_logps
 from dpo.engine.packing import TokenRow, pack
 from tests.support.logprobs import (
     ARCHITECTURES,
@@ -43,9 +43,9 @@ def test_logps_and_gradients_equal_the_naive_loop(architecture, tmp_path):
     folder, rows = make_model(architecture, tmp_path), make_rows()
     plain, model = plain_model(folder), load_model(str(folder))
     expected = naive_logps(plain, rows)
-    packed = model(packed=pack(rows)).view(len(rows), 2)
+    packed = model(pack(rows)).view(len(rows), 2)
     torch.testing.assert_close(packed, expected, **CLOSE)
-    assert_same_gradients(gradients(model, packed), gradients(plain, expected))
+    assert_same_gradients(gradients(model.model, packed), gradients(plain, expected))
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -54,26 +54,26 @@ def test_micro_batches_that_accumulate_in_place_have_the_gradients_of_the_naive_
     rows += [TokenRow("padded", (0, *tokens(3, 11), 0), ((0, 5), (5, 0)))]  # the pad token is not learned
     plain, model = plain_model(folder), load_model(str(folder))
     expected = gradients(plain, naive_logps(plain, rows))
-    accumulate_in_place(model)
+    model.accumulate_in_place = True
     weights = torch.arange(1, 2 * len(rows) + 1).view(-1, 2)
     for micro_batch, share in ((rows[:2], weights[:2]), (rows[2:], weights[2:])):
-        (model(packed=pack(micro_batch)) * share.flatten()).sum().backward()
-    ours = {name: weight.grad for name, weight in model.named_parameters()}
+        (model(pack(micro_batch)) * share.flatten()).sum().backward()
+    ours = {name: weight.grad for name, weight in model.model.named_parameters()}
     assert_same_gradients(ours, expected)
-    table = model.get_input_embeddings()
-    if table.padding_idx == 0 and table.weight is not model.get_output_embeddings().weight:
+    table = model.model.get_input_embeddings()
+    if table.padding_idx == 0 and table.weight is not model.model.get_output_embeddings().weight:
         assert not table.weight.grad[0].any()
 
 
 def test_untied_head_with_bias_has_the_right_gradients(tmp_path):
     folder, rows = make_model("phi", tmp_path, seed=1), make_rows()
     plain, model = plain_model(folder), load_model(str(folder))
-    assert model.lm_head.bias is not None
-    nn.init.normal_(model.lm_head.bias)
-    plain.lm_head.bias.data = model.lm_head.bias.data.clone()
-    ours, expected = model(packed=pack(rows)), naive_logps(plain, rows)
+    assert model.model.lm_head.bias is not None
+    nn.init.normal_(model.model.lm_head.bias)
+    plain.lm_head.bias.data = model.model.lm_head.bias.data.clone()
+    ours, expected = model(pack(rows)), naive_logps(plain, rows)
     torch.testing.assert_close(ours.view(-1, 2), expected, **CLOSE)
-    assert_same_gradients(gradients(model, ours), gradients(plain, expected))
+    assert_same_gradients(gradients(model.model, ours), gradients(plain, expected))
 
 
 def test_every_completion_token_counts_and_no_prompt_token(llama, llama_dir):
@@ -102,11 +102,9 @@ def test_order_of_rows_changes_nothing(llama):
 
 def test_neighbours_and_the_other_completion_are_never_seen(llama):
     rows = make_rows()
-    before = llama(packed=pack(rows)).view(-1, 2)
+    before = llama(pack(rows)).view(-1, 2)
     other = TokenRow("usual", rows[0].prompt, (tokens(7, 50), rows[0].completions[1]))
-    after = llama(packed=pack([other, TokenRow("short", tokens(1, 51), rows[1].completions), *rows[2:]])).view(
-        -1, 2
-    )
+    after = llama(pack([other, TokenRow("short", tokens(1, 51), rows[1].completions), *rows[2:]])).view(-1, 2)
     torch.testing.assert_close(after[0, 1], before[0, 1], **CLOSE)
     torch.testing.assert_close(after[2:], before[2:], **CLOSE)
     assert (after[0, 0] - before[0, 0]).abs() > 1
@@ -116,10 +114,10 @@ def test_neighbours_and_the_other_completion_are_never_seen(llama):
 def test_no_gradient_reaches_a_token_of_a_neighbour_or_of_the_other_completion(llama):
     rows = make_rows()
     embeddings = []
-    llama.get_input_embeddings().register_forward_hook(
+    llama.model.get_input_embeddings().register_forward_hook(
         lambda module, inputs, output: (output.retain_grad(), embeddings.append(output))[1]
     )
-    llama(packed=pack(rows))[1].backward()
+    llama(pack(rows))[1].backward()
     prompt, (chosen, rejected) = rows[0].prompt, rows[0].completions
     seen = embeddings[0].grad[0].abs().sum(1) > 0
     # The prompt, nothing of chosen, rejected but for its last token, which predicts nothing, and nothing after.
@@ -146,24 +144,22 @@ def test_a_prompt_of_8000_tokens(tmp_path):
 def test_dropout_is_off_even_in_training_mode(tmp_path):
     folder, rows = make_model("gpt2", tmp_path), make_rows()
     model = load_model(str(folder)).train()
-    assert model.config.resid_pdrop == model.config.attn_pdrop == model.config.embd_pdrop == 0.1
-    torch.testing.assert_close(
-        model(packed=pack(rows)).view(-1, 2), naive_logps(plain_model(folder), rows), **CLOSE
-    )
+    assert model.model.config.resid_pdrop == model.model.config.attn_pdrop == model.model.config.embd_pdrop == 0.1
+    torch.testing.assert_close(model(pack(rows)).view(-1, 2), naive_logps(plain_model(folder), rows), **CLOSE)
 
 
 @pytest.fixture
 def projected(monkeypatch):
     """The number of positions of each projection to the vocabulary, five at most."""
-    monkeypatch.setattr(logprobs, "HEAD_CHUNK", 5)
-    lengths, linear = [], logprobs.F.linear
+    monkeypatch.setattr(head, "HEAD_CHUNK", 5)
+    lengths, linear = [], head.F.linear
 
     def watched(hidden, weight, bias=None):
         if weight.shape[0] == TINY["vocab_size"]:
             lengths.append(len(hidden))
         return linear(hidden, weight, bias)
 
-    monkeypatch.setattr(logprobs.F, "linear", watched)
+    monkeypatch.setattr(head.F, "linear", watched)
     return lengths
 
 
@@ -171,9 +167,9 @@ def test_chunks_of_the_vocabulary_projection_change_nothing_and_bound_its_size(l
     rows, plain = make_rows(), plain_model(llama_dir)
     expected = naive_logps(plain, rows)
     projected.clear()
-    packed = llama(packed=pack(rows))
+    packed = llama(pack(rows))
     torch.testing.assert_close(packed.view(-1, 2), expected, **CLOSE)
-    assert_same_gradients(gradients(llama, packed), gradients(plain, expected))
+    assert_same_gradients(gradients(llama.model, packed), gradients(plain, expected))
     scored = sum(row.completion_tokens for row in rows)
     assert max(projected) == 5
     last = scored % 5 or 5
@@ -182,19 +178,19 @@ def test_chunks_of_the_vocabulary_projection_change_nothing_and_bound_its_size(l
 
 def test_a_head_that_is_not_trained_is_projected_once_and_keeps_no_logits(llama, llama_dir, projected):
     rows, plain = make_rows(), plain_model(llama_dir)
-    for model in (llama, plain):
+    for model in (llama.model, plain):
         model.get_output_embeddings().weight.requires_grad_(False)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t.shape), t)[1], lambda t: t):
-        packed = llama(packed=pack(rows))
+        packed = llama(pack(rows))
     assert not [shape for shape in kept if TINY["vocab_size"] in shape]
-    ours = gradients(llama, packed)
+    ours = gradients(llama.model, packed)
     assert sum(projected) == sum(row.completion_tokens for row in rows)
     assert_same_gradients(ours, gradients(plain, naive_logps(plain, rows)))
 
 
 def test_a_second_backward_pass_gives_the_same_gradient(llama):
-    total = llama(packed=pack(make_rows())).sum()
+    total = llama(pack(make_rows())).sum()
     first = torch.autograd.grad(total, list(llama.parameters()), retain_graph=True)
     for once, twice in zip(first, torch.autograd.grad(total, list(llama.parameters())), strict=True):
         torch.testing.assert_close(twice, once, rtol=1e-6, atol=1e-7)
@@ -203,22 +199,22 @@ def test_a_second_backward_pass_gives_the_same_gradient(llama):
 def test_no_tensor_over_all_tokens_and_the_whole_vocabulary_is_kept(tmp_path, monkeypatch):
     folder = make_model("llama", tmp_path, vocab_size=5_000)
     model = load_model(str(folder))
-    monkeypatch.setattr(logprobs, "HEAD_CHUNK", 16)
+    monkeypatch.setattr(head, "HEAD_CHUNK", 16)
     rows = [TokenRow(str(i), tokens(3, i), (tokens(40, i + 50), tokens(50, i + 90))) for i in range(4)]
-    weights = model.get_output_embeddings().weight.numel()
+    weights = model.model.get_output_embeddings().weight.numel()
     largest = []
     pack_hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: (largest.append(t.numel()), t)[1], lambda t: t)
     with pack_hooks:
-        model(packed=pack(rows)).sum().backward()
+        model(pack(rows)).sum().backward()
     assert max(largest) == weights < sum(row.completion_tokens for row in rows) * 5_000
 
 
 def test_it_stays_an_ordinary_model(llama, llama_dir, tmp_path):
     ids = torch.tensor([tokens(10, 1)])
-    llama.set_attn_implementation("sdpa")
+    llama.model.set_attn_implementation("sdpa")
     with torch.inference_mode():
-        torch.testing.assert_close(llama(input_ids=ids).logits, plain_model(llama_dir)(input_ids=ids).logits)
-    llama.save_pretrained(tmp_path)
+        torch.testing.assert_close(llama.model(input_ids=ids).logits, plain_model(llama_dir)(input_ids=ids).logits)
+    llama.model.save_pretrained(tmp_path)
     again = plain_model(tmp_path)
     for name, weight in plain_model(llama_dir).state_dict().items():
         assert torch.equal(again.state_dict()[name], weight), name
@@ -229,7 +225,7 @@ def test_sliding_windows_are_kept(tmp_path):
     folder = make_model("mistral", tmp_path, sliding_window=6)
     rows = make_rows()
     model, plain = load_model(folder), plain_model(folder)
-    assert in_stream(model)
+    assert model.in_stream
     ours, naive = sequence_logps(model, rows, 1000), naive_logps(plain, rows).detach()
     torch.testing.assert_close(ours, naive, **CLOSE)
     wide = load_model(make_model("mistral", tmp_path / "wide", sliding_window=None))
@@ -246,8 +242,8 @@ def by_segments(query, key, value, begins, key_begins, most_queries, most_keys, 
             seen = slice(max(first_key, last_key - (last - place) - left) if left >= 0 else first_key,
                          last_key - (last - place) + 1)  # fmt: skip
             heads = []
-            for head, vector in enumerate(query[place].float()):
-                of = head * key.shape[1] // query.shape[1]
+            for number, vector in enumerate(query[place].float()):
+                of = number * key.shape[1] // query.shape[1]
                 scores = key[seen, of].float() @ vector * scale
                 heads.append(scores.softmax(0) @ value[seen, of].float())
             outputs.append(torch.stack(heads))
@@ -257,44 +253,40 @@ def by_segments(query, key, value, begins, key_begins, most_queries, most_keys, 
 
 @pytest.mark.parametrize("window", [None, 6])
 def test_variable_length_attention_gets_what_attention_row_by_row_sees(monkeypatch, window):
-    monkeypatch.setattr(logprobs, "variable_length_attention", by_segments)
+    monkeypatch.setattr(attention, "variable_length_attention", by_segments)
     rows = [*make_rows(), TokenRow("three", tokens(4, 11), (tokens(2, 12), tokens(5, 13), tokens(1, 14)))]
-    layout = pack([*rows, TokenRow("one", tokens(6, 15), (tokens(3, 16),))])["spans"]
+    layout = pack([*rows, TokenRow("one", tokens(6, 15), (tokens(3, 16),))]).layout
     length = sum(prompt + sum(completions) for prompt, completions in layout)
     draw = torch.Generator().manual_seed(0)
     query = torch.randn(1, 4, length, 8, generator=draw).bfloat16().float()
     key, value = torch.randn(2, 1, 2, length, 8, generator=draw).bfloat16().float()
 
     def attend(laid_out):
-        return logprobs._packed_attention(
+        return attention.packed_attention(
             None, query, key, value, None, layout=laid_out, scaling=0.3, sliding_window=window
         )[0]
 
-    rows_alone, runs = attend(layout), attend(logprobs.segments(layout, torch.device("cpu")))
+    rows_alone, runs = attend(layout), attend(attention.varlen_metadata(layout, torch.device("cpu")))
     torch.testing.assert_close(runs, rows_alone, rtol=1e-5, atol=1e-5)
-
-
-def in_stream(model):
-    return model.forward.keywords["in_stream"]
 
 
 def test_a_model_that_the_stream_is_wrong_for_is_computed_row_by_row_and_says_so(tmp_path, caplog):
     # Gemma 2 caps attention scores and logits, which the packed stream does not.
     folder = make_model("gemma2", tmp_path, initializer_range=0.5)
     model, plain = load_model(folder), plain_model(folder)
-    assert not in_stream(model)
+    assert not model.in_stream
     assert "Gemma2ForCausalLM: its packed log-probs differ from plain ones by" in caplog.text
     rows = make_rows()
-    ours, naive = model(packed=pack(rows)), naive_logps(plain, rows)
+    ours, naive = model(pack(rows)), naive_logps(plain, rows)
     torch.testing.assert_close(ours.view(-1, 2), naive, **CLOSE)
-    assert_same_gradients(gradients(model, ours), gradients(plain, naive))
+    assert_same_gradients(gradients(model.model, ours), gradients(plain, naive))
 
 
 def test_a_model_that_cannot_run_the_stream_is_computed_row_by_row_and_says_so(tmp_path, caplog):
     # Bloom adds its positions as a bias to the attention scores and knows no pluggable attention.
     folder = make_model("bloom", tmp_path)
     model = load_model(folder)
-    assert not in_stream(model)
+    assert not model.in_stream
     assert "BloomForCausalLM: " in caplog.text
     rows = make_rows()
     naive = naive_logps(plain_model(folder), rows).detach()
@@ -305,7 +297,7 @@ def test_rotary_positions_that_depend_on_the_longest_row_are_computed_row_by_row
     rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10_000.0}
     folder = make_model("llama", tmp_path, max_position_embeddings=16, rope_parameters=rope)
     model, rows = load_model(folder), make_rows()
-    assert not in_stream(model)
+    assert not model.in_stream
     naive = naive_logps(plain_model(folder), rows).detach()
     torch.testing.assert_close(sequence_logps(model, rows, 1000), naive, **CLOSE)
 
@@ -313,7 +305,7 @@ def test_rotary_positions_that_depend_on_the_longest_row_are_computed_row_by_row
 def test_dropout_outside_of_dropout_modules_is_off_too(tmp_path):
     model = load_model(make_model("opt", tmp_path, dropout=0.5, attention_dropout=0.5, layerdrop=0.5))
     packed = pack(make_rows())
-    torch.testing.assert_close(model.train()(packed=packed), model.eval()(packed=packed), **CLOSE)
+    torch.testing.assert_close(model.train()(packed), model.eval()(packed), **CLOSE)
 
 
 def test_compiling_without_a_gpu_is_refused(llama_dir, monkeypatch):
@@ -355,12 +347,13 @@ class LiveBf16(TorchDispatchMode):
 @pytest.mark.parametrize("grad", [True, False])
 def test_bf16_keeps_no_copies_of_weights_with_checkpointing_or_without_gradients(tmp_path, grad):
     model = load_model(make_model("llama", tmp_path / "m", hidden_size=64, intermediate_size=160), "bf16").train()
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.model.gradient_checkpointing_enable({"use_reentrant": False})
     held = []
-    model.model.norm.register_forward_pre_hook(lambda *_: held.append(live.bytes()))  # the last layer has run
+    norm = model.base_model.norm  # runs after the last layer
+    norm.register_forward_pre_hook(lambda *_: held.append(live.bytes()))
     live = LiveBf16()
     with live, contextlib.nullcontext() if grad else torch.no_grad():
-        model(packed=pack(make_rows()))
+        model(pack(make_rows()))
     layers = 2 * sum(p.numel() for name, p in model.named_parameters() if ".layers." in name)
     assert live.storages
     assert held[0] < layers / 10, "the rounded weights of a layer are gone when the next one runs"
@@ -369,13 +362,13 @@ def test_bf16_keeps_no_copies_of_weights_with_checkpointing_or_without_gradients
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_autocast_without_a_weight_cache_gives_the_same_bits(tmp_path, monkeypatch, checkpointing):
     folder, results = make_model("llama", tmp_path / "m"), []
-    cached = lambda model, precision: torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")  # noqa: E731
-    for autocast in (logprobs._autocast, cached):
-        monkeypatch.setattr(logprobs, "_autocast", autocast)
+    cached = lambda self: torch.autocast("cpu", torch.bfloat16, enabled=self.precision == "bf16")  # noqa: E731
+    for autocast in (LogProbModel._autocast, cached):
+        monkeypatch.setattr(LogProbModel, "_autocast", autocast)
         model = load_model(folder, "bf16").train()
         if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-        scores = model(packed=pack(make_rows()))
+            model.model.gradient_checkpointing_enable({"use_reentrant": False})
+        scores = model(pack(make_rows()))
         scores.sum().backward()
         results.append([scores.detach(), *(p.grad for p in model.parameters())])
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(*results, strict=True))

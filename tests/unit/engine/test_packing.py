@@ -18,26 +18,27 @@ def test_pack_by_hand():
         TokenRow("a", (10, 11), ((20, 21, 2), (30, 2))),
         TokenRow("b", (12,), ((40,), (50, 51))),
     ]
-    packed = pack(rows)
+    batch = pack(rows)
     # place:     0   1 | 2   3   4 | 5   6 || 7 | 8 | 9  10
     # of row:    prompt| chosen    | reject|| p | c | rejected
-    assert packed["input_ids"].tolist() == [[10, 11, 20, 21, 2, 30, 2, 12, 40, 50, 51]]
+    assert batch.input_ids.tolist() == [[10, 11, 20, 21, 2, 30, 2, 12, 40, 50, 51]]
     # Both completions of a row go on from the end of its prompt; each row starts at 0.
-    assert packed["position_ids"].tolist() == [[0, 1, 2, 3, 4, 2, 3, 0, 1, 1, 2]]
-    assert packed["spans"] == [(2, (3, 2)), (1, (1, 2))]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 2, 3, 0, 1, 1, 2]]
+    assert batch.layout == ((2, (3, 2)), (1, (1, 2)))
     # The first token of every completion is predicted from the last prompt token (1 or 7), the others from the
     # token before them; the last token of a completion predicts nothing.
-    assert packed["predict_from"].tolist() == [1, 2, 3, 1, 5, 7, 7, 9]
-    assert packed["targets"].tolist() == [20, 21, 2, 30, 2, 40, 50, 51]
-    assert packed["owner"].tolist() == [0, 0, 0, 1, 1, 2, 3, 3]
-    assert packed["ids"] == ["a", "b"]
-    assert {packed[name].dtype for name in ("input_ids", "position_ids", "predict_from")} == {torch.int64}
+    assert batch.logit_positions.tolist() == [1, 2, 3, 1, 5, 7, 7, 9]
+    assert batch.targets.tolist() == [20, 21, 2, 30, 2, 40, 50, 51]
+    assert batch.completion_index.tolist() == [0, 0, 0, 1, 1, 2, 3, 3]
+    assert batch.ids == ("a", "b")
+    assert batch.completions == 4
+    assert {t.dtype for t in (batch.input_ids, batch.position_ids, batch.logit_positions)} == {torch.int64}
 
 
 def test_a_row_counts_its_prompt_once():
     row = TokenRow("a", (1, 2, 3), ((4, 5), (6,)))
-    assert row.tokens == 6 == pack([row])["input_ids"].numel()
-    assert row.completion_tokens == 3 == len(pack([row])["targets"])
+    assert row.tokens == 6 == pack([row]).input_ids.numel()
+    assert row.completion_tokens == 3 == len(pack([row]).targets)
 
 
 @pytest.mark.parametrize("row", [TokenRow("bad", (), ((1,), (2,))), TokenRow("bad", (1,), ((1,), ()))])

@@ -215,7 +215,7 @@ def test_a_pad_token_that_is_the_end_token_is_scored_like_any_other():
     assert shared.pad_token_id == shared.eos_token_id != apart.pad_token_id
     rows = encode_pairs([pair()], shared, 200)
     assert rows == encode_pairs([pair()], apart, 200)
-    assert pack(rows)["targets"].tolist().count(shared.eos_token_id) == 2
+    assert pack(rows).targets.tolist().count(shared.eos_token_id) == 2
 
 
 def test_pairs_have_the_same_tokens_together_as_alone(tokenizer):

@@ -60,7 +60,7 @@ def test_it_equals_the_plain_forward_pass_in_float64_in_the_order_of_the_answers
 def test_models_that_are_computed_row_by_row_give_the_same(folders, monkeypatch):
     prompts, answers = random_answers(9, seed=1)
     packed = divergence(*map(load_model, folders), prompts, answers, 50)
-    monkeypatch.setattr("dpo.engine.logprobs._stream_fault", lambda model: "a trial")
+    monkeypatch.setattr("dpo.engine.logprobs._self_check", lambda model: "a trial")
     plain = divergence(*map(load_model, folders), prompts, answers, 50)
     assert abs(packed - plain).max().max() < 1e-4
 
@@ -77,17 +77,17 @@ class Tabular(torch.nn.Module):
 
     def __init__(self, seed):
         super().__init__()
-        self.logits = torch.randn(4, 3, generator=torch.Generator().manual_seed(seed)) * 1.5
+        self.table = torch.randn(4, 3, generator=torch.Generator().manual_seed(seed)) * 1.5
         self.device = torch.device("cpu")
 
-    def __call__(self, packed, distributions):
-        before = packed["input_ids"][0][packed["predict_from"]]
-        return iter(self.logits[before].split(5))
+    def logits(self, batch):
+        before = batch.input_ids[0][batch.logit_positions]
+        return iter(self.table[before].split(5))
 
 
 def test_the_estimate_is_unbiased_and_closer_than_the_plain_one_on_a_tabular_model():
     policy, reference = Tabular(0), Tabular(1)
-    p, q = (m.logits.log_softmax(1).double() for m in (policy, reference))
+    p, q = (m.table.log_softmax(1).double() for m in (policy, reference))
     start = 3
     first = p[start].exp()
     step = (p.exp() * (p - q)).sum(1)

@@ -53,12 +53,12 @@ def test_nearly_cold_answers_are_the_plain_models_greedy_ones(architecture, toke
 def test_each_of_equal_prompts_gets_its_own_draw_from_the_policys_distribution(tiny_model_dir, tokenizer):
     model = load_model(tiny_model_dir)
     settings = GenerationConfig(repetition_penalty=5.0, top_k=2, min_p=0.5, eos_token_id=[0, 1, 2, 3])
-    model.generation_config = settings
+    model.model.generation_config = settings
     draws, temperature = 3000, 0.7
     answers = sample(
         model, tokenizer, ["film"] * draws + ["bore"], max_new_tokens=2, temperature=temperature, seed=5
     )
-    assert model.generation_config is settings
+    assert model.model.generation_config is settings
 
     plain = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32).eval()
     prompt = prompt_ids(tokenizer, ["film"])[0]
@@ -78,7 +78,7 @@ def test_equal_prompts_are_read_once_and_ended_answers_leave(tiny_model_dir, tok
     monkeypatch.setattr(sampling, "STEPS_AT_ONCE", 4)
     model = load_model(tiny_model_dir)
     read = []
-    model.get_input_embeddings().register_forward_pre_hook(lambda module, args: read.append(args[0].numel()))
+    model.model.get_input_embeddings().register_forward_pre_hook(lambda module, args: read.append(args[0].numel()))
     answers = sample(model, tokenizer, ["a long film"] * 64, max_new_tokens=32, temperature=3.0, seed=3)
     assert read[0] == len(prompt_ids(tokenizer, ["a long film"])[0]) - 1
     assert sum(read[1:]) <= sum(len(answer) + -len(answer) % 4 for answer in answers) < 64 * 32

@@ -23,7 +23,7 @@ def test_a_merged_model_gives_the_numbers_of_base_and_adapter(tiny_model_dir, tm
     rows = encode_pairs([pair], tokenizer, 100)
     model = load_model(tiny_model_dir)
     before = sequence_logps(model, rows, 500)
-    add_lora(model, LoraSettings(rank=4, alpha=8))
+    add_lora(model.model, LoraSettings(rank=4, alpha=8))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.3)
@@ -47,7 +47,7 @@ def test_an_adapter_is_not_merged_into_other_weights_than_its_own(tiny_model_dir
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
     shutil.copytree(tiny_model_dir, tmp_path / "base")
     model = load_model(tmp_path / "base")
-    add_lora(model, LoraSettings(rank=4, alpha=8))
+    add_lora(model.model, LoraSettings(rank=4, alpha=8))
     facts = {"models": {str(tmp_path / "base"): weights(tmp_path / "base")}}
     save_checkpoint(model, tokenizer, tmp_path / "adapter", facts)
     make_model("llama", tmp_path / "base", seed=5)

@@ -78,7 +78,7 @@ def train(tiny_model_dir, rows, reference):
             model, rows, reference, params, trial(learning_rate=learning_rate), LOSSES,
             max_tokens_per_microbatch=max_tokens_per_microbatch, progress=progress, callbacks=callbacks,
         )  # fmt: skip
-        return log, {name: weight.detach().clone() for name, weight in model.state_dict().items()}
+        return log, {name: weight.detach().clone() for name, weight in model.model.state_dict().items()}
 
     return run
 
@@ -136,7 +136,7 @@ def test_sft_goes_on_too(tiny_model_dir, rows, tmp_path):
             progress=progress,
             callbacks=callbacks,
         )
-        return log, model.state_dict()
+        return log, model.model.state_dict()
 
     progress = Progress(tmp_path, 0)
     with pytest.raises(Cut):
@@ -290,7 +290,7 @@ def starve(monkeypatch, most_rows, when):
     compute, backward = PackedTrainer.compute_loss, torch.Tensor.backward
 
     def compute_loss(self, model, inputs, **kwargs):
-        self.starved = len(inputs["ids"]) > most_rows
+        self.starved = len(inputs["batch"].ids) > most_rows
         if self.starved and when == "forward":
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         loss = compute(self, model, inputs, **kwargs)
@@ -339,7 +339,7 @@ def spoil_gradient(monkeypatch, pair):
 
     def compute_loss(self, model, inputs, **kwargs):
         loss = compute(self, model, inputs, **kwargs)
-        if pair in inputs["ids"]:
+        if pair in inputs["batch"].ids:
             loss.register_hook(lambda grad: grad * math.inf)
         return loss
 

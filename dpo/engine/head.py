@@ -1,0 +1,145 @@
+"""Projection to the vocabulary in chunks, so that the full [tokens, vocabulary] matrix never exists."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+HEAD_CHUNK, GPU_HEAD_CHUNK = 256, 1024
+"""Positions per projection: 50 MB of fp32 logits for a vocabulary of 49,152. GPUs use larger chunks, 0.5 GB for a
+vocabulary of 128,256, because every chunk reads and writes the gradient of the weight matrix."""
+
+
+def token_logps(hidden: Tensor, head: nn.Linear, targets: Tensor, *, accumulate_in_place: bool) -> Tensor:
+    """Return log softmax(head(hidden))[target] in fp32, shape [N].
+
+    Args:
+        hidden: [N, width].
+        head: linear layer from width to vocabulary.
+        targets: [N] token ids.
+        accumulate_in_place: add the gradient of a trained weight directly to `weight.grad` in the backward pass.
+    """
+    if any(weight.requires_grad for weight in head.parameters()):
+        return _TokenLogps.apply(hidden, head.weight, head.bias, targets, accumulate_in_place)
+    return _FrozenHeadLogps.apply(hidden, head.weight, head.bias, targets)
+
+
+def chunked_logits(hidden: Tensor, head: nn.Linear) -> Iterator[Tensor]:
+    """Yield fp32 logits [n, vocabulary] in chunks of `HEAD_CHUNK` rows of `hidden`."""
+    for chunk in hidden.split(HEAD_CHUNK):
+        yield F.linear(chunk, head.weight, head.bias).float()
+
+
+class _TokenLogps(torch.autograd.Function):
+    """Log-probs of a trained head.
+
+    The backward pass recomputes every chunk except the last, whose exponentials are kept.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, in_place: bool
+    ) -> Tensor:
+        logps = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
+        ctx.in_place = in_place
+        for part in _chunks(targets):
+            ctx.kept = None  # free the previous chunk first
+            *ctx.kept, logps[part] = _exp_logits(hidden[part], weight, bias, targets[part])
+        ctx.save_for_backward(hidden, weight, bias, targets)
+        return logps
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, targets = ctx.saved_tensors
+        grad_hidden, grad_weight = torch.empty_like(hidden), weight.grad if ctx.in_place else None
+        grad_bias = torch.zeros_like(bias) if bias is not None and ctx.needs_input_grad[2] else None
+        for part in reversed(_chunks(targets)):
+            kept, ctx.kept = ctx.kept, None
+            exp_logits, sum_exp = kept or _exp_logits(hidden[part], weight, bias, targets[part])[:2]
+            grad_logits = _grad_logits(exp_logits, sum_exp, targets[part], grads[0][part]).to(hidden.dtype)
+            grad_hidden[part] = grad_logits @ weight
+            if ctx.needs_input_grad[1]:
+                if grad_weight is None:
+                    grad_weight = grad_logits.T @ hidden[part]
+                else:
+                    grad_weight.addmm_(grad_logits.T, hidden[part])
+            if grad_bias is not None:
+                grad_bias += grad_logits.sum(0)
+            del kept, exp_logits, grad_logits  # free memory before the next chunk
+        if ctx.in_place:
+            weight.grad, grad_weight = grad_weight, None
+        return grad_hidden, grad_weight, grad_bias, None, None
+
+
+class _FrozenHeadLogps(torch.autograd.Function):
+    """Log-probs of a frozen head. The forward pass computes the gradient too, so no chunk is computed twice."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+        logps = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
+        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        for part in _chunks(targets):
+            exp_logits, sum_exp, logps[part] = _exp_logits(hidden[part], weight, bias, targets[part])
+            if grad_hidden is not None:
+                ones = torch.ones_like(logps[part])
+                grad_logits = _grad_logits(exp_logits, sum_exp, targets[part], ones)
+                grad_hidden[part] = grad_logits.to(hidden.dtype) @ weight
+                del grad_logits
+            del exp_logits  # free memory before the next chunk
+        ctx.save_for_backward(grad_hidden)
+        return logps
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad_hidden,) = ctx.saved_tensors
+        return (grad_hidden * grads[0][:, None]).to(grad_hidden.dtype), None, None, None
+
+
+class FusedEmbedding(torch.autograd.Function):
+    """`F.embedding` whose backward pass adds the gradient directly to `weight.grad`."""
+
+    @staticmethod
+    def forward(ctx: Any, ids: Tensor, weight: Tensor, padding_idx: int | None) -> Tensor:
+        """Look up rows of `weight`. The row `padding_idx` gets no gradient."""
+        ctx.save_for_backward(ids, weight)
+        ctx.padding_idx = padding_idx
+        return F.embedding(ids, weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
+        """Accumulate into `weight.grad`."""
+        ids, weight = ctx.saved_tensors
+        if weight.grad is None:
+            weight.grad = torch.zeros_like(weight)
+        trained = torch.ones_like(ids, dtype=torch.bool) if ctx.padding_idx is None else ids != ctx.padding_idx
+        weight.grad.index_put_((ids[trained],), grads[0][trained], accumulate=True)
+        return None, None, None
+
+
+def _exp_logits(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return exp(logits - max) [n, vocabulary], its sums [n] and the log-probs of the targets [n], in fp32.
+
+    Works in place: the peak is one matrix of logits.
+    """
+    logits = F.linear(hidden, weight, bias).float()
+    target_logits = logits.gather(1, targets[:, None])[:, 0]
+    max_logits = logits.max(1).values
+    exp_logits = logits.sub_(max_logits[:, None]).exp_()
+    sum_exp = exp_logits.sum(1)
+    return exp_logits, sum_exp, target_logits - max_logits - sum_exp.log()
+
+
+def _grad_logits(exp_logits: Tensor, sum_exp: Tensor, targets: Tensor, grad: Tensor) -> Tensor:
+    """Overwrite `exp_logits` with the gradient of the logits, grad * (1[target] - softmax)."""
+    grad_logits = exp_logits.mul_((-grad / sum_exp)[:, None])
+    grad_logits[torch.arange(len(targets), device=targets.device), targets] += grad
+    return grad_logits
+
+
+def _chunks(targets: Tensor) -> list[slice]:
+    size = GPU_HEAD_CHUNK if targets.is_cuda else HEAD_CHUNK
+    return [slice(start, start + size) for start in range(0, len(targets), size)]
