@@ -1,8 +1,7 @@
-"""How validation grows with the data: `python -m benchmarks.validate [--rows N ...]`.
+"""Measure time and memory of the validation by number of pairs: `python -m benchmarks.validate [--rows N ...]`.
 
-Writes JSONL of the wanted number of pairs, about a kilobyte each, and checks each file as a user does, with
-`python -m tasks.commands.validate FILE`, tokenizer included. Writes `benchmarks/results/validate.json` and the
-table of `docs/data.md`.
+Write JSONL files of pairs of about one kilobyte. Check each with `python -m tasks.commands.validate FILE` and the
+tokenizer of the base model. Write `benchmarks/results/validate.json` and the table in `docs/data.md`.
 """
 
 import argparse
@@ -27,7 +26,7 @@ POLL_SECONDS = 0.2
 
 
 def write_pairs(path: Path, rows: int, sentences: list[str]) -> None:
-    """Pairs put together from sentences; one in a hundred breaks a rule."""
+    """Write pairs made of random sentences. One in a hundred breaks a rule."""
     draw = np.random.default_rng(SEED)
 
     def text(count: int) -> str:
@@ -42,7 +41,7 @@ def write_pairs(path: Path, rows: int, sentences: list[str]) -> None:
 
 
 def measure(path: Path, output: Path) -> tuple[float, float]:
-    """Seconds and peak memory (GiB resident, all processes together) of one check."""
+    """Return seconds and peak resident memory (GiB, all processes together) of one check."""
     command = [sys.executable, "-m", "tasks.commands.validate", str(path), "--output", str(output)]
     start, peak = time.perf_counter(), 0
     process = psutil.Popen(command, stdout=subprocess.DEVNULL)
@@ -69,13 +68,13 @@ def _resident(process: psutil.Process) -> int:
 
 
 def main() -> None:
-    """Measure each size; the largest last."""
+    """Measure each size."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.validate", description=__doc__)
     parser.add_argument("--rows", type=int, nargs="*", default=[10_000, 100_000, 1_000_000])
     parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     if not BASE.is_dir() or not TRAIN.is_file():
-        sys.exit("run `dvc repro validate` first: the tokenizer and the sentences come from there")
+        sys.exit("no tokenizer or sentences; run `dvc repro validate` first")
     texts = pd.read_parquet(TRAIN)
     sentences = [*texts["chosen"], *texts["rejected"]]
     results = []
@@ -93,7 +92,7 @@ def main() -> None:
 
 
 def table(results: list[dict[str, float]]) -> str:
-    """Results for people."""
+    """Return the results as a Markdown table."""
     lines = ["| pairs | GB of JSONL | seconds | pairs/s | peak GiB |", "| ---: | ---: | ---: | ---: | ---: |"]
     for r in results:
         cells = (

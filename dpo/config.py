@@ -135,7 +135,7 @@ def _explain(fault: object) -> str:
     """Return key, problem and fix of one of pydantic's errors."""
     key = ".".join(str(part) for part in fault["loc"]) or "top level"  # type: ignore[index]
     kind, message, value = fault["type"], fault["msg"], fault["input"]  # type: ignore[index]
-    if kind == "unexpected_keyword_argument":
+    if kind in ("unexpected_keyword_argument", "extra_forbidden"):
         if key in RENAMED:
             return f"{key}: renamed; use {RENAMED[key]}"
         if key in REMOVED:

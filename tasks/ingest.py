@@ -1,18 +1,18 @@
-"""Stage `ingest`: every row of the source as a candidate pair, in one table."""
+"""Stage `ingest`: read the source and write every row to the raw table."""
 
 from dpo.config import load_params
-from dpo.data.ingest import collect
+from dpo.data.ingest import write_raw_pairs
 from dpo.data.readers import read_source
 from tasks.common.paths import RAW_PAIRS
 from tasks.common.runner import run
 
 
 def main() -> None:
-    """Read, convert, write."""
+    """Run the stage."""
     params = load_params()
     data = params.data
     origin = data.source if isinstance(data.source, str) else ", ".join(data.source)
-    collect(read_source(data, params.seed), RAW_PAIRS, origin, data)
+    write_raw_pairs(read_source(data, params.seed), RAW_PAIRS, origin, data)
 
 
 if __name__ == "__main__":

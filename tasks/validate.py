@@ -1,4 +1,4 @@
-"""Stage `validate`: check every pair against the data contract and quarantine the rows that break it."""
+"""Stage `validate`: check the raw pairs, write training and held-out pairs, quarantine the rest."""
 
 import json
 import subprocess
@@ -17,31 +17,29 @@ from tasks.tracking.runs import log_validation
 
 
 def main() -> None:
-    """The stage: the candidate table in, the training and the held-out table out."""
+    """Run the stage."""
     params = load_params()
     caps = {"train": params.data.max_train_pairs, "eval": params.data.max_eval_pairs}
-    outputs = {"train": TRAIN, "eval": EVAL, "quarantine": QUARANTINE}
-    page, metrics = REPORTS / "validate.html", METRICS / "validate.json"
-    result = check(params, RAW_PAIRS, BASE, caps, outputs, page, metrics)
+    files = {"report": REPORTS / "validate.html", "metrics": METRICS / "validate.json"}
+    outputs = {"train": TRAIN, "eval": EVAL, "quarantine": QUARANTINE, **files}
+    result = validate_and_report(params, RAW_PAIRS, BASE, caps, outputs)
     with atomic_write(REPORTS / "validate.md") as tmp:
         tmp.write_text(markdown(result, params))
-    log_validation(params, result.metrics, [page, metrics])
-    refuse(result)
-    write_json(PROFILE, result.profile)
+    log_validation(params, result.metrics, list(files.values()))
+    raise_errors(result)
+    write_json(PROFILE, result.summary.profile)
 
 
-def check(
+def validate_and_report(
     params: Params,
-    candidates: Path,
+    raw_pairs: Path,
     tokenizer: Path | None,
     caps: Mapping[str, int | None],
     outputs: Mapping[str, Path],
-    page: Path,
-    metrics: Path,
 ) -> Validated:
-    """Validate a candidate table; write the report and the figures, and print the table."""
+    """Validate a raw table, write `outputs`, including `report` and `metrics`, and print a table."""
     result = validate(
-        candidates,
+        raw_pairs,
         params.validate,
         tokenizer=tokenizer,
         max_length=params.engine.max_length,
@@ -50,20 +48,20 @@ def check(
         previous=committed_profile(),
         outputs=outputs,
     )
-    write_report(result, params, page)
-    write_json(metrics, result.metrics)
-    print(table(result, params, page))
+    write_report(result, params, outputs["report"])
+    write_json(outputs["metrics"], result.to_json())
+    print(table(result, params, outputs["report"]))
     return result
 
 
-def refuse(result: Validated) -> None:
-    """Raise InputError, a line for each reason, if the data must not be used."""
+def raise_errors(result: Validated) -> None:
+    """Raise InputError, with one line per error, if the data must not be used."""
     if result.errors:
-        raise InputError("\n".join(f"the data must not be used: {error}" for error in result.errors))
+        raise InputError("\n".join(f"the data must not be used: {error.message}" for error in result.errors))
 
 
 def committed_profile() -> dict[str, Any] | None:
-    """The profile of the data as last committed, None where there is none."""
+    """Return the profile of the data in the last commit, or None if there is none."""
     try:
         shown = subprocess.run(["git", "show", f"HEAD:./{PROFILE}"], capture_output=True, check=True)
         return dict(json.loads(shown.stdout))

@@ -1,8 +1,9 @@
-"""How preference data differs from an earlier version of it: the population stability index of three views.
+"""Drift of preference data from an earlier version, measured by the population stability index (PSI).
 
-PSI = sum over bins of (new - old) ln(new / old), on shares; by convention below 0.1 is no change, above 0.25 a
-clear one. Views: lengths in tokens (bins: deciles of the old data, and shorter than all of it), sources, and
-clusters of prompts (k-means on hashed words, and far from all clusters).
+PSI = sum over bins of (new - old) ln(new / old), where new and old are shares. By convention a PSI below 0.1 means
+no change and above 0.25 a clear one. It is computed for lengths in tokens (bins: deciles of the old data, and
+shorter than all old data), sources, and clusters of prompts (k-means on hashed words; an additional bin counts
+prompts that are far from all clusters).
 """
 
 import math
@@ -15,36 +16,37 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.cluster.vq import kmeans2
 
+from dpo.data.formats import PAIR_TEXTS
+
 DECILES = np.linspace(0.1, 0.9, 9)
 CLUSTERS, DIMENSIONS = 8, 128
 NEAR = 0.95
-"""Share of the old prompts that lie within the radius of their clusters."""
+"""Share of the old prompts within the radius of the clusters."""
 FLOOR = 1e-3
-"""Least share of a bin: an empty one would make the index infinite."""
-COLUMNS = ("prompt", "chosen", "rejected")
+"""Minimum share of a bin. An empty bin would make the index infinite."""
 
 
 def profile(lengths: NDArray[np.int32], sources: Mapping[str, int], prompts: Sequence[str]) -> dict[str, Any]:
-    """What is kept of a version of the data, so that a later one can be compared with it.
+    """Return statistics of the data with which a later version can be compared.
 
     Args:
-        lengths: tokens of prompt, chosen and rejected [R, 3], R at least 1.
-        sources: pairs of each source.
+        lengths: number of tokens of prompt, chosen and rejected [R, 3], R at least 1.
+        sources: number of pairs per source.
         prompts: a sample of the prompts, at least one.
     """
     edges = {
         name: sorted({float(lengths[:, i].min()) - 1, *np.quantile(lengths[:, i], DECILES).tolist()})
-        for i, name in enumerate(COLUMNS)
+        for i, name in enumerate(PAIR_TEXTS)
     }
     vectors = _vectors(prompts)
     distinct = np.unique(vectors, axis=0)
-    few = len(distinct) <= CLUSTERS
-    centres = np.round(distinct if few else kmeans2(distinct, CLUSTERS, minit="++", rng=0)[0], 4)
+    is_small = len(distinct) <= CLUSTERS
+    centres = np.round(distinct if is_small else kmeans2(distinct, CLUSTERS, minit="++", rng=0)[0], 4)
     radius = float(np.quantile(_distances(vectors, centres).min(1), NEAR))
     return {
         "lengths": {
             name: {"edges": edges[name], "shares": _shares(lengths[:, i], edges[name])}
-            for i, name in enumerate(COLUMNS)
+            for i, name in enumerate(PAIR_TEXTS)
         },
         "sources": _normalised(dict(sources)),
         "prompts": {
@@ -58,12 +60,12 @@ def profile(lengths: NDArray[np.int32], sources: Mapping[str, int], prompts: Seq
 def drift(
     old: Mapping[str, Any], lengths: NDArray[np.int32], sources: Mapping[str, int], prompts: Sequence[str]
 ) -> dict[str, float]:
-    """The population stability index of each view against an old `profile`; arguments as there."""
+    """Return the PSI of lengths, sources and prompts against an old `profile`. Arguments as in `profile`."""
     views = {
         f"{name}_tokens": psi(
             old["lengths"][name]["shares"], _shares(lengths[:, i], old["lengths"][name]["edges"])
         )
-        for i, name in enumerate(COLUMNS)
+        for i, name in enumerate(PAIR_TEXTS)
     }
     new, names = _normalised(dict(sources)), sorted({*old["sources"], *sources})
     views["sources"] = psi([old["sources"].get(n, 0) for n in names], [new.get(n, 0) for n in names])
@@ -74,7 +76,7 @@ def drift(
 
 
 def psi(old: Sequence[float], new: Sequence[float]) -> float:
-    """Population stability index of two distributions over the same bins, at least 0."""
+    """Return the population stability index of two distributions over the same bins. It is at least 0."""
     pairs = [(max(o, FLOOR), max(n, FLOOR)) for o, n in zip(old, new, strict=True)]
     return sum((n - o) * math.log(n / o) for o, n in pairs)
 
@@ -90,7 +92,7 @@ def _normalised(counts: Mapping[str, float]) -> dict[str, float]:
 
 
 def _vectors(prompts: Sequence[str]) -> NDArray[np.float64]:
-    """Hashed bags of words of unit length [N, DIMENSIONS]."""
+    """Return hashed bags of words of unit length [N, DIMENSIONS]."""
     vectors = np.zeros((len(prompts), DIMENSIONS))
     for row, prompt in enumerate(prompts):
         for word, count in Counter(prompt.casefold().split()).items():
@@ -100,12 +102,12 @@ def _vectors(prompts: Sequence[str]) -> NDArray[np.float64]:
 
 
 def _distances(vectors: NDArray[np.float64], centres: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Squared distances [N, clusters]."""
+    """Return squared distances [N, clusters]."""
     return (vectors**2).sum(1)[:, None] + (centres**2).sum(1) - 2 * vectors @ centres.T
 
 
 def _cluster_shares(vectors: NDArray[np.float64], centres: NDArray[np.float64], radius: float) -> list[float]:
-    """Shares of the clusters, and last of what is farther from all of them than most of the old prompts were."""
+    """Return the share of each cluster, and last the share of prompts outside the radius of all clusters."""
     distances = _distances(vectors, centres)
     nearest = np.where(distances.min(1) > radius + 1e-6, len(centres), distances.argmin(1))
     counts = np.bincount(nearest, minlength=len(centres) + 1)

@@ -1,7 +1,7 @@
-"""The accepted shapes of a row of preference data, and how each becomes canonical pairs.
+"""Accepted formats of preference data, and the conversion of a row to canonical pairs.
 
-Every format is one function from a raw row (a mapping as JSON gives it) to pairs; which one a source has is
-detected from its first rows. A row of which no pair can be made raises `RowFault` with the rule that it breaks.
+Each format is a function from a row (a mapping, as parsed from JSON) to pairs. The format of a source is detected
+from its first rows. A row that cannot be converted raises `RowError` with the rule that it breaks.
 """
 
 import datetime
@@ -20,6 +20,10 @@ Pair = dict[str, Any]
 Turn = dict[str, str]
 Pairing = Literal["best_worst", "best_rest"]
 
+COMPLETIONS = ("chosen", "rejected")
+PAIR_TEXTS = ("prompt", *COMPLETIONS)
+"""The texts of a canonical pair."""
+
 PROMPTS = ("prompt", "instruction")
 TEXTS = ("response", "text", "content", "completion")
 SCORES = ("score", "overall_score", "rating")
@@ -32,8 +36,8 @@ HH_ANSWER = "\n\nAssistant:"
 HH_ROLES = {"Human": "user", "Assistant": "assistant"}
 
 
-class RowFault(Exception):
-    """No pair can be made of a row: the rule that it breaks, and how."""
+class RowError(Exception):
+    """A row cannot be converted to pairs. `rule` is the rule that it breaks, `reason` says how."""
 
     def __init__(self, rule: str, reason: str) -> None:
         super().__init__(reason)
@@ -41,10 +45,10 @@ class RowFault(Exception):
 
 
 def detect(rows: Collection[Row], origin: str) -> str:
-    """The format of a source, a key of `FORMATS`: that which most of the given rows have.
+    """Return the format of a source, a key of `FORMATS`: the most frequent one among the given rows.
 
     Raises:
-        InputError: no row has one, or the data is unpaired.
+        InputError: no row has a known format, or the data is unpaired.
     """
     found = [name for row in rows if (name := _detect_row(row))]
     if found:
@@ -52,11 +56,11 @@ def detect(rows: Collection[Row], origin: str) -> str:
     fields = sorted({str(field) for row in rows for field in row})
     if {"completion", "label"} <= set(fields):
         raise InputError(
-            f"{origin}: rows with 'completion' and 'label' are unpaired data, made for KTO, not for DPO; "
-            "bring pairs, or join a good and a bad completion of each prompt as 'chosen' and 'rejected'"
+            f"{origin}: rows with 'completion' and 'label' are unpaired data for KTO; DPO needs pairs; "
+            "combine a good and a bad completion of each prompt as 'chosen' and 'rejected'"
         )
     raise InputError(
-        f"{origin}: no known format (found {', '.join(map(repr, fields)) or 'no field'}); each row needs "
+        f"{origin}: unknown format (found {', '.join(map(repr, fields)) or 'no field'}); each row needs "
         "'prompt', 'chosen' and 'rejected', or 'chosen' and 'rejected' as conversations or Human/Assistant "
         "transcripts, or 'prompt' and scored 'completions', or 'prompt', 'responses' and 'scores' or 'ranks'"
     )
@@ -78,21 +82,21 @@ def _detect_row(row: Row) -> str | None:
 
 
 def to_pairs(row: Row, form: str, pairing: Pairing) -> list[Pair]:
-    """The pairs of one row: `prompt`, `turns`, `chosen`, `rejected` and the optional fields, checked for type.
+    """Return the pairs of one row: `prompt`, `turns`, `chosen`, `rejected` and the optional fields.
 
     Args:
         row: a raw row.
         form: from `detect`.
-        pairing: of several rated completions, the best against the worst or against each lesser one.
+        pairing: pair the best of several rated completions with the worst, or with each lower-rated one.
 
     Raises:
-        RowFault: no pair can be made of it.
+        RowError: the row cannot be converted.
     """
     pairs = FORMATS[form](row, pairing)
-    shared = _optional(row)
+    shared = _optional_fields(row)
     name = shared.pop("id")
     for number, pair in enumerate(pairs):
-        for field in ("prompt", "chosen", "rejected"):
+        for field in PAIR_TEXTS:
             _storable(pair[field], field)
         pair |= {k: v for k, v in shared.items() if pair.get(k) is None}
         pair["id"] = (name if len(pairs) == 1 else f"{name}/{number}") if name else content_id(pair)
@@ -100,84 +104,84 @@ def to_pairs(row: Row, form: str, pairing: Pairing) -> list[Pair]:
 
 
 def content_id(pair: Pair) -> str:
-    """A name made of the pair's texts."""
-    text = "\x1f".join(pair[field] for field in ("prompt", "chosen", "rejected"))
+    """Return an id that depends on the pair's texts only."""
+    text = "\x1f".join(pair[field] for field in PAIR_TEXTS)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def normal(text: str) -> str:
-    """A text without the differences that nobody would call another answer: case, space, compatibility forms."""
+def normalize(text: str) -> str:
+    """Return a text without differences of case, white space and Unicode compatibility forms."""
     return " ".join((text if text.isascii() else unicodedata.normalize("NFKC", text)).casefold().split())
 
 
 def _pairs(row: Row, pairing: Pairing) -> list[Pair]:
-    prompt, chosen, rejected = _prompt(row), _present(row, "chosen"), _present(row, "rejected")
+    prompt, chosen, rejected = _prompt(row), _required(row, "chosen"), _required(row, "rejected")
     if all(isinstance(value, list) and len(value) > 1 for value in (chosen, rejected)):
         pair = _conversation(_turns(chosen, "chosen"), _turns(rejected, "rejected"))
-        asked = _prompt_fields(prompt)["prompt"]
+        text = _prompt_fields(prompt)["prompt"]
         openings = [pair["prompt"], *(turn["content"] for turn in (pair["turns"] or [])[-1:])]
-        if asked.strip() not in [opening.strip() for opening in openings]:
-            raise RowFault("broken_roles", "the field 'prompt' is not what the conversations start with")
+        if text.strip() not in [opening.strip() for opening in openings]:
+            raise RowError("broken_roles", "field 'prompt' differs from the start of the conversations")
         return [pair]
     completions = {"chosen": _completion(chosen, "chosen"), "rejected": _completion(rejected, "rejected")}
     return [{**_prompt_fields(prompt), **completions}]
 
 
 def _conversations(row: Row, pairing: Pairing) -> list[Pair]:
-    sides = [_turns(_present(row, field), field) for field in ("chosen", "rejected")]
+    sides = [_turns(_required(row, field), field) for field in ("chosen", "rejected")]
     return [_conversation(*sides)]
 
 
 def _transcripts(row: Row, pairing: Pairing) -> list[Pair]:
-    text = _text(_present(row, "chosen"), "chosen")
+    text = _text(_required(row, "chosen"), "chosen")
     chosen = _parse_transcript(text, "chosen")
-    rejected = _parse_transcript(_text(_present(row, "rejected"), "rejected"), "rejected")
+    rejected = _parse_transcript(_text(_required(row, "rejected"), "rejected"), "rejected")
     pair = _conversation(chosen, rejected)
     opening = text[: text.rindex(HH_ANSWER) + len(HH_ANSWER)]
     return [{**pair, "prompt": opening, "turns": chosen[:-1]}]
 
 
 def _scored_completions(row: Row, pairing: Pairing) -> list[Pair]:
-    completions = _listed(_present(row, "completions"), "completions")
+    completions = _listed(_required(row, "completions"), "completions")
     texts, scores = [], []
     for completion in completions:
         if not isinstance(completion, Mapping):
-            raise RowFault("wrong_type", "field 'completions' holds something that is no object")
+            raise RowError("wrong_type", "field 'completions' contains an item that is not an object")
         text = next((completion[field] for field in TEXTS if field in completion), None)
         score = next((completion[field] for field in SCORES if completion.get(field) is not None), None)
         texts.append(_text(text, "completions"))
         scores.append(_required_number(score, "completions: score"))
-    return _of_scores(row, texts, scores, pairing)
+    return _ranked_pairs(row, texts, scores, pairing)
 
 
 def _rated_responses(row: Row, pairing: Pairing) -> list[Pair]:
-    texts = [_text(text, "responses") for text in _listed(_present(row, "responses"), "responses")]
+    texts = [_text(text, "responses") for text in _listed(_required(row, "responses"), "responses")]
     field = next(f for f in (*SCORE_LISTS, *RANK_LISTS) if f in row or f == RANK_LISTS[-1])
-    values = [_required_number(value, field) for value in _listed(_present(row, field), field)]
+    values = [_required_number(value, field) for value in _listed(_required(row, field), field)]
     if len(values) != len(texts):
-        raise RowFault("wrong_type", f"{len(texts)} responses have {len(values)} {field}")
+        raise RowError("wrong_type", f"{len(texts)} responses have {len(values)} {field}")
     if field not in RANK_LISTS:
-        return _of_scores(row, texts, values, pairing)
-    no_rating = {"chosen_rating": None, "rejected_rating": None}  # a rank orders, it does not rate
-    return [{**pair, **no_rating} for pair in _of_scores(row, texts, [-value for value in values], pairing)]
+        return _ranked_pairs(row, texts, values, pairing)
+    no_rating = {"chosen_rating": None, "rejected_rating": None}  # a rank is not a rating
+    return [{**pair, **no_rating} for pair in _ranked_pairs(row, texts, [-value for value in values], pairing)]
 
 
-def _of_scores(row: Row, texts: list[str], scores: list[float], pairing: Pairing) -> list[Pair]:
-    asked = _prompt_fields(_prompt(row))
+def _ranked_pairs(row: Row, texts: list[str], scores: list[float], pairing: Pairing) -> list[Pair]:
+    prompt = _prompt_fields(_prompt(row))
     order = sorted(range(len(texts)), key=lambda i: -scores[i])
-    lesser = [i for i in order if scores[i] < scores[order[0]]]
-    if not lesser:
-        raise RowFault("no_preference", f"none of {len(texts)} completions is rated higher than another")
+    lower = [i for i in order if scores[i] < scores[order[0]]]
+    if not lower:
+        raise RowError("no_preference", f"{len(texts)} completions, none rated higher than another")
     best = order[0]
     return [
         {
-            **asked,
+            **prompt,
             "chosen": texts[best],
             "rejected": texts[worse],
             "chosen_rating": scores[best],
             "rejected_rating": scores[worse],
         }
-        for worse in (lesser[-1:] if pairing == "best_worst" else lesser)
+        for worse in (lower[-1:] if pairing == "best_worst" else lower)
     ]
 
 
@@ -191,28 +195,30 @@ FORMATS: dict[str, Callable[[Row, Pairing], list[Pair]]] = {
 
 
 def _conversation(chosen: list[Turn], rejected: list[Turn]) -> Pair:
-    """The pair of two conversations: what they share up to their last turns is the prompt."""
+    """Return the pair of two conversations that differ in the last turn only. The other turns are the prompt."""
     for turns, field in ((chosen, "chosen"), (rejected, "rejected")):
         if not turns or turns[-1]["role"] != "assistant":
-            raise RowFault("broken_roles", f"field '{field}' does not end with an assistant turn")
+            raise RowError("broken_roles", f"field '{field}' does not end with an assistant turn")
     if chosen[:-1] != rejected[:-1]:
-        raise RowFault("broken_roles", "the conversations part before their last turn")
+        raise RowError("broken_roles", "the conversations differ before their last turn")
     pair = {"chosen": chosen[-1]["content"], "rejected": rejected[-1]["content"]}
-    return {**_asked(chosen[:-1]), **pair}
+    return {**_conversation_prompt(chosen[:-1]), **pair}
 
 
 def _prompt_fields(prompt: Any) -> Pair:
-    return {"prompt": prompt, "turns": None} if isinstance(prompt, str) else _asked(_turns(prompt, "prompt"))
+    if isinstance(prompt, str):
+        return {"prompt": prompt, "turns": None}
+    return _conversation_prompt(_turns(prompt, "prompt"))
 
 
-def _asked(turns: list[Turn]) -> Pair:
-    """Prompt fields of a conversation up to the assistant's answer; a lone user turn needs no `turns`."""
+def _conversation_prompt(turns: list[Turn]) -> Pair:
+    """Return the prompt fields for the turns before the answer. A single user turn is a plain prompt."""
     roles = [turn["role"] for turn in turns]
-    spoken = roles[1:] if roles[:1] == ["system"] else roles
-    if not spoken or len(spoken) % 2 == 0 or spoken != [*["user", "assistant"] * (len(spoken) // 2), "user"]:
-        raise RowFault(
+    rest = roles[1:] if roles[:1] == ["system"] else roles
+    if rest != [*["user", "assistant"] * (len(rest) // 2), "user"]:
+        raise RowError(
             "broken_roles",
-            f"the prompt's roles are {', '.join(roles) or 'none'}; they must alternate, the user first and last",
+            f"the prompt's roles are {', '.join(roles) or 'none'}; user and assistant must alternate, user last",
         )
     if roles == ["user"]:
         return {"prompt": turns[0]["content"], "turns": None}
@@ -224,12 +230,13 @@ def _turns(value: Any, field: str) -> list[Turn]:
     turns = []
     for turn in _listed(value, field):
         if not isinstance(turn, Mapping) or "role" not in turn or "content" not in turn:
-            raise RowFault(
-                "wrong_type", f"field '{field}' holds something that is no turn with 'role' and 'content'"
+            raise RowError(
+                "wrong_type", f"field '{field}' contains an item that is not a turn with 'role' and 'content'"
             )
         if turn["role"] not in ROLES:
-            raise RowFault(
-                "broken_roles", f"field '{field}': unknown role {_shown(turn['role'])}, not of {', '.join(ROLES)}"
+            raise RowError(
+                "broken_roles",
+                f"field '{field}': unknown role {_shown(turn['role'])}, expected {', '.join(ROLES)}",
             )
         turns.append({"role": turn["role"], "content": _storable(_text(turn["content"], field), field)})
     return turns
@@ -238,7 +245,7 @@ def _turns(value: Any, field: str) -> list[Turn]:
 def _parse_transcript(text: str, field: str) -> list[Turn]:
     parts = HH_TURN.split(text if text.startswith("\n\n") else f"\n\n{text}")
     if parts[0].strip() or len(parts) == 1:
-        raise RowFault("broken_roles", f"field '{field}' does not start with 'Human:'")
+        raise RowError("broken_roles", f"field '{field}' does not start with 'Human:'")
     return [
         {"role": HH_ROLES[role], "content": content.strip()}
         for role, content in zip(parts[1::2], parts[2::2], strict=True)
@@ -250,76 +257,75 @@ def _completion(value: Any, field: str) -> str:
         return value
     turns = _turns(value, field)
     if [turn["role"] for turn in turns] != ["assistant"]:
-        raise RowFault("broken_roles", f"field '{field}' must hold one assistant turn")
+        raise RowError("broken_roles", f"field '{field}' must contain exactly one assistant turn")
     return turns[0]["content"]
 
 
 def _prompt(row: Row) -> Any:
     field = next((f for f in PROMPTS if row.get(f) is not None), None)
     if field is None:
-        raise RowFault("missing_text", "field 'prompt' is missing or null")
+        raise RowError("missing_text", "field 'prompt' is missing or null")
     if not isinstance(row[field], str):
         _listed(row[field], field)
     return row[field]
 
 
-def _present(row: Row, field: str) -> Any:
+def _required(row: Row, field: str) -> Any:
     if row.get(field) is None:
-        raise RowFault("missing_text", f"field '{field}' is missing or null")
+        raise RowError("missing_text", f"field '{field}' is missing or null")
     return row[field]
 
 
-def given(row: Row, field: str) -> Any:
-    """The value of an optional field; an empty text and NaN, as tables have them, are as good as none."""
+def optional(row: Row, field: str) -> Any:
+    """Return the value of an optional field. An empty string or NaN, which tables use for no value, gives None."""
     value = row.get(field)
     return None if value == "" or (isinstance(value, float) and math.isnan(value)) else value
 
 
 def _shown(value: Any) -> str:
-    """The start of a value, for messages, however large or deep it is."""
+    """Return the start of a value for a message. Works for large and deeply nested values."""
     return repr((value if isinstance(value, str) else reprlib.repr(value))[:40])
 
 
 def _text(value: Any, field: str) -> str:
     if value is None:
-        raise RowFault("missing_text", f"field '{field}' holds a null where a text belongs")
+        raise RowError("missing_text", f"field '{field}' contains null instead of a text")
     if not isinstance(value, str):
-        raise RowFault("wrong_type", f"field '{field}' holds {type(value).__name__} {_shown(value)}, not a text")
+        raise RowError("wrong_type", f"field '{field}' is {type(value).__name__} {_shown(value)}, not a text")
     return value
 
 
 def _listed(value: Any, field: str) -> list[Any]:
     if not isinstance(value, list):
-        raise RowFault("wrong_type", f"field '{field}' holds {type(value).__name__}, not a text or a list")
+        raise RowError("wrong_type", f"field '{field}' is {type(value).__name__}, not a text or a list")
     return value
 
 
 def _storable(text: str, field: str) -> str:
-    """UTF-8 can hold every text but one with half of a surrogate pair, or with bytes that were no UTF-8."""
+    """Return the text, or raise RowError if it cannot be encoded as UTF-8."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
         code = ord(text[error.start])
         if 0xDC80 <= code <= 0xDCFF:
-            raise RowFault("invalid_utf8", f"field '{field}': byte {code - 0xDC00:#x} is no UTF-8") from error
-        raise RowFault("lone_surrogate", f"field '{field}': lone surrogate U+{code:04X}") from error
+            raise RowError("invalid_utf8", f"field '{field}': byte {code - 0xDC00:#x} is not UTF-8") from error
+        raise RowError("lone_surrogate", f"field '{field}': lone surrogate U+{code:04X}") from error
     return text
 
 
-def _optional(row: Row) -> Pair:
-    split = given(row, "split")
+def _optional_fields(row: Row) -> Pair:
+    split = optional(row, "split")
     if split is not None and (not isinstance(split, str) or split not in SPLITS):
-        raise RowFault("unknown_split", f"split {_shown(split)} is none of {', '.join(SPLITS)}")
+        raise RowError("unknown_split", f"split {_shown(split)} is not one of {', '.join(SPLITS)}")
     weight, agreement = _number(row, "weight"), _number(row, "agreement")
     if weight is not None and weight <= 0:
-        raise RowFault("wrong_type", f"field 'weight' is {weight:g}; it must be above 0")
+        raise RowError("wrong_type", f"field 'weight' is {weight:g}; it must be above 0")
     if agreement is not None and not 0 <= agreement <= 1:
-        raise RowFault("wrong_type", f"field 'agreement' is {agreement:g}; it must be from 0 to 1")
+        raise RowError("wrong_type", f"field 'agreement' is {agreement:g}; it must be from 0 to 1")
     return {
         "id": _label(row, "id"),
         "split": None if split is None else SPLITS[split],
         "source": _label(row, "source"),
-        "timestamp": _label(row, "timestamp"),
         "weight": weight,
         "agreement": agreement,
         "chosen_rating": _number(row, "chosen_rating"),
@@ -328,18 +334,18 @@ def _optional(row: Row) -> Pair:
 
 
 def _label(row: Row, field: str) -> str | None:
-    value = given(row, field)
+    value = optional(row, field)
     if value is None:
         return None
     if isinstance(value, datetime.date):
         return value.isoformat()
     if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise RowFault("wrong_type", f"field '{field}' holds {type(value).__name__}, not a text or a number")
+        raise RowError("wrong_type", f"field '{field}' is {type(value).__name__}, not a text or a number")
     return _storable(str(value), field)
 
 
 def _number(row: Row, field: str) -> float | None:
-    value = given(row, field)
+    value = optional(row, field)
     return None if value is None else _required_number(value, field)
 
 
@@ -349,5 +355,5 @@ def _required_number(value: Any, field: str) -> float:
     except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not math.isfinite(number):
-        raise RowFault("wrong_type", f"field '{field}' holds {_shown(value)}, not a number")
+        raise RowError("wrong_type", f"field '{field}' is {_shown(value)}, not a number")
     return number

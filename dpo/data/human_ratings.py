@@ -1,8 +1,8 @@
-"""The embedded preference data: pairs of sentences ordered by the people who rated them.
+"""The default preference data: pairs of sentences with human ratings.
 
 Hutto and Gilbert 2014 ("VADER", ICWSM) had 15 to 20 people rate each sentence of film reviews, product reviews
-and newspaper editorials from -4 (negative) to 4 (positive). Of two sentences of one domain, `chosen` is the one
-with the higher mean rating.
+and newspaper editorials from -4 (negative) to 4 (positive). Of two sentences of a domain, `chosen` has the higher
+mean rating.
 """
 
 import ast
@@ -49,15 +49,15 @@ EVAL_PHRASINGS = (
     "One line of a {}, please.",
     "Put down a sentence of a {}.",
 )
-"""Held out, so that no prompt is in both splits."""
+"""Phrasings of the eval split, so that no prompt is in both splits."""
 
 WORDS = range(4, 21)
-"""Lengths of the sentences used: long enough to judge, short enough for two CPU cores."""
+"""Number of words of the sentences in use: enough to judge a sentence, and fast on two CPU cores."""
 
 
 @dataclass(frozen=True)
 class Rated:
-    """A sentence and its ratings; `mean` is the authors' published mean."""
+    """A sentence and its ratings. `mean` is the mean that the authors published."""
 
     id: str
     text: str
@@ -66,18 +66,18 @@ class Rated:
 
 
 def agreement(chosen: tuple[int, ...], rejected: tuple[int, ...]) -> float:
-    """Probability that a random rater of `chosen` rated higher than a random rater of `rejected`, ties half.
+    """Return the probability that a rater of `chosen` rated higher than a rater of `rejected`; ties count 1/2.
 
-    Its mean over pairs is the accuracy that one person reaches against another: the human ceiling.
+    Its mean over pairs is the accuracy with which one person predicts another: the human ceiling.
     """
     difference = np.subtract.outer(chosen, rejected)
     return float(np.mean(difference > 0) + np.mean(difference == 0) / 2)
 
 
 def read_ratings(sdist: Path) -> dict[str, list[Rated]]:
-    """Rated sentences by domain, from the sdist of vaderSentiment.
+    """Return rated sentences by domain, from the source distribution of vaderSentiment.
 
-    Left out: sentences whose two files disagree about the mean, and repeats of a text already seen.
+    Repeated texts are skipped, and so are sentences with different means in the two files.
     """
     with tarfile.open(sdist) as outer:
         member = next(m for m in outer.getmembers() if m.name.endswith("hutto_ICWSM_2014.tar.gz"))
@@ -111,16 +111,16 @@ def _rows(archive: tarfile.TarFile, name: str) -> list[list[str]]:
 def rating_pairs(
     domains: dict[str, list[Rated]], *, min_rating_gap: float, eval_fraction: float, seed: int
 ) -> pd.DataFrame:
-    """Pair the sentences of each domain at random; each sentence is used at most once.
+    """Pair the sentences of each domain at random. Each sentence is used at most once.
 
     Args:
         domains: from `read_ratings`.
-        min_rating_gap: pairs whose mean ratings are closer than this are left out, and ties always.
-        eval_fraction: share of the pairs that is held out, with prompts of its own.
-        seed: decides partners, phrasings and split.
+        min_rating_gap: minimum difference between the mean ratings of a pair. Ties are always skipped.
+        eval_fraction: share of the pairs that is held out, with different prompts.
+        seed: seed of partners, phrasings and split.
 
     Returns:
-        The canonical table of `dpo.data.schema`, sorted by id.
+        One row per pair, sorted by id, with fields of `dpo.data.schema.Pairs`.
     """
     rng = random.Random(seed)
     rows = []

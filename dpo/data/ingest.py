@@ -1,4 +1,4 @@
-"""From the rows of a source to the candidate table: every row as pairs, or with the rule that it breaks."""
+"""Conversion of a source's rows to the raw table: every row as pairs, or with the rule that it breaks."""
 
 import hashlib
 from collections.abc import Iterator
@@ -12,45 +12,46 @@ from tqdm.auto import tqdm
 
 from dpo.common.errors import InputError
 from dpo.common.files import atomic_write
-from dpo.data.formats import RowFault, detect, normal, to_pairs
+from dpo.data.formats import RowError, detect, normalize, to_pairs
 from dpo.data.readers import RawRow
 from dpo.data.schema import RAW_PAIRS_SCHEMA
 from dpo.data.settings import DataSettings
 
 GROUP_ROWS = 4_000
-"""Rows of a row group: what later steps hold in memory at a time."""
+"""Rows per row group. Later steps keep one row group in memory at a time."""
 DETECT_ROWS = 1000
-"""Rows that tell the format."""
+"""Number of first rows from which the format is detected."""
 
 
-def collect(rows: Iterator[RawRow], path: Path, origin: str, params: DataSettings) -> str:
-    """Write the candidate table: every row of a source as pairs, or with the rule that it breaks.
+def write_raw_pairs(rows: Iterator[RawRow], path: Path, origin: str, params: DataSettings) -> str:
+    """Write the raw table: every row of a source as pairs, or with the rule that it breaks.
 
-    A missing `split` is decided by a hash of the prompt's normal form, so that adding rows moves no old row to the
-    other side; a missing `source` is the file's name.
+    If a row has no `split`, a hash of the normalized prompt decides, so that added rows do not move old rows to
+    the other split. If a row has no `source`, it is the name of the file.
 
     Args:
         rows: from `dpo.data.readers`.
-        path: the candidate table, all or nothing.
+        path: the raw table. It is written atomically.
         origin: the source's name, for messages.
-        params: its pairing and eval fraction are used.
+        params: `pairing` and `eval_fraction` are used.
 
     Returns:
-        The format that was detected.
+        The detected format.
 
     Raises:
-        InputError: the source is unreadable, empty, or of no known format.
+        InputError: the source is unreadable, empty, or in an unknown format.
     """
     first = list(islice(rows, DETECT_ROWS))
     if not first:
-        raise InputError(f"{origin}: no rows; bring at least one pair for training and one for evaluation")
+        raise InputError(f"{origin}: no rows; add at least one pair for training and one for evaluation")
     readable = [raw.row for raw in first if raw.row is not None]
     if not readable:
-        fault = first[0]
-        raise InputError(f"{fault.file}: line {fault.line}: {fault.fault and fault.fault[1]}; no row is readable")
+        raw = first[0]
+        reason = raw.violation and raw.violation[1]
+        raise InputError(f"{raw.file}: line {raw.line}: {reason}; none of the first {len(first)} rows is readable")
     form = detect(readable, origin)
     with atomic_write(path) as tmp, pq.ParquetWriter(tmp, RAW_PAIRS_SCHEMA, compression="zstd") as writer:
-        pairs = (pair for raw in chain(first, rows) for pair in _candidates(raw, form, params))
+        pairs = (pair for raw in chain(first, rows) for pair in _raw_pairs(raw, form, params))
         bar = tqdm(desc="rows", unit="row", mininterval=2)
         while group := list(islice(pairs, GROUP_ROWS)):
             writer.write_table(pa.Table.from_pylist(group, RAW_PAIRS_SCHEMA))
@@ -59,21 +60,21 @@ def collect(rows: Iterator[RawRow], path: Path, origin: str, params: DataSetting
     return form
 
 
-def _candidates(raw: RawRow, form: str, params: DataSettings) -> Iterator[dict[str, Any]]:
-    place = {"file": raw.file, "line": raw.line, "original": raw.original}
-    rule, reason = raw.fault or ("", "")
+def _raw_pairs(raw: RawRow, form: str, params: DataSettings) -> Iterator[dict[str, Any]]:
+    origin = {"file": raw.file, "line": raw.line, "original": raw.original}
+    rule, reason = raw.violation or ("", "")
     if raw.row is not None:
         try:
             for pair in to_pairs(raw.row, form, params.pairing):
                 pair["split"] = pair["split"] or _split(pair["prompt"], params.eval_fraction)
                 pair["source"] = pair["source"] or Path(raw.file).name
-                yield pair | place
+                yield pair | origin
             return
-        except RowFault as fault:
-            rule, reason = fault.rule, fault.reason
-    yield place | {"rule": rule, "reason": reason}
+        except RowError as error:
+            rule, reason = error.rule, error.reason
+    yield origin | {"rule": rule, "reason": reason}
 
 
 def _split(prompt: str, eval_fraction: float) -> str:
-    digest = hashlib.sha256(normal(prompt).encode()).hexdigest()
+    digest = hashlib.sha256(normalize(prompt).encode()).hexdigest()
     return "eval" if int(digest[:8], 16) < eval_fraction * 2**32 else "train"

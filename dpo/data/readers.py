@@ -1,7 +1,7 @@
-"""Where preference data comes from: files, folders, hub data sets and the default data, read row by row.
+"""Readers of preference data: files, folders, hub data sets and the default data, row by row.
 
-A source yields raw rows with the place where each stood, so that every later message and the quarantine can name
-it. What makes a whole file unreadable is an error; what makes one row unreadable is a fault of that row.
+Readers yield each row with its file and line, for messages and the quarantine. Unreadable files raise InputError.
+Unreadable rows are yielded with the rule that they break.
 """
 
 import csv
@@ -22,92 +22,92 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dpo.common.bundled import RATINGS_SDIST, fetch
-from dpo.common.errors import InputError
-from dpo.data.formats import SPLITS, Row, given
+from dpo.common.errors import InputError, TransientError
+from dpo.data.formats import SPLITS, Row, optional
 from dpo.data.human_ratings import rating_pairs, read_ratings
 from dpo.data.settings import DataSettings
 
 OWN_DATA = Path("data/own")
-LONGEST_LINE = 64 * 2**20
-"""Bytes of one JSONL line or CSV record; a longer one is no row but a file without line ends."""
-LARGEST_WHOLE = 512 * 2**20
-"""Bytes of what must be held in memory as a whole: a JSON array, Parquet inside gzip. JSONL has no such limit."""
-ROWS_AT_ONCE = 1000
+MAX_LINE_BYTES = 64 * 2**20
+"""Maximum size of a JSONL line or CSV record. Longer ones come from files without line ends."""
+MAX_LOADED_BYTES = 512 * 2**20
+"""Maximum size of data that is loaded at once: JSON arrays and Parquet in gzip. JSONL has no such limit."""
+BATCH_ROWS = 1000
 BOM = b"\xef\xbb\xbf"
 UTF16 = (b"\xff\xfe", b"\xfe\xff")
-LISTS = {"completions", "responses", "scores", "ratings", "ranks", "rankings"}
+LIST_FIELDS = {"completions", "responses", "scores", "ratings", "ranks", "rankings"}
 
 
 @dataclass(frozen=True, slots=True)
 class RawRow:
-    """One row as it stood in its file, or the fault that makes it unreadable."""
+    """One row of a source, or the reason why it is unreadable."""
 
     file: str
     line: int
-    """From 1; of a CSV record its last line, of a row in Parquet, in a JSON array or on a hub its number."""
+    """From 1: the line (the last one of a CSV record), or the row number in Parquet, JSON arrays and data sets."""
     row: Row | None
     original: str
-    """The row as text: the line itself, or JSON of the row."""
-    fault: tuple[str, str] | None = None
-    """Rule and reason, where `row` is None."""
+    """The row as text: the line of a JSONL file, or the row as JSON."""
+    violation: tuple[str, str] | None = None
+    """Rule and reason, if `row` is None."""
 
 
 def read_source(params: DataSettings, seed: int) -> Iterator[RawRow]:
-    """The rows of `params.source`.
+    """Read the rows of `params.source`.
 
     Raises:
-        InputError: the source is not there, cannot be read, or lies where DVC does not watch it; names it and the
-            mend.
+        InputError: the source is missing, unreadable, or in a folder that DVC does not track.
+        TransientError: the hub is unreachable.
     """
     names = [params.source] if isinstance(params.source, str) else list(params.source)
     local = [name for name in names if name != "default" and is_local(name)]
     if params.revision is not None and (local or names == ["default"]):
-        raise InputError("params.yaml: data.revision has no effect: data.source is no hub id; set it to null")
+        raise InputError("params.yaml: data.revision has no effect without a hub id; set it to null")
     if names == ["default"]:
         return _default(params, seed)
     if len(local) == len(names):
         for name in names:
-            place = Path(name).absolute()
-            if ".." in place.parts or OWN_DATA.absolute() not in (place, *place.parents):
+            path = Path(name).absolute()
+            if ".." in path.parts or OWN_DATA.absolute() not in (path, *path.parents):
                 raise InputError(
-                    f"params.yaml: data.source: {name} is outside {OWN_DATA}/, the folder that DVC watches; "
-                    f"copy it there and name it as {OWN_DATA / Path(name).name}"
+                    f"params.yaml: data.source: {name} is outside {OWN_DATA}/, the folder that DVC tracks; "
+                    f"copy it to {OWN_DATA / Path(name).name} and set that path"
                 )
         return read_files(names)
     if len(names) > 1:
-        raise InputError("params.yaml: data.source: a list may hold files and folders only")
+        raise InputError("params.yaml: data.source: a list may contain files and folders only; remove other names")
     return _hub(names[0], params.revision)
 
 
 def is_local(name: str) -> bool:
-    """Whether a name is that of a file or a folder and not of a hub data set."""
+    """Return whether a name is a file or a folder and not a hub data set."""
     return Path(name).exists() or _kind(Path(name)) is not None
 
 
 def read_files(names: Iterable[str]) -> Iterator[RawRow]:
-    """The rows of files, of folders of files and of saved data sets.
+    """Read the rows of files, folders of files and saved data sets.
 
-    Where a folder's files are named for splits (`train.jsonl`, `test-0001.parquet`), their rows have these splits.
+    If a folder's files are named after splits (`train.jsonl`, `test-0001.parquet`), their rows get these splits.
 
     Raises:
-        InputError: a file is missing or unreadable, or a folder holds no data.
+        InputError: a file is missing or unreadable, or a folder contains no data.
     """
     for name in names:
         path = Path(name)
         if not path.exists():
-            raise InputError(f"{name}: no such file or folder; check the name, or put your data under {OWN_DATA}/")
-        if path.is_dir() and any((path / mark).exists() for mark in ("dataset_dict.json", "state.json")):
+            raise InputError(f"{name}: no such file or folder; check the name, or put your data into {OWN_DATA}/")
+        if path.is_dir() and any((path / file).exists() for file in ("dataset_dict.json", "state.json")):
             yield from _saved_dataset(path)
             continue
         files = sorted(p for p in path.rglob("*") if p.is_file() and _kind(p)) if path.is_dir() else [path]
         if not files:
             raise InputError(
-                f"{name}: a folder without data; it needs files that end in {', '.join(READERS)}, or .gz"
+                f"{name}: the folder contains no data; add files that end in {', '.join(READERS)}, or .gz"
             )
         splits = {file: _split_of_name(file) for file in files} if path.is_dir() else {}
-        named = "eval" in splits.values()
+        use_names = "eval" in splits.values()
         for file in files:
-            yield from _with_split(_read_file(file), (splits[file] or "train") if named else None, path.name)
+            yield from _with_split(_read_file(file), (splits[file] or "train") if use_names else None, path.name)
 
 
 def _kind(path: Path) -> str | None:
@@ -121,7 +121,7 @@ def _split_of_name(path: Path) -> str | None:
 
 
 def _with_split(rows: Iterable[RawRow], split: str | None, source: str) -> Iterator[RawRow]:
-    """Rows with the split and the source that they have by where they stand, unless they say otherwise."""
+    """Add split and source to the rows that do not have them. None leaves the rows unchanged."""
     if split is None:
         yield from rows
         return
@@ -129,15 +129,15 @@ def _with_split(rows: Iterable[RawRow], split: str | None, source: str) -> Itera
         if raw.row is None:
             yield raw
         else:
-            by_place = {"split": split, "source": source}
-            added = {field: value for field, value in by_place.items() if given(raw.row, field) is None}
+            defaults = {"split": split, "source": source}
+            added = {field: value for field, value in defaults.items() if optional(raw.row, field) is None}
             yield RawRow(raw.file, raw.line, {**raw.row, **added}, raw.original)
 
 
 def _read_file(path: Path) -> Iterator[RawRow]:
     kind = _kind(path)
     if kind is None:
-        raise InputError(f"{path}: unknown kind of file; accepted are {', '.join(READERS)}, each also with .gz")
+        raise InputError(f"{path}: unknown file type; use {', '.join(READERS)}, each also with .gz")
     try:
         with path.open("rb") as stored, gzip.open(stored) if path.suffix == ".gz" else stored as file:
             if kind != ".parquet" and file.peek(2)[:2] in UTF16:
@@ -146,16 +146,17 @@ def _read_file(path: Path) -> Iterator[RawRow]:
             yield from READERS[kind](cast("BinaryIO", file), name)
     except (OSError, EOFError, zlib.error, pa.ArrowException, UnicodeDecodeError) as error:
         what = f"{kind} file in gzip" if path.suffix == ".gz" else f"{kind} file"
-        raise InputError(f"{path}: not a whole, readable {what}: {' '.join(str(error).split())}") from error
+        reason = " ".join(str(error).split())
+        raise InputError(f"{path}: not a complete, readable {what}: {reason}; copy or export it again") from error
 
 
 def _jsonl(file: BinaryIO, name: str) -> Iterator[RawRow]:
     number = 0
-    while line := file.readline(LONGEST_LINE + 1):
+    while line := file.readline(MAX_LINE_BYTES + 1):
         number += 1
-        if len(line) > LONGEST_LINE:
+        if len(line) > MAX_LINE_BYTES:
             raise InputError(
-                f"{name}: line {number} is longer than {LONGEST_LINE // 2**20} MiB; JSONL has one object a line"
+                f"{name}: line {number} is longer than {MAX_LINE_BYTES // 2**20} MiB; write one object per line"
             )
         if number == 1:
             line = line.removeprefix(BOM)
@@ -169,63 +170,62 @@ def _parsed(line: bytes, name: str, number: int) -> RawRow:
         row = orjson.loads(line)
     except orjson.JSONDecodeError:
         try:
-            row = json.loads(line.decode())  # takes NaN, large numbers and lone surrogates, which orjson refuses
+            row = json.loads(line.decode())  # accepts NaN, large numbers and lone surrogates, which orjson rejects
         except UnicodeDecodeError as error:
-            fault = f"byte {line[error.start]:#x} at column {error.start + 1} is no UTF-8"
-            return RawRow(name, number, None, original, ("invalid_utf8", fault))
+            reason = f"byte {line[error.start]:#x} at column {error.start + 1} is not UTF-8"
+            return RawRow(name, number, None, original, ("invalid_utf8", reason))
         except (ValueError, RecursionError) as error:
             return RawRow(name, number, None, original, ("unreadable_row", f"not JSON: {error}"))
     if not isinstance(row, dict):
-        return RawRow(
-            name, number, None, original, ("unreadable_row", f"a JSON {type(row).__name__}, not an object")
-        )
+        reason = f"a JSON {type(row).__name__}, not an object"
+        return RawRow(name, number, None, original, ("unreadable_row", reason))
     return RawRow(name, number, row, original)
 
 
 def _json(file: BinaryIO, name: str) -> Iterator[RawRow]:
     start = file.read(4096).removeprefix(BOM).lstrip()
     file.seek(0)
-    if start.startswith(b"{"):  # JSON lines under the name of JSON, as many data sets have it
+    if start.startswith(b"{"):  # JSON lines, which many data sets name .json
         yield from _jsonl(file, name)
         return
-    content = _whole(file, f"{name}: a JSON array", "save it as JSONL")
+    content = _read_all(file, f"{name}: a JSON array", "save it as JSONL")
     try:
         rows = json.loads(content.removeprefix(BOM).decode(errors="surrogateescape"))
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{name}: not a whole JSON file: {error}") from error
+        raise InputError(f"{name}: not a complete JSON file: {error}; copy or export it again") from error
     if not isinstance(rows, list):
-        raise InputError(f"{name}: a JSON {type(rows).__name__}; it must be an array of objects")
+        raise InputError(f"{name}: a JSON {type(rows).__name__}; save an array of objects")
     yield from _numbered(rows, name)
 
 
-def _whole(file: BinaryIO, what: str, mend: str) -> bytes:
-    content = file.read(LARGEST_WHOLE + 1)
-    if len(content) > LARGEST_WHOLE:
-        raise InputError(f"{what} of more than {LARGEST_WHOLE // 2**20} MiB; {mend}")
+def _read_all(file: BinaryIO, what: str, fix: str) -> bytes:
+    content = file.read(MAX_LOADED_BYTES + 1)
+    if len(content) > MAX_LOADED_BYTES:
+        raise InputError(f"{what} of more than {MAX_LOADED_BYTES // 2**20} MiB; {fix}")
     return content
 
 
 def _csv(file: BinaryIO, name: str) -> Iterator[RawRow]:
-    csv.field_size_limit(LONGEST_LINE)
+    csv.field_size_limit(MAX_LINE_BYTES)
     text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
     reader = csv.reader(_short_lines(text, name), strict=True)
     try:
         header = next(reader, [])
         if len(header) < 2:
             other = next((sign for sign in (";", "\t", "|") if sign in "".join(header)), None)
-            mend = f"its delimiter seems to be {other!r}; save it with commas" if other else "it has no commas"
-            raise InputError(f"{name}: not a CSV file with the columns of preference data: {mend}")
+            reason = f"the delimiter seems to be {other!r}" if other else "the header has no commas"
+            raise InputError(f"{name}: not a CSV file with the columns of preference data: {reason}; use commas")
         ((field, count),) = Counter(header).most_common(1)
         if count > 1:
-            raise InputError(f"{name}: the column name {field[:40]!r} stands twice in the header")
+            raise InputError(f"{name}: the header has column {field[:40]!r} twice; rename one")
         for values in reader:
             if not values:
                 continue
             if len(values) != len(header):
-                fault = f"{len(values)} fields, the header has {len(header)}"
-                yield RawRow(name, reader.line_num, None, _text_of(values), ("unreadable_row", fault))
+                reason = f"{len(values)} fields, the header has {len(header)}"
+                yield RawRow(name, reader.line_num, None, _as_text(values), ("unreadable_row", reason))
             else:
-                original = _text_of(dict(zip(header, values, strict=True)))
+                original = _as_text(dict(zip(header, values, strict=True)))
                 row = {field: _cell(field, value) for field, value in zip(header, values, strict=True)}
                 yield RawRow(name, reader.line_num, row, original)
     except csv.Error as error:
@@ -233,64 +233,64 @@ def _csv(file: BinaryIO, name: str) -> Iterator[RawRow]:
 
 
 def _short_lines(text: io.TextIOWrapper, name: str) -> Iterator[str]:
-    while line := text.readline(LONGEST_LINE + 1):
-        if len(line) > LONGEST_LINE:
-            raise InputError(f"{name}: a line is longer than {LONGEST_LINE // 2**20} MiB; CSV has one row a line")
+    while line := text.readline(MAX_LINE_BYTES + 1):
+        if len(line) > MAX_LINE_BYTES:
+            raise InputError(
+                f"{name}: a line is longer than {MAX_LINE_BYTES // 2**20} MiB; write one row per line"
+            )
         yield line
 
 
 def _cell(field: str, value: str) -> Any:
-    """A cell's text; where a list belongs, or conversations, the JSON in it."""
+    """Return a cell's text, or the parsed JSON if it is a list field or a conversation."""
     if value.startswith("["):
         try:
             parsed = json.loads(value)
         except (ValueError, RecursionError):
             return value
-        if field in LISTS or (isinstance(parsed, list) and parsed and all(isinstance(t, dict) for t in parsed)):
+        is_conversation = isinstance(parsed, list) and parsed and all(isinstance(turn, dict) for turn in parsed)
+        if field in LIST_FIELDS or is_conversation:
             return parsed
     return value
 
 
 def _parquet(file: BinaryIO, name: str) -> Iterator[RawRow]:
-    packed = isinstance(file, gzip.GzipFile)
-    content: Any = io.BytesIO(_whole(file, f"{name}: Parquet in gzip", "unpack it")) if packed else file
-    yield from _numbered(_of_arrow(pq.ParquetFile(content).iter_batches(batch_size=ROWS_AT_ONCE)), name)
+    content: Any = file
+    if isinstance(file, gzip.GzipFile):
+        content = io.BytesIO(_read_all(file, f"{name}: Parquet in gzip", "unpack it"))
+    yield from _numbered(_arrow_rows(pq.ParquetFile(content).iter_batches(batch_size=BATCH_ROWS)), name)
 
 
-def _of_arrow(batches: Iterable[Any]) -> Iterator[Any]:
-    """The rows of batches, in place of a row that Python cannot hold the error that says so."""
+def _arrow_rows(batches: Iterable[Any]) -> Iterator[Any]:
+    """Return the rows of Arrow batches; for a row that Python cannot represent, the exception."""
     for batch in batches:
         try:
             rows = batch.to_pylist()
-        except (ValueError, OverflowError) as error:  # bytes that are no UTF-8, times beyond the year 9999
-            rows = [error] if len(batch) == 1 else _of_arrow(batch.slice(i, 1) for i in range(len(batch)))
+        except (ValueError, OverflowError) as error:  # bytes that are not UTF-8, dates after the year 9999
+            rows = [error] if len(batch) == 1 else _arrow_rows(batch.slice(i, 1) for i in range(len(batch)))
         yield from rows
 
 
-READERS: dict[str, Callable[[BinaryIO, str], Iterator[RawRow]]] = {
-    ".jsonl": _jsonl,
-    ".json": _json,
-    ".csv": _csv,
-    ".parquet": _parquet,
-}
+Reader = Callable[[BinaryIO, str], Iterator[RawRow]]
+READERS: dict[str, Reader] = {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet}
 
 
 def _numbered(rows: Iterable[Any], name: str) -> Iterator[RawRow]:
     for number, row in enumerate(rows, 1):
         if isinstance(row, dict):
-            yield RawRow(name, number, row, _text_of(row))
+            yield RawRow(name, number, row, _as_text(row))
         elif isinstance(row, UnicodeDecodeError):
             original = row.object.decode(errors="backslashreplace")
             yield RawRow(name, number, None, original, ("invalid_utf8", str(row)))
         else:
-            what = str(row) if isinstance(row, Exception) else f"{type(row).__name__}, no object"
-            yield RawRow(name, number, None, _text_of(row), ("unreadable_row", what))
+            what = str(row) if isinstance(row, Exception) else f"{type(row).__name__}, not an object"
+            yield RawRow(name, number, None, _as_text(row), ("unreadable_row", what))
 
 
-def _text_of(row: Any) -> str:
+def _as_text(row: Any) -> str:
     try:
         return orjson.dumps(row, default=str).decode()
-    except (TypeError, orjson.JSONEncodeError):  # lone surrogates, keys that are no text
+    except (TypeError, orjson.JSONEncodeError):  # lone surrogates, keys that are not strings
         try:
             return json.dumps(row, default=str)
         except RecursionError:
@@ -304,7 +304,7 @@ def _saved_dataset(path: Path) -> Iterator[RawRow]:
     try:
         loaded = load_from_disk(str(path))
     except (OSError, ValueError, LookupError, TypeError, pa.ArrowException, DatasetsError) as error:
-        raise InputError(f"{path}: not a whole saved data set: {error}") from error
+        raise InputError(f"{path}: not a complete saved data set: {error}; save it again") from error
     yield from _dataset_rows(loaded, str(path))
 
 
@@ -313,23 +313,41 @@ def _hub(name: str, revision: str | None) -> Iterator[RawRow]:
 
     if revision is None:
         raise InputError(
-            f"params.yaml: data.source: '{name}' is neither `default` nor a file or folder here, so it is taken "
-            "for a hub id, which needs data.revision: without one nobody can reproduce the run"
+            f"params.yaml: data.source: '{name}' is not `default`, a file or a folder, so it is read as a hub id, "
+            "which needs data.revision to be reproducible; correct the path, or set the revision"
         )
     try:
         loaded = datasets.load_dataset(name, revision=revision)
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        raise InputError(f"params.yaml: data.source: cannot load '{name}' at '{revision}': {error}") from error
+    except Exception as error:
+        message = f"params.yaml: data.source: cannot load '{name}' at '{revision}': {error}"
+        if _is_connection_error(error):
+            raise TransientError(message) from error
+        if isinstance(error, OSError | ValueError | RuntimeError | datasets.exceptions.DatasetsError):
+            raise InputError(message) from error
+        raise
     return _dataset_rows(loaded, name)
+
+
+def _is_connection_error(error: BaseException) -> bool:
+    """Return whether an error, or its cause, is a connection fault or a server error (HTTP 429 or 5xx)."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    status = getattr(getattr(error, "response", None), "status_code", 0)
+    names = {base.__name__ for base in type(error).__mro__}  # TransportError is the base class in httpx
+    if status == 429 or status >= 500 or names & {"ConnectionError", "TimeoutError", "TransportError"}:
+        return True
+    return error.__cause__ is not None and _is_connection_error(error.__cause__)
 
 
 def _dataset_rows(loaded: Any, name: str) -> Iterator[RawRow]:
     parts = loaded if isinstance(loaded, dict) else {"train": loaded}
     splits = {part: _split_of_name(Path(part)) for part in parts}
-    ready = "eval" in splits.values() and len(parts) > 1
+    use_names = "eval" in splits.values() and len(parts) > 1
     for part, data in parts.items():
-        rows = _numbered(_of_arrow(data.with_format("arrow").iter(ROWS_AT_ONCE)), f"{name}:{part}")
-        yield from _with_split(rows, (splits[part] or "train") if ready else None, name)
+        rows = _numbered(_arrow_rows(data.with_format("arrow").iter(BATCH_ROWS)), f"{name}:{part}")
+        yield from _with_split(rows, (splits[part] or "train") if use_names else None, name)
 
 
 def _default(params: DataSettings, seed: int) -> Iterator[RawRow]:

@@ -3,13 +3,17 @@
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, GetPydanticSchema
+from pydantic_core.core_schema import literal_schema, typed_dict_field, typed_dict_schema
 
 from dpo.common.settings import Positive, Rate, Settings, Share
+from dpo.data.rules import RULES, Action
 
-Action = Literal["error", "quarantine", "warn"]
-RequiredAction = Literal["error", "quarantine"]
-Notice = Literal["error", "warn"]
+ACTIONS = typed_dict_schema(
+    {name: typed_dict_field(literal_schema(list(rule.allowed)), required=False) for name, rule in RULES.items()},
+    extra_behavior="forbid",
+)
+"""Schema of `validate.rules`. An error names the key, `validate.rules.NAME`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,39 +37,6 @@ class DataSettings(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RuleSettings(Settings):
-    """What happens to rows that break a rule. `dpo.data.rules` explains the rules.
-
-    `quarantine` removes the row, `warn` counts it, `error` stops the pipeline. Rules without `warn` concern rows
-    that cannot be used at all. A completion that leaves no room for its prompt is always an error.
-    """
-
-    unreadable_row: RequiredAction = "quarantine"
-    invalid_utf8: RequiredAction = "quarantine"
-    lone_surrogate: RequiredAction = "quarantine"
-    wrong_type: RequiredAction = "quarantine"
-    missing_text: RequiredAction = "quarantine"
-    broken_roles: RequiredAction = "quarantine"
-    no_preference: RequiredAction = "quarantine"
-    unknown_split: RequiredAction = "quarantine"
-    empty_completion: RequiredAction = "quarantine"
-    identical_completions: RequiredAction = "quarantine"
-    duplicate_id: RequiredAction = "quarantine"
-    control_characters: Action = "quarantine"
-    mojibake: Action = "quarantine"
-    special_tokens: Action = "quarantine"
-    prompt_truncated: Action = "warn"
-    duplicate_pair: Action = "quarantine"
-    near_duplicate_pair: Action = "quarantine"
-    contradiction: Action = "quarantine"
-    prompt_in_both_splits: Action = "quarantine"
-    eval_text_in_train: Action = "quarantine"
-    length_bias: Notice = "warn"
-    source_imbalance: Notice = "warn"
-    drift: Notice = "warn"
-
-
-@dataclass(frozen=True, kw_only=True)
 class ValidateSettings(Settings):
     """Limits of the data validation."""
 
@@ -77,4 +48,10 @@ class ValidateSettings(Settings):
     """Maximum share of pairs in which the same side, chosen or rejected, is the longer one."""
     max_drift: Rate = 0.25
     """Maximum population stability index against the last committed version of the data."""
-    rules: RuleSettings = field(default_factory=RuleSettings)
+    rules: Annotated[dict[str, Action], GetPydanticSchema(lambda *_: ACTIONS)] = field(default_factory=dict)
+    """Action of a rule, by its name, if it is not the default in `dpo.data.rules`."""
+
+    @property
+    def actions(self) -> dict[str, Action]:
+        """The action of every rule."""
+        return {name: self.rules.get(name, rule.default) for name, rule in RULES.items()}

@@ -1,50 +1,57 @@
-"""Check data files on their own, without the pipeline: `python -m tasks.commands.validate FILE...`."""
+"""Check data files without running the pipeline: `python -m tasks.commands.validate FILE...`."""
 
 import argparse
 import sys
 from pathlib import Path
 
 from dpo.common.errors import InputError
+from dpo.common.files import write_json
 from dpo.config import Params, load_params
-from dpo.data.ingest import collect
+from dpo.data.ingest import write_raw_pairs
 from dpo.data.readers import read_files
 from tasks.common.paths import BASE
 from tasks.common.runner import run
-from tasks.validate import check, refuse
+from tasks.validate import raise_errors, validate_and_report
 
 
 def main() -> None:
-    """Check the files that are named."""
+    """Run the command."""
     parser = argparse.ArgumentParser(
-        prog="python -m tasks.commands.validate", description="Check preference data against the data contract."
+        prog="python -m tasks.commands.validate", description="Check preference data."
     )
     parser.add_argument("files", nargs="+", metavar="FILE", help="files or folders to check")
     parser.add_argument("--model", type=Path, help=f"folder with the tokenizer (default: {BASE}, if it exists)")
-    parser.add_argument(
-        "--output", type=Path, default=Path("checked"), help="folder to write to (default: checked)"
-    )
+    parser.add_argument("--output", type=Path, default=Path("checked"), help="output folder (default: checked)")
     arguments = parser.parse_args()
     check_files(load_params(), arguments.files, arguments.model, arguments.output)
 
 
 def check_files(params: Params, files: list[str], model: Path | None, output: Path) -> None:
-    """A check on its own: report, metrics and quarantine go to one folder, nothing is trained on.
+    """Check data files; write report, metrics, quarantine and accepted pairs to a folder.
+
+    `output/metrics.json` has a list `errors` of {code, message}, which is empty if the data can be used.
+
+    If `model` is None, the tokenizer of the base model is used, if it exists.
 
     Raises:
-        InputError: a file cannot be read, there is no such model, or the data must not be used.
+        InputError: a file is unreadable, the model is missing, or the data must not be used.
     """
     if model is not None and not model.is_dir():
-        raise InputError(f"--model: {model} is not a folder; name one that holds the model's tokenizer")
+        raise InputError(f"--model: {model} is not a folder; name one that contains the model's tokenizer")
     if model is None and BASE.is_dir():
         model = BASE
     if model is None:
-        print(f"no tokenizer in {BASE}: lengths are in characters; name one with --model", file=sys.stderr)
-    output.mkdir(parents=True, exist_ok=True)
-    candidates = output / "candidates.parquet"
-    collect(read_files(files), candidates, ", ".join(files), params.data)
-    caps = {"train": None, "eval": None}
+        print(f"no tokenizer in {BASE}: lengths are in characters; set one with --model", file=sys.stderr)
+    raw_pairs, metrics = output / "raw_pairs.parquet", output / "metrics.json"
+    metrics.unlink(missing_ok=True)
+    try:
+        write_raw_pairs(read_files(files), raw_pairs, ", ".join(files), params.data)
+    except InputError as error:
+        write_json(metrics, {"errors": [{"code": "unreadable", "message": str(error)}]})
+        raise
     outputs = {name: output / f"{name}.parquet" for name in ("train", "eval", "quarantine")}
-    refuse(check(params, candidates, model, caps, outputs, output / "report.html", output / "metrics.json"))
+    outputs |= {"report": output / "report.html", "metrics": metrics}
+    raise_errors(validate_and_report(params, raw_pairs, model, {"train": None, "eval": None}, outputs))
 
 
 if __name__ == "__main__":

@@ -26,8 +26,8 @@ def test_params_yaml_shows_at_most_sixty_settings():
 
 def test_settings_that_params_yaml_does_not_list_have_defaults(change):
     params = load_params(change("validate", {}))
-    assert params.validate.rules.mojibake == "quarantine"
-    assert load_params(change("validate", {"rules": {"mojibake": "warn"}})).validate.rules.mojibake == "warn"
+    assert params.validate.actions["mojibake"] == "quarantine"
+    assert load_params(change("validate", {"rules": {"mojibake": "warn"}})).validate.actions["mojibake"] == "warn"
     assert load_params(change("run", ABSENT)).run.checkpoint_minutes == 5
 
 

@@ -1,14 +1,14 @@
-"""Rows against rows: repeats, almost-repeats, contradictions and leaks between the splits."""
+"""Comparison of rows: duplicates, near duplicates, contradictions and leaks between the splits."""
 
 import dataclasses
 
 import numpy as np
 import pytest
 
-from dpo.data.duplicates import PERMUTATIONS, Marks, compare, join, mark
+from dpo.data.duplicates import PERMUTATIONS, Fingerprints, compare, concatenate, fingerprint
 from dpo.data.rules import TABLE_RULES
 
-BARRING = frozenset(TABLE_RULES)
+EXCLUDING = frozenset(TABLE_RULES)
 WARNING = frozenset[str]()
 
 
@@ -17,10 +17,10 @@ def words(name, count=60):
 
 
 def text(name, count=60, **changes):
-    said = words(name, count)
+    text_words = words(name, count)
     for place, word in changes.items():
-        said[int(place[1:])] = word
-    return " ".join(said)
+        text_words[int(place[1:])] = word
+    return " ".join(text_words)
 
 
 def pair(number, prompt, chosen, rejected, split="train", name=None):
@@ -31,13 +31,13 @@ def pairs_of(*rows):
     return [pair(number, *row) for number, row in enumerate(rows)]
 
 
-def found(pairs, barring=BARRING, similarity=0.9):
-    return [(f.rule, f.row) for f in compare(mark(pairs, range(len(pairs))), similarity, barring)]
+def found(pairs, excluding=EXCLUDING, similarity=0.9):
+    return [(f.rule, f.row) for f in compare(fingerprint(pairs, range(len(pairs))), similarity, excluding)]
 
 
-def test_an_id_names_one_pair():
+def test_duplicate_ids_are_found():
     pairs = [pair(i, f"{i}", f"chosen {i}", f"rejected {i}", name=f"p{i % 2}") for i in range(5)]
-    findings = list(compare(mark(pairs, range(5)), 0.9, BARRING))
+    findings = list(compare(fingerprint(pairs, range(5)), 0.9, EXCLUDING))
     assert [(f.rule, f.row, f.reason) for f in findings] == [
         ("duplicate_id", 2, "the same id as row 1"),
         ("duplicate_id", 3, "the same id as row 2"),
@@ -46,7 +46,7 @@ def test_an_id_names_one_pair():
 
 
 @pytest.mark.parametrize("again", [("Say", "A joy.", "A bore."), (" say ", "A  JOY.", "a\nbore.")])
-def test_a_pair_stands_there_once_and_the_first_is_kept(again):
+def test_duplicate_pairs_are_found_and_the_first_is_kept(again):
     pairs = pairs_of(("Say", "A joy.", "A bore."), ("Other", "One.", "Two."), again, again)
     assert found(pairs) == [("duplicate_pair", 2), ("duplicate_pair", 3)]
 
@@ -54,16 +54,16 @@ def test_a_pair_stands_there_once_and_the_first_is_kept(again):
 @pytest.mark.parametrize(
     "other", [("Sya", "A joy.", "A bore."), ("Say", "A job.", "A bore."), ("Say", "A joy.", "No")]
 )
-def test_pairs_that_differ_in_a_text_are_no_repeats(other):
+def test_pairs_that_differ_in_one_text_are_not_duplicates(other):
     assert found(pairs_of(("Say", "A joy.", "A bore."), other)) == []
 
 
-def test_texts_that_differ_behind_a_zero_byte_differ():
+def test_texts_that_differ_after_a_zero_byte_are_not_duplicates():
     assert found(pairs_of(("Say\0a", "A\0a", "B"), ("Say\0b", "A\0b", "B"))) == []
 
 
 @pytest.mark.parametrize("field", [0, 1, 2])
-def test_a_word_of_sixty_makes_no_other_pair(field):
+def test_one_changed_word_of_sixty_is_a_near_duplicate(field):
     first = [text("p"), text("c"), text("r")]
     again = list(first)
     again[field] = text("pcr"[field], w30="other")
@@ -72,49 +72,49 @@ def test_a_word_of_sixty_makes_no_other_pair(field):
     ]
 
 
-def test_other_completions_of_a_long_prompt_are_no_repeats():
+def test_different_completions_of_a_long_prompt_are_not_near_duplicates():
     assert found(pairs_of((text("p"), text("c"), text("r")), (text("p"), text("d"), text("s")))) == []
     assert found(pairs_of((text("p", 400), "A joy.", "A bore."), (text("p", 400), "So good.", "So bad."))) == []
 
 
-def test_the_same_short_completions_of_other_prompts_are_no_repeats():
+def test_same_short_completions_of_different_prompts_are_not_near_duplicates():
     assert found(pairs_of(*((text(f"p{i}x"), "A joy.", "A bore.") for i in range(5)))) == []
     assert found(pairs_of(("Film 1?", "A joy.", "A bore."), ("Film 2?", "A joy.", "A bore."))) == []
 
 
-def test_a_repeat_is_found_behind_the_same_completions_of_another_prompt():
+def test_near_duplicate_is_found_after_same_completions_of_another_prompt():
     pairs = pairs_of(
         (text("p"), text("c"), text("r")),
         (text("q"), text("c"), text("r")),
         (text("q"), text("c", w30="other"), text("r")),
     )
-    ((finding),) = compare(mark(pairs, range(3)), 0.9, BARRING)
+    ((finding),) = compare(fingerprint(pairs, range(3)), 0.9, EXCLUDING)
     assert (finding.row, finding.reason) == (2, "almost the same pair as row 2")
 
 
-def test_of_near_repeats_the_first_is_kept_and_named():
+def test_the_first_of_several_near_duplicates_is_kept_and_named():
     pairs = pairs_of(
         ("Other", "One.", "Two."),
         *((text("p"), text("c", 200, w30=f"other{i}"), text("r", 200)) for i in range(6)),
     )
-    findings = list(compare(mark(pairs, range(7)), 0.9, BARRING))
+    findings = list(compare(fingerprint(pairs, range(7)), 0.9, EXCLUDING))
     assert [f.row for f in findings] == [2, 3, 4, 5, 6]
     assert {f.reason for f in findings} == {"almost the same pair as row 2"}
 
 
-def test_a_flipped_pair_contradicts_and_both_rows_are_named():
+def test_swapped_completions_are_a_contradiction_of_both_rows():
     pairs = pairs_of(("Say", "A joy.", "A bore."), ("Other", "One.", "Two."), ("say", "a bore.", "A JOY."))
-    findings = list(compare(mark(pairs, range(3)), 0.9, BARRING))
+    findings = list(compare(fingerprint(pairs, range(3)), 0.9, EXCLUDING))
     assert [(f.rule, f.row) for f in findings] == [("contradiction", 0), ("contradiction", 2)]
     assert "row 3 prefers the other" in findings[0].reason
     assert "row 1 prefers the other" in findings[1].reason
 
 
-def test_the_same_completions_flipped_under_another_prompt_are_no_contradiction():
+def test_swapped_completions_of_another_prompt_are_not_a_contradiction():
     assert found(pairs_of(("Film 1?", "A joy.", "A bore."), ("Film 2?", "A bore.", "A joy."))) == []
 
 
-def test_a_prompt_of_both_splits_is_barred_from_training():
+def test_a_prompt_in_both_splits_is_found_in_the_training_row():
     pairs = pairs_of(
         ("Film 1?", "A joy.", "A bore.", "train"),
         ("FILM 1?", "Good.", "Bad.", "eval"),
@@ -124,7 +124,7 @@ def test_a_prompt_of_both_splits_is_barred_from_training():
 
 
 @pytest.mark.parametrize(("chosen", "rejected"), [("good.", "New."), ("New.", "GOOD."), ("Bad.", "New.")])
-def test_a_held_out_completion_is_barred_from_training(chosen, rejected):
+def test_a_held_out_completion_is_found_in_the_training_row(chosen, rejected):
     pairs = pairs_of(
         ("Film 1?", "Good.", "Bad.", "eval"),
         ("Film 2?", chosen, rejected, "train"),
@@ -134,7 +134,7 @@ def test_a_held_out_completion_is_barred_from_training(chosen, rejected):
     assert found(pairs) == [("eval_text_in_train", 1)]
 
 
-def test_a_row_that_is_set_aside_is_compared_no_further():
+def test_excluded_rows_are_skipped_by_later_checks():
     pairs = [
         pair(0, "Say", "A joy.", "A bore.", "train", "same"),
         pair(1, "Say", "A joy.", "A bore.", "train", "same"),
@@ -143,8 +143,8 @@ def test_a_row_that_is_set_aside_is_compared_no_further():
     leaks = [("prompt_in_both_splits", 0), ("eval_text_in_train", 0)]
     contradictions = [("contradiction", 0), ("contradiction", 2)]
     assert found(pairs) == [("duplicate_id", 1), *contradictions]
-    assert found(pairs, BARRING - {"contradiction"}) == [("duplicate_id", 1), *contradictions, *leaks]
-    assert found(pairs, BARRING - {"duplicate_id"}) == [
+    assert found(pairs, EXCLUDING - {"contradiction"}) == [("duplicate_id", 1), *contradictions, *leaks]
+    assert found(pairs, EXCLUDING - {"duplicate_id"}) == [
         ("duplicate_id", 1),
         ("duplicate_pair", 1),
         *contradictions,
@@ -163,17 +163,19 @@ def test_a_row_that_is_set_aside_is_compared_no_further():
 
 
 def jaccard(one, other):
-    shingles = [{*zip(said, [*said[1:], None], strict=True)} for said in (one, other)]
+    shingles = [{*zip(text_words, [*text_words[1:], None], strict=True)} for text_words in (one, other)]
     return len(shingles[0] & shingles[1]) / len(shingles[0] | shingles[1])
 
 
-def test_the_estimated_similarity_is_near_the_true_one():
+def test_estimated_similarity_is_close_to_the_jaccard_similarity():
     draw = np.random.default_rng(7)
     errors = []
     for number in range(60):
         one = [f"{number}-{word}" for word in draw.integers(10_000, size=draw.integers(20, 200))]
         other = [word if draw.random() > number / 240 else f"new{draw.integers(10_000)}" for word in one]
-        sketch = mark(pairs_of((" ".join(one), "a", "b"), (" ".join(other), "a", "b")), [0, 1]).sketch[:, 0]
+        sketch = fingerprint(pairs_of((" ".join(one), "a", "b"), (" ".join(other), "a", "b")), [0, 1]).minhash[
+            :, 0
+        ]
         errors.append((sketch[0] == sketch[1]).mean() - jaccard(one, other))
     assert np.abs(errors).max() < 0.2
     assert abs(np.mean(errors)) < 0.02
@@ -181,19 +183,19 @@ def test_the_estimated_similarity_is_near_the_true_one():
 
 
 @pytest.mark.parametrize("pairs", [[], pairs_of(("Say", "A joy.", "A bore."))])
-def test_no_row_and_one_row_break_nothing(pairs):
-    marks = mark(pairs, range(len(pairs)))
-    assert marks.sketch.shape == (len(marks), 2, PERMUTATIONS)
-    assert list(compare(marks, 0.9, BARRING)) == []
+def test_zero_or_one_row_has_no_violations(pairs):
+    prints = fingerprint(pairs, range(len(pairs)))
+    assert prints.minhash.shape == (len(prints), 2, PERMUTATIONS)
+    assert list(compare(prints, 0.9, EXCLUDING)) == []
 
 
-def test_empty_texts_are_compared_like_others():
+def test_empty_texts_are_compared():
     assert found(pairs_of(("", "A joy.", "A bore."), ("", "Good.", "Bad."), (" ", "a joy.", "a bore."))) == [
         ("duplicate_pair", 2)
     ]
 
 
-def test_results_do_not_depend_on_how_rows_are_grouped():
+def test_results_do_not_depend_on_row_groups():
     draw = np.random.default_rng(3)
     pairs = []
     for number in range(120):
@@ -204,18 +206,19 @@ def test_results_do_not_depend_on_how_rows_are_grouped():
             sides.reverse()
         split = "eval" if draw.random() < 0.2 else "train"
         pairs.append(pair(number, f"topic {topic}", *sides, split, f"p{draw.integers(110)}"))
-    whole = mark(pairs, range(120))
+    single = fingerprint(pairs, range(120))
     for sizes in ([40, 40, 40], [1, 0, 119], [7] * 17 + [1]):
         ends = np.cumsum(sizes)
         parts = [
-            mark(pairs[end - size : end], range(end - size, end)) for size, end in zip(sizes, ends, strict=True)
+            fingerprint(pairs[end - size : end], range(end - size, end))
+            for size, end in zip(sizes, ends, strict=True)
         ]
-        joined = join(parts)
-        for field in dataclasses.fields(Marks):
-            one, other = (getattr(marks, field.name) for marks in (whole, joined))
+        combined = concatenate(parts)
+        for field in dataclasses.fields(Fingerprints):
+            one, other = (getattr(prints, field.name) for prints in (single, combined))
             assert one.dtype == other.dtype
             np.testing.assert_array_equal(one, other)
-        for barring in (BARRING, WARNING):
-            findings = list(compare(whole, 0.8, barring))
-            assert findings == list(compare(joined, 0.8, barring))
+        for excluding in (EXCLUDING, WARNING):
+            findings = list(compare(single, 0.8, excluding))
+            assert findings == list(compare(combined, 0.8, excluding))
         assert {finding.rule for finding in findings} == set(TABLE_RULES)

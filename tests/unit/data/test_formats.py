@@ -1,4 +1,4 @@
-"""The accepted formats of a row, and the rule that a row breaks of which no pair can be made."""
+"""Formats of a row, and the rules that inconvertible rows break."""
 
 import contextlib
 import datetime
@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpo.common.errors import InputError
-from dpo.data.formats import FORMATS, RowFault, detect, to_pairs
+from dpo.data.formats import FORMATS, RowError, detect, to_pairs
 
 SYSTEM = {"role": "system", "content": "Be brief."}
 ASK = {"role": "user", "content": "Film 3?"}
@@ -40,12 +40,12 @@ def pair_of(row):
     return pair
 
 
-def fault_of(row, form=None):
-    with pytest.raises(RowFault) as fault:
+def broken_rule(row, form=None):
+    with pytest.raises(RowError) as error:
         to_pairs(row, form or detect([row], "x"), "best_rest")
-    assert fault.value.reason == str(fault.value) != ""
-    fault.value.reason.encode()
-    return fault.value.rule
+    assert error.value.reason == str(error.value) != ""
+    error.value.reason.encode()
+    return error.value.rule
 
 
 @pytest.mark.parametrize(
@@ -65,12 +65,12 @@ def test_each_format_is_detected(row, form):
     assert detect([{}, {"chosen": 1}, row], "x") == form
 
 
-def test_the_format_of_most_rows_counts():
+def test_the_most_frequent_format_is_detected():
     assert detect([RATED, TEXTS, TEXTS], "x") == "pairs"
     assert detect([RATED, RATED, TEXTS], "x") == "rated responses"
 
 
-def test_prompt_chosen_and_rejected_stay_as_they_are():
+def test_texts_are_not_changed():
     pair = pair_of({"prompt": " Film 3?\n", "chosen": " A joy.", "rejected": "A bore.  "})
     assert (pair["prompt"], pair["chosen"], pair["rejected"]) == (" Film 3?\n", " A joy.", "A bore.  ")
     assert pair["turns"] is None
@@ -88,7 +88,7 @@ def test_prompt_chosen_and_rejected_stay_as_they_are():
         {"prompt": None, "instruction": "Film 3?", "chosen": "A joy.", "rejected": "A bore."},
     ],
 )
-def test_a_conversation_of_one_question_is_the_same_pair_as_its_texts(row):
+def test_a_single_turn_conversation_equals_a_pair_of_texts(row):
     assert pair_of(row) == pair_of(TEXTS)
 
 
@@ -104,14 +104,14 @@ LONG_TEXT = "User: Film 3?\n\nAssistant: A joy.\n\nUser: Why?\n\nAssistant:"
         ([SYSTEM, ASK, JOY, WHY], f"System: Be brief.\n\n{LONG_TEXT}"),
     ],
 )
-def test_a_conversation_keeps_its_turns_and_has_a_transcript_as_prompt(turns, text):
-    whole = {"chosen": [*turns, JOY], "rejected": [*turns, BORE]}
+def test_a_conversation_keeps_its_turns_and_its_prompt_is_a_transcript(turns, text):
+    full = {"chosen": [*turns, JOY], "rejected": [*turns, BORE]}
     for row in (
-        whole,
+        full,
         {"prompt": turns, "chosen": [JOY], "rejected": [BORE]},
         {"prompt": turns, "chosen": "A joy.", "rejected": "A bore."},
-        {"prompt": turns, **whole},
-        {"prompt": f"{turns[-1]['content']} ", **whole},
+        {"prompt": turns, **full},
+        {"prompt": f"{turns[-1]['content']} ", **full},
     ):
         pair = pair_of(row)
         assert pair["prompt"] == text
@@ -119,7 +119,7 @@ def test_a_conversation_keeps_its_turns_and_has_a_transcript_as_prompt(turns, te
         assert (pair["chosen"], pair["rejected"]) == ("A joy.", "A bore.")
 
 
-def test_turns_keep_role_and_content_only():
+def test_turns_keep_only_role_and_content():
     row = {"chosen": [{**SYSTEM, "name": "x"}, {**ASK, "id": 1}, JOY], "rejected": [SYSTEM, ASK, BORE]}
     assert pair_of(row)["turns"] == [SYSTEM, ASK]
 
@@ -132,7 +132,7 @@ def test_turns_keep_role_and_content_only():
         ("\n\nHuman: Film 3?\n\nAssistant: A joy.\n\nHuman: Why?\n\nAssistant:", [ASK, JOY, WHY]),
     ],
 )
-def test_the_prompt_of_transcripts_is_what_they_share_up_to_the_last_answer(opening, turns):
+def test_the_prompt_of_transcripts_ends_before_the_last_answer(opening, turns):
     pair = pair_of({"chosen": f"{opening} A joy, a delight.", "rejected": f"{opening} A joyless bore."})
     assert pair["prompt"] == opening
     assert pair["turns"] == turns
@@ -143,7 +143,7 @@ def test_the_prompt_of_transcripts_is_what_they_share_up_to_the_last_answer(open
 @pytest.mark.parametrize(
     ("pairing", "texts"), [("best_worst", [("A joy.", "A bore.")]), ("best_rest", SCORED_BEST_REST)]
 )
-def test_the_best_completion_is_paired_with_the_worst_or_with_the_rest(row, pairing, texts):
+def test_the_best_completion_is_paired_with_the_worst_or_each_other_one(row, pairing, texts):
     pairs = pairs_of(row, pairing)
     assert [(pair["chosen"], pair["rejected"]) for pair in pairs] == texts
     assert all(pair["prompt"] == "Film 3?" and pair["turns"] is None for pair in pairs)
@@ -160,19 +160,19 @@ def test_ratings_of_completions_are_kept():
     assert [pair["rejected_rating"] for pair in pairs_of(RATED, "best_rest")] == [0.5, 0.1]
 
 
-def test_completions_that_are_as_good_as_the_best_are_in_no_pair_with_it():
+def test_completions_tied_with_the_best_are_not_paired_with_it():
     tied = {"prompt": "Film 3?", "responses": ["a", "b", "c", "d"], "scores": [1, 2, 2, 0]}
     assert [(p["chosen"], p["rejected"]) for p in pairs_of(tied, "best_rest")] == [("b", "a"), ("b", "d")]
     assert [(p["chosen"], p["rejected"]) for p in pairs_of(tied)] == [("b", "d")]
 
 
-def test_scored_completions_may_answer_a_conversation():
+def test_rated_responses_to_a_conversation_keep_its_turns():
     (pair,) = pairs_of({**RATED, "prompt": [ASK, JOY, WHY]})
     assert (pair["prompt"], pair["turns"]) == (LONG_TEXT, [ASK, JOY, WHY])
 
 
-def test_unpaired_data_is_refused_as_made_for_kto():
-    with pytest.raises(InputError, match=r"data\.jsonl: .*unpaired data, made for KTO"):
+def test_unpaired_data_is_rejected():
+    with pytest.raises(InputError, match=r"data\.jsonl: .*unpaired data for KTO"):
         detect([{"prompt": "a", "completion": "b", "label": True}], "data.jsonl")
 
 
@@ -186,14 +186,14 @@ def test_unpaired_data_is_refused_as_made_for_kto():
         {"completions": [], "scores": []},
     ],
 )
-def test_unknown_columns_are_refused_by_name(row):
+def test_an_unknown_format_is_rejected_with_the_fields(row):
     with pytest.raises(InputError) as error:
         detect([row], "data.jsonl")
-    assert str(error.value).startswith("data.jsonl: no known format")
+    assert str(error.value).startswith("data.jsonl: unknown format")
     assert all(repr(field) in str(error.value).split(";")[0] for field in row)
 
 
-def test_rows_without_fields_are_refused():
+def test_rows_without_fields_are_rejected():
     with pytest.raises(InputError, match="found no field"):
         detect([{}], "x")
 
@@ -251,7 +251,6 @@ BROKEN = {
         {**TEXTS, "chosen_rating": math.inf},
         {**TEXTS, "id": True},
         {**TEXTS, "source": ["a"]},
-        {**TEXTS, "timestamp": {}},
     ],
     "broken_roles": [
         turned(),
@@ -311,23 +310,23 @@ BROKEN = {
 
 
 @pytest.mark.parametrize(("rule", "row"), [(rule, row) for rule, rows in BROKEN.items() for row in rows])
-def test_a_row_of_which_no_pair_can_be_made_breaks_the_rule(rule, row):
-    assert fault_of(row) == rule
+def test_an_inconvertible_row_breaks_the_rule(rule, row):
+    assert broken_rule(row) == rule
 
 
 @pytest.mark.parametrize("form", FORMATS)
-def test_a_row_of_another_format_misses_its_texts(form):
-    assert fault_of({"question": "a"}, form) == "missing_text"
+def test_a_row_of_another_format_breaks_missing_text(form):
+    assert broken_rule({"question": "a"}, form) == "missing_text"
 
 
-def test_a_rule_says_what_it_found():
-    with pytest.raises(RowFault, match="'chosen' holds int, not a text or a list"):
+def test_reasons_name_field_and_value():
+    with pytest.raises(RowError, match="'chosen' is int, not a text or a list"):
         pairs_of({**TEXTS, "chosen": 3})
-    with pytest.raises(RowFault, match="'weight' holds 'much', not a number"):
+    with pytest.raises(RowError, match="'weight' is 'much', not a number"):
         pairs_of({**TEXTS, "weight": "much"})
-    with pytest.raises(RowFault, match="split 'holdout' is none of train, eval, test"):
+    with pytest.raises(RowError, match="split 'holdout' is not one of train, eval, test"):
         pairs_of({**TEXTS, "split": "holdout"})
-    with pytest.raises(RowFault, match="byte 0xe9 is no UTF-8"):
+    with pytest.raises(RowError, match="byte 0xe9 is not UTF-8"):
         pairs_of({**TEXTS, "chosen": "caf\udce9"})
 
 
@@ -339,18 +338,18 @@ def deep(levels):
 
 
 @pytest.mark.parametrize("value", [deep(2000), ["x" * 100] * 100, {"a": {"b": deep(2000)}}])
-def test_no_value_is_too_deep_or_too_large_for_a_message(value):
-    said = [ASK, {"role": "assistant", "content": value}]
+def test_reasons_are_short_for_large_and_deep_values(value):
+    turns = [ASK, {"role": "assistant", "content": value}]
     for row in (
-        {"chosen": said, "rejected": said},
+        {"chosen": turns, "rejected": turns},
         {**TEXTS, "split": value},
         {**TEXTS, "weight": value},
         {**TEXTS, "chosen": [{"role": value, "content": "a"}]},
         {**RATED, "scores": [1, 2, value]},
     ):
-        with pytest.raises(RowFault) as fault:
+        with pytest.raises(RowError) as error:
             pairs_of(row)
-        assert len(fault.value.reason) < 200
+        assert len(error.value.reason) < 200
 
 
 def test_optional_columns_are_kept():
@@ -358,32 +357,31 @@ def test_optional_columns_are_kept():
         "id": "p7",
         "split": "eval",
         "source": "forum",
-        "timestamp": "2024-05-01",
         "weight": 2.0,
         "agreement": 0.75,
         "chosen_rating": 4.0,
         "rejected_rating": -1.0,
     }
-    assert pair_of({**TEXTS, **known, "other": 1}) == {**TEXTS, "turns": None, **known}
+    assert pair_of({**TEXTS, **known, "timestamp": {}, "other": 1}) == {**TEXTS, "turns": None, **known}
 
 
 @pytest.mark.parametrize("row", [TEXTS, HH, turned(ASK), ULTRAFEEDBACK, RATED])
-def test_every_format_may_have_optional_columns(row):
+def test_every_format_accepts_optional_columns(row):
     pair = pair_of({**row, "source": "forum", "split": "test", "agreement": "1", "id": 7})
     assert (pair["source"], pair["split"], pair["agreement"], pair["id"]) == ("forum", "eval", 1.0, "7")
     assert pair["weight"] is None
 
 
-def test_a_date_is_kept_as_its_text():
+def test_dates_are_converted_to_text():
     time = datetime.datetime(2024, 5, 1, 12, 30, tzinfo=datetime.UTC)
-    assert pair_of({**TEXTS, "timestamp": time})["timestamp"] == "2024-05-01T12:30:00+00:00"
-    assert pair_of({**TEXTS, "timestamp": time.date()})["timestamp"] == "2024-05-01"
-    assert pair_of({**TEXTS, "timestamp": 1714521600})["timestamp"] == "1714521600"
+    assert pair_of({**TEXTS, "source": time})["source"] == "2024-05-01T12:30:00+00:00"
+    assert pair_of({**TEXTS, "source": time.date()})["source"] == "2024-05-01"
+    assert pair_of({**TEXTS, "source": 1714521600})["source"] == "1714521600"
 
 
-@pytest.mark.parametrize("field", ["id", "split", "source", "timestamp", "weight", "agreement", "chosen_rating"])
+@pytest.mark.parametrize("field", ["id", "split", "source", "weight", "agreement", "chosen_rating"])
 @pytest.mark.parametrize("nothing", [None, "", math.nan])
-def test_an_optional_column_may_be_empty(field, nothing):
+def test_optional_columns_can_be_empty(field, nothing):
     assert pair_of({**TEXTS, field: nothing}) == pair_of(TEXTS)
 
 
@@ -398,18 +396,18 @@ def test_an_optional_column_may_be_empty(field, nothing):
         ("dev", "eval"),
     ],
 )
-def test_aliases_of_splits_are_known(alias, split):
+def test_split_aliases(alias, split):
     assert pair_of({**TEXTS, "split": alias})["split"] == split
 
 
-def test_an_id_is_made_of_the_texts_alone():
+def test_the_default_id_depends_on_the_texts_only():
     assert pair_of(TEXTS)["id"] == pair_of({**TEXTS, "source": "x", "weight": 3})["id"] == "0ba46320ead6426f"
     changed = [pair_of({**TEXTS, field: "other"})["id"] for field in TEXTS]
     swapped = pair_of({**TEXTS, "chosen": TEXTS["rejected"], "rejected": TEXTS["chosen"]})["id"]
     assert len({pair_of(TEXTS)["id"], swapped, *changed}) == 5
 
 
-def test_several_pairs_of_a_row_have_numbered_ids():
+def test_pairs_of_the_same_row_have_numbered_ids():
     assert [pair["id"] for pair in pairs_of({**RATED, "id": "p7"}, "best_rest")] == ["p7/0", "p7/1"]
     assert [pair["id"] for pair in pairs_of({**RATED, "id": "p7"})] == ["p7"]
     assert len({pair["id"] for pair in pairs_of(RATED, "best_rest")}) == 2
@@ -459,44 +457,44 @@ rows = st.dictionaries(st.sampled_from(FIELDS) | strings, likely, max_size=6) | 
 def pairs_or_rule(row, form, pairing="best_rest"):
     try:
         return to_pairs(row, form, pairing), None
-    except RowFault as fault:
-        fault.reason.encode()
-        return [], fault.rule
+    except RowError as error:
+        error.reason.encode()
+        return [], error.rule
 
 
 @settings(max_examples=300, deadline=None)
 @given(rows, st.sampled_from(["best_worst", "best_rest"]))
-def test_any_row_is_pairs_of_texts_or_one_fault(row, pairing):
+def test_any_row_gives_pairs_or_a_row_error(row, pairing):
     for form in FORMATS:
         pairs, rule = pairs_or_rule(row, form, pairing)
         assert rule in BROKEN if rule else pairs
         for pair in pairs:
             for field in ("id", "prompt", "chosen", "rejected"):
                 pair[field].encode()
-            for said in pair["turns"] or []:
-                said["content"].encode()
+            for turn_ in pair["turns"] or []:
+                turn_["content"].encode()
             assert pair["split"] in ("train", "eval", None)
 
 
 def chat(text):
-    return st.lists(st.builds(lambda said: {"role": "user", "content": said}, text), min_size=1, max_size=1)
+    return st.lists(st.builds(lambda content: {"role": "user", "content": content}, text), min_size=1, max_size=1)
 
 
 well_formed = st.one_of(
     st.fixed_dictionaries({"prompt": strings | chat(strings), "chosen": strings, "rejected": strings}),
     st.builds(
-        lambda asked, good, bad: {
-            "chosen": [*asked, {"role": "assistant", "content": good}],
-            "rejected": [*asked, {"role": "assistant", "content": bad}],
+        lambda prompt, good, bad: {
+            "chosen": [*prompt, {"role": "assistant", "content": good}],
+            "rejected": [*prompt, {"role": "assistant", "content": bad}],
         },
         chat(strings),
         strings,
         strings,
     ),
     st.builds(
-        lambda asked, good, bad: {
-            "chosen": f"\n\nHuman: {asked}\n\nAssistant: {good}",
-            "rejected": f"\n\nHuman: {asked}\n\nAssistant: {bad}",
+        lambda prompt, good, bad: {
+            "chosen": f"\n\nHuman: {prompt}\n\nAssistant: {good}",
+            "rejected": f"\n\nHuman: {prompt}\n\nAssistant: {bad}",
         },
         strings,
         strings,
@@ -514,21 +512,21 @@ well_formed = st.one_of(
 
 @settings(max_examples=200, deadline=None)
 @given(well_formed)
-def test_a_row_in_a_format_is_pairs_unless_its_text_is_at_fault(row):
+def test_a_well_formed_row_gives_pairs_unless_its_text_is_invalid(row):
     form = detect([row], "x")
     pairs, rule = pairs_or_rule(row, form)
-    at_fault = {"lone_surrogate", "invalid_utf8"} | ({"broken_roles"} if form == "transcripts" else set())
-    assert rule in at_fault if rule else len(pairs) == 1
+    invalid = {"lone_surrogate", "invalid_utf8"} | ({"broken_roles"} if form == "transcripts" else set())
+    assert rule in invalid if rule else len(pairs) == 1
 
 
 @settings(max_examples=300, deadline=None)
 @given(st.lists(rows, max_size=3))
-def test_any_rows_have_a_known_format_or_are_refused(some):
+def test_any_rows_have_a_known_format_or_raise_input_error(some):
     with contextlib.suppress(InputError):
         assert detect(some, "x") in FORMATS
 
 
-def test_a_rank_orders_but_is_no_rating():
+def test_ranks_are_not_stored_as_ratings():
     (pair,) = to_pairs(RANKED, "rated responses", "best_worst")
     assert (pair["chosen"], pair["rejected"]) == ("A joy.", "A bore.")
     assert pair["chosen_rating"] is None

@@ -1,4 +1,4 @@
-"""Whatever a reader is given, it ends with a result or with `InputError`, and soon."""
+"""Random input to readers gives a result or `InputError` in reasonable time."""
 
 import gzip
 import io
@@ -15,7 +15,7 @@ from ruamel.yaml import YAML
 
 from dpo.common.errors import InputError
 from dpo.config import load_params
-from dpo.data.formats import FORMATS, RowFault, detect, to_pairs
+from dpo.data.formats import FORMATS, RowError, detect, to_pairs
 from dpo.data.readers import read_files
 from dpo.engine.tokenization import encode_pairs, pair_ids
 from tasks.commands.lineage import of_folder
@@ -64,17 +64,17 @@ fuzz = settings(
 
 
 @contextmanager
-def result_or_fault(*words):
-    """What ends otherwise than well ends with `InputError`, or for a row `RowFault`, and its words."""
+def result_or_error(*words):
+    """Accept InputError and RowError whose message contains all words."""
     try:
         yield
-    except (InputError, RowFault) as error:
+    except (InputError, RowError) as error:
         if not str(error) or not all(word in str(error) for word in words):
             raise
 
 
 def packed(content, kind):
-    """Content as a file of a kind holds it, where it can."""
+    """Return content as a file of this type. Bytes are returned unchanged."""
     if kind.endswith(".gz"):
         return gzip.compress(packed(content, kind.removesuffix(".gz")))
     if kind != ".parquet" or isinstance(content, bytes):
@@ -87,18 +87,18 @@ def packed(content, kind):
 @fuzz
 @given(content=st.binary(max_size=300) | st.lists(ROWS | LIKELY, max_size=4), cut=st.integers(0, 40))
 @pytest.mark.parametrize("kind", [".jsonl", ".json", ".csv", ".parquet", ".jsonl.gz", ".parquet.gz"])
-def test_a_file_of_anything_gives_rows_and_pairs_or_names_its_fault(tmp_path, kind, content, cut):
+def test_any_file_gives_rows_and_pairs_or_an_input_error(tmp_path, kind, content, cut):
     path = tmp_path / f"a{kind}"
     try:
-        whole = packed(content, kind)
+        complete = packed(content, kind)
     except (pa.ArrowException, UnicodeEncodeError, OverflowError, TypeError, ValueError):
-        whole = b"PAR1"
-    path.write_bytes(whole[: len(whole) - cut] if cut < 10 else whole)
-    with result_or_fault(str(path)):
+        complete = b"PAR1"
+    path.write_bytes(complete[: len(complete) - cut] if cut < 10 else complete)
+    with result_or_error(str(path)):
         rows = [raw.row for raw in read_files([str(path)]) if raw.row is not None]
         form = detect(rows, str(path))
         for row in rows:
-            with result_or_fault():
+            with result_or_error():
                 check(to_pairs(row, form, "best_rest"))
 
 
@@ -109,8 +109,8 @@ def check(pairs):
 @fuzz
 @given(row=ROWS | LIKELY)
 @pytest.mark.parametrize("form", FORMATS)
-def test_a_row_of_anything_gives_pairs_or_a_fault(row, form):
-    with result_or_fault():
+def test_any_row_gives_pairs_or_a_row_error(row, form):
+    with result_or_error():
         check(to_pairs(row, form, "best_rest"))
 
 
@@ -121,11 +121,11 @@ def test_a_row_of_anything_gives_pairs_or_a_fault(row, form):
     )
 )
 @pytest.mark.parametrize("tokenizer", [chat_tokenizer(), plain_tokenizer()], ids=["chat", "plain"])
-def test_any_pair_becomes_tokens_or_names_its_fault(tokenizer, pair):
+def test_any_pair_is_encoded_or_named(tokenizer, pair):
     pair |= {field: pair[field].encode(errors="replace").decode() for field in ("prompt", "chosen", "rejected")}
     for turn in pair["turns"]:
         turn["content"] = turn["content"].encode(errors="replace").decode()
-    with result_or_fault("pair 1"):
+    with result_or_error("pair 1"):
         encode_pairs([pair | {"turns": pair["turns"] or None}], tokenizer, 64)
 
 
@@ -146,18 +146,18 @@ TEMPLATES = st.lists(
 
 @settings(fuzz, max_examples=50)
 @given(template=TEMPLATES)
-def test_any_chat_template_renders_or_is_named(template):
+def test_any_chat_template_renders_or_raises_input_error(template):
     tokenizer = chat_tokenizer()
     tokenizer.chat_template = template
-    with result_or_fault("chat template fails", "mend"):
+    with result_or_error("chat template fails", "chat_template.jinja"):
         pair_ids(tokenizer, [{"prompt": "Film 3?", "chosen": "A joy.", "rejected": "A bore."}])
 
 
 @fuzz
 @given(content=st.binary(max_size=200) | VALUES.map(lambda value: json.dumps(value).encode()))
-def test_any_provenance_is_told_or_named(tmp_path, content):
+def test_any_provenance_file_is_read_or_named(tmp_path, content):
     (tmp_path / "provenance.json").write_bytes(content)
-    with result_or_fault(str(tmp_path)):
+    with result_or_error(str(tmp_path)):
         assert isinstance(of_folder(tmp_path), dict)
 
 
@@ -169,13 +169,13 @@ def written(folder, text):
 
 def load(folder, text):
     path = written(folder, text)
-    with result_or_fault(str(path)):
+    with result_or_error(str(path)):
         load_params(path)
 
 
 @fuzz
 @given(text=st.binary(max_size=200) | TEXT | VALUES.map(json.dumps))
-def test_any_params_are_read_or_named(tmp_path, text):
+def test_any_params_file_is_read_or_named(tmp_path, text):
     load(tmp_path, text)
 
 
@@ -192,7 +192,7 @@ def test_any_params_are_read_or_named(tmp_path, text):
         "!!python/object/apply:os.system [exit]",
     ],
 )
-def test_params_that_yaml_itself_breaks_on_are_named(tmp_path, text):
+def test_invalid_yaml_is_named(tmp_path, text):
     with pytest.raises(InputError, match=r"params\.yaml: "):
         load_params(written(tmp_path, text))
 
@@ -202,7 +202,7 @@ KEYS = [(g, k) for g, values in YAML(typ="safe").load(PARAMS).items() if isinsta
 
 @fuzz
 @given(key=st.sampled_from(KEYS), value=VALUES)
-def test_any_value_of_a_key_is_read_or_named(tmp_path, key, value):
+def test_any_value_of_a_setting_is_read_or_named(tmp_path, key, value):
     params = YAML(typ="safe").load(PARAMS)
     params[key[0]][key[1]] = value
     load(tmp_path, json.dumps(params))
@@ -210,5 +210,5 @@ def test_any_value_of_a_key_is_read_or_named(tmp_path, key, value):
 
 @fuzz
 @given(start=st.integers(0, len(PARAMS)), length=st.integers(0, 30), instead=TEXT)
-def test_broken_params_are_read_or_named(tmp_path, start, length, instead):
+def test_edited_params_are_read_or_named(tmp_path, start, length, instead):
     load(tmp_path, PARAMS[:start] + instead + PARAMS[start + length :])

@@ -1,4 +1,4 @@
-"""Sources of preference pairs, the canonical table and the contract that it must keep."""
+"""The default data: agreement of raters, pairing of sentences, and the package file."""
 
 import io
 import tarfile
@@ -16,7 +16,7 @@ from dpo.data.human_ratings import (
 )
 
 
-def test_agreement_counts_wins_and_half_the_ties():
+def test_agreement_counts_ties_as_one_half():
     # Of the four pairings (2,1) (2,3) (3,1) (3,3): two wins, one loss, one tie.
     assert agreement((2, 3), (1, 3)) == 2.5 / 4
     assert agreement((4, 4), (1, 1)) == 1.0
@@ -44,14 +44,14 @@ def test_rating_pairs_use_each_sentence_once_and_prefer_the_higher_mean():
     pd.testing.assert_frame_equal(table, rating_pairs(domains, min_rating_gap=1.0, eval_fraction=0.2, seed=3))
 
 
-def test_ties_are_never_a_preference():
+def test_ties_are_skipped():
     tied = {"film review": [Rated(f"a/{i}", f"one two three four {i}", 1.0, (1,)) for i in range(40)]}
     assert (
         len(rating_pairs({**tied, "x": sentences("x", 40)}, min_rating_gap=0.0, eval_fraction=0.2, seed=1)) == 20
     )
 
 
-def test_read_ratings_drops_disagreeing_means_and_repeats(tmp_path):
+def test_read_ratings_skips_inconsistent_means_and_repeated_texts(tmp_path):
     truth = "1\t1.5\tA fine  film.\r\n2\t-1.0\tDull.\r\n3\t2.0\ta fine film.\r\n4\t0.0\tMeh.\r\n"
     raters = "\ufeff1\t1.500000001\t0.5\t[1, 2]\r\n2\t-2.0\t0\t[-2]\r\n3\t2.0\t0\t[2]\r\n4\t0.0\t0\t[0]\r\n"
     inner = io.BytesIO()

@@ -1,4 +1,4 @@
-"""The candidate table: every row of a source is in it, as pairs or with the rule that it breaks."""
+"""The raw table contains every row of a source, as pairs or with the rule that it breaks."""
 
 import json
 import tempfile
@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from dpo.common.errors import InputError
 from dpo.data import ingest
-from dpo.data.ingest import collect
+from dpo.data.ingest import write_raw_pairs
 from dpo.data.readers import BOM, RawRow, read_files
-from dpo.data.schema import RAW_PAIRS_SCHEMA, RawPairs, hold
+from dpo.data.schema import RAW_PAIRS_SCHEMA, RawPairs, validate_schema
 from dpo.data.settings import DataSettings
 
 
@@ -44,10 +44,10 @@ def write(path, rows):
 
 def table_of(path, **params):
     target = path.with_name("ingest.parquet")
-    collect(read_files([str(path)]), target, path.name, data_params(**params))
+    write_raw_pairs(read_files([str(path)]), target, path.name, data_params(**params))
     table = pq.read_table(target)
     assert table.schema.equals(RAW_PAIRS_SCHEMA)
-    hold(RawPairs, table.to_pandas(), path.name)
+    validate_schema(RawPairs, table.to_pandas(), path.name)
     return table.to_pylist()
 
 
@@ -75,7 +75,7 @@ MIXED = [
 ]
 
 
-def test_every_row_is_in_the_table_as_pairs_or_with_the_rule_that_it_breaks(tmp_path):
+def test_every_row_is_written_as_pairs_or_with_the_rule_that_it_breaks(tmp_path):
     path = write(tmp_path / "mixed.jsonl", MIXED)
     rows = table_of(path)
     assert [(row["line"], row["id"], row["rule"]) for row in rows] == [
@@ -96,33 +96,33 @@ def test_every_row_is_in_the_table_as_pairs_or_with_the_rule_that_it_breaks(tmp_
     assert rows[0]["weight"] == 2.0
 
 
-def test_it_says_which_format_it_found(tmp_path):
+def test_the_detected_format_is_returned(tmp_path):
     for name, rows, form in (("a", texts(2), "pairs"), ("b", MIXED, "rated responses")):
         path = write(tmp_path / f"{name}.jsonl", rows)
         target = tmp_path / "table.parquet"
-        assert collect(read_files([str(path)]), target, name, data_params()) == form
+        assert write_raw_pairs(read_files([str(path)]), target, name, data_params()) == form
 
 
-def test_the_pairing_is_that_of_the_parameters(tmp_path):
+def test_the_pairing_setting_is_used(tmp_path):
     path = write(tmp_path / "a.jsonl", MIXED[:1])
     assert [row["id"] for row in table_of(path, pairing="best_worst")] == ["p7"]
 
 
-def test_turns_are_kept(tmp_path):
+def test_turns_are_written(tmp_path):
     turns = MIXED[-1]["prompt"]
     (row,) = table_of(write(tmp_path / "a.jsonl", [{"prompt": turns, "chosen": "d", "rejected": "e"}]))
     assert row["turns"] == turns
     assert row["prompt"] == "User: a\n\nAssistant: b\n\nUser: c\n\nAssistant:"
 
 
-def test_adding_rows_moves_no_old_row_to_the_other_split(tmp_path):
+def test_added_rows_do_not_move_old_rows_to_the_other_split(tmp_path):
     few = splits(table_of(write(tmp_path / "few.jsonl", texts(40))))
     many = splits(table_of(write(tmp_path / "many.jsonl", [*texts(400)[::-1], *texts(40)])))
     assert many[-40:] == few
     assert many[:400][::-1][:40] == few
 
 
-def test_all_rows_of_a_prompt_are_in_one_split_however_it_is_written(tmp_path):
+def test_variants_of_a_prompt_are_in_the_same_split(tmp_path):
     rows = [
         {**row, "prompt": prompt}
         for row in texts(50)
@@ -134,19 +134,19 @@ def test_all_rows_of_a_prompt_are_in_one_split_however_it_is_written(tmp_path):
 
 
 @pytest.mark.parametrize("fraction", [0.05, 0.25, 0.5])
-def test_about_the_wanted_share_is_held_out(tmp_path, fraction):
+def test_the_eval_share_is_close_to_eval_fraction(tmp_path, fraction):
     found = splits(table_of(write(tmp_path / "a.jsonl", texts(4000)), eval_fraction=fraction))
     assert found.count("eval") / 4000 == pytest.approx(fraction, abs=0.025)
 
 
 @pytest.mark.parametrize("alias", ["eval", "test", "validation", "valid", "dev"])
-def test_a_split_that_the_data_bring_is_kept(tmp_path, alias):
+def test_a_split_column_is_kept(tmp_path, alias):
     rows = [{**row, "split": "train" if i % 3 else alias} for i, row in enumerate(texts(60))]
     found = splits(table_of(write(tmp_path / "a.jsonl", rows)))
     assert found == ["train" if i % 3 else "eval" for i in range(60)]
 
 
-def test_the_source_is_that_of_the_row_or_the_name_of_the_file(tmp_path):
+def test_the_source_defaults_to_the_file_name(tmp_path):
     (tmp_path / "own/deep").mkdir(parents=True)
     write(tmp_path / "own/deep/a.jsonl", texts(1))
     write(tmp_path / "own/b.jsonl", [*texts(1, source="forum"), *texts(1, source=""), *texts(1, source=None)])
@@ -154,12 +154,12 @@ def test_the_source_is_that_of_the_row_or_the_name_of_the_file(tmp_path):
     assert [row["source"] for row in rows] == ["forum", "b.jsonl", "b.jsonl", "a.jsonl"]
 
 
-def test_a_file_whose_name_is_no_utf8_is_read_like_any_other(tmp_path):
+def test_a_file_name_that_is_not_utf8_is_escaped_in_the_source(tmp_path):
     (row,) = table_of(write(tmp_path / "caf\udce9.jsonl", texts(1)))
     assert row["source"] == "caf\\udce9.jsonl"
 
 
-def test_more_rows_than_a_row_group_or_the_detection_takes_are_all_written(tmp_path, monkeypatch):
+def test_all_row_groups_are_written(tmp_path, monkeypatch):
     monkeypatch.setattr(ingest, "GROUP_ROWS", 7)
     monkeypatch.setattr(ingest, "DETECT_ROWS", 5)
     rows = table_of(write(tmp_path / "a.jsonl", [*texts(24), b"broken", *texts(25)]))
@@ -175,13 +175,13 @@ def test_more_rows_than_a_row_group_or_the_detection_takes_are_all_written(tmp_p
         (b"", "a.jsonl: no rows"),
         (b"\n  \n\r\n", "a.jsonl: no rows"),
         (BOM, "a.jsonl: no rows"),
-        (b"\nbroken\n[]\n", "a.jsonl: line 2: not JSON: .*; no row is readable"),
-        (b"[]\n3\n", "a.jsonl: line 1: a JSON list, not an object; no row is readable"),
-        (b'{"a": 1}\n', "a.jsonl: no known format"),
-        (b'{"prompt": "a", "completion": "b", "label": true}\n', "made for KTO"),
+        (b"\nbroken\n[]\n", "a.jsonl: line 2: not JSON: .*; none of the first 2 rows is readable"),
+        (b"[]\n3\n", "a.jsonl: line 1: a JSON list, not an object; none of the first 2 rows is readable"),
+        (b'{"a": 1}\n', "a.jsonl: unknown format"),
+        (b'{"prompt": "a", "completion": "b", "label": true}\n', "unpaired data for KTO"),
     ],
 )
-def test_a_source_without_any_usable_row_is_refused(tmp_path, content, words):
+def test_a_source_without_usable_rows_is_rejected(tmp_path, content, words):
     path = tmp_path / "a.jsonl"
     path.write_bytes(content)
     with pytest.raises(InputError, match=words) as error:
@@ -192,22 +192,22 @@ def test_a_source_without_any_usable_row_is_refused(tmp_path, content, words):
 
 @pytest.mark.parametrize("after", [3, 2500, 9000])
 @pytest.mark.parametrize("error", [InputError("a.jsonl: unreadable"), RuntimeError("out of order")])
-def test_nothing_is_left_of_a_table_whose_reader_fails(tmp_path, after, error):
+def test_a_failing_reader_leaves_no_files(tmp_path, after, error):
     def rows():
         for number, row in enumerate(texts(after), 1):
             yield RawRow("a.jsonl", number, row, json.dumps(row))
         raise error
 
     with pytest.raises(type(error), match=str(error)):
-        collect(rows(), tmp_path / "out/table.parquet", "a.jsonl", data_params())
+        write_raw_pairs(rows(), tmp_path / "out/table.parquet", "a.jsonl", data_params())
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
-def test_a_table_that_was_there_outlives_a_reader_that_fails(tmp_path):
+def test_a_failing_reader_keeps_the_old_table(tmp_path):
     target = write(tmp_path / "table.parquet", [b"old"])
     (tmp_path / "a.csv").write_text('prompt,chosen,rejected\na,b,c\n"d,e,f\n')
     with pytest.raises(InputError, match=r"a\.csv: line 3: not CSV"):
-        collect(read_files([str(tmp_path / "a.csv")]), target, "a.csv", data_params())
+        write_raw_pairs(read_files([str(tmp_path / "a.csv")]), target, "a.csv", data_params())
     assert target.read_bytes() == b"old\n"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.csv", "table.parquet"]
 
@@ -230,15 +230,15 @@ pieces = st.one_of(
 @example(b"\xfe\xffa", True)
 @example(GOOD + b"\n" + b"[" * 100_000, False)
 @example(GOOD + b"\n" + b'{"prompt":' * 1020 + b"1" + b"}" * 1020, False)
-def test_any_bytes_are_a_table_of_all_their_lines_or_refused(content, sound):
-    content += (b"\n" + GOOD) * sound
+def test_any_bytes_give_a_row_per_line_or_an_input_error(content, valid):
+    content += (b"\n" + GOOD) * valid
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "a.jsonl"
         path.write_bytes(content)
         try:
             rows = table_of(path)
         except InputError as error:
-            assert not sound or "UTF-16" in str(error)  # noqa: PT017
+            assert not valid or "UTF-16" in str(error)  # noqa: PT017
             assert list(Path(folder).iterdir()) == [path]
         else:
             lines = [line.strip() for line in content.removeprefix(BOM).split(b"\n")]

@@ -1,4 +1,4 @@
-"""Where rows come from: every kind of file, folders, saved data sets, the hub; and what makes each unreadable."""
+"""Readers of files, folders, saved data sets and the hub, and their errors."""
 
 import csv
 import gzip
@@ -10,18 +10,20 @@ import struct
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
+import huggingface_hub
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset, DatasetDict
 
-from dpo.common.errors import InputError
+from dpo.common.errors import InputError, TransientError
 from dpo.config import load_params
 from dpo.data import readers
-from dpo.data.formats import RowFault, detect, to_pairs
-from dpo.data.readers import LISTS, read_files, read_source
+from dpo.data.formats import RowError, detect, to_pairs
+from dpo.data.readers import LIST_FIELDS, read_files, read_source
 from dpo.data.settings import DataSettings
 from tasks.commands.validate import check_files
 
@@ -86,7 +88,7 @@ def read(*names):
 
 def rows_of(*names):
     raws = read(*names)
-    assert not any(raw.fault for raw in raws)
+    assert not any(raw.violation for raw in raws)
     return [raw.row for raw in raws]
 
 
@@ -149,27 +151,27 @@ def pairs_of(rows):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("form", FORMS)
-def test_every_format_comes_out_of_every_kind_of_file(tmp_path, form, kind):
+def test_every_format_is_read_from_every_file_type(tmp_path, form, kind):
     rows = rows_of(write(tmp_path / f"pairs{kind}", FORMS[form]))
     assert pairs_of(rows) == pairs_of(FORMS[form])
     if "csv" not in kind:
         assert rows == FORMS[form]
 
 
-def test_the_lists_of_rated_completions_are_lists_in_csv(tmp_path):
+def test_list_fields_are_parsed_in_csv(tmp_path):
     fields = {"scores": [1], "ratings": [], "ranks": [2], "rankings": [3], "responses": ["a"], "completions": []}
-    assert set(fields) == LISTS
+    assert set(fields) == LIST_FIELDS
     assert rows_of(write(tmp_path / "a.csv", [fields])) == [fields]
 
 
 @pytest.mark.parametrize("text", ["[sic] a film", "[1, 2]", "[", "[]", '["a"]', '{"role": "user"}', "3", "null"])
-def test_a_text_in_csv_that_is_no_conversation_stays_text(tmp_path, text):
+def test_other_json_in_csv_stays_text(tmp_path, text):
     row = {"prompt": text, "chosen": text, "rejected": "c"}
     assert rows_of(write(tmp_path / "a.csv", [row])) == [row]
 
 
 @pytest.mark.parametrize("gz", ["", ".gz"])
-def test_a_json_file_may_hold_json_lines(tmp_path, gz):
+def test_a_json_file_can_contain_json_lines(tmp_path, gz):
     content = content_of(texts(), f".jsonl{gz}")
     (tmp_path / f"a.json{gz}").write_bytes(content)
     assert rows_of(tmp_path / f"a.json{gz}") == texts()
@@ -177,26 +179,26 @@ def test_a_json_file_may_hold_json_lines(tmp_path, gz):
 
 
 @pytest.mark.parametrize("kind", [".jsonl", ".json", ".csv"])
-def test_a_byte_order_mark_is_no_text(tmp_path, kind):
+def test_a_byte_order_mark_is_skipped(tmp_path, kind):
     (tmp_path / f"a{kind}").write_bytes(b"\xef\xbb\xbf" + content_of(texts(), kind))
     assert rows_of(tmp_path / f"a{kind}") == texts()
 
 
 @pytest.mark.parametrize("kind", [".jsonl", ".json", ".csv"])
-def test_line_ends_may_be_those_of_windows(tmp_path, kind):
+def test_windows_line_ends_are_accepted(tmp_path, kind):
     rows = [{"prompt": "a", "chosen": "b", "rejected": "c"}] * 2
     content = content_of(rows, kind).replace(b"\r\n", b"\n").replace(b"\n", b"\r\n")
     (tmp_path / f"a{kind}").write_bytes(content)
     assert rows_of(tmp_path / f"a{kind}") == rows
 
 
-def test_a_last_line_needs_no_line_end(tmp_path):
+def test_the_last_line_needs_no_line_end(tmp_path):
     for kind in (".jsonl", ".csv"):
         (tmp_path / f"a{kind}").write_bytes(content_of(texts(), kind).rstrip())
         assert rows_of(tmp_path / f"a{kind}") == texts()
 
 
-def test_lines_are_those_of_an_editor_and_blank_ones_are_no_rows(tmp_path):
+def test_blank_lines_are_counted_but_give_no_rows(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'\n{"a": 1}\n \t\r\n\n{"a": 2}\n{broken\n\n{"a": 3}')
     assert lines_of(path) == [2, 5, 6, 8]
@@ -204,7 +206,7 @@ def test_lines_are_those_of_an_editor_and_blank_ones_are_no_rows(tmp_path):
     assert {raw.file for raw in read(path)} == {str(path)}
 
 
-def test_a_csv_record_of_several_lines_stands_at_its_last(tmp_path):
+def test_a_multiline_csv_record_has_the_number_of_its_last_line(tmp_path):
     path = tmp_path / "a.csv"
     path.write_bytes(b'prompt,chosen\n"a\nb\n\nc",d\n\ne,"f ""g""\r\nh"\ni,j\n')
     assert rows_of(path) == [
@@ -216,12 +218,12 @@ def test_a_csv_record_of_several_lines_stands_at_its_last(tmp_path):
 
 
 @pytest.mark.parametrize("kind", [".parquet", ".parquet.gz", ".json"])
-def test_rows_of_tables_and_arrays_are_numbered_from_1(tmp_path, kind):
+def test_rows_of_parquet_and_json_arrays_are_numbered_from_1(tmp_path, kind):
     write(tmp_path / f"a{kind}", texts(2500))
     assert lines_of(tmp_path / f"a{kind}") == list(range(1, 2501))
 
 
-def test_files_of_a_folder_are_read_in_the_order_of_their_names(tmp_path):
+def test_files_of_a_folder_are_read_in_the_order_of_names(tmp_path):
     for number, name in enumerate(("b.jsonl", "a.json.gz", "c/d/e.csv", "c/a.parquet")):
         write(tmp_path / "own" / name, texts(2, 10 * number))
     (tmp_path / "own/readme.md").write_text("no data")
@@ -232,7 +234,7 @@ def test_files_of_a_folder_are_read_in_the_order_of_their_names(tmp_path):
     assert not any("split" in raw.row for raw in raws)
 
 
-def test_several_sources_are_read_one_after_the_other(own):
+def test_several_sources_are_read_in_order(own):
     names = [write(own / "b.jsonl", texts(2)), write(own / "folder/a.csv", texts(2, 2))]
     rows = read_source(data_params(source=(names[0], str(own / "folder"))), 1)
     assert [raw.row for raw in rows] == texts(4)
@@ -248,7 +250,7 @@ def test_several_sources_are_read_one_after_the_other(own):
         ("sub/Train.jsonl", "sub/Eval 2.jsonl"),
     ],
 )
-def test_files_named_for_splits_give_their_rows_these_splits(tmp_path, train, held_out):
+def test_files_named_after_splits_set_the_split(tmp_path, train, held_out):
     write(tmp_path / "own" / train, texts(2))
     write(tmp_path / "own" / held_out, texts(3, 2))
     assert sorted(row["split"] for row in rows_of(tmp_path / "own")) == ["eval"] * 3 + ["train"] * 2
@@ -256,20 +258,20 @@ def test_files_named_for_splits_give_their_rows_these_splits(tmp_path, train, he
 
 
 @pytest.mark.parametrize("names", [["train.jsonl"], ["train-1.jsonl", "train-2.jsonl"], ["attest.csv", "a.csv"]])
-def test_files_not_named_for_a_held_out_split_give_none(tmp_path, names):
+def test_folders_without_an_eval_file_set_no_split(tmp_path, names):
     for name in names:
         write(tmp_path / "own" / name, texts(2))
     assert not any("split" in row for row in rows_of(tmp_path / "own"))
 
 
-def test_a_split_column_goes_before_the_name_of_a_file(tmp_path):
+def test_a_split_column_has_priority_over_the_file_name(tmp_path):
     rows = [{**row, "split": split} for row, split in zip(texts(3), ("train", None, ""), strict=True)]
     write(tmp_path / "own/test.jsonl", rows)
     write(tmp_path / "own/train.jsonl", texts(1, 3))
     assert [row["split"] for row in rows_of(tmp_path / "own")] == ["train", "eval", "eval", "train"]
 
 
-def test_files_named_for_splits_are_one_source_unless_a_row_names_its_own(tmp_path):
+def test_files_named_after_splits_share_the_folder_as_source(tmp_path):
     write(tmp_path / "own/test.jsonl", texts(1))
     write(tmp_path / "own/train.jsonl", [*texts(1, 1), {**texts(1, 2)[0], "source": "lab"}])
     assert [row["source"] for row in rows_of(tmp_path / "own")] == ["own", "own", "lab"]
@@ -291,22 +293,22 @@ def test_a_saved_data_set_keeps_its_splits(tmp_path, held_out):
     assert [raw.line for raw in raws] == [1, 2, 3, 1, 2]
 
 
-def test_a_saved_data_set_without_splits_has_none(tmp_path):
+def test_a_saved_data_set_without_splits_sets_no_split(tmp_path):
     Dataset.from_list(FORMS["implicit prompt"]).save_to_disk(str(tmp_path / "saved"))
     assert rows_of(tmp_path / "saved") == FORMS["implicit prompt"]
     DatasetDict({"train": Dataset.from_list(texts(2))}).save_to_disk(str(tmp_path / "single"))
     assert rows_of(tmp_path / "single") == texts(2)
 
 
-def arrow_cut(folder):
+def truncate_arrow(folder):
     (file,) = folder.glob("*.arrow")
     file.write_bytes(file.read_bytes()[:300])
 
 
 @pytest.mark.parametrize(
-    "harm",
+    "damage",
     [
-        arrow_cut,
+        truncate_arrow,
         lambda folder: next(folder.glob("*.arrow")).unlink(),
         lambda folder: (folder / "dataset_info.json").unlink(),
         lambda folder: (folder / "dataset_info.json").write_text('{"features": {"a": 3}}'),
@@ -315,29 +317,29 @@ def arrow_cut(folder):
         lambda folder: (folder / "state.json").write_text("{"),
     ],
 )
-def test_a_saved_data_set_that_is_not_whole_is_refused(tmp_path, harm):
+def test_an_incomplete_saved_data_set_is_rejected(tmp_path, damage):
     Dataset.from_list(texts()).save_to_disk(str(tmp_path / "saved"))
-    harm(tmp_path / "saved")
-    with pytest.raises(InputError, match="saved: not a whole saved data set"):
+    damage(tmp_path / "saved")
+    with pytest.raises(InputError, match="saved: not a complete saved data set"):
         read(tmp_path / "saved")
 
 
 def test_a_hub_data_set_is_loaded_at_its_revision_with_its_splits(own, monkeypatch):
-    asked = []
+    calls = []
 
     def load_dataset(name, revision):
-        asked.append((name, revision))
+        calls.append((name, revision))
         return DatasetDict({"train": Dataset.from_list(texts(6)), "test": Dataset.from_list(texts(3, 6))})
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     raws = list(read_source(data_params(source="someone/pairs", revision="abc"), 1))
-    assert asked == [("someone/pairs", "abc")]
+    assert calls == [("someone/pairs", "abc")]
     assert [raw.row["split"] for raw in raws] == ["train"] * 6 + ["eval"] * 3
     assert [raw.row["prompt"] for raw in raws] == [row["prompt"] for row in texts(9)]
     assert (raws[6].file, raws[6].line) == ("someone/pairs:test", 1)
 
 
-def test_a_hub_data_set_with_training_data_only_has_no_split(own, monkeypatch):
+def test_a_hub_data_set_without_eval_data_sets_no_split(own, monkeypatch):
     loaded = DatasetDict({"train_prefs": Dataset.from_list(texts(2)), "train_sft": Dataset.from_list(texts(2, 2))})
     monkeypatch.setattr(datasets, "load_dataset", lambda name, revision: loaded)
     rows = [raw.row for raw in read_source(data_params(source="someone/pairs", revision="abc"), 1)]
@@ -347,7 +349,7 @@ def test_a_hub_data_set_with_training_data_only_has_no_split(own, monkeypatch):
 @pytest.mark.parametrize(
     "error", [datasets.exceptions.DatasetNotFoundError("gone"), OSError("gone"), ValueError("gone")]
 )
-def test_a_hub_data_set_that_cannot_be_loaded_is_named(own, monkeypatch, error):
+def test_a_hub_data_set_that_cannot_be_loaded_raises_input_error(own, monkeypatch, error):
     def load_dataset(name, revision):
         raise error
 
@@ -356,26 +358,75 @@ def test_a_hub_data_set_that_cannot_be_loaded_is_named(own, monkeypatch, error):
         read_source(data_params(source="a/b", revision="main"), 1)
 
 
+class HttpError(OSError):
+    """An error with the response of a server, as huggingface_hub raises it."""
+
+    def __init__(self, status):
+        super().__init__("gone")
+        self.response = SimpleNamespace(status_code=status)
+
+
+TransportError = type("TransportError", (Exception,), {})
+
+
+def caused_by(error, cause):
+    error.__cause__ = cause
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (ConnectionError("gone"), TransientError),
+        (TimeoutError("gone"), TransientError),
+        (TransportError("gone"), TransientError),
+        (HttpError(429), TransientError),
+        (HttpError(503), TransientError),
+        (caused_by(ValueError("gone"), HttpError(500)), TransientError),
+        (caused_by(ValueError("gone"), ConnectionError("reset")), TransientError),
+        (HttpError(404), InputError),
+        (caused_by(datasets.exceptions.DatasetNotFoundError("gone"), HttpError(401)), InputError),
+    ],
+)
+def test_connection_errors_of_the_hub_are_transient(own, monkeypatch, error, kind):
+    def load_dataset(name, revision):
+        raise error
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(kind, match="cannot load 'a/b' at 'main': gone"):
+        read_source(data_params(source="a/b", revision="main"), 1)
+
+
+def test_a_connection_error_in_offline_mode_is_not_transient(own, monkeypatch):
+    def load_dataset(name, revision):
+        raise ConnectionError("offline mode is enabled")
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(InputError, match="cannot load 'a/b' at 'main': offline mode is enabled"):
+        read_source(data_params(source="a/b", revision="main"), 1)
+
+
 @pytest.mark.parametrize(
     ("params", "words"),
     [
         ({"source": "data/own/missing.csv"}, ["data/own/missing.csv: no such file or folder"]),
-        ({"source": "../pairs.csv"}, ["../pairs.csv is outside data/own/", "copy it there"]),
-        ({"source": "data/own/../../secret.csv"}, ["is outside data/own/", "name it as data/own/secret.csv"]),
+        ({"source": "../pairs.csv"}, ["../pairs.csv is outside data/own/", "copy it to data/own/pairs.csv"]),
+        ({"source": "data/own/../../secret.csv"}, ["is outside data/own/", "copy it to data/own/secret.csv"]),
         ({"source": "/tmp/pairs.jsonl"}, ["/tmp/pairs.jsonl is outside data/own/"]),
         ({"source": "data"}, ["data is outside data/own/"]),
         ({"source": ("data/own/a.csv", "secret.csv")}, ["secret.csv is outside data/own/"]),
-        ({"source": "someone/pairs"}, ["'someone/pairs' is neither `default` nor a file", "data.revision"]),
-        ({"source": ("someone/pairs",)}, ["'someone/pairs' is neither", "data.revision"]),
-        ({"source": ("a/b", "data/own/a.csv")}, ["a list may hold files and folders only"]),
-        ({"source": ("default", "data/own/a.csv")}, ["a list may hold files and folders only"]),
+        ({"source": "someone/pairs"}, ["'someone/pairs' is not `default`, a file or a folder", "data.revision"]),
+        ({"source": ("someone/pairs",)}, ["'someone/pairs' is not `default`", "data.revision"]),
+        ({"source": ("a/b", "data/own/a.csv")}, ["a list may contain files and folders only"]),
+        ({"source": ("default", "data/own/a.csv")}, ["a list may contain files and folders only"]),
         ({"source": "default", "revision": "main"}, ["data.revision has no effect"]),
         ({"source": ("default",), "revision": "main"}, ["data.revision has no effect"]),
         ({"source": "data/own/a.csv", "revision": "main"}, ["data.revision has no effect"]),
         ({"source": ("data/own/a.csv", "a/b"), "revision": "main"}, ["data.revision has no effect"]),
     ],
 )
-def test_a_source_out_of_place_is_refused_with_the_mend(own, params, words):
+def test_an_invalid_source_is_rejected_with_the_fix(own, params, words):
     write(own / "a.csv", texts())
     write(own.parent.parent / "secret.csv", texts())
     with pytest.raises(InputError) as error:
@@ -383,10 +434,10 @@ def test_a_source_out_of_place_is_refused_with_the_mend(own, params, words):
     assert all(word in str(error.value) for word in words), error.value
 
 
-def test_own_data_may_lie_behind_a_link(own, tmp_path):
-    write(tmp_path / "elsewhere/a.jsonl", texts())
+def test_the_data_folder_can_be_a_symbolic_link(own, tmp_path):
+    write(tmp_path / "other/a.jsonl", texts())
     shutil.rmtree(own)
-    own.symlink_to(tmp_path / "elsewhere")
+    own.symlink_to(tmp_path / "other")
     for name in ("data/own/a.jsonl", "data/own", str(own / "a.jsonl")):
         assert [raw.row for raw in read_source(data_params(source=name), 1)] == texts()
 
@@ -394,7 +445,7 @@ def test_own_data_may_lie_behind_a_link(own, tmp_path):
 @pytest.mark.parametrize(
     ("line", "rule", "reason"),
     [
-        (b'{"prompt": "caf\xe9"}', "invalid_utf8", "byte 0xe9 at column 16 is no UTF-8"),
+        (b'{"prompt": "caf\xe9"}', "invalid_utf8", "byte 0xe9 at column 16 is not UTF-8"),
         (b"\xff\xff", "invalid_utf8", "byte 0xff at column 1"),
         (b'{"prompt":', "unreadable_row", "not JSON: Expecting value"),
         (b'{"a": 1} {"a": 2}', "unreadable_row", "not JSON: Extra data"),
@@ -408,37 +459,37 @@ def test_own_data_may_lie_behind_a_link(own, tmp_path):
         (b"NaN", "unreadable_row", "a JSON float, not an object"),
     ],
 )
-def test_an_unreadable_line_is_a_fault_of_its_own_and_keeps_its_text(tmp_path, line, rule, reason):
+def test_an_unreadable_line_breaks_a_rule_and_keeps_its_text(tmp_path, line, rule, reason):
     good = content_of(texts(1), ".jsonl")
     (tmp_path / "a.jsonl").write_bytes(good + line + b"\n" + good)
     before, raw, after = read(tmp_path / "a.jsonl")
     assert before.row == after.row == texts(1)[0]
     assert (raw.line, raw.row) == (2, None)
-    assert raw.fault[0] == rule
-    assert reason in raw.fault[1]
+    assert raw.violation[0] == rule
+    assert reason in raw.violation[1]
     assert raw.original == line.decode(errors="backslashreplace")
 
 
-def test_lines_that_only_python_takes_for_json_are_rows(tmp_path):
+def test_json_extensions_of_python_are_accepted(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(b'{"a": NaN}\n{"a": 1e999}\n{"a": "\\ud83d"}\n')
     assert str(rows_of(tmp_path / "a.jsonl")) == "[{'a': nan}, {'a': inf}, {'a': '\\ud83d'}]"
 
 
 @pytest.mark.parametrize("kind", [".json", ".csv"])
-def test_bytes_that_are_no_utf8_are_a_fault_of_their_row_in_other_files_too(tmp_path, kind):
+def test_invalid_utf8_in_json_and_csv_breaks_a_rule_for_that_row_only(tmp_path, kind):
     content = content_of(texts(), kind).replace(b"Film 1?", b"Film \xe9?")
     (tmp_path / f"a{kind}").write_bytes(content)
     before, raw, after = read(tmp_path / f"a{kind}")
     assert [before.row, after.row] == texts()[::2]
-    assert raw.fault is None
-    with pytest.raises(RowFault, match="byte 0xe9 is no UTF-8") as fault:
+    assert raw.violation is None
+    with pytest.raises(RowError, match="byte 0xe9 is not UTF-8") as error:
         to_pairs(raw.row, "pairs", "best_worst")
-    assert fault.value.rule == "invalid_utf8"
+    assert error.value.rule == "invalid_utf8"
     assert json.loads(raw.original)["prompt"] == "Film \udce9?"
     raw.original.encode()
 
 
-def test_a_parquet_row_that_python_cannot_hold_is_a_fault_of_its_own(tmp_path):
+def test_a_parquet_row_that_python_cannot_represent_breaks_a_rule(tmp_path):
     offsets = pa.py_buffer(struct.pack("<4i", 0, 1, 2, 3))
     prompt = pa.Array.from_buffers(pa.string(), 3, [None, offsets, pa.py_buffer(b"a\xffc")])
     pq.write_table(pa.table({"prompt": prompt}), tmp_path / "text.parquet")
@@ -447,7 +498,7 @@ def test_a_parquet_row_that_python_cannot_hold_is_a_fault_of_its_own(tmp_path):
     for name, rule in (("text", "invalid_utf8"), ("time", "unreadable_row")):
         raws = read(tmp_path / f"{name}.parquet")
         assert [raw.line for raw in raws] == [1, 2, 3]
-        assert [raw.fault and raw.fault[0] for raw in raws] == [None, rule, None]
+        assert [raw.violation and raw.violation[0] for raw in raws] == [None, rule, None]
     assert [raw.original for raw in read(tmp_path / "text.parquet")] == [
         '{"prompt":"a"}',
         "\\xff",
@@ -455,24 +506,24 @@ def test_a_parquet_row_that_python_cannot_hold_is_a_fault_of_its_own(tmp_path):
     ]
 
 
-def test_array_items_that_are_no_objects_are_faults_of_their_own(tmp_path):
+def test_array_items_that_are_not_objects_break_a_rule(tmp_path):
     (tmp_path / "a.json").write_text('[{"a": 1}, 3, ["b"], null, {"a": 2}]')
     raws = read(tmp_path / "a.json")
-    assert [raw.fault for raw in raws] == [
+    assert [raw.violation for raw in raws] == [
         None,
-        ("unreadable_row", "int, no object"),
-        ("unreadable_row", "list, no object"),
-        ("unreadable_row", "NoneType, no object"),
+        ("unreadable_row", "int, not an object"),
+        ("unreadable_row", "list, not an object"),
+        ("unreadable_row", "NoneType, not an object"),
         None,
     ]
     assert [raw.original for raw in raws] == ['{"a":1}', "3", '["b"]', "null", '{"a":2}']
 
 
-def test_csv_records_of_another_length_are_faults_of_their_own_and_keep_all_fields(tmp_path):
+def test_csv_records_of_the_wrong_length_break_a_rule_and_keep_all_fields(tmp_path):
     (tmp_path / "a.csv").write_text("prompt,chosen,rejected\na,b,c\na,b\na,b,c,d\n\n ,b,c\n")
     raws = read(tmp_path / "a.csv")
     assert [raw.line for raw in raws] == [2, 3, 4, 6]
-    assert [raw.fault and raw.fault[1] for raw in raws] == [
+    assert [raw.violation and raw.violation[1] for raw in raws] == [
         None,
         "2 fields, the header has 3",
         "4 fields, the header has 3",
@@ -482,7 +533,7 @@ def test_csv_records_of_another_length_are_faults_of_their_own_and_keep_all_fiel
 
 
 @pytest.mark.parametrize("levels", [*range(200, 960, 200), *range(900, 1000, 3), 3000])
-def test_json_of_any_depth_is_rows_or_refused(tmp_path, levels):
+def test_json_of_any_depth_is_read_or_rejected(tmp_path, levels):
     (tmp_path / "a.json").write_text(f'[{{"prompt": {"[" * levels}{"]" * levels}}}]')
     try:
         (raw,) = read(tmp_path / "a.json")
@@ -492,48 +543,51 @@ def test_json_of_any_depth_is_rows_or_refused(tmp_path, levels):
         raw.original.encode()
 
 
-def test_the_name_of_a_file_may_be_no_utf8(tmp_path):
+def test_a_file_name_that_is_not_utf8_is_escaped(tmp_path):
     name = str(tmp_path / os.fsdecode(b"caf\xe9.jsonl"))
     Path(name).write_bytes(content_of(texts(1), ".jsonl"))
     (raw,) = read(name)
     assert raw.file == str(tmp_path / "caf\\udce9.jsonl")
 
 
-def cut(kind, keep):
+def truncated(kind, keep):
     content = content_of(texts(400), kind)
     return content[: int(keep * len(content))]
 
 
-def harmed(kind, place):
+def corrupted(kind, position):
     content = bytearray(content_of(texts(), kind))
-    content[place] ^= 0xFF
+    content[position] ^= 0xFF
     return bytes(content)
 
 
 UNREADABLE = {
-    "corrupt.jsonl.gz": (b"these bytes are no gzip", "not a whole, readable .jsonl file in gzip"),
-    "header.csv.gz": (b"\x1f\x8b\x08\x00garbage and more of it", "not a whole, readable .csv file in gzip"),
-    "cut.jsonl.gz": (cut(".jsonl.gz", 0.6), "not a whole, readable .jsonl file in gzip"),
-    "cut.json.gz": (cut(".json.gz", 0.6), "not a whole, readable .json file in gzip"),
-    "cut.csv.gz": (cut(".csv.gz", 0.6), "not a whole, readable .csv file in gzip"),
-    "cut.parquet.gz": (cut(".parquet.gz", 0.6), "not a whole, readable .parquet file in gzip"),
-    "cut.parquet": (cut(".parquet", 0.6), "not a whole, readable .parquet file"),
-    "head.parquet": (b"PAR1 but not really", "not a whole, readable .parquet file"),
-    "garbage.parquet": (b"\0" * 100, "not a whole, readable .parquet file"),
-    "thrift.parquet": (harmed(".parquet", -8), "not a whole, readable .parquet file"),
-    "field.parquet": (content_of(texts(), ".parquet").replace(b"chosen", b"cho\xffen"), "not a whole, readable"),
-    "empty.parquet": (b"", "not a whole, readable .parquet file"),
-    "cut.json": (cut(".json", 0.6), "not a whole JSON file"),
-    "empty.json": (b"", "not a whole JSON file"),
-    "deep.json": (b"[" * 100_000, "not a whole JSON file"),
-    "text.json": (b'"text"', "a JSON str; it must be an array of objects"),
-    "number.json": (b"3", "a JSON int; it must be an array of objects"),
-    "semicolons.csv": (b"prompt;chosen;rejected\na;b;c\n", "its delimiter seems to be ';'; save it with commas"),
-    "tabs.csv": (b"prompt\tchosen\trejected\na\tb, c\td\n", "its delimiter seems to be '\\t'"),
-    "bars.csv": (b"prompt|chosen|rejected\na|b|c\n", "its delimiter seems to be '|'"),
-    "one.csv": (b"prompt\na\n", "it has no commas"),
-    "empty.csv": (b"", "it has no commas"),
-    "twice.csv": (b"prompt,chosen,chosen\na,b,c\n", "the column name 'chosen' stands twice in the header"),
+    "corrupt.jsonl.gz": (b"these bytes are not gzip", "not a complete, readable .jsonl file in gzip"),
+    "header.csv.gz": (b"\x1f\x8b\x08\x00garbage and more of it", "not a complete, readable .csv file in gzip"),
+    "cut.jsonl.gz": (truncated(".jsonl.gz", 0.6), "not a complete, readable .jsonl file in gzip"),
+    "cut.json.gz": (truncated(".json.gz", 0.6), "not a complete, readable .json file in gzip"),
+    "cut.csv.gz": (truncated(".csv.gz", 0.6), "not a complete, readable .csv file in gzip"),
+    "cut.parquet.gz": (truncated(".parquet.gz", 0.6), "not a complete, readable .parquet file in gzip"),
+    "cut.parquet": (truncated(".parquet", 0.6), "not a complete, readable .parquet file"),
+    "head.parquet": (b"PAR1 but not really", "not a complete, readable .parquet file"),
+    "garbage.parquet": (b"\0" * 100, "not a complete, readable .parquet file"),
+    "thrift.parquet": (corrupted(".parquet", -8), "not a complete, readable .parquet file"),
+    "field.parquet": (
+        content_of(texts(), ".parquet").replace(b"chosen", b"cho\xffen"),
+        "not a complete, readable",
+    ),
+    "empty.parquet": (b"", "not a complete, readable .parquet file"),
+    "cut.json": (truncated(".json", 0.6), "not a complete JSON file"),
+    "empty.json": (b"", "not a complete JSON file"),
+    "deep.json": (b"[" * 100_000, "not a complete JSON file"),
+    "text.json": (b'"text"', "a JSON str; save an array of objects"),
+    "number.json": (b"3", "a JSON int; save an array of objects"),
+    "semicolons.csv": (b"prompt;chosen;rejected\na;b;c\n", "the delimiter seems to be ';'; use commas"),
+    "tabs.csv": (b"prompt\tchosen\trejected\na\tb, c\td\n", "the delimiter seems to be '\\t'"),
+    "bars.csv": (b"prompt|chosen|rejected\na|b|c\n", "the delimiter seems to be '|'"),
+    "one.csv": (b"prompt\na\n", "the header has no commas"),
+    "empty.csv": (b"", "the header has no commas"),
+    "twice.csv": (b"prompt,chosen,chosen\na,b,c\n", "the header has column 'chosen' twice"),
     "open.csv": (b'prompt,chosen\na,b\nc,"d\ne,f\n', "line 4: not CSV: unexpected end of data"),
     "quotes.csv": (b'prompt,chosen\na,"b \\"c\\" d"\n', "line 2: not CSV: ',' expected after '\"'"),
     "utf16.jsonl": ('{"a": 1}\n'.encode("utf-16"), "the file is UTF-16; save it as UTF-8"),
@@ -541,14 +595,14 @@ UNREADABLE = {
     "utf16.csv": ("prompt,chosen\na,b\n".encode("utf-16"), "the file is UTF-16; save it as UTF-8"),
     "utf16.csv.gz": (gzip.compress("a,b\n".encode("utf-16")), "the file is UTF-16; save it as UTF-8"),
     "be.csv": (b"\xfe\xff" + "prompt,chosen\n".encode("utf-16-be"), "the file is UTF-16; save it as UTF-8"),
-    "pairs.txt": (b"a", "unknown kind of file; accepted are .jsonl, .json, .csv, .parquet"),
-    "pairs.tar.gz": (b"a", "unknown kind of file"),
-    "pairs": (b"a", "unknown kind of file"),
+    "pairs.txt": (b"a", "unknown file type; use .jsonl, .json, .csv, .parquet"),
+    "pairs.tar.gz": (b"a", "unknown file type"),
+    "pairs": (b"a", "unknown file type"),
 }
 
 
 @pytest.mark.parametrize("name", UNREADABLE)
-def test_an_unreadable_file_is_named_in_one_line_with_what_is_wrong(tmp_path, name):
+def test_an_unreadable_file_gives_one_line_with_name_and_reason(tmp_path, name):
     content, words = UNREADABLE[name]
     (tmp_path / name).write_bytes(content)
     with pytest.raises(InputError) as error:
@@ -558,17 +612,17 @@ def test_an_unreadable_file_is_named_in_one_line_with_what_is_wrong(tmp_path, na
     assert "\n" not in str(error.value)
 
 
-def test_missing_files_and_folders_without_data_are_named(tmp_path):
+def test_missing_files_and_folders_without_data_are_rejected(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty/readme.md").write_text("no data")
     with pytest.raises(InputError, match=r"missing\.jsonl: no such file or folder"):
         read(tmp_path / "missing.jsonl")
-    with pytest.raises(InputError, match=r"empty: a folder without data; it needs files that end in \.jsonl"):
+    with pytest.raises(InputError, match=r"empty: the folder contains no data; add files that end in \.jsonl"):
         read(tmp_path / "empty")
 
 
-def test_rows_before_the_fault_of_a_file_are_read(tmp_path):
-    (tmp_path / "a.jsonl.gz").write_bytes(cut(".jsonl.gz", 0.6))
+def test_rows_before_damage_in_a_file_are_read(tmp_path):
+    (tmp_path / "a.jsonl.gz").write_bytes(truncated(".jsonl.gz", 0.6))
     rows = read_files([str(tmp_path / "a.jsonl.gz")])
     assert next(rows).row == texts(1)[0]
 
@@ -582,8 +636,8 @@ def test_rows_before_the_fault_of_a_file_are_read(tmp_path):
         ("a.csv.gz", "a line is longer than"),
     ],
 )
-def test_a_line_longer_than_any_row_is_refused(tmp_path, monkeypatch, name, words):
-    monkeypatch.setattr(readers, "LONGEST_LINE", 100)
+def test_a_line_above_the_size_limit_is_rejected(tmp_path, monkeypatch, name, words):
+    monkeypatch.setattr(readers, "MAX_LINE_BYTES", 100)
     kind = "".join(Path(name).suffixes)
     row = {"prompt": "a", "chosen": "b", "rejected": "c"}
     write(tmp_path / name, [row | {"prompt": "x" * 50}])
@@ -595,15 +649,15 @@ def test_a_line_longer_than_any_row_is_refused(tmp_path, monkeypatch, name, word
         read(tmp_path / name)
 
 
-def test_a_csv_cell_longer_than_any_row_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(readers, "LONGEST_LINE", 100)
+def test_a_csv_cell_above_the_size_limit_is_rejected(tmp_path, monkeypatch):
+    monkeypatch.setattr(readers, "MAX_LINE_BYTES", 100)
     write(tmp_path / "a.csv", [{"prompt": "x\n" * 60, "chosen": "b"}])
     with pytest.raises(InputError, match="not CSV: field larger than field limit"):
         read(tmp_path / "a.csv")
 
 
 @pytest.mark.parametrize(("name", "words"), [("a.jsonl", "line 1 is longer"), ("a.csv", "a line is longer")])
-def test_a_file_of_200_mb_in_one_line_is_refused(tmp_path, name, words):
+def test_a_file_of_200_mb_in_one_line_is_rejected(tmp_path, name, words):
     with (tmp_path / name).open("wb") as file:
         for _ in range(200):
             file.write(b"a," * 2**19)
@@ -612,8 +666,8 @@ def test_a_file_of_200_mb_in_one_line_is_refused(tmp_path, name, words):
     (tmp_path / name).unlink()
 
 
-def test_a_json_array_larger_than_memory_should_hold_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(readers, "LARGEST_WHOLE", 1000)
+def test_a_json_array_above_the_size_limit_is_rejected(tmp_path, monkeypatch):
+    monkeypatch.setattr(readers, "MAX_LOADED_BYTES", 1000)
     for kind in (".json", ".json.gz"):
         name = write(tmp_path / f"a{kind}", texts(100))
         with pytest.raises(InputError, match="a JSON array of more than 0 MiB; save it as JSONL"):
@@ -622,15 +676,15 @@ def test_a_json_array_larger_than_memory_should_hold_is_refused(tmp_path, monkey
     assert len(rows_of(tmp_path / "lines.json")) == 100
 
 
-def test_parquet_that_unpacks_to_more_than_memory_should_hold_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(readers, "LARGEST_WHOLE", 1000)
+def test_compressed_parquet_above_the_size_limit_is_rejected(tmp_path, monkeypatch):
+    monkeypatch.setattr(readers, "MAX_LOADED_BYTES", 1000)
     name = write(tmp_path / "a.parquet.gz", texts(100))
     with pytest.raises(InputError, match="Parquet in gzip of more than 0 MiB; unpack it"):
         read(name)
 
 
 @pytest.mark.parametrize("name", ["cut.parquet", "semicolons.csv", "cut.jsonl.gz", "empty", "rows.jsonl"])
-def test_a_check_of_a_bad_file_ends_with_its_name_and_leaves_no_table(own, name):
+def test_check_files_writes_only_the_error_of_an_unreadable_file(own, name):
     if name == "empty":
         Path(name).mkdir()
     else:
@@ -639,7 +693,9 @@ def test_a_check_of_a_bad_file_ends_with_its_name_and_leaves_no_table(own, name)
         check_files(load_params(ROOT / "params.yaml"), [name], None, Path("checked"))
     assert str(error.value).startswith(f"{name}: ")
     assert "\n" not in str(error.value)
-    assert list(Path("checked").iterdir()) == []
+    assert list(Path("checked").iterdir()) == [Path("checked/metrics.json")]
+    written = json.loads(Path("checked/metrics.json").read_text())
+    assert written == {"errors": [{"code": "unreadable", "message": str(error.value)}]}
 
 
 @pytest.mark.parametrize("name", ["corrupt.jsonl.gz", "missing.jsonl"])

@@ -1,179 +1,52 @@
-"""The rules of single rows: each has a row that breaks it and a row that keeps it."""
+"""The table of rules and the setting `validate.rules`."""
 
-import dataclasses
+from pathlib import Path
 
 import pytest
 
 from dpo.common.errors import InputError
-from dpo.data.rules import (
-    DATA_RULES,
-    ROW_RULES,
-    RULES,
-    TABLE_RULES,
-    check_lengths,
-    check_texts,
-    special_tokens,
-    token_lengths,
-)
-from dpo.data.settings import RuleSettings
-from dpo.engine.tokenization import encode_pairs
-from tests.support.models import bare_tokenizer, bos_tokenizer, chat_tokenizer
+from dpo.config import load_params
+from dpo.data.rules import DATA_RULES, ROW_RULES, RULES, TABLE_RULES
+from dpo.data.settings import ValidateSettings
 
-END = "<|im_end|>"
-UNCHECKED_HERE = {  # found while a row is read or made a pair
-    "unreadable_row",
-    "invalid_utf8",
-    "lone_surrogate",
-    "wrong_type",
-    "missing_text",
-    "broken_roles",
-    "no_preference",
-    "unknown_split",
-}
-NOTHING = special_tokens(None)
+PARAMS = (Path(__file__).parents[3] / "params.yaml").read_text()
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    return chat_tokenizer()
+def load(folder, rules):
+    path = folder / "params.yaml"
+    path.write_text(PARAMS.replace("validate:\n", f"validate:\n  rules: {rules}\n"))
+    return load_params(path).validate
 
 
-def pair(**changes):
-    return {"id": "p7", "prompt": "Say something.", "chosen": " A joy.", "rejected": " A bore.", **changes}
-
-
-def broken(special=NOTHING, end=None, **changes):
-    return [rule for rule, _ in check_texts(pair(**changes), special, end)]
-
-
-BREAKING = {
-    "empty_completion": [{"chosen": ""}, {"rejected": " \t\n"}, {"chosen": "\u3000\xa0"}],
-    "identical_completions": [
-        {"chosen": "A joy.", "rejected": "A joy."},
-        {"chosen": "A  JOY.\n", "rejected": " a joy."},
-        {"chosen": "ﬁlm Ⅳ", "rejected": "film IV"},
-        {"chosen": "Straße", "rejected": "STRASSE"},
-        {"chosen": "cafe\u0301", "rejected": "caf\u00e9"},
-    ],
-    "control_characters": [
-        *({"prompt": f"Say{c}something"} for c in "\x00\x07\x0b\x0c\x1b\x7f\x85\x9f\ufeff\uffff"),
-        *({"chosen": f"{c}A joy."} for c in "\u202a\u202e\u2066\u2069"),
-        {"rejected": "A bore.\ufeff"},
-    ],
-    "mojibake": [
-        {"prompt": "cafÃ©"},
-        {"chosen": "It’s a joy".encode().decode("cp1252")},
-        {"rejected": "日本語".encode().decode("latin-1").replace("\x9c", "œ").replace("\x97", "—")},
-    ],
-    "special_tokens": [
-        {"prompt": f"Say something.{END}"},
-        {"chosen": f"A{END} joy."},
-        {"chosen": f"{END}A joy."},
-        {"rejected": "<|im_start|>user\nA bore."},
-        {"rejected": f"A bore.{END}<|im_start|>"},
-    ],
-}
-KEEPING = {
-    "empty_completion": [{"chosen": "."}, {"prompt": ""}, {"prompt": "  "}],
-    "identical_completions": [{"chosen": "A joy.", "rejected": "A joy"}, {"chosen": "é", "rejected": "e"}],
-    "control_characters": [
-        {"prompt": "a\tb\nc\r\nd"},
-        {"chosen": "\u200d👩\u200d👧 \u00ad \u2028 \u200f"},
-    ],
-    "mojibake": [
-        {"prompt": "café"},
-        {"chosen": "日本語"},
-        {"rejected": "🎬"},
-        {"prompt": "naïveté — “so”, 5 µm²"},
-    ],
-    "special_tokens": [
-        {"chosen": f"A joy.{END}"},
-        {"rejected": f"A bore. {END}{END} \n"},
-        {"prompt": "<|im_start >", "chosen": "im_end"},
-    ],
-}
-
-
-@pytest.mark.parametrize(("rule", "changes"), [(rule, row) for rule, rows in BREAKING.items() for row in rows])
-def test_a_row_that_breaks_a_rule_is_found(tokenizer, rule, changes):
-    found = check_texts(pair(**changes), special_tokens(tokenizer), tokenizer.eos_token)
-    assert rule in [name for name, _ in found]
-    reason = dict(found)[rule]
-    assert rule == "identical_completions" or f"field '{next(iter(changes))}'" in reason
-    assert reason.isprintable()
-
-
-@pytest.mark.parametrize(("rule", "changes"), [(rule, row) for rule, rows in KEEPING.items() for row in rows])
-def test_a_row_that_keeps_a_rule_breaks_none(tokenizer, rule, changes):
-    assert broken(special_tokens(tokenizer), tokenizer.eos_token, **changes) == []
-
-
-def test_every_rule_of_a_row_has_both_examples():
-    assert {*BREAKING, *UNCHECKED_HERE, "completion_too_long", "prompt_truncated"} == set(ROW_RULES)
-    assert set(BREAKING) == set(KEEPING)
-
-
-def test_the_rules_are_those_of_the_parameters_and_the_one_that_is_always_an_error():
-    assert set(RULES) == {field.name for field in dataclasses.fields(RuleSettings)} | {"completion_too_long"}
+def test_every_rule_has_a_meaning_a_fix_and_an_allowed_default():
     assert len(RULES) == len(ROW_RULES) + len(TABLE_RULES) + len(DATA_RULES)
-    assert all(rule.means and rule.mend for rule in RULES.values())
+    assert all(rule.meaning and rule.fix and rule.default in rule.allowed for rule in RULES.values())
+    assert RULES["completion_too_long"].allowed == ("error",)
+    assert {RULES[name].allowed for name in DATA_RULES} == {("error", "warn")}
 
 
-def test_a_row_may_break_several_rules_and_each_is_told_with_its_place():
-    found = check_texts(pair(prompt="ab\x00cafÃ©", chosen=" ", rejected=""), NOTHING, None)
-    assert [rule for rule, _ in found] == [
-        "empty_completion",
-        "empty_completion",
-        "control_characters",
-        "mojibake",
-    ]
-    assert found[2][1] == "field 'prompt', character 2: U+0000"
-    assert "'ab\\x00cafÃ©'" in found[3][1]
+def test_validate_rules_overrides_the_defaults(tmp_path):
+    assert ValidateSettings().actions == {name: rule.default for name, rule in RULES.items()}
+    settings = load(tmp_path, "{mojibake: warn, drift: error}")
+    assert settings.rules == {"mojibake": "warn", "drift": "error"}
+    assert settings.actions == ValidateSettings().actions | settings.rules
 
 
-def test_without_a_tokenizer_no_token_is_special():
-    assert broken(prompt=END, chosen="<s>", rejected="[PAD]") == []
-    assert broken(special_tokens(bare_tokenizer()), None, prompt=END) == []
-
-
-def test_of_special_tokens_the_longest_is_named():
-    tokenizer = bos_tokenizer()
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<s>x", "a.b"]})
-    special = special_tokens(tokenizer)
-    assert special.search("in <s>x")[0] == "<s>x"
-    assert special.search("</s>")
-    assert special.search("a.b")
-    assert not special.search("aXb")
-    assert broken(special, "</s>", chosen="A joy.</s>") == []
-
-
-def test_lengths_are_those_of_the_training_rows(tokenizer):
-    turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Film 3?"}]
-    pairs = [
-        pair(),
-        pair(chosen=f"A joy. 🎬{END}", rejected="日本語"),
-        pair(prompt=""),
-        pair(prompt="System: Be brief.\n\nUser: Film 3?\n\nAssistant:", turns=turns),
-    ]
-    lengths = token_lengths(tokenizer, pairs)
-    rows = encode_pairs(pairs, tokenizer, 1000)
-    assert lengths.tolist() == [[len(row.prompt), *map(len, row.completions)] for row in rows]
-    assert token_lengths(tokenizer, []).shape == (0, 3)
-
-
-@pytest.mark.parametrize("field", ["chosen", "rejected"])
-def test_lengths_break_rules_exactly_where_training_would_cut_or_refuse(tokenizer, field):
-    row = pair(**{field: " joy" * 12})
-    ((prompt, *completions),) = token_lengths(tokenizer, [row]).tolist()
-    longer = max(completions)
-    assert check_lengths([prompt, *completions], prompt + longer) == []
-    assert check_lengths([prompt, *completions], prompt + longer - 1) == [
-        ("prompt_truncated", f"the prompt loses 1 of {prompt} tokens, max_length is {prompt + longer - 1}")
-    ]
-    assert [rule for rule, _ in check_lengths([prompt, *completions], longer + 1)] == ["prompt_truncated"]
-    assert len(encode_pairs([row], tokenizer, longer + 1)[0].prompt) == 1
-    ((rule, reason),) = check_lengths([prompt, *completions], longer)
-    assert rule == "completion_too_long"
-    assert f"field '{field}' has {longer} tokens" in reason
-    with pytest.raises(InputError, match=f"field '{field}'"):
-        encode_pairs([row], tokenizer, longer)
+@pytest.mark.parametrize(
+    ("rules", "words"),
+    [
+        ("{mojibak: warn}", "validate.rules.mojibak: unknown key; remove it or correct its name"),
+        (
+            "{mojibake: ignore}",
+            "validate.rules.mojibake: input should be 'error', 'quarantine' or 'warn', got 'ignore'",
+        ),
+        ("{wrong_type: warn}", "validate.rules.wrong_type: input should be 'error' or 'quarantine', got 'warn'"),
+        ("{drift: quarantine}", "validate.rules.drift: input should be 'error' or 'warn', got 'quarantine'"),
+        ("{completion_too_long: warn}", "validate.rules.completion_too_long: input should be 'error', got 'warn'"),
+        ("warn", "validate.rules: input should be an object, got 'warn'"),
+    ],
+)
+def test_unknown_rules_and_actions_that_a_rule_does_not_allow_are_rejected(tmp_path, rules, words):
+    with pytest.raises(InputError) as error:
+        load(tmp_path, rules)
+    assert str(error.value) == f"{tmp_path / 'params.yaml'}: {words}"

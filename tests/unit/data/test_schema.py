@@ -1,4 +1,4 @@
-"""The contract of the canonical tables: what keeps it passes, every breach is named."""
+"""Schemas of the tables: valid tables pass, violations are named."""
 
 import os
 import subprocess
@@ -10,7 +10,7 @@ import pytest
 from pandera.config import ValidationDepth, config_context
 
 from dpo.common.errors import InputError
-from dpo.data.schema import PAIRS_SCHEMA, RAW_PAIRS_SCHEMA, Pairs, RawPairs, hold
+from dpo.data.schema import PAIRS_SCHEMA, RAW_PAIRS_SCHEMA, Pairs, RawPairs, validate_schema
 
 TURNS = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Film 3?"}]
 
@@ -28,38 +28,37 @@ def pair(**changes):
         "agreement": 0.75,
         "chosen_rating": 3.0,
         "rejected_rating": -1.0,
-        "timestamp": "2024-01-01",
     }
     return {**row, **changes}
 
 
-def candidate(**changes):
-    place = {"file": "a.jsonl", "line": 1, "original": "{}", "rule": None, "reason": None}
-    return pair(**{**place, **changes})
+def raw_pair(**changes):
+    origin = {"file": "a.jsonl", "line": 1, "original": "{}", "rule": None, "reason": None}
+    return pair(**{**origin, **changes})
 
 
-def fault(**changes):
-    return candidate(**{**dict.fromkeys(pair()), "rule": "wrong_type", "reason": "a number", **changes})
+def rejected_row(**changes):
+    return raw_pair(**{**dict.fromkeys(pair()), "rule": "wrong_type", "reason": "a number", **changes})
 
 
 def pairs_table(*rows):
     return pa.Table.from_pylist(list(rows), PAIRS_SCHEMA).to_pandas()
 
 
-def candidates_table(*rows):
+def raw_table(*rows):
     return pa.Table.from_pylist(list(rows), RAW_PAIRS_SCHEMA).to_pandas()
 
 
-def refused(model, table):
+def schema_error(model, table):
     with pytest.raises(InputError) as error:
-        hold(model, table, "data/x.parquet")
+        validate_schema(model, table, "data/x.parquet")
     message = str(error.value)
     assert message.startswith("data/x.parquet: ")
     assert f"`{model.__name__}`" in message
     return message
 
 
-def test_the_models_have_the_fields_of_the_schemas():
+def test_pandera_models_have_the_fields_of_the_arrow_schemas():
     assert list(Pairs.to_schema().columns) == PAIRS_SCHEMA.names
     assert list(RawPairs.to_schema().columns) == RAW_PAIRS_SCHEMA.names
     assert RAW_PAIRS_SCHEMA.names[: len(PAIRS_SCHEMA)] == PAIRS_SCHEMA.names
@@ -75,18 +74,18 @@ def test_the_models_have_the_fields_of_the_schemas():
         {"chosen": "日本語 🎬\u2028", "rejected": "."},
         {"split": "eval", "agreement": 0.0},
         {"agreement": 1.0, "weight": 1e-9},
-        dict.fromkeys(("weight", "agreement", "chosen_rating", "rejected_rating", "timestamp")),
+        dict.fromkeys(("weight", "agreement", "chosen_rating", "rejected_rating")),
     ],
 )
-def test_a_sound_pair_keeps_both_contracts(changes):
+def test_valid_pairs_satisfy_both_schemas(changes):
     table = pairs_table(pair(**changes), pair(id="p2"))
-    pd.testing.assert_frame_equal(hold(Pairs, table, "x"), table)
-    hold(RawPairs, candidates_table(candidate(**changes), candidate(**changes)), "x")
+    pd.testing.assert_frame_equal(validate_schema(Pairs, table, "x"), table)
+    validate_schema(RawPairs, raw_table(raw_pair(**changes), raw_pair(**changes)), "x")
 
 
-def test_empty_tables_keep_both_contracts():
-    hold(Pairs, pairs_table(), "x")
-    hold(RawPairs, candidates_table(), "x")
+def test_empty_tables_satisfy_both_schemas():
+    validate_schema(Pairs, pairs_table(), "x")
+    validate_schema(RawPairs, raw_table(), "x")
 
 
 BOTH = {
@@ -103,87 +102,85 @@ PAIRS_ONLY = {
 
 
 @pytest.mark.parametrize(("rule", "changes"), BOTH.items())
-def test_a_breach_of_both_contracts_is_refused_by_both(rule, changes):
+def test_violations_of_both_schemas_are_rejected_by_both(rule, changes):
     (field,) = changes
     for model, table in (
         (Pairs, pairs_table(pair(), pair(id="p2", **changes))),
-        (RawPairs, candidates_table(candidate(), candidate(**changes))),
+        (RawPairs, raw_table(raw_pair(), raw_pair(**changes))),
     ):
-        message = refused(model, table)
-        assert "1 breaches" in message
+        message = schema_error(model, table)
+        assert "1 violations" in message
         assert f"row 2, field '{field}': {rule}" in message
 
 
 @pytest.mark.parametrize(("rule", "changes"), [(rule, row) for rule, rows in PAIRS_ONLY.items() for row in rows])
-def test_what_is_not_sound_is_refused_as_a_pair_alone(rule, changes):
-    message = refused(Pairs, pairs_table(pair(), pair(**{"id": "p2", **changes})))
+def test_violations_of_pairs_are_accepted_in_the_raw_table(rule, changes):
+    message = schema_error(Pairs, pairs_table(pair(), pair(**{"id": "p2", **changes})))
     assert "row 2" in message
     assert rule in message
-    hold(RawPairs, candidates_table(candidate(), fault(**changes)), "x")
+    validate_schema(RawPairs, raw_table(raw_pair(), rejected_row(**changes)), "x")
 
 
-def test_an_id_stands_twice_among_candidates_alone():
-    assert "field 'id': field_uniqueness" in refused(Pairs, pairs_table(pair(), pair()))
-    hold(RawPairs, candidates_table(candidate(), candidate()), "x")
+def test_ids_must_be_unique_in_pairs_only():
+    assert "field 'id': field_uniqueness" in schema_error(Pairs, pairs_table(pair(), pair()))
+    validate_schema(RawPairs, raw_table(raw_pair(), raw_pair()), "x")
 
 
 @pytest.mark.parametrize("field", ["file", "line", "original"])
-def test_a_candidate_has_its_place(field):
-    table = candidates_table(candidate(), candidate(**{field: None}))
-    assert f"field '{field}'" in refused(RawPairs, table)
+def test_raw_pairs_need_file_line_and_original(field):
+    table = raw_table(raw_pair(), raw_pair(**{field: None}))
+    assert f"field '{field}'" in schema_error(RawPairs, table)
 
 
 @pytest.mark.parametrize("field", ["id", "prompt", "chosen", "rejected", "split", "source"])
-def test_a_candidate_is_a_pair_or_has_the_rule_that_it_breaks(field):
-    assert "row 1, field" in (
-        message := refused(RawPairs, candidates_table(candidate(**{field: None}), candidate()))
-    )
+def test_a_raw_pair_is_complete_or_has_the_rule_that_it_breaks(field):
+    assert "row 1, field" in (message := schema_error(RawPairs, raw_table(raw_pair(**{field: None}), raw_pair())))
     assert "a pair, or a rule that it breaks" in message
-    hold(RawPairs, candidates_table(fault(), fault()), "x")
-    refused(RawPairs, candidates_table(fault(reason=None)))
+    validate_schema(RawPairs, raw_table(rejected_row(), rejected_row()), "x")
+    schema_error(RawPairs, raw_table(rejected_row(reason=None)))
 
 
 @pytest.mark.parametrize(
-    ("model", "make", "row"), [(Pairs, pairs_table, pair()), (RawPairs, candidates_table, candidate())]
+    ("model", "make", "row"), [(Pairs, pairs_table, pair()), (RawPairs, raw_table, raw_pair())]
 )
-def test_columns_are_those_of_the_contract(model, make, row):
-    assert "'surprise'" in refused(model, make(row).assign(surprise=1))
+def test_unknown_and_missing_columns_are_rejected(model, make, row):
+    assert "'surprise'" in schema_error(model, make(row).assign(surprise=1))
     for field in row:
-        assert f"'{field}'" in refused(model, make(row).drop(columns=field))
+        assert f"'{field}'" in schema_error(model, make(row).drop(columns=field))
 
 
 @pytest.mark.parametrize(
     ("field", "value"), [("id", 7), ("prompt", 1.5), ("weight", "much"), ("agreement", 1), ("source", True)]
 )
-def test_nothing_is_turned_into_the_wanted_type(field, value):
-    assert f"field '{field}': dtype" in refused(Pairs, pairs_table(pair()).assign(**{field: value}))
+def test_values_are_not_converted(field, value):
+    assert f"field '{field}': dtype" in schema_error(Pairs, pairs_table(pair()).assign(**{field: value}))
 
 
-def test_ten_breaches_are_shown_and_all_are_counted():
-    message = refused(Pairs, pairs_table(*(pair(id=f"p{i}", weight=-1.0) for i in range(30))))
-    assert message.splitlines()[0].startswith("data/x.parquet: 30 breaches")
+def test_ten_violations_are_shown_and_all_are_counted():
+    message = schema_error(Pairs, pairs_table(*(pair(id=f"p{i}", weight=-1.0) for i in range(30))))
+    assert message.splitlines()[0].startswith("data/x.parquet: 30 violations")
     assert len(message.splitlines()) == 11
-    assert refused(Pairs, pairs_table(pair(split="x" * 500))).count("x") < 80
+    assert schema_error(Pairs, pairs_table(pair(split="x" * 500))).count("x") < 80
 
 
 @pytest.mark.parametrize(
-    "gate",
+    "setting",
     [
         {"validation_enabled": False},
         {"validation_depth": ValidationDepth.SCHEMA_ONLY},
         {"validation_depth": ValidationDepth.DATA_ONLY},
     ],
 )
-def test_no_setting_of_pandera_opens_the_gate(gate):
-    with config_context(**gate):
-        refused(Pairs, pairs_table(pair(split="test")))
-        refused(Pairs, pairs_table(pair()).drop(columns="chosen"))
+def test_pandera_settings_do_not_disable_the_check(setting):
+    with config_context(**setting):
+        schema_error(Pairs, pairs_table(pair(split="test")))
+        schema_error(Pairs, pairs_table(pair()).drop(columns="chosen"))
 
 
-def test_no_environment_variable_opens_the_gate():
+def test_environment_variables_do_not_disable_the_check():
     code = (
-        "import pandas as pd; from dpo.data.schema import Pairs, hold\n"
-        f"hold(Pairs, pd.DataFrame({[pair(split='test')]!r}), 'x')"
+        "import pandas as pd; from dpo.data.schema import Pairs, validate_schema\n"
+        f"validate_schema(Pairs, pd.DataFrame({[pair(split='test')]!r}), 'x')"
     )
     closed = {"PANDERA_VALIDATION_ENABLED": "False", "PANDERA_VALIDATION_DEPTH": "SCHEMA_ONLY"}
     run = subprocess.run([sys.executable, "-c", code], env=os.environ | closed, capture_output=True, text=True)

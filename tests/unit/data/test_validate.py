@@ -1,4 +1,4 @@
-"""Validation from files to tables: every row goes on or is set aside, and the reports say so."""
+"""Validation from files to tables and reports: every row is accepted or quarantined."""
 
 import dataclasses
 import json
@@ -17,12 +17,12 @@ from hypothesis import strategies as st
 from dpo.common.errors import InputError
 from dpo.config import load_params
 from dpo.data import ingest as ingest_module
-from dpo.data.ingest import collect
+from dpo.data.ingest import write_raw_pairs
 from dpo.data.readers import read_files
 from dpo.data.rules import DATA_RULES, RULES
 from dpo.data.schema import PAIRS_SCHEMA, RAW_PAIRS_SCHEMA
-from dpo.data.settings import DataSettings, RuleSettings, ValidateSettings
-from dpo.data.validate import EXAMPLES, GROUPS_ALONE, validate
+from dpo.data.settings import DataSettings, ValidateSettings
+from dpo.data.validate import EXAMPLES, MAX_SERIAL_GROUPS, validate
 from tasks import validate as task
 from tasks.commands import validate as command
 from tasks.common.paths import (
@@ -48,24 +48,22 @@ DATA = DataSettings(
     eval_fraction=0.5,
     min_rating_gap=0.0,
 )
-SETTINGS = {field.name: "quarantine" for field in dataclasses.fields(RuleSettings)} | dict.fromkeys(
-    DATA_RULES, "warn"
-)
+ACTIONS = {name: "quarantine" for name, rule in RULES.items() if "quarantine" in rule.allowed}
 SPLITS = ("train", "eval")
 
 
-def contract(*, max_quarantined=1.0, max_longer_share=0.65, **rules):
+def settings_of(*, max_quarantined=1.0, max_longer_share=0.65, **rules):
     return ValidateSettings(
         max_quarantined=max_quarantined,
         near_duplicate_similarity=0.9,
         max_longer_share=max_longer_share,
         max_drift=0.25,
-        rules=RuleSettings(**{**SETTINGS, **rules}),
+        rules={**ACTIONS, **rules},
     )
 
 
 def row(number, **changes):
-    """A sound pair unlike all others; one in four is held out, chosen is the longer one in half of them."""
+    """Return a valid, unique pair. One in four is held out. Chosen is the longer one in half of them."""
     sides = [f"joy{number}", f"bore{number} indeed{number}"]
     chosen, rejected = sides if number // 4 % 2 else reversed(sides)
     split = "train" if number % 4 else "eval"
@@ -84,13 +82,13 @@ def lines_of(rows):
 
 
 def check(folder, rows, params=None, *, tokenizer=None, max_length=512, caps=None, seed=1, previous=None):
-    """Collect and validate rows in a folder; the verdict, and the tables that were written."""
+    """Ingest and validate rows in a folder; return the result and the written tables."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "data.jsonl").write_bytes(lines_of(rows))
-    collect(read_files([str(folder / "data.jsonl")]), folder / "candidates.parquet", "data", DATA)
+    write_raw_pairs(read_files([str(folder / "data.jsonl")]), folder / "raw_pairs.parquet", "data", DATA)
     return validated(
         folder,
-        params or contract(),
+        params or settings_of(),
         tokenizer=tokenizer,
         max_length=max_length,
         caps=caps or dict.fromkeys(SPLITS),
@@ -102,8 +100,10 @@ def check(folder, rows, params=None, *, tokenizer=None, max_length=512, caps=Non
 def validated(folder, params=None, **arguments):
     defaults = {"tokenizer": None, "max_length": 512, "caps": dict.fromkeys(SPLITS), "seed": 1, "previous": None}
     outputs = {name: folder / f"{name}.parquet" for name in (*SPLITS, "quarantine")}
-    result = validate(folder / "candidates.parquet", params or contract(), outputs=outputs, **defaults | arguments)
-    json.dumps([result.metrics, result.profile], allow_nan=False)
+    result = validate(
+        folder / "raw_pairs.parquet", params or settings_of(), outputs=outputs, **defaults | arguments
+    )
+    json.dumps([result.to_json(), result.summary.profile], allow_nan=False)
     return result, {name: pd.read_parquet(path) for name, path in outputs.items() if path.exists()}
 
 
@@ -138,22 +138,22 @@ ROWS = [row(number) for number in range(12)]
 
 
 @pytest.mark.parametrize("rule", [rule for rule in BAD if rule not in ("contradiction", "near_duplicate_pair")])
-def test_a_row_that_breaks_a_rule_is_set_aside_as_it_stood(tmp_path, tiny_model_dir, rule):
+def test_a_row_that_breaks_a_rule_is_quarantined_unchanged(tmp_path, tiny_model_dir, rule):
     rows = [*ROWS, BAD[rule]]
     result, tables = check(tmp_path, rows, tokenizer=tiny_model_dir, max_length=150)
-    (tmp,) = tables["quarantine"].to_dict("records")
-    assert tmp["rule"] == rule
-    assert tmp["reason"]
-    assert tmp["file"] == str(tmp_path / "data.jsonl")
-    assert tmp["line"] == 13
-    assert tmp["original"] == lines_of(rows).splitlines()[-1].strip().decode(errors="backslashreplace")
+    (removed,) = tables["quarantine"].to_dict("records")
+    assert removed["rule"] == rule
+    assert removed["reason"]
+    assert removed["file"] == str(tmp_path / "data.jsonl")
+    assert removed["line"] == 13
+    assert removed["original"] == lines_of(rows).splitlines()[-1].strip().decode(errors="backslashreplace")
     assert {**result.metrics["rules"], rule: 0} == dict.fromkeys(RULES, 0)
     assert result.metrics["rules"][rule] == 1
     assert (result.metrics["rows"], result.metrics["accepted"], result.metrics["quarantined"]) == (13, 12, 1)
     (example,) = result.examples[rule]
-    assert (example["line"], example["rule"], example["reason"]) == (13, rule, tmp["reason"])
+    assert (example["line"], example["rule"], example["reason"]) == (13, rule, removed["reason"])
     if rule == "completion_too_long":
-        assert "completion_too_long" in result.errors[0]
+        assert [(error.code, error.rule) for error in result.errors] == [("rule_broken", rule)]
         assert set(tables) == {"quarantine"}
     else:
         assert result.errors == []
@@ -161,7 +161,7 @@ def test_a_row_that_breaks_a_rule_is_set_aside_as_it_stood(tmp_path, tiny_model_
         assert ids(tables["eval"]) == [r["id"] for r in ROWS if r["split"] == "eval"]
 
 
-def test_of_a_contradiction_both_rows_are_set_aside_and_of_near_repeats_the_second(tmp_path):
+def test_contradictions_quarantine_both_rows_and_near_duplicates_the_second(tmp_path):
     rows = [*ROWS, BAD["contradiction"], row(100, **LONG, id="first"), BAD["near_duplicate_pair"]]
     result, tables = check(tmp_path, rows)
     assert tables["quarantine"][["id", "rule"]].to_numpy().tolist() == [
@@ -174,8 +174,8 @@ def test_of_a_contradiction_both_rows_are_set_aside_and_of_near_repeats_the_seco
 
 
 @pytest.mark.parametrize("rule", ["control_characters", "special_tokens", "prompt_truncated", "duplicate_pair"])
-def test_a_warning_counts_the_row_and_lets_it_through(tmp_path, tiny_model_dir, rule):
-    params = contract(**{rule: "warn"})
+def test_warn_counts_and_accepts_the_row(tmp_path, tiny_model_dir, rule):
+    params = settings_of(**{rule: "warn"})
     result, tables = check(tmp_path, [*ROWS, BAD[rule]], params, tokenizer=tiny_model_dir, max_length=150)
     assert result.errors == []
     assert result.metrics["rules"][rule] == 1
@@ -186,57 +186,63 @@ def test_a_warning_counts_the_row_and_lets_it_through(tmp_path, tiny_model_dir, 
 
 
 @pytest.mark.parametrize("rule", ["wrong_type", "mojibake", "duplicate_id"])
-def test_an_error_stops_before_anything_is_trained(tmp_path, rule):
-    result, tables = check(tmp_path, [*ROWS, BAD[rule]], contract(**{rule: "error"}))
+def test_error_writes_no_training_data(tmp_path, rule):
+    result, tables = check(tmp_path, [*ROWS, BAD[rule]], settings_of(**{rule: "error"}))
     (error,) = result.errors
-    place, _, rest = error.partition(", line 13: ")
-    assert place.endswith("data.jsonl")
-    assert rest.endswith(f"; {RULES[rule].mend} (rule '{rule}', 1 in all)")
+    file, _, rest = error.message.partition(", line 13: ")
+    assert file.endswith("data.jsonl")
+    assert rest.endswith(f"; {RULES[rule].fix} (rule '{rule}', 1 in total)")
+    assert (error.code, error.rule, error.split) == ("rule_broken", rule, None)
+    assert result.to_json()["errors"] == [{"code": "rule_broken", "message": error.message, "rule": rule}]
     assert set(tables) == {"quarantine"}
     assert tables["quarantine"]["rule"].tolist() == [rule]
 
 
-def test_an_error_takes_no_table_of_an_earlier_run_for_its_own(tmp_path):
+def test_error_keeps_the_training_data_of_an_earlier_run(tmp_path):
     check(tmp_path, ROWS)
     before = (tmp_path / "train.parquet").read_bytes()
-    check(tmp_path, [*ROWS, BAD["mojibake"]], contract(mojibake="error"))
+    check(tmp_path, [*ROWS, BAD["mojibake"]], settings_of(mojibake="error"))
     assert (tmp_path / "train.parquet").read_bytes() == before
 
 
 @pytest.mark.parametrize(("most", "stops"), [(0.25, False), (0.249, True), (0, True), (1, False)])
-def test_too_large_a_share_set_aside_is_an_error(tmp_path, most, stops):
+def test_too_many_quarantined_rows_are_an_error(tmp_path, most, stops):
     rows = [*ROWS[:9], *(row(i, chosen="") for i in range(20, 23))]
-    result, tables = check(tmp_path, rows, contract(max_quarantined=most))
+    result, tables = check(tmp_path, rows, settings_of(max_quarantined=most))
     assert bool(result.errors) == stops == ("train" not in tables)
-    assert all("validate.max_quarantined" in error for error in result.errors)
+    assert [error.code for error in result.errors] == ["too_many_quarantined"] * stops
+    assert all("validate.max_quarantined" in error.message for error in result.errors)
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_a_split_without_a_sound_pair_is_an_error(tmp_path, split):
+def test_a_split_without_valid_pairs_is_an_error(tmp_path, split):
     rows = [r for r in ROWS if r["split"] != split] + [row(50, split=split, chosen="")]
     result, tables = check(tmp_path, rows)
-    assert [f"split '{split}'" in error for error in result.errors] == [True]
+    (error,) = result.errors
+    assert (error.code, error.split, error.rule) == ("empty_split", split, None)
+    assert f"split '{split}'" in error.message
+    assert result.to_json()["errors"] == [{"code": "empty_split", "message": error.message, "split": split}]
     assert set(tables) == {"quarantine"}
 
 
-def test_without_any_sound_pair_there_is_a_verdict_nonetheless(tmp_path):
+def test_data_without_valid_pairs_is_reported(tmp_path):
     result, tables = check(tmp_path, [row(i, chosen="") for i in range(7)])
-    assert len(result.errors) == 2
-    assert result.profile == {}
+    assert [error.split for error in result.errors] == ["train", "eval"]
+    assert result.summary.profile == {}
     assert result.metrics["accepted"] == 0
     assert len(tables["quarantine"]) == 7
     assert len(result.examples["empty_completion"]) == EXAMPLES
-    assert "7 set aside" in report.table(result, PARAMS, tmp_path)
+    assert "7 quarantined" in report.table(result, PARAMS, tmp_path)
     report.write_report(result, PARAMS, tmp_path / "report.html")
 
 
-def test_every_row_of_the_source_is_in_one_table(tmp_path):
+def test_every_row_of_the_source_is_in_exactly_one_table(tmp_path):
     rows = [*ROWS, *BAD.values(), row(100, **LONG, id="late")]
     result, tables = check(tmp_path, rows)
-    stood = pd.read_parquet(tmp_path / "candidates.parquet")
-    assert result.metrics["rows"] == len(stood) == len(rows)
+    raw = pd.read_parquet(tmp_path / "raw_pairs.parquet")
+    assert result.metrics["rows"] == len(raw) == len(rows)
     assert sum(map(len, tables.values())) == len(rows)
-    kept = stood[~stood["line"].isin(tables["quarantine"]["line"])]
+    kept = raw[~raw["line"].isin(tables["quarantine"]["line"])]
     assert sorted(ids(kept)) == sorted([*ids(tables["train"]), *ids(tables["eval"])])
     for name in SPLITS:
         assert pq.read_schema(tmp_path / f"{name}.parquet").names == PAIRS_SCHEMA.names
@@ -246,7 +252,7 @@ def test_every_row_of_the_source_is_in_one_table(tmp_path):
     assert tables["quarantine"][["rule", "reason", "original"]].notna().all(axis=None)
 
 
-def test_caps_draw_that_many_pairs_by_the_seed(tmp_path):
+def test_caps_limit_the_pairs_and_the_seed_decides_which(tmp_path):
     rows = [row(i) for i in range(80)]
     drawn = {}
     for seed in (1, 1, 2):
@@ -266,36 +272,36 @@ def longer(number, side, **changes):
 
 
 @pytest.mark.parametrize("side", ["chosen", "rejected"])
-def test_a_side_that_is_the_longer_one_too_often_is_told(tmp_path, side):
+def test_length_bias_is_reported(tmp_path, side):
     rows = [longer(i, side) for i in range(40)]
     result, _ = check(tmp_path, rows)
-    ((rule, reason),) = result.notices
+    ((rule, reason),) = result.summary.notices
     assert rule == "length_bias"
     assert reason.startswith(f"{side} is the longer one in 100% of pairs")
     assert result.metrics["rules"]["length_bias"] == 1
     assert result.metrics["chosen_longer"]["share"] == (side == "chosen")
     assert result.errors == []
-    result, tables = check(tmp_path / "error", rows, contract(length_bias="error"))
-    assert "length_bias" in result.errors[0]
+    result, tables = check(tmp_path / "error", rows, settings_of(length_bias="error"))
+    assert result.errors[0].rule == "length_bias"
     assert set(tables) == {"quarantine"}
 
 
-def test_balanced_lengths_are_not_told(tmp_path):
+def test_balanced_lengths_are_not_reported(tmp_path):
     result, _ = check(tmp_path, [row(i) for i in range(40)])
-    assert result.notices == []
+    assert result.summary.notices == []
     assert result.metrics["chosen_longer"]["share"] == 0.5
     assert 0.3 < result.metrics["chosen_longer"]["low"] < 0.5 < result.metrics["chosen_longer"]["high"] < 0.7
 
 
-def test_pairs_of_equal_length_have_no_longer_side(tmp_path):
+def test_pairs_of_equal_length_have_no_length_bias(tmp_path):
     result, _ = check(tmp_path, [row(i, chosen=f"aaa{i}", rejected=f"bbb{i}") for i in range(40)])
     assert result.metrics["chosen_longer"] is None
     assert result.metrics["sources"]["data.jsonl"]["chosen_longer"] is None
-    assert result.notices == []
+    assert result.summary.notices == []
     report.write_report(result, PARAMS, tmp_path / "report.html")
 
 
-def test_a_source_out_of_balance_is_told(tmp_path):
+def test_source_imbalance_is_reported(tmp_path):
     rows = [
         *(row(i, source="even") for i in range(160)),
         *(row(i, source="one split", split="train") for i in range(200, 224)),
@@ -303,55 +309,55 @@ def test_a_source_out_of_balance_is_told(tmp_path):
         *(longer(i, "chosen", source="few", split="train") for i in range(400, 410)),
     ]
     result, _ = check(tmp_path, rows)
-    assert {rule for rule, _ in result.notices} == {"source_imbalance"}
-    reasons = [reason for _, reason in result.notices]
+    assert {rule for rule, _ in result.summary.notices} == {"source_imbalance"}
+    reasons = [reason for _, reason in result.summary.notices]
     assert len(reasons) == result.metrics["rules"]["source_imbalance"] == 2
     assert "source 'one split': all of its 24 pairs are in one split" in reasons
     assert any(reason.startswith("source 'biased': chosen is the longer one in 100%") for reason in reasons)
     assert result.metrics["sources"]["even"] == {"pairs": 160, "eval": 40, "chosen_longer": 0.5}
 
 
-def test_a_lone_source_is_not_held_against_others(tmp_path):
+def test_a_single_source_is_never_imbalanced(tmp_path):
     result, _ = check(tmp_path, [row(i, source="only", split="train") for i in range(30)])
-    assert result.notices == []
+    assert result.summary.notices == []
 
 
-def test_drift_against_an_earlier_version_is_told(tmp_path):
+def test_drift_from_an_earlier_version_is_reported(tmp_path):
     old = [
         row(i, prompt=f"{('Film', 'Book', 'Song', 'Play')[i % 4]} {i % 4 + 1}, in {i} words") for i in range(80)
     ]
     before, _ = check(tmp_path / "before", old)
     assert "drift" not in before.metrics
-    same, _ = check(tmp_path / "same", old, previous=before.profile)
+    same, _ = check(tmp_path / "same", old, previous=before.summary.profile)
     assert same.metrics["drift"] == pytest.approx(dict.fromkeys(same.metrics["drift"], 0), abs=1e-9)
-    assert same.notices == []
+    assert same.summary.notices == []
     rows = [row(i, prompt=f"Write about soup number {i} please", source="new") for i in range(80)]
-    other, _ = check(tmp_path / "other", rows, previous=before.profile)
-    told = [reason.split(":")[0] for rule, reason in other.notices if rule == "drift"]
-    assert {"prompt_tokens", "sources", "prompts"} <= set(told)
-    assert other.metrics["rules"]["drift"] == len(told)
+    other, _ = check(tmp_path / "other", rows, previous=before.summary.profile)
+    drifted = [reason.split(":")[0] for rule, reason in other.summary.notices if rule == "drift"]
+    assert {"prompt_tokens", "sources", "prompts"} <= set(drifted)
+    assert other.metrics["rules"]["drift"] == len(drifted)
     assert other.errors == []
-    error, _ = check(tmp_path / "error", rows, contract(drift="error"), previous=before.profile)
-    assert f"rule 'drift', {len(told)} in all" in error.errors[0]
+    error, _ = check(tmp_path / "error", rows, settings_of(drift="error"), previous=before.summary.profile)
+    assert f"rule 'drift', {len(drifted)} in total" in error.errors[0].message
 
 
-def test_lengths_in_other_units_are_not_compared(tmp_path, tiny_model_dir):
+def test_drift_needs_lengths_in_the_same_unit(tmp_path, tiny_model_dir):
     before, _ = check(tmp_path / "before", ROWS)
-    after, _ = check(tmp_path / "after", ROWS, tokenizer=tiny_model_dir, previous=before.profile)
+    after, _ = check(tmp_path / "after", ROWS, tokenizer=tiny_model_dir, previous=before.summary.profile)
     assert (before.metrics["unit"], after.metrics["unit"]) == ("characters", "tokens")
     assert "drift" not in after.metrics
     foreign, _ = check(tmp_path / "after", ROWS, previous={"something": "else"})
     assert "drift" not in foreign.metrics
 
 
-def test_without_a_tokenizer_lengths_are_characters(tmp_path):
+def test_without_a_tokenizer_lengths_are_in_characters(tmp_path):
     result, _ = check(tmp_path, [row(i, prompt=f"{i:05}", chosen=f"é🎬{i:03}") for i in range(8)], max_length=3)
     assert result.metrics["lengths"]["prompt"] == {"median": 5, "p90": 5, "p99": 5, "max": 5}
     assert result.metrics["lengths"]["chosen"]["max"] == 5
     assert result.errors == []
 
 
-def test_the_human_ceiling_is_the_mean_agreement_of_the_pairs_in_use(tmp_path):
+def test_human_ceiling_is_the_mean_agreement_of_the_used_pairs(tmp_path):
     rows = [row(i, **({"agreement": 0.6 + i / 100} if i % 4 and i < 8 else {})) for i in range(12)]
     result, tables = check(tmp_path, rows)
     known = [0.6 + i / 100 for i in (1, 2, 3, 5, 6, 7)]
@@ -375,23 +381,23 @@ MANY = [
 ]
 
 
-def test_two_row_groups_give_what_one_gives(tmp_path, monkeypatch, tiny_model_dir):
-    whole = check(tmp_path, MANY, tokenizer=tiny_model_dir, caps={"train": 20, "eval": None})
+def test_two_row_groups_give_the_same_result_as_one(tmp_path, monkeypatch, tiny_model_dir):
+    single = check(tmp_path, MANY, tokenizer=tiny_model_dir, caps={"train": 20, "eval": None})
     monkeypatch.setattr(ingest_module, "GROUP_ROWS", len(MANY) // 2 + 1)
     parts = check(tmp_path, MANY, tokenizer=tiny_model_dir, caps={"train": 20, "eval": None})
-    assert pq.ParquetFile(tmp_path / "candidates.parquet").num_row_groups == 2
-    same(whole, parts)
+    assert pq.ParquetFile(tmp_path / "raw_pairs.parquet").num_row_groups == 2
+    same(single, parts)
 
 
-def test_many_row_groups_in_several_processes_give_what_one_gives(tmp_path, monkeypatch, tiny_model_dir):
-    whole = check(tmp_path, MANY, tokenizer=tiny_model_dir)
+def test_several_processes_give_the_same_result_as_one(tmp_path, monkeypatch, tiny_model_dir):
+    single = check(tmp_path, MANY, tokenizer=tiny_model_dir)
     monkeypatch.setattr(ingest_module, "GROUP_ROWS", 5)
     parts = check(tmp_path, MANY, tokenizer=tiny_model_dir)
-    assert pq.ParquetFile(tmp_path / "candidates.parquet").num_row_groups > GROUPS_ALONE
-    same(whole, parts)
+    assert pq.ParquetFile(tmp_path / "raw_pairs.parquet").num_row_groups > MAX_SERIAL_GROUPS
+    same(single, parts)
 
 
-def test_conversations_come_through_with_their_turns(tmp_path, tiny_model_dir):
+def test_conversations_keep_their_turns(tmp_path, tiny_model_dir):
     def conversation(number):
         return [
             {"role": "system", "content": "Be brief."},
@@ -421,9 +427,9 @@ def test_conversations_come_through_with_their_turns(tmp_path, tiny_model_dir):
 
 def tamper(folder, **columns):
     check(folder, ROWS)
-    table = pq.read_table(folder / "candidates.parquet").to_pandas()
+    table = pq.read_table(folder / "raw_pairs.parquet").to_pandas()
     table = table.assign(**columns)
-    table.to_parquet(folder / "candidates.parquet")
+    table.to_parquet(folder / "raw_pairs.parquet")
 
 
 @pytest.mark.parametrize(
@@ -436,56 +442,56 @@ def tamper(folder, **columns):
         ({"surprise": 1}, "surprise"),
     ],
 )
-def test_a_candidate_table_that_breaks_its_contract_is_refused(tmp_path, columns, words):
+def test_a_raw_table_that_violates_its_schema_is_rejected(tmp_path, columns, words):
     tamper(tmp_path, **columns)
     with pytest.raises(InputError) as error:
         validated(tmp_path)
-    assert str(tmp_path / "candidates.parquet") in str(error.value)
+    assert str(tmp_path / "raw_pairs.parquet") in str(error.value)
     assert words in str(error.value)
 
 
-def test_the_row_that_breaks_the_contract_is_named_by_its_place_in_the_whole_table(tmp_path, monkeypatch):
+def test_schema_errors_name_the_row_in_the_full_table(tmp_path, monkeypatch):
     check(tmp_path, ROWS)
-    table = pq.read_table(tmp_path / "candidates.parquet").to_pandas()
+    table = pq.read_table(tmp_path / "raw_pairs.parquet").to_pandas()
     table.loc[9, "split"] = "test"
-    table.to_parquet(tmp_path / "candidates.parquet", row_group_size=6)
+    table.to_parquet(tmp_path / "raw_pairs.parquet", row_group_size=6)
     with pytest.raises(InputError, match="row 10, field 'split'"):
         validated(tmp_path)
 
 
-def garbage(path):
-    path.write_bytes(b"no Parquet at all")
+def write_garbage(path):
+    path.write_bytes(b"not Parquet")
 
 
-def cut(path):
+def truncate(path):
     path.write_bytes(path.read_bytes()[:-100])
 
 
-def spoiled(path):
+def corrupt(path):
     content = bytearray(path.read_bytes())
     content[4:400] = b"\xff" * 396
     path.write_bytes(content)
 
 
-def no_rows(path):
+def remove_rows(path):
     pq.write_table(RAW_PAIRS_SCHEMA.empty_table(), path)
 
 
-@pytest.mark.parametrize("harm", [garbage, cut, spoiled, no_rows, Path.unlink])
-def test_what_is_no_candidate_table_is_refused_by_name(tmp_path, harm):
+@pytest.mark.parametrize("damage", [write_garbage, truncate, corrupt, remove_rows, Path.unlink])
+def test_a_damaged_raw_table_is_rejected_with_its_name(tmp_path, damage):
     check(tmp_path, ROWS)
-    harm(tmp_path / "candidates.parquet")
-    with pytest.raises(InputError, match=re.escape(f"{tmp_path / 'candidates.parquet'}: n")):
+    damage(tmp_path / "raw_pairs.parquet")
+    with pytest.raises(InputError, match=re.escape(f"{tmp_path / 'raw_pairs.parquet'}: n")):
         validated(tmp_path)
 
 
-def test_a_folder_without_a_tokenizer_is_refused_by_name(tmp_path):
+def test_a_folder_without_a_tokenizer_is_rejected_with_its_name(tmp_path):
     (tmp_path / "model").mkdir()
     with pytest.raises(InputError, match=re.escape(f"cannot load '{tmp_path / 'model'}'")):
         check(tmp_path, ROWS, tokenizer=tmp_path / "model")
 
 
-def test_a_pair_that_the_tokenizer_cannot_take_is_refused_with_its_words(tmp_path):
+def test_a_pair_that_the_tokenizer_cannot_encode_is_reported_with_its_rows(tmp_path):
     tokenizer = bare_tokenizer()
     tokenizer.save_pretrained(tmp_path / "bare")
     with pytest.raises(InputError, match=r"rows 1 to 12: .*an empty prompt needs a tokenizer"):
@@ -542,22 +548,22 @@ BROKEN = st.binary(max_size=20).map(lambda line: line.replace(b"\n", b"") + b"\n
 ANY_ROW = SHAPED | st.dictionaries(st.sampled_from(FIELDS), VALUES, max_size=6) | RATED | BROKEN
 
 
-def account(folder, rows, tokenizer=None):
-    """Every row is accounted for, or the input is refused."""
+def assert_complete(folder, rows, tokenizer=None):
+    """Check that each row is accepted or quarantined, or that the input is rejected."""
     content = [line for line in lines_of(rows).removeprefix(b"\xef\xbb\xbf").split(b"\n") if line.strip()]
     try:
         result, tables = check(folder, rows, tokenizer=tokenizer)
     except InputError:
         return
-    stood = pd.read_parquet(folder / "candidates.parquet")
-    tmp = tables["quarantine"]
+    raw = pd.read_parquet(folder / "raw_pairs.parquet")
+    removed = tables["quarantine"]
     metrics = result.metrics
-    assert len(stood) == stood["line"].nunique() == metrics["rows"] == len(content)
+    assert len(raw) == raw["line"].nunique() == metrics["rows"] == len(content)
     assert metrics["rows"] == metrics["accepted"] + metrics["quarantined"]
-    assert tmp["line"].nunique() == len(tmp) == metrics["quarantined"]
-    assert tmp[["rule", "reason", "file", "original"]].notna().all(axis=None)
+    assert removed["line"].nunique() == len(removed) == metrics["quarantined"]
+    assert removed[["rule", "reason", "file", "original"]].notna().all(axis=None)
     if not result.errors:
-        kept = stood[~stood["line"].isin(tmp["line"])]
+        kept = raw[~raw["line"].isin(removed["line"])]
         assert sorted(ids(kept)) == sorted([*ids(tables["train"]), *ids(tables["eval"])])
         assert not set(tables["train"]["prompt"]) & set(tables["eval"]["prompt"])
     assert len(report.table(result, PARAMS, folder).splitlines()) <= 20
@@ -567,67 +573,71 @@ def account(folder, rows, tokenizer=None):
 
 @settings(max_examples=40, deadline=None)
 @given(rows=st.lists(ANY_ROW, min_size=1, max_size=12))
-def test_however_broken_the_rows_are_each_is_accounted_for(tmp_path_factory, rows):
-    account(tmp_path_factory.mktemp("any"), [*ROWS[:5], *rows])
+def test_valid_and_random_rows_are_accepted_or_quarantined(tmp_path_factory, rows):
+    assert_complete(tmp_path_factory.mktemp("any"), [*ROWS[:5], *rows])
 
 
 @settings(max_examples=15, deadline=None)
 @given(rows=st.lists(ANY_ROW, min_size=1, max_size=4))
-def test_files_of_broken_rows_alone_are_refused_or_accounted_for(tmp_path_factory, rows):
-    account(tmp_path_factory.mktemp("any"), rows)
+def test_random_rows_are_rejected_accepted_or_quarantined(tmp_path_factory, rows):
+    assert_complete(tmp_path_factory.mktemp("any"), rows)
 
 
 @settings(max_examples=15, deadline=None)
 @given(rows=st.lists(SHAPED, min_size=1, max_size=8))
-def test_with_a_tokenizer_each_row_is_accounted_for(tmp_path_factory, tiny_model_dir, rows):
-    account(tmp_path_factory.mktemp("any"), [*ROWS[:5], *rows], tokenizer=tiny_model_dir)
+def test_random_texts_with_a_tokenizer_are_accepted_or_quarantined(tmp_path_factory, tiny_model_dir, rows):
+    assert_complete(tmp_path_factory.mktemp("any"), [*ROWS[:5], *rows], tokenizer=tiny_model_dir)
 
 
 @pytest.fixture
-def alone(tmp_path, monkeypatch):
-    """An empty working folder outside any repository."""
+def workdir(tmp_path, monkeypatch):
+    """Change to an empty folder outside any repository."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
-def test_files_are_checked_on_their_own(alone, capsys, tiny_model_dir):
-    (alone / "data.jsonl").write_bytes(lines_of([*(row(i) for i in range(40)), BAD["mojibake"]]))
+def test_check_files_writes_report_metrics_and_quarantine(workdir, capsys, tiny_model_dir):
+    (workdir / "data.jsonl").write_bytes(lines_of([*(row(i) for i in range(40)), BAD["mojibake"]]))
     command.check_files(PARAMS, ["data.jsonl"], tiny_model_dir, Path("checked"))
     shown = capsys.readouterr()
-    assert "41 rows: 40 sound, 1 set aside; train 30 (30 used), eval 10 (10 used)" in shown.out
+    assert "41 rows: 40 accepted, 1 quarantined; train 30 (30 used), eval 10 (10 used)" in shown.out
     assert re.search(r"^mojibake +1  quarantine +data.jsonl:41$", shown.out, re.MULTILINE)
-    assert "tokens, median / 99th percentile / most" in shown.out
+    assert "tokens, median / 99th percentile / maximum" in shown.out
     assert shown.out.splitlines()[-1] == "report: checked/report.html"
     assert "no tokenizer" not in shown.err
-    metrics = json.loads((alone / "checked" / "metrics.json").read_text())
-    assert (metrics["rows"], metrics["unit"]) == (41, "tokens")
+    metrics = json.loads((workdir / "checked" / "metrics.json").read_text())
+    assert (metrics["rows"], metrics["unit"], metrics["errors"]) == (41, "tokens", [])
     assert len(pd.read_parquet("checked/quarantine.parquet")) == 1
-    assert not (alone / PROFILE).exists()
+    assert not (workdir / PROFILE).exists()
 
 
-def test_without_a_model_the_check_says_that_lengths_are_characters(alone, capsys):
-    (alone / "data.jsonl").write_bytes(lines_of(ROWS))
+def test_check_files_without_a_tokenizer_reports_lengths_in_characters(workdir, capsys):
+    (workdir / "data.jsonl").write_bytes(lines_of(ROWS))
     command.check_files(PARAMS, ["data.jsonl"], None, Path("checked"))
     shown = capsys.readouterr()
-    assert "lengths are in characters; name one with --model" in shown.err
+    assert "lengths are in characters; set one with --model" in shown.err
     assert "characters, median" in shown.out
     with pytest.raises(InputError, match=r"--model: nowhere is not a folder"):
         command.check_files(PARAMS, ["data.jsonl"], Path("nowhere"), Path("checked"))
 
 
-def test_data_that_must_not_be_used_ends_the_check_after_its_report(alone, capsys):
-    (alone / "data.jsonl").write_bytes(lines_of([*ROWS[1:4], row(8, chosen="")]))
+def test_check_files_writes_report_and_errors_before_it_fails(workdir, capsys):
+    (workdir / "data.jsonl").write_bytes(lines_of([*ROWS[1:4], row(8, chosen="")]))
     with pytest.raises(InputError) as error:
         command.check_files(PARAMS, ["data.jsonl"], None, Path("checked"))
     lines = str(error.value).splitlines()
     assert len(lines) == 2
     assert all(line.startswith("the data must not be used: ") for line in lines)
-    assert "4 rows: 3 sound, 1 set aside" in capsys.readouterr().out
-    assert "The data must not be used" in (alone / "checked" / "report.html").read_text()
-    assert (alone / "checked" / "quarantine.parquet").exists()
+    written = json.loads((workdir / "checked" / "metrics.json").read_text())
+    assert [error["code"] for error in written["errors"]] == ["too_many_quarantined", "empty_split"]
+    assert [f"the data must not be used: {error['message']}" for error in written["errors"]] == lines
+    assert written["errors"][1]["split"] == "eval"
+    assert "4 rows: 3 accepted, 1 quarantined" in capsys.readouterr().out
+    assert "The data must not be used" in (workdir / "checked" / "report.html").read_text()
+    assert (workdir / "checked" / "quarantine.parquet").exists()
 
 
-def test_the_stage_writes_a_profile_only_if_the_data_may_be_used(alone, monkeypatch, capsys, tiny_model_dir):
+def test_the_stage_writes_a_profile_only_if_there_are_no_errors(workdir, monkeypatch, capsys, tiny_model_dir):
     logged = []
     monkeypatch.setattr(task, "log_validation", lambda *arguments: logged.append(arguments))
     monkeypatch.setattr(task, "load_params", lambda: PARAMS)
@@ -636,25 +646,27 @@ def test_the_stage_writes_a_profile_only_if_the_data_may_be_used(alone, monkeypa
     BASE.symlink_to(tiny_model_dir)
     rows = Path("data.jsonl")
     rows.write_bytes(lines_of(ROWS[1:4]))
-    collect(read_files(["data.jsonl"]), RAW_PAIRS, "data", DATA)
-    with pytest.raises(InputError, match="no sound pair is in split 'eval'"):
+    write_raw_pairs(read_files(["data.jsonl"]), RAW_PAIRS, "data", DATA)
+    with pytest.raises(InputError, match="split 'eval' has no valid pairs"):
         task.main()
     assert QUARANTINE.exists()
     assert (REPORTS / "validate.html").exists()
-    assert (METRICS / "validate.json").exists()
+    (error,) = json.loads((METRICS / "validate.json").read_text())["errors"]
+    assert (error["code"], error["split"]) == ("empty_split", "eval")
     assert not any(path.exists() for path in (PROFILE, TRAIN, EVAL))
     rows.write_bytes(lines_of(ROWS))
-    collect(read_files(["data.jsonl"]), RAW_PAIRS, "data", DATA)
+    write_raw_pairs(read_files(["data.jsonl"]), RAW_PAIRS, "data", DATA)
     task.main()
     assert json.loads(PROFILE.read_text())["unit"] == "tokens"
     assert ids(pd.read_parquet(EVAL)) == ["p0", "p4", "p8"]
-    assert "12 rows: 12 sound" in (REPORTS / "validate.md").read_text()
+    assert json.loads((METRICS / "validate.json").read_text())["errors"] == []
+    assert "12 rows: 12 accepted" in (REPORTS / "validate.md").read_text()
     assert len(logged) == 2
 
 
 @pytest.fixture(scope="module")
-def verdict(tmp_path_factory):
-    """A verdict on rows whose every text would be code in a page."""
+def broken_result(tmp_path_factory):
+    """Validate rows whose texts are HTML and template code."""
     code = "<script>alert(1)</script>{{ 7*7 }}"
     rows = [
         *(row(i, source="even") for i in range(40)),
@@ -664,43 +676,45 @@ def verdict(tmp_path_factory):
         row(72, split=code),
         b"<script>alert(2)</script>\n",
     ]
-    folder = tmp_path_factory.mktemp("verdict")
+    folder = tmp_path_factory.mktemp("broken_result")
     previous, _ = check(folder / "before", [row(i) for i in range(40)])
-    return check(folder, rows, contract(control_characters="error"), previous=previous.profile)[0]
+    return check(folder, rows, settings_of(control_characters="error"), previous=previous.summary.profile)[0]
 
 
-def test_the_page_escapes_every_text_and_opens_offline(verdict, tmp_path):
-    report.write_report(verdict, PARAMS, tmp_path / "report.html")
+def test_the_page_escapes_all_text_and_loads_nothing(broken_result, tmp_path):
+    report.write_report(broken_result, PARAMS, tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text()
     assert "<script" not in page
     assert "&lt;script&gt;alert(1)&lt;/script&gt;{{ 7*7 }}" in page
     assert "&lt;script&gt;alert(2)" in page
     assert not re.search(r"https?://|\bsrc=|\bhref=|@import|url\(", page)
-    assert "Every source is in both splits" in page
+    assert "every source is in both splits" in page
     for rule in ("empty_completion", "control_characters", "unknown_split", "unreadable_row", "source_imbalance"):
         assert rule in page
     for part in ("prompt", "chosen", "rejected"):
         assert f"histogram of {part}" in page
     assert re.search(
-        r"The data must not be used: [^<]*, line \d+: [^<]*rule &#39;control_characters&#39;, 1 in all", page
+        r"The data must not be used: [^<]*, line \d+: [^<]*rule &#39;control_characters&#39;, 1 in total", page
     )
     assert "population stability index" in page
 
 
-def everything(verdict):
-    """The verdict with every rule broken."""
-    metrics = {**verdict.metrics, "rules": {rule: number + 1 for number, rule in enumerate(RULES)}}
-    example = next(iter(verdict.examples.values()))
+def everything(broken_result):
+    """Return the result with every rule broken."""
+    metrics = {**broken_result.metrics, "rules": {rule: number + 1 for number, rule in enumerate(RULES)}}
+    example = next(iter(broken_result.examples.values()))
     return dataclasses.replace(
-        verdict,
+        broken_result,
         metrics=metrics,
-        notices=[(rule, f"reason {i}") for i in range(5) for rule in DATA_RULES],
+        summary=dataclasses.replace(
+            broken_result.summary, notices=[(rule, f"reason {i}") for i in range(5) for rule in DATA_RULES]
+        ),
         examples=dict.fromkeys(RULES, example),
     )
 
 
-def test_a_terminal_shows_at_most_twenty_lines(verdict):
-    for result in (verdict, everything(verdict)):
+def test_the_terminal_table_has_at_most_twenty_lines(broken_result):
+    for result in (broken_result, everything(broken_result)):
         shown = report.table(result, PARAMS, Path("reports/validate.html")).splitlines()
         assert len(shown) <= 20
         assert all(line.isprintable() for line in shown)
@@ -709,10 +723,10 @@ def test_a_terminal_shows_at_most_twenty_lines(verdict):
     assert counts == sorted(range(len(RULES) + 1), reverse=True)[: report.SHOWN_RULES]
 
 
-def test_markdown_holds_the_counts_in_whole_tables(verdict):
-    text = report.markdown(everything(verdict), PARAMS)
-    assert f"{verdict.metrics['rows']} rows: {verdict.metrics['accepted']} sound" in text
-    assert f"- **{verdict.errors[0]}**" in text
+def test_markdown_contains_all_broken_rules(broken_result):
+    text = report.markdown(everything(broken_result), PARAMS)
+    assert f"{broken_result.metrics['rows']} rows: {broken_result.metrics['accepted']} accepted" in text
+    assert f"- **{broken_result.errors[0].message}**" in text
     table = [line for line in text.splitlines() if line.startswith("|")]
     assert len(table) == 2 + len(RULES)
     assert {line.count("|") for line in table} == {6}
@@ -721,19 +735,19 @@ def test_markdown_holds_the_counts_in_whole_tables(verdict):
     assert "<script" not in text
 
 
-def test_nothing_broken_is_said_in_words(tmp_path):
+def test_reports_say_that_no_rule_is_broken(tmp_path):
     result, _ = check(tmp_path, ROWS)
     assert "No rule is broken." in report.markdown(result, PARAMS)
     report.write_report(result, PARAMS, tmp_path / "report.html")
-    assert f"All {len(RULES)} rules are kept by all rows." in (tmp_path / "report.html").read_text()
-    assert "No earlier version of the data, measured in characters," in (tmp_path / "report.html").read_text()
+    assert f"All rows satisfy all {len(RULES)} rules." in (tmp_path / "report.html").read_text()
+    assert "No earlier version of the data with lengths in characters" in (tmp_path / "report.html").read_text()
 
 
-def test_the_template_names_no_missing_value(verdict, tmp_path, monkeypatch):
+def test_the_template_uses_no_undefined_value(broken_result, tmp_path, monkeypatch):
     monkeypatch.setattr(
         report, "Environment", lambda **options: jinja2.Environment(undefined=jinja2.StrictUndefined, **options)
     )
-    for number, result in enumerate((verdict, everything(verdict))):
+    for number, result in enumerate((broken_result, everything(broken_result))):
         report.write_report(result, PARAMS, tmp_path / f"{number}.html")
 
 
@@ -749,7 +763,7 @@ def commit(content):
     git("commit", "-m", "data")
 
 
-def test_the_profile_is_that_of_the_last_commit(alone, monkeypatch):
+def test_committed_profile_is_read_from_the_last_commit(workdir, monkeypatch):
     assert task.committed_profile() is None
     git("init")
     assert task.committed_profile() is None
@@ -758,18 +772,18 @@ def test_the_profile_is_that_of_the_last_commit(alone, monkeypatch):
     commit(b'{"unit": "tokens", "name": "caf\xc3\xa9"}')
     PROFILE.write_text('{"unit": "changed since"}')
     assert task.committed_profile() == {"unit": "tokens", "name": "café"}
-    monkeypatch.setenv("PATH", str(alone / "nowhere"))
+    monkeypatch.setenv("PATH", str(workdir / "nowhere"))
     assert task.committed_profile() is None
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"5", b"null", b'"text"', b"\xff\xfe"])
-def test_what_is_no_profile_is_none(alone, content):
+def test_an_invalid_committed_profile_is_ignored(workdir, content):
     git("init")
     commit(content)
     assert task.committed_profile() is None
 
 
-def test_the_command_tells_how_it_is_used():
+def test_the_command_prints_its_usage():
     run = subprocess.run(
         [sys.executable, "-m", "tasks.commands.validate", "--help"], capture_output=True, text=True, check=True
     )

@@ -1,0 +1,128 @@
+"""Summary of the accepted pairs: lengths, length bias, balance of sources and drift."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from scipy.stats import binomtest
+
+from dpo.data.drift import drift, profile
+from dpo.data.formats import PAIR_TEXTS
+from dpo.data.settings import ValidateSettings
+
+QUANTILES = {"median": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
+MIN_SOURCE_PAIRS = 20
+"""Minimum number of pairs of a source whose balance is checked."""
+MAX_SOURCES = 50
+"""Number of sources in the report, the largest first."""
+BINS = 24
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Statistics of the accepted pairs. Everything is empty if there are none."""
+
+    metrics: dict[str, Any] = field(default_factory=dict)
+    """`lengths`, `chosen_longer`, `sources` and, with an earlier version, `drift`."""
+    histograms: dict[str, tuple[list[float], list[int]]] = field(default_factory=dict)
+    """Edges and counts of the lengths of prompts, chosen and rejected, up to their 99th percentile."""
+    profile: dict[str, Any] = field(default_factory=dict)
+    """Statistics with which a later version of the data is compared."""
+    notices: list[tuple[str, str]] = field(default_factory=list)
+    """Violations of the rules about all rows together, each as rule and reason."""
+
+
+def summarize(
+    lengths: NDArray[np.int32],
+    held_out: NDArray[np.bool_],
+    sources: Sequence[str],
+    prompts: Sequence[str],
+    unit: str,
+    params: ValidateSettings,
+    previous: Mapping[str, Any] | None,
+) -> Summary:
+    """Summarize R accepted pairs and check the rules of `DATA_RULES`.
+
+    Args:
+        lengths: of prompt, chosen and rejected [R, 3].
+        held_out: whether a pair is in the eval split [R].
+        sources: of the pairs [R].
+        prompts: a sample of the prompts.
+        unit: unit of `lengths`, tokens or characters.
+        params: thresholds.
+        previous: `profile` of an earlier version. It is ignored if its unit differs.
+    """
+    if not len(lengths):
+        return Summary()
+    chosen_longer, bias = _length_bias(lengths, params.max_longer_share)
+    by_source, imbalance = _balance(held_out, lengths, sources, params.max_longer_share)
+    metrics: dict[str, Any] = {
+        "lengths": _quantiles(lengths),
+        "chosen_longer": chosen_longer,
+        "sources": by_source,
+    }
+    notices = [("length_bias", reason) for reason in bias] + [("source_imbalance", r) for r in imbalance]
+    counts = {name: source["pairs"] for name, source in by_source.items()}
+    if previous and previous.get("unit") == unit:
+        metrics["drift"] = drift(previous, lengths, counts, prompts)
+        notices += [
+            ("drift", f"{name}: population stability index {value:.2f}, the maximum is {params.max_drift:g}")
+            for name, value in metrics["drift"].items()
+            if value > params.max_drift
+        ]
+    return Summary(metrics, _histograms(lengths), {"unit": unit, **profile(lengths, counts, prompts)}, notices)
+
+
+def _quantiles(lengths: NDArray[np.int32]) -> dict[str, dict[str, float]]:
+    columns = dict(zip(PAIR_TEXTS, lengths.T, strict=True)) | {"pair": lengths[:, 0] + lengths[:, 1:].max(1)}
+    return {
+        name: {label: float(np.quantile(values, q, method="lower")) for label, q in QUANTILES.items()}
+        for name, values in columns.items()
+    }
+
+
+def _histograms(lengths: NDArray[np.int32]) -> dict[str, tuple[list[float], list[int]]]:
+    top = max(1.0, float(np.quantile(lengths, 0.99)))
+    columns = zip(PAIR_TEXTS, np.minimum(lengths, top).T, strict=True)
+    counted = {name: np.histogram(values, BINS, (0, top)) for name, values in columns}
+    return {name: (edges.tolist(), counts.tolist()) for name, (counts, edges) in counted.items()}
+
+
+def _length_bias(lengths: NDArray[np.int32], maximum: float) -> tuple[dict[str, float] | None, list[str]]:
+    """Return the share of pairs with a longer chosen completion, and the reasons why it is a bias.
+
+    The share is among pairs of unequal length, with a 95% interval; None if there are no such pairs.
+    """
+    longer, unequal = int((lengths[:, 1] > lengths[:, 2]).sum()), int((lengths[:, 1] != lengths[:, 2]).sum())
+    if not unequal:
+        return None, []
+    interval = binomtest(longer, unequal).proportion_ci(method="wilson")
+    share = {"share": longer / unequal, "low": float(interval.low), "high": float(interval.high)}
+    if 1 - maximum <= share["high"] and share["low"] <= maximum:
+        return share, []
+    side = "chosen" if share["share"] > 0.5 else "rejected"
+    part = max(share["share"], 1 - share["share"])
+    bounds = f"{share['low']:.3f} to {share['high']:.3f}"
+    return share, [f"{side} is the longer one in {part:.0%} of pairs (95% interval for chosen: {bounds})"]
+
+
+def _balance(
+    held_out: NDArray[np.bool_], lengths: NDArray[np.int32], sources: Sequence[str], maximum: float
+) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """Return pairs, held-out pairs and length bias of the largest sources, and the imbalances."""
+    table = pd.Series(sources)
+    names = table.value_counts()
+    by_source, imbalances = {}, []
+    for name in names.index[:MAX_SOURCES]:
+        mask = (table == name).to_numpy()
+        pairs, evals = int(mask.sum()), int(held_out[mask].sum())
+        share, bias = _length_bias(lengths[mask], maximum)
+        by_source[str(name)] = {"pairs": pairs, "eval": evals, "chosen_longer": share and share["share"]}
+        if len(names) > 1 and pairs >= MIN_SOURCE_PAIRS:
+            imbalances += [f"source {name!r}: {reason}" for reason in bias]
+            if evals in (0, pairs):
+                imbalances.append(f"source {name!r}: all of its {pairs} pairs are in one split")
+    return by_source, imbalances
