@@ -1,9 +1,9 @@
-"""What a training would take: peak memory of a GPU and hours, from shapes alone.
+"""Estimates of peak GPU memory and hours of a training, from the shape of the model.
 
-The formulas follow what the engine does: one packed stream of at most `max_tokens_per_microbatch` tokens, weights,
-gradients and optimizer states in fp32, matrix products of the layers in fp32 or bf16, the vocabulary in fp32 in
-chunks of `HEAD_CHUNK` positions, reference log-probs from a cache. They hold for models built as Llama is:
-grouped-query attention, a gated MLP, two RMSNorms a layer.
+The formulas describe the engine: a packed stream of at most `max_tokens_per_microbatch` tokens; weights, gradients
+and optimizer states in fp32; layers in fp32 or bf16; the vocabulary in fp32 in chunks of `HEAD_CHUNK` positions;
+reference log-probs from a cache. They hold for the Llama architecture: grouped-query attention, a gated MLP and
+two RMSNorms per layer.
 """
 
 from dataclasses import dataclass
@@ -14,15 +14,15 @@ from dpo.engine.head import HEAD_CHUNK
 from dpo.engine.settings import Precision
 
 Sharding = Literal["none", "data", "full"]
-"""`none`: one process; `data`: a whole model in each process; `full`: weights, gradients and states in shards."""
+"""`none`: one process. `data` (DDP): a replica per process. `full` (FSDP2): weights, gradients, states sharded."""
 
 STATE_BYTES = {"adamw": 8, "rmsprop": 4, "adamw_8bit": 2, "paged_adamw_8bit": 2}
-"""Bytes of optimizer state for each trained parameter."""
+"""Bytes of optimizer state per trained parameter."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """The sizes of a Llama."""
+    """Sizes of a model with the Llama architecture."""
 
     layers: int
     hidden: int
@@ -32,23 +32,23 @@ class Shape:
     head_dim: int
     vocabulary: int
     tied: bool
-    """Whether the output shares its matrix with the input embeddings."""
+    """Whether the head and the input embedding share a matrix."""
 
     @property
     def query(self) -> int:
-        """Width of all queries together."""
+        """Width of the queries of all heads."""
         return self.heads * self.head_dim
 
     @property
     def matrices(self) -> list[tuple[int, int]]:
-        """(inputs, outputs) of a layer's seven linear maps: q, k, v, o, gate, up, down."""
+        """(inputs, outputs) of the seven linear layers of a block: q, k, v, o, gate, up, down."""
         hidden, query, key = self.hidden, self.query, self.kv_heads * self.head_dim
         attention = [(hidden, query), (hidden, key), (hidden, key), (query, hidden)]
         return [*attention, *[(hidden, self.intermediate)] * 2, (self.intermediate, hidden)]
 
     @property
     def layer(self) -> int:
-        """Parameters of a layer."""
+        """Parameters of a block."""
         return sum(inputs * outputs for inputs, outputs in self.matrices) + 2 * self.hidden
 
     @property
@@ -58,12 +58,12 @@ class Shape:
 
     @property
     def outside(self) -> int:
-        """Parameters outside of the layers: embeddings, last norm, head."""
+        """Parameters outside the blocks: embedding, last norm, head."""
         return (1 if self.tied else 2) * self.head + self.hidden
 
     @property
     def parameters(self) -> int:
-        """All of them."""
+        """Parameters of the model."""
         return self.layers * self.layer + self.outside
 
 
@@ -72,17 +72,17 @@ LLAMAS = {
     "llama-8b": Shape(32, 4096, 14336, 32, 8, 128, 128256, tied=False),
     "llama-70b": Shape(80, 8192, 28672, 64, 8, 128, 128256, tied=False),
 }
-"""Of Llama 3.2 1B, Llama 3.1 8B and Llama 3.1 70B (Grattafiori et al. 2024, table 3, and the model cards)."""
+"""Llama 3.2 1B, Llama 3.1 8B and Llama 3.1 70B (Grattafiori et al. 2024, table 3, and the model cards)."""
 
 
 def shape_of(config: Any) -> Shape:
-    """The shape that a transformers config tells.
+    """Return the shape of a transformers config.
 
     Raises:
-        InputError: a size is missing, or it has experts; the model is not built as Llama is.
+        InputError: a size is missing, or the model has experts, so it does not have the Llama architecture.
     """
     if any("expert" in name and not name.startswith("_") for name in vars(config)):
-        raise InputError(f"no plan for a model with experts, '{config.model_type}'; plan with a Llama of its size")
+        raise InputError(f"no plan for a model with experts, '{config.model_type}'; use a Llama of its size")
     try:
         heads, hidden = config.num_attention_heads, config.hidden_size
         return Shape(
@@ -97,82 +97,81 @@ def shape_of(config: Any) -> Shape:
         )
     except AttributeError as error:
         raise InputError(
-            f"no plan for a model of type '{config.model_type}': {error}; plan with a Llama of its size"
+            f"no plan for a model of type '{config.model_type}': {error}; use a Llama of its size"
         ) from error
 
 
 @dataclass(frozen=True)
 class Pair:
-    """The mean length of a pair, in tokens."""
+    """Mean lengths of a pair in tokens."""
 
     prompt: int
     completion: int
 
     @property
     def tokens(self) -> int:
-        """Positions in the stream: the prompt once, two completions."""
+        """Stream positions: one prompt and two completions."""
         return self.prompt + 2 * self.completion
 
     @property
     def seen(self) -> int:
-        """(query, key) positions that see each other."""
+        """Number of (query, key) positions that attend."""
         prompt, completion = self.prompt, self.completion
         return prompt * (prompt + 1) // 2 + completion * (completion + 1) + 2 * prompt * completion
 
 
 @dataclass(frozen=True)
 class Setup:
-    """How a model is trained."""
+    """Settings of a training."""
 
     max_tokens_per_microbatch: int
     """Tokens in a micro-batch of one GPU."""
     precision: Precision = "fp32"
     lora_rank: int | None = None
-    """Of the adapters; None trains all weights."""
+    """Rank of the adapters. None trains all weights."""
     gradient_checkpointing: bool = False
     accumulates: bool = True
-    """Whether a step has several micro-batches: gradients are then there beside all activations."""
+    """Whether a step has several micro-batches. If so, gradients and all activations exist at the same time."""
     optimizer: str = "adamw"
     sharding: Sharding = "none"
     gpus: int = 1
     head_chunk: int = HEAD_CHUNK
-    """Positions projected to the vocabulary at a time."""
+    """Positions per projection to the vocabulary."""
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on each GPU at the peak of a step."""
+    """Peak bytes per GPU."""
 
     weights: float
     gradients: float
     optimizer: float
     activations: float
     temporary: float
-    """Chunks of logits, the head's gradient, gathered layers, communication."""
+    """Logits, gradient of the head, gathered layers."""
     overhead: float
 
     @property
     def total(self) -> float:
-        """All of them."""
+        """Sum of all parts."""
         return sum(vars(self).values())
 
 
 def trained_parameters(shape: Shape, lora_rank: int | None) -> int:
-    """Parameters that have gradients and optimizer states."""
+    """Return the number of parameters with gradients and optimizer states."""
     if lora_rank is None:
         return shape.parameters
     return shape.layers * lora_rank * sum(inputs + outputs for inputs, outputs in shape.matrices)
 
 
 def layer_activations(shape: Shape, pair: Pair, setup: Setup) -> float:
-    """Bytes that a layer keeps for its backward pass, for each token of the stream.
+    """Return the bytes per stream token that a layer keeps for its backward pass.
 
-    Each norm keeps its input and, where its weight is trained, the normalised input, in fp32. The linear maps
-    keep their inputs: in fp32 one tensor for q, k and v and one for gate and up, in bf16 a rounded copy for each
-    of the five. Attention keeps queries, keys and values (these repeated for each query head), its output twice,
-    as it comes and as the next map takes it, the log-sum-exp, and for the second completion a copy of the keys
-    and values of prompt and completion with a mask. The MLP keeps gate, its activation, up and their product.
-    LoRA keeps the inner vector of each of the seven updates.
+    Norms keep their input and, if their weight is trained, the normalised input, in fp32. Linear layers keep their
+    inputs: in fp32 one tensor for q, k and v and one for gate and up, in bf16 a rounded copy for each of the five.
+    Attention keeps queries, keys and values (repeated per query head), its output before and after the transpose,
+    the log-sum-exp, and for the second completion the keys and values of prompt and completion with a mask. The
+    MLP keeps gate, its activation, up and their product. LoRA keeps the inner vector of each of the seven updates.
     """
     width = 4 if setup.precision == "fp32" else 2
     full = setup.lora_rank is None
@@ -205,24 +204,24 @@ def activations(shape: Shape, pair: Pair, setup: Setup) -> float:
 
 
 def training_memory(shape: Shape, pair: Pair, setup: Setup, overhead: float) -> Memory:
-    """Bytes at the peak of a step of each GPU.
+    """Return the peak memory of a training step, the largest of three candidates.
 
-    There are three candidates, and the largest counts. At the head all activations exist, with one chunk of logits
-    and the gradient of the head's matrix. At the last layer, whose backward pass comes next, the temporaries of
-    that pass replace the chunk, and gradient checkpointing has recomputed the layer. In both, earlier gradients
-    exist only if the step has several micro-batches. At the end of the backward pass all gradients exist. One
-    process adds the gradient of the vocabulary matrices in place; several processes make a new one for each use.
+    - At the head, all activations exist, with one chunk of logits and the gradient of the head.
+    - At the last layer, the temporaries of its backward pass replace the chunk, and gradient checkpointing has
+      recomputed the layer. In both, gradients exist only if the step has several micro-batches.
+    - At the end of the backward pass, all gradients exist.
 
-    Assumes: `data` keeps the gradients a second time, in the buckets of DDP. `full` (FSDP2) keeps 1/N of weights,
-    gradients and states. During a layer's backward pass it gathers two layers and holds the gradient of one;
-    during the projection to the vocabulary it gathers the head instead, and the embedding with it if they share a
-    matrix. No early stopping, which keeps another copy of the trained weights. No fragmentation of the allocator.
+    One process accumulates gradients of the vocabulary matrices in place; several processes create one per use.
+    `data` keeps gradients twice, in the buckets of DDP too. `full` keeps 1/N of weights, gradients and states. In
+    the backward pass of a layer it gathers two layers and holds the gradient of one. At the head it gathers the
+    head, with the embedding if they share a matrix. Early stopping, which copies the trained weights, and
+    fragmentation are not included.
 
     Args:
-        shape: of the model.
-        pair: mean lengths; they decide what share of the stream is completions.
-        setup: how it is trained.
-        overhead: bytes of the process without the model: libraries, the CUDA context.
+        shape: shape of the model.
+        pair: mean lengths, which determine the fraction of completion tokens.
+        setup: settings of the training.
+        overhead: bytes of the process without the model: libraries and the CUDA context.
     """
     full = setup.lora_rank is None
     shards = setup.gpus if setup.sharding == "full" else 1
@@ -242,7 +241,7 @@ def training_memory(shape: Shape, pair: Pair, setup: Setup, overhead: float) -> 
     backward = setup.max_tokens_per_microbatch * (3 * width * shape.intermediate + 2 * 4 * shape.hidden)
     kept = activations(shape, pair, setup)
     accumulated = gradients * setup.accumulates
-    # FSDP shards the head and its gradient again before the layers, unless the embedding shares the matrix.
+    # FSDP reshards the head and its gradient before the layers, unless the embedding shares the matrix.
     shared = shape.tied or not sharded
     head_in_layers = (first + gathered_head) if shared else 0
     head_at_end = (2 * new_head if shape.tied else new_head) + (gathered_head if shared else 0)
@@ -258,9 +257,9 @@ def training_memory(shape: Shape, pair: Pair, setup: Setup, overhead: float) -> 
 
 
 def reference_memory(shape: Shape, setup: Setup, overhead: float) -> Memory:
-    """Bytes at the peak of the reference pass, which holds a whole model and keeps no activations.
+    """Return the peak memory of the reference pass, which keeps no activations and is not sharded.
 
-    bf16 rounds the weights of one linear map at a time.
+    bf16 rounds the weights of one linear layer at a time.
     """
     width = 4 if setup.precision == "fp32" else 2
     copies = 0 if setup.precision == "fp32" else 2 * shape.hidden * shape.intermediate
@@ -270,13 +269,13 @@ def reference_memory(shape: Shape, setup: Setup, overhead: float) -> Memory:
 
 
 def forward_flops(shape: Shape, tokens: int, projected: int, seen: int) -> tuple[int, int, int]:
-    """(layers, head, attention) operations of a forward pass.
+    """Return the FLOPs of a forward pass as (layers, head, attention).
 
     Args:
-        shape: of the model.
-        tokens: in the layers; each takes two operations for a weight.
-        projected: to the vocabulary.
-        seen: (query, key) pairs that see each other; each takes four operations for a query's element.
+        shape: shape of the model.
+        tokens: tokens in the layers, with 2 FLOPs per weight.
+        projected: tokens projected to the vocabulary.
+        seen: (query, key) positions that attend, with 4 FLOPs per element of a query.
     """
     weights = sum(inputs * outputs for inputs, outputs in shape.matrices)
     attention = 4 * shape.layers * shape.query * seen
@@ -284,11 +283,11 @@ def forward_flops(shape: Shape, tokens: int, projected: int, seen: int) -> tuple
 
 
 def pair_flops(shape: Shape, pair: Pair, setup: Setup | None) -> tuple[int, int]:
-    """(layers, head) operations that a pair takes in training, or without `setup` in the reference pass.
+    """Return the FLOPs per pair as (layers, head), of training or, without `setup`, of the reference pass.
 
-    Training takes the forward pass, the gradients of activations and those of weights, which LoRA has in attention
-    alone; the head is computed once more (but for its last chunk, which is counted all the same), the layers are
-    with gradient checkpointing. LoRA's own products, norms and all else but matrix products count as nothing.
+    Training has a forward pass, gradients of activations and gradients of weights (with LoRA only in attention).
+    The head is recomputed, and with gradient checkpointing the layers too. Only matrix products count, without
+    those of the LoRA adapters.
     """
     layers, head, attention = forward_flops(shape, pair.tokens, 2 * pair.completion, pair.seen)
     if setup is None:
@@ -300,11 +299,11 @@ def pair_flops(shape: Shape, pair: Pair, setup: Setup | None) -> tuple[int, int]
 
 
 def seconds(work: tuple[float, float], gpus: int, speed: tuple[float, float]) -> float:
-    """Time of (layers, head) operations.
+    """Return the time of (layers, head) FLOPs.
 
     Args:
-        work: from `pair_flops`, times the number of pairs.
-        gpus: that share it.
-        speed: operations a second of one GPU, communication included, in the layers and in the head.
+        work: `pair_flops` times the number of pairs.
+        gpus: number of GPUs.
+        speed: FLOPs per second of one GPU in the layers and in the head, communication included.
     """
     return sum(part / (gpus * rate) for part, rate in zip(work, speed, strict=True))

@@ -1,1 +1,1 @@
-"""What all packages of `dpo` share: errors, files, processes, the default model and data."""
+"""Code shared by all packages of `dpo`: errors, files, processes, the default model and data."""

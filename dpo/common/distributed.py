@@ -1,4 +1,4 @@
-"""The processes that `accelerate launch` starts for one stage, and how they share its work."""
+"""The processes that `accelerate launch` starts for a stage, and how they divide its work."""
 
 from collections.abc import Callable
 from datetime import timedelta
@@ -10,16 +10,16 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 
 LONGEST_WAIT = timedelta(days=1)
-"""How long a process that has done its share waits for the others."""
+"""Timeout of a process that waits for the others."""
 
 
 def this_process() -> PartialState:
-    """Which of how many processes this is, and its device; the first call in a process joins it to the others."""
+    """Return the rank, the number of processes and the device. The first call initializes the process group."""
     return PartialState(cpu=not torch.accelerator.is_available(), timeout=LONGEST_WAIT)
 
 
 def share(count: int, work: Callable[[list[int]], list[Any]]) -> list[Any]:
-    """Results of `work` for the items 0..count-1, each process doing a part; all of them, in order, in each."""
+    """Apply `work` to the items 0..count-1, divided among the processes. Each process gets all results."""
     state = this_process()
     mine = list(range(state.process_index, count, state.num_processes))
     results = work(mine) if mine else []

@@ -10,4 +10,4 @@ class TransientError(RuntimeError):
 
 
 class Stopped(Exception):
-    """The work was asked to stop. Completed parts are kept; running it again resumes from them."""
+    """The work was interrupted on request. Its completed parts are kept, and the next run resumes from them."""

@@ -1,4 +1,4 @@
-"""Files that are either whole or absent, and their content hashes."""
+"""Atomic writes and content hashes of files."""
 
 import hashlib
 import json
@@ -12,23 +12,23 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 PROVENANCE = "provenance.json"
-"""The file in a checkpoint that tells what made it."""
+"""File in a checkpoint that records how it was made."""
 
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Give a path beside `path` to write a file or a folder to; it takes the place of `path` only on success."""
+    """Yield a temporary path for a file or a folder, which replaces `path` if the block succeeds."""
     tmp, previous = (path.with_name(f".{path.name}.{name}.partial") for name in ("new", "old"))
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove(tmp)
     try:
         yield tmp
-        if tmp.is_dir() and path.exists():  # no system call puts a folder in the place of another
+        if tmp.is_dir() and path.exists():  # no system call replaces a folder
             _remove(previous)
             path.rename(previous)
         tmp.replace(path)
         _remove(previous)
-    except SafetensorError as error:  # names no file, and what the system said in words alone
+    except SafetensorError as error:  # its message has no file name, and the errno only as text
         number = re.search(r"\(os error (\d+)\)", str(error))
         if number is None:
             raise
@@ -45,13 +45,13 @@ def _remove(path: Path) -> None:
 
 
 def write_json(path: Path, value: object) -> None:
-    """Write `value` as indented JSON with sorted keys; NaN and infinity are refused."""
+    """Write `value` as indented JSON with sorted keys. NaN and infinity raise ValueError."""
     with atomic_write(path) as tmp:
         tmp.write_text(json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n")
 
 
 def sha256(*paths: Path) -> str:
-    """SHA-256 over the names and contents of files, in the order given."""
+    """Return the SHA-256 of the names and contents of files, in this order."""
     digest = hashlib.sha256()
     for path in paths:
         with path.open("rb") as file:
@@ -60,6 +60,6 @@ def sha256(*paths: Path) -> str:
 
 
 def md5(path: Path) -> str:
-    """The hash by which DVC knows a file."""
+    """Return the MD5 of a file, as in `dvc.lock`."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "md5").hexdigest()

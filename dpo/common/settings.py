@@ -18,7 +18,7 @@ def _distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 Several = (Field(min_length=1), AfterValidator(_distinct))
-"""Annotations of a tuple of at least one value, all different."""
+"""Annotations of a tuple with at least one value and no duplicates."""
 
 
 @dataclass(frozen=True, kw_only=True)

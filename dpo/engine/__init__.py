@@ -1,1 +1,1 @@
-"""From text to log-probs: tokenization, packing, the log-prob engine and the reference cache."""
+"""Text to log-probs: tokenization, packing, the log-prob engine and the reference cache."""

@@ -84,21 +84,9 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """Compute causal attention for each row; further completions attend to the prompt and to themselves.
 
-    Dropout is never applied, because log-probs must be deterministic.
-
-    Args:
-        module: the attention layer. Not used.
-        query: [1, heads, T, head_dim].
-        key: [1, kv_heads, T, head_dim].
-        value: [1, kv_heads, T, head_dim].
-        attention_mask: not used.
-        layout: of the stream. `VarlenMetadata` selects variable-length attention in bf16.
-        scaling: factor of the attention scores.
-        sliding_window: number of positions that a query attends to. None attends to all.
-        kwargs: not used.
-
-    Returns:
-        Outputs [1, T, heads, head_dim], and None instead of attention weights.
+    The shapes are query [1, heads, T, head_dim], key and value [1, kv_heads, T, head_dim], output [1, T, heads,
+    head_dim]. `VarlenMetadata` selects variable-length attention in bf16. Dropout is never applied, because
+    log-probs must be deterministic.
     """
     if isinstance(layout, VarlenMetadata):
         return _varlen_attention(query, key, value, layout, scaling, sliding_window), None

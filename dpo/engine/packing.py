@@ -1,12 +1,12 @@
-"""From token rows to packed batches: one flat stream of tokens without padding.
+"""Packing of token rows into one flat stream of tokens without padding.
 
-A row is a prompt and the completions that answer it (two for a preference pair). In the stream the prompt
-stands once and its completions follow it:
+A row is a prompt with its completions (two for a preference pair). In the stream, the prompt appears once and its
+completions follow it:
 
     row 0: [prompt | completion 0 | completion 1]  row 1: [prompt | completion 0 | completion 1] ...
 
-Positions of each completion continue from its prompt. No token is a pad, so linear layers do no wasted work;
-attention (see `dpo.engine.attention`) lets a completion see its prompt and itself, nothing else.
+The positions of each completion continue from its prompt. Linear layers do no work for padding. Each completion
+attends only to its prompt and itself (`dpo.engine.attention`).
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ class TokenRow:
 
     @property
     def tokens(self) -> int:
-        """Number of stream positions that the row takes."""
+        """Number of stream positions."""
         return len(self.prompt) + sum(map(len, self.completions))
 
     @property
@@ -44,7 +44,7 @@ class TokenRow:
 
     @property
     def digest(self) -> bytes:
-        """SHA-256 of id and tokens."""
+        """SHA-256 of the id and the tokens."""
         return hashlib.sha256(json.dumps([self.id, self.prompt, self.completions]).encode()).digest()
 
 
@@ -118,7 +118,10 @@ def pack(rows: Sequence[TokenRow]) -> PackedBatch:
 
 
 def budget_batches(lengths: Sequence[int], max_tokens_per_microbatch: int) -> list[list[int]]:
-    """Cut 0..n-1, in order, into runs of at most `max_tokens_per_microbatch` tokens; a longer row stands alone."""
+    """Split 0..n-1 in order into batches of at most `max_tokens_per_microbatch` tokens.
+
+    A row that is longer than the budget gets its own batch.
+    """
     batches: list[list[int]] = []
     total = 0
     for index, length in enumerate(lengths):
@@ -131,7 +134,7 @@ def budget_batches(lengths: Sequence[int], max_tokens_per_microbatch: int) -> li
 
 
 def balance(indices: Sequence[int], lengths: Sequence[int], bins: int) -> list[list[int]]:
-    """Spread indices over at most `bins` groups of nearly equal token counts (longest first, to the lightest)."""
+    """Distribute indices over at most `bins` groups of similar token counts: longest first, to the smallest."""
     groups: list[list[int]] = [[] for _ in range(min(bins, len(indices)))]
     loads = [0] * len(groups)
     for index in sorted(indices, key=lambda i: (-lengths[i], i)):
@@ -142,13 +145,12 @@ def balance(indices: Sequence[int], lengths: Sequence[int], bins: int) -> list[l
 
 
 class StepSampler:
-    """Batch sampler that keeps the effective batch exact in rows and every micro-batch under a token budget.
+    """Batch sampler with a fixed number of rows per optimizer step and a token budget per micro-batch.
 
-    Each epoch is a seeded shuffle cut into optimizer steps of `rows_per_step` rows (the last may be smaller; it
-    is kept). Every full step is split into the same number of micro-batches, `accumulation` for each of the
-    processes that train together: the least for which every micro-batch of every epoch fits in
-    `max_tokens_per_microbatch`, or one row each if a row alone exceeds the budget. All processes get the same
-    number of micro-batches; if a short step leaves a process without rows, its micro-batch is empty.
+    Each epoch is a seeded shuffle, split into steps of `rows_per_step` rows. The last step may be smaller. In
+    a full step, each process gets `accumulation` micro-batches: the smallest number for which every micro-batch of
+    every epoch fits in `max_tokens_per_microbatch`, or is one row. If a small step leaves a process without rows,
+    its micro-batch is empty.
     """
 
     def __init__(
@@ -163,7 +165,7 @@ class StepSampler:
         process: int = 0,
     ) -> None:
         if not lengths:
-            raise ValueError("there are no rows to train on")
+            raise ValueError("no rows to train on")
         self.lengths = list(lengths)
         self.rows_per_step = min(rows_per_step, len(self.lengths))
         self.max_tokens_per_microbatch = max_tokens_per_microbatch
@@ -184,7 +186,7 @@ class StepSampler:
         return [order[i : i + self.rows_per_step] for i in range(0, len(order), self.rows_per_step)]
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose shuffle the next iteration follows."""
+        """Set the epoch of the next iteration."""
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[list[int]]:

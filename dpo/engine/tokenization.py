@@ -1,4 +1,4 @@
-"""From canonical preference pairs to token rows: the one place where text becomes tokens."""
+"""Tokenization of preference pairs. All text of the pipeline becomes tokens here."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -15,11 +15,11 @@ from dpo.engine.packing import TokenRow
 PAIRS_AT_ONCE = 1000
 
 Prompt = str | Sequence[Mapping[str, str]]
-"""One user turn, or the turns of a conversation as {role, content}, the last of them the user's."""
+"""The text of one user turn, or a conversation as {role, content} turns that ends with a user turn."""
 
 
 def prompt_of(pair: Mapping[Any, Any], tokenizer: PreTrainedTokenizerBase) -> Prompt:
-    """The prompt of a canonical pair: its `turns` where there are any and a chat template, else its text."""
+    """Return the `turns` of a canonical pair if it has turns and the tokenizer a chat template, else its text."""
     turns = pair.get("turns")
     return pair["prompt"] if turns is None or not tokenizer.chat_template else list(turns)
 
@@ -27,11 +27,11 @@ def prompt_of(pair: Mapping[Any, Any], tokenizer: PreTrainedTokenizerBase) -> Pr
 def prompt_ids(
     tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], longest: int | None = None
 ) -> list[list[int]]:
-    """Token ids of prompts up to the point where the model starts to answer.
+    """Return the token ids of prompts, up to the first token of the response.
 
-    With a chat template a prompt is its turns followed by the generation prompt; without one it is the text
-    itself behind the tokenizer's own start token. Never empty: an empty text becomes the start (or, for want of
-    one, the end) token. A prompt of more than `longest` tokens loses its beginning.
+    With a chat template, a prompt is its turns and the generation prompt. Without one, it is the start token (if
+    the tokenizer has one) and the text. An empty text becomes the start token, or else the end token. Prompts are
+    truncated on the left to `longest` tokens.
 
     Raises:
         InputError: the chat template fails.
@@ -48,24 +48,20 @@ def _prompt_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[li
         rows = [[start, *ids] for ids in rows]
     if all(rows):
         return rows
-    alone = tokenizer.eos_token_id if start is None else start
-    if alone is None:
+    substitute = tokenizer.eos_token_id if start is None else start
+    if substitute is None:
         raise ValueError("an empty prompt needs a tokenizer with a start or an end token")
-    return [ids or [alone] for ids in rows]
+    return [ids or [substitute] for ids in rows]
 
 
 def pair_ids(
     tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Mapping[Any, Any]]
 ) -> list[tuple[list[int], list[int], list[int]]]:
-    """Token ids of the prompt, the chosen and the rejected completion of canonical pairs.
+    """Return the token ids of the prompt, the chosen and the rejected completion of canonical pairs.
 
-    A completion ends with exactly one end token where the tokenizer has one. Its ids are those that the text has
-    in context, unless a token would reach across the seam; then the completion is tokenised by itself, because at
-    inference the prompt's tokens are already fixed.
-
-    Args:
-        tokenizer: of the model.
-        pairs: with `prompt`, `chosen`, `rejected`, and `turns` where a prompt is a conversation.
+    A completion ends with exactly one end token if the tokenizer has one. Prompt and completion are tokenized
+    together, unless a token would span both. Then the completion is tokenized separately, because at inference the
+    tokens of the prompt are fixed.
 
     Raises:
         InputError: the chat template fails.
@@ -83,31 +79,31 @@ def _completion_ids(
     tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], texts: Sequence[str], completions: Sequence[str]
 ) -> list[list[int]]:
     if tokenizer.chat_template:
-        answered = [
+        conversations = [
             [*turns_of(prompt), {"role": "assistant", "content": completion}]
             for prompt, completion in zip(prompts, completions, strict=True)
         ]
         completions = [
-            whole[len(before) :] if whole.startswith(before) else completion
-            for before, whole, completion in zip(texts, _render(tokenizer, answered), completions, strict=True)
+            text[len(prompt) :] if text.startswith(prompt) else completion
+            for prompt, text, completion in zip(texts, _render(tokenizer, conversations), completions, strict=True)
         ]
     completions = [without_end(completion, tokenizer.eos_token) for completion in completions]
-    # No token reaches across a special token: what stands before the prompt's last one need not be read again.
+    # No token spans a special token, so only the text after the last special token of a prompt is tokenized again.
     special = _special_tokens(tokenizer)
-    tails = [text[_last_start(special, text) :] for text in texts]
+    tails = [text[_last_match(special, text) :] for text in texts]
     distinct = sorted(set(tails))
     heads = dict(zip(distinct, _encode(tokenizer, distinct), strict=True))
     both = _encode(tokenizer, [tail + completion for tail, completion in zip(tails, completions, strict=True)])
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     rows = []
     for tail, ids, completion in zip(tails, both, completions, strict=True):
-        seam = len(heads[tail])
-        rows.append((ids[seam:] if ids[:seam] == heads[tail] else _encode_apart(tokenizer, completion)) + end)
+        cut = len(heads[tail])
+        rows.append((ids[cut:] if ids[:cut] == heads[tail] else _encode_continuation(tokenizer, completion)) + end)
     return rows
 
 
 def turns_of(prompt: Prompt) -> list[Mapping[str, str]]:
-    """The turns of a prompt; a text is one turn of the user's."""
+    """Return the turns of a prompt. A text is one user turn."""
     return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
 
 
@@ -129,32 +125,32 @@ def _render(
         return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=add_generation_prompt)
     except (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise InputError(
-            f"the tokenizer's chat template fails: {error}; mend the model's chat_template.jinja, or the turns"
+            f"the tokenizer's chat template fails: {error}; fix the model's chat_template.jinja, or the turns"
         ) from error
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    """Token ids of texts as they are; what all share up to a special token, as a system turn, is read once."""
+    """Return the token ids of texts. A common prefix that ends at a special token is tokenized once."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return [tokenizer.encode(text, add_special_tokens=False) for text in texts]
     backend.no_truncation()
     backend.no_padding()
-    cut = _last_start(_special_tokens(tokenizer), commonprefix(texts))  # noqa: RUF071
+    cut = _last_match(_special_tokens(tokenizer), commonprefix(texts))  # noqa: RUF071
     shared = backend.encode(texts[0][:cut], add_special_tokens=False).ids if cut else []
     rests = backend.encode_batch_fast([text[cut:] for text in texts], add_special_tokens=False)
     return [shared + encoding.ids for encoding in rests]
 
 
-def _encode_apart(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Token ids of a text that starts in the middle of a line: some tokenizers put a space before a first word."""
-    before = tokenizer.encode("\n", add_special_tokens=False)
+def _encode_continuation(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Return the token ids of a text that continues a line. Some tokenizers add a space to a first word."""
+    prefix = tokenizer.encode("\n", add_special_tokens=False)
     ids = tokenizer.encode("\n" + text, add_special_tokens=False)
-    return ids[len(before) :] if ids[: len(before)] == before else tokenizer.encode(text, add_special_tokens=False)
+    return ids[len(prefix) :] if ids[: len(prefix)] == prefix else tokenizer.encode(text, add_special_tokens=False)
 
 
 def without_end(completion: str, end: str | None) -> str:
-    """A completion without the end tokens, and the space around them, that it may end with."""
+    """Return a completion without trailing end tokens and the whitespace around them."""
     if not end:
         return completion
     completion = completion.rstrip()
@@ -164,7 +160,7 @@ def without_end(completion: str, end: str | None) -> str:
 
 
 def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
-    """Matches the tokens that are cut out of a text before anything else is done to it."""
+    """Return a pattern of the special tokens that the tokenizer splits off before any other step."""
     literal = [
         token.content
         for token in tokenizer.added_tokens_decoder.values()
@@ -173,23 +169,21 @@ def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
     return re.compile("|".join(map(re.escape, sorted(literal, key=len, reverse=True))) or r"(?!)")
 
 
-def _last_start(special: re.Pattern[str], text: str) -> int:
-    start = 0
-    for match in special.finditer(text):
-        start = match.start()
-    return start
+def _last_match(pattern: re.Pattern[str], text: str) -> int:
+    """Return the start of the last match, or 0."""
+    return max((match.start() for match in pattern.finditer(text)), default=0)
 
 
 def encode_pairs(
     pairs: Sequence[Mapping[Any, Any]], tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> list[TokenRow]:
-    """Token rows (chosen first, rejected second) of canonical pairs.
+    """Return token rows of canonical pairs, with the chosen completion first.
 
-    A prompt too long for `max_length` tokens together with its longer completion loses tokens on its left; a
-    completion is never cut.
+    Prompts are truncated on the left so that a prompt and its longer completion have at most `max_length` tokens.
+    Completions are never truncated.
 
     Raises:
-        InputError: a completion leaves no room for a prompt token; names the pair, the field and the mend.
+        InputError: a completion leaves no room for a prompt token.
     """
     rows = []
     with tqdm(total=len(pairs), desc="tokens", unit="pair", mininterval=2, delay=2) as bar:

@@ -491,7 +491,7 @@ def tampered_by_hand(projects: Projects, folder: Path, draw: random.Random) -> N
         shutil.copy2(projects.done / name, folder / name)
     Stage(folder, "train", before=another_engine).ends(2, "refused: engine differ")
     (folder / "reference/train/manifest.json").write_text("{")
-    Stage(folder, "train").ends(2, "reference/train: no whole reference cache here")
+    Stage(folder, "train").ends(2, "reference/train: no complete reference cache")
     assert not (folder / POLICY).exists()
 
 

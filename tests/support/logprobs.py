@@ -1,4 +1,4 @@
-"""Log-probs and gradients by a plain forward pass, one completion at a time."""
+"""Log-probs and gradients from plain forward passes, one per completion."""
 
 import random
 
@@ -28,7 +28,7 @@ def tokens(length, seed):
 
 
 def make_rows():
-    """Pairs of unequal lengths, among them one-token prompts and completions and a prefix of the other one."""
+    """Return pairs of different lengths, including one-token parts and a completion that starts the other."""
     long = tokens(12, 1)
     return [
         TokenRow("usual", tokens(9, 2), (tokens(7, 3), tokens(4, 4))),
@@ -39,14 +39,14 @@ def make_rows():
 
 
 def naive_logps(model, rows):
-    """log pi(y|x) of each completion: a forward pass of its own, a softmax and a sum token by token."""
+    """Return log pi(y|x) of each completion from one forward pass, a softmax and a sum over tokens."""
     sums = []
     for row in rows:
         for completion in row.completions:
             table = model(input_ids=torch.tensor([[*row.prompt, *completion]])).logits[0].log_softmax(1)
             total = torch.zeros(())
-            for place, token in enumerate(completion, start=len(row.prompt)):
-                total = total + table[place - 1, token]
+            for position, token in enumerate(completion, start=len(row.prompt)):
+                total = total + table[position - 1, token]
             sums.append(total)
     return torch.stack(sums).view(len(rows), -1)
 
@@ -56,14 +56,14 @@ def plain_model(folder):
 
 
 def gradients(model, sums):
-    """Of a sum with another weight for each completion, so that no two of them can be mixed up unnoticed."""
+    """Return gradients of a sum with different weights, so that swapped completions are detected."""
     model.zero_grad()
     (sums.flatten() * torch.arange(1, sums.numel() + 1, device=sums.device)).sum().backward()
     return {name: weight.grad for name, weight in model.named_parameters() if weight.requires_grad}
 
 
 def assert_same_gradients(ours, expected, share=1e-5, floor=1e-7):
-    """Equal but for rounding, measured against the largest gradient (some are zero but for rounding)."""
+    """Assert equality up to rounding, relative to each gradient and to the largest one, because some are zero."""
     assert ours.keys() == expected.keys()
     largest = max(gradient.norm() for gradient in expected.values())
     for name, gradient in expected.items():

@@ -1,4 +1,4 @@
-"""Tiny random models and tokenizers, made here so that no test needs a network; and free ports."""
+"""Tiny random models and tokenizers, so that tests need no network; free ports."""
 
 import socket
 from pathlib import Path
@@ -41,7 +41,7 @@ def byte_level_bpe(special_tokens: list[str], vocab_size: int = 320) -> Tokenize
 
 
 def chat_tokenizer() -> PreTrainedTokenizerFast:
-    """ChatML with a default system message; the end token is the pad token too."""
+    """Return a ChatML tokenizer with a default system message. The end token is also the pad token."""
     return PreTrainedTokenizerFast(
         tokenizer_object=byte_level_bpe(["<|im_start|>", "<|im_end|>"]),
         eos_token="<|im_end|>",
@@ -52,19 +52,19 @@ def chat_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def plain_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE with an end token, no start token and no chat template."""
+    """Return a byte-level BPE tokenizer with an end token, without start token and chat template."""
     return PreTrainedTokenizerFast(
         tokenizer_object=byte_level_bpe(["<|end|>"]), eos_token="<|end|>", pad_token="<|end|>"
     )
 
 
 def bare_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE with neither start nor end token."""
+    """Return a byte-level BPE tokenizer with neither start nor end token."""
     return PreTrainedTokenizerFast(tokenizer_object=byte_level_bpe([]))
 
 
 def bos_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE whose `encode` puts a start token in front."""
+    """Return a byte-level BPE tokenizer whose `encode` adds a start token."""
     tokenizer = byte_level_bpe(["<s>", "</s>"])
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))]
@@ -73,7 +73,7 @@ def bos_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def metaspace_tokenizer() -> PreTrainedTokenizerFast:
-    """As Llama 2 has it: spaces are part of words, unknown characters are bytes, a space precedes the text."""
+    """Return a tokenizer like that of Llama 2: words include spaces, and texts start with a space."""
     alphabet = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
@@ -124,7 +124,7 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, object]]] = {
 
 
 def free_ports(count: int) -> list[int]:
-    """Different ones, held open together while they are looked for."""
+    """Return different free ports. All sockets are open during the search."""
     listeners = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
     ports = [listener.getsockname()[1] for listener in listeners]
     for listener in listeners:

@@ -54,7 +54,7 @@ def coded(folder, file="config.json", **values):
 
 
 HOSTILE = {
-    "pickle": (pickled, ["pytorch_model.bin", "bring them as safetensors"]),
+    "pickle": (pickled, ["pytorch_model.bin", "convert them to safetensors"]),
     "code of a model": (lambda folder: coded(folder, model_type="own"), ["is never run", "part of transformers"]),
     "code of a tokenizer": (
         lambda folder: coded(folder, "tokenizer_config.json", tokenizer_class="Own"),

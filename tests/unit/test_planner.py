@@ -1,4 +1,4 @@
-"""The planner counts what models have and what the engine keeps; the command says what fits."""
+"""The planner compared with real models and with values computed by hand; the `plan` command."""
 
 import math
 import sys
@@ -33,7 +33,7 @@ TOKENS = PAIRS * PAIR.tokens
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A random Llama with grouped queries, wide enough for the small tensors not to count."""
+    """Create a random Llama with grouped queries, so wide that small tensors are negligible."""
     torch.manual_seed(0)
     config = AutoConfig.for_model(
         "llama", vocab_size=512, hidden_size=64, intermediate_size=160, num_hidden_layers=4,
@@ -44,8 +44,8 @@ def folder(tmp_path_factory):
     return path
 
 
-def kept(model):
-    """Bytes that a forward pass keeps for its backward pass, the model's own parameters aside."""
+def kept_bytes(model):
+    """Return the bytes that a forward pass keeps for its backward pass, without parameters."""
     draw = torch.Generator().manual_seed(0)
     lengths = (PAIR.prompt, PAIR.completion, PAIR.completion)
     rows = []
@@ -63,7 +63,7 @@ def kept(model):
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("rank", [None, 8])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_activations_are_what_the_engine_keeps(folder, precision, rank, checkpointing):
+def test_activations_equal_what_the_engine_keeps(folder, precision, rank, checkpointing):
     model = load_model(folder, precision).train()
     if rank is not None:
         add_lora(model.model, LoraSettings(rank=rank, alpha=16))
@@ -72,19 +72,19 @@ def test_activations_are_what_the_engine_keeps(folder, precision, rank, checkpoi
     shape, setup = shape_of(model.model.config), Setup(TOKENS, precision, rank, checkpointing)
     assert trained_parameters(shape, rank) == sum(p.numel() for p in model.parameters() if p.requires_grad)
     expected = activations(shape, PAIR, setup)
-    assert kept(model) == pytest.approx(expected, rel=0.03)
+    assert kept_bytes(model) == pytest.approx(expected, rel=0.03)
 
 
 @pytest.mark.parametrize(
     ("name", "billions"), [("llama-1b", 1.2358), ("llama-8b", 8.0303), ("llama-70b", 70.5537)]
 )
-def test_llamas_have_the_parameters_that_their_cards_tell(name, billions):
+def test_llama_parameters_equal_their_model_cards(name, billions):
     assert LLAMAS[name].parameters / 1e9 == pytest.approx(billions, abs=1e-4)
 
 
-def test_flops_by_hand():
-    # One layer's matrices: q and o 64 * 64, k and v 64 * 32, three of 64 * 160. Seen: 300 in the prompt, twice
-    # 136 in a completion and 24 * 16 of the prompt by it.
+def test_flops_of_a_small_shape():
+    # Matrices of a layer: q and o 64 * 64, k and v 64 * 32, three of 64 * 160. Attention: 300 (query, key)
+    # positions in the prompt, and for each completion 136 in itself and 24 * 16 in the prompt.
     shape = replace(LLAMAS["llama-1b"], layers=4, hidden=64, intermediate=160, heads=4, kv_heads=2, head_dim=16)
     linear = 2 * 4 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 160) * 56
     attention, head = 4 * 4 * 64 * (300 + 2 * 136 + 2 * 384), 2 * 128256 * 64 * 32
@@ -95,7 +95,7 @@ def test_flops_by_hand():
     assert seconds((600, 40), 2, (100, 10)) == 5
 
 
-def test_memory_by_hand():
+def test_memory_of_llama_8b():
     shape = LLAMAS["llama-8b"]
     setup = Setup(max_tokens_per_microbatch=64)
     alone = training_memory(shape, PAIR, setup, overhead=7)
@@ -108,10 +108,10 @@ def test_memory_by_hand():
     assert 8 * sharded.optimizer == alone.optimizer
     assert sharded.temporary > alone.temporary
     buckets = training_memory(shape, PAIR, replace(setup, sharding="data", gpus=8), overhead=7)
-    # One process alone adds the gradient of the vocabulary's matrix to what is there.
+    # One process accumulates the gradient of the vocabulary matrix in place.
     assert buckets.total - alone.total == pytest.approx(alone.gradients + 4 * shape.head)
     assert reference_memory(shape, setup, overhead=7).total < alone.total / 3
-    # Without accumulation the gradients come while the activations go.
+    # Without accumulation, gradients and activations do not exist at the same time.
     one = training_memory(
         shape, PAIR, replace(setup, max_tokens_per_microbatch=10**6, accumulates=False), overhead=7
     )
@@ -124,24 +124,24 @@ def run(monkeypatch, capsys, *arguments):
     return capsys.readouterr().out
 
 
-def test_the_command_says_what_fits(monkeypatch, capsys, folder):
-    said = run(monkeypatch, capsys, "--model", "llama-70b", "--gpus", "8")
-    lines = [line.split(" | ") for line in said.splitlines() if line.startswith("| all weights | on")]
+def test_the_command_prints_which_settings_fit(monkeypatch, capsys, folder):
+    output = run(monkeypatch, capsys, "--model", "llama-70b", "--gpus", "8")
+    lines = [line.split(" | ") for line in output.splitlines() if line.startswith("| all weights | on")]
     assert [("too much" in trial) for trial in lines[0]] == [False, False, True, True, False]
-    assert "| reference pass |" in said
+    assert "| reference pass |" in output
     assert "DDP" not in run(monkeypatch, capsys, "--model", str(folder))
     gib = []
     for tokens in ("2000", "4000"):
-        said = run(monkeypatch, capsys, "--model", "llama-8b", "--prompt-tokens", tokens)
-        (line,) = [line for line in said.splitlines() if line.startswith("| all weights | off")]
+        output = run(monkeypatch, capsys, "--model", "llama-8b", "--prompt-tokens", tokens)
+        (line,) = [line for line in output.splitlines() if line.startswith("| all weights | off")]
         gib.append(float(line.split(" | ")[2].split()[0]))
-    assert gib[0] < gib[1], "a pair longer than the budget is a micro-batch of its own"
+    assert gib[0] < gib[1], "a pair longer than the budget gets its own micro-batch"
     double = ("--model", str(folder), "--utilisation", "0.5", "--pairs")
     hours = [float(run(monkeypatch, capsys, *double, n).split()[-2]) for n in ("1000000000", "2000000000")]
     assert math.isclose(hours[1] / hours[0], 2, rel_tol=0.1)
 
 
-def test_a_model_without_a_plan_is_refused(monkeypatch, capsys, tmp_path):
+def test_an_unsupported_model_is_an_error(monkeypatch, capsys, tmp_path):
     AutoConfig.for_model("gpt2").save_pretrained(tmp_path)
     with pytest.raises(InputError, match="no plan for a model of type 'gpt2'"):
         run(monkeypatch, capsys, "--model", str(tmp_path))

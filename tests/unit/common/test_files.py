@@ -1,4 +1,4 @@
-"""Outputs are whole or absent; hashes tell names and contents apart."""
+"""Atomic writes and hashes of files."""
 
 import json
 
@@ -21,11 +21,11 @@ def write(path, folder, text):
 
 def write_and_fail(target, folder, error):
     with atomic_write(target) as tmp:
-        write(tmp, folder, "half of the n")
+        write(tmp, folder, "incomplete")
         raise error
 
 
-def test_a_file_takes_the_place_of_the_old_one(tmp_path):
+def test_a_file_is_replaced_when_the_block_ends(tmp_path):
     target = tmp_path / "deep" / "figures.csv"
     for text in ("old", "new"):
         with atomic_write(target) as tmp:
@@ -35,7 +35,7 @@ def test_a_file_takes_the_place_of_the_old_one(tmp_path):
     assert names(target.parent) == ["figures.csv"]
 
 
-def test_a_folder_takes_the_place_of_the_old_one_with_nothing_left_of_it(tmp_path):
+def test_a_folder_is_replaced_completely(tmp_path):
     target = tmp_path / "model"
     for name in ("old", "new"):
         with atomic_write(target) as tmp:
@@ -46,7 +46,7 @@ def test_a_folder_takes_the_place_of_the_old_one_with_nothing_left_of_it(tmp_pat
 
 
 @pytest.mark.parametrize("folder", [True, False])
-def test_a_writer_that_fails_leaves_the_old_content(tmp_path, folder):
+def test_a_failed_write_keeps_the_old_content(tmp_path, folder):
     target = tmp_path / "output"
     write(target, folder, "old")
     with pytest.raises(KeyboardInterrupt):
@@ -55,24 +55,24 @@ def test_a_writer_that_fails_leaves_the_old_content(tmp_path, folder):
     assert names(tmp_path) == ["output"]
 
 
-def test_a_writer_that_fails_at_first_leaves_nothing(tmp_path):
+def test_a_failed_first_write_leaves_nothing(tmp_path):
     with pytest.raises(OSError, match="disk full"):
         write_and_fail(tmp_path / "output", False, OSError("disk full"))
     assert names(tmp_path) == []
 
 
-def test_remains_of_a_killed_writer_are_swept_away(tmp_path):
+def test_leftovers_of_a_killed_process_are_removed(tmp_path):
     with atomic_write(tmp_path / "output") as partial:
         partial.write_text("first")
     partial.mkdir()
     (partial / "remains").touch()
     with atomic_write(tmp_path / "output") as tmp:
         assert not tmp.exists()
-        tmp.write_text("whole")
+        tmp.write_text("complete")
     assert names(tmp_path) == ["output"]
 
 
-def test_json_is_sorted_and_round_trips(tmp_path):
+def test_json_is_sorted_and_read_back_unchanged(tmp_path):
     value = {"b": [1, 0.1, None], "a": {"z": True}}
     write_json(tmp_path / "x.json", value)
     text = (tmp_path / "x.json").read_text()
@@ -82,7 +82,7 @@ def test_json_is_sorted_and_round_trips(tmp_path):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_json_refuses_what_is_no_number_and_keeps_the_old_file(tmp_path, value):
+def test_non_finite_json_is_an_error_and_keeps_the_old_file(tmp_path, value):
     write_json(tmp_path / "x.json", {"loss": 1.0})
     with pytest.raises(ValueError, match="JSON"):
         write_json(tmp_path / "x.json", {"loss": value})
@@ -101,13 +101,13 @@ def test_sha256_depends_on_names_contents_and_order(tmp_path):
     assert all(len(digest) == 64 for digest in digests)
 
 
-def test_sha256_of_one_file_by_hand(tmp_path):
-    # Of b"a " + sha256(b"1") in hex + b"\n", as the shell's sha256sum gives it.
+def test_sha256_of_one_file_equals_sha256sum(tmp_path):
+    # sha256sum of "a " + sha256("1") + "\n"
     (tmp_path / "a").write_text("1")
     assert sha256(tmp_path / "a") == "c57763b2cca67b293d07cea2ded9989cccbbce7443e24f940446569b0d1bbf36"
 
 
-def test_a_writer_that_writes_nothing_is_an_error_and_leaves_the_old_content(tmp_path):
+def test_a_block_that_writes_nothing_is_an_error_and_keeps_the_old_content(tmp_path):
     target = tmp_path / "output"
     target.write_text("old")
     with pytest.raises(FileNotFoundError), atomic_write(target):

@@ -1,4 +1,4 @@
-"""What only a CUDA GPU can do: variable-length attention, compiled blocks, 8-bit optimizers."""
+"""Features that need a CUDA GPU: variable-length attention, compiled blocks and 8-bit optimizers."""
 
 import dataclasses
 
@@ -26,7 +26,7 @@ from tests.support.models import make_model
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
 BF16_SHARE = 0.05
-"""Most that bf16 changes a gradient of these tiny models, as a share of it; a wrong mask changes far more."""
+"""Maximum relative change of a gradient of these tiny models in bf16. A wrong mask changes it far more."""
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def llama_dir(tmp_path_factory):
 
 @pytest.fixture
 def variable_lengths(monkeypatch):
-    """How often variable-length attention was called."""
+    """Record the calls of variable-length attention."""
     calls, attend = [], attention.variable_length_attention
     monkeypatch.setattr(attention, "variable_length_attention", lambda *a, **k: calls.append(1) or attend(*a, **k))
     return calls
@@ -48,7 +48,7 @@ def logps_and_gradients(model):
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
-def test_fp32_log_probs_and_gradients_equal_plain_rows_on_the_cpu(kind, tmp_path):
+def test_fp32_log_probs_and_gradients_equal_the_cpu(kind, tmp_path):
     folder = make_model(kind, tmp_path)
     plain = plain_model(folder)
     naive = naive_logps(plain, make_rows())
@@ -61,7 +61,7 @@ def test_fp32_log_probs_and_gradients_equal_plain_rows_on_the_cpu(kind, tmp_path
 @pytest.mark.parametrize(
     ("kind", "options"), [*((k, {}) for k in ARCHITECTURES), ("mistral", {"sliding_window": 6})]
 )
-def test_bf16_attends_by_variable_lengths_and_equals_fp32_but_for_rounding(
+def test_bf16_uses_variable_length_attention_and_equals_fp32_up_to_rounding(
     kind, options, compiled, tmp_path, variable_lengths
 ):
     folder = make_model(kind, tmp_path, **options)
@@ -73,20 +73,20 @@ def test_bf16_attends_by_variable_lengths_and_equals_fp32_but_for_rounding(
     assert_same_gradients(gradient, gradients(plain, naive), share=BF16_SHARE, floor=BF16_SHARE / 10)
 
 
-def test_the_cache_and_training_agree_when_compiled(llama_dir):
+def test_compiled_log_probs_are_equal_in_eval_and_training_mode(llama_dir):
     model = load_model(llama_dir, "bf16", compiled=True).to("cuda")
     cached = sequence_logps(model, make_rows(), 1000).flatten()
     trained, _ = logps_and_gradients(model.train())
     torch.testing.assert_close(trained, cached, rtol=0, atol=0.01)
 
 
-def test_a_compiled_model_writes_the_answers_of_one_that_is_not(tiny_model_dir):
+def test_a_compiled_model_generates_the_same_responses(tiny_model_dir):
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
     prompts = ["short", "a much longer prompt about a film that was long", "short", "x"]
-    asked = {"max_new_tokens": 12, "temperature": 1e-5, "seed": 3}
+    settings = {"max_new_tokens": 12, "temperature": 1e-5, "seed": 3}
     models = [load_model(tiny_model_dir, "bf16", compiled).to("cuda") for compiled in (False, True)]
-    once, compiled = (sample(model, tokenizer, prompts, **asked) for model in models)
-    assert once == compiled
+    eager, compiled = (sample(model, tokenizer, prompts, **settings) for model in models)
+    assert eager == compiled
 
 
 @pytest.mark.parametrize(
@@ -100,14 +100,14 @@ def test_a_compiled_model_writes_the_answers_of_one_that_is_not(tiny_model_dir):
 )
 def test_compiled_training_lowers_the_loss(tiny_model_dir, changes):
     if "8bit" in changes.get("optimizer", ""):
-        pytest.importorskip("bitsandbytes")  # not a dependency: whoever sets these optimizers brings it
+        pytest.importorskip("bitsandbytes")  # an optional package that only these optimizers need
     params, rows = load_params(), make_rows()[:3]
     logps = sequence_logps(load_model(tiny_model_dir), rows, 1000).tolist()
     reference = {row.id: tuple(pair) for row, pair in zip(rows, logps, strict=True)}
-    asked = dataclasses.replace(params.dpo, epochs=20, pairs_per_step=3, warmup_ratio=0.0, **changes)
+    settings = dataclasses.replace(params.dpo, epochs=20, pairs_per_step=3, warmup_ratio=0.0, **changes)
     trial = dataclasses.replace(params.sweep.trials()[0], learning_rate=3e-3)
     model = load_model(tiny_model_dir, "bf16", compiled=True)
-    steps = train_dpo(model, rows, reference, asked, trial, params.losses, max_tokens_per_microbatch=1000)
+    steps = train_dpo(model, rows, reference, settings, trial, params.losses, max_tokens_per_microbatch=1000)
     assert model.device.type == "cuda"
     assert steps[0]["loss"] == pytest.approx(0.6931, abs=0.02)
     assert steps[-1]["loss"] < 0.5

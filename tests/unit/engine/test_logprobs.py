@@ -1,4 +1,4 @@
-"""The log-prob engine against plain transformers models, one completion and one forward pass at a time."""
+"""The log-prob engine compared with plain transformers models, one forward pass per completion."""
 
 import contextlib
 import weakref
@@ -24,7 +24,7 @@ from tests.support.logprobs import (
 )
 from tests.support.models import TINY, make_model
 
-# Sums of up to 30 token log-probs, some 100 nats in all, where one unit in the last place of fp32 is 8e-6.
+# Sums of up to 30 token log-probs, about 100 nats. One unit in the last place of fp32 is 8e-6.
 CLOSE = {"rtol": 1e-6, "atol": 1e-5}
 
 
@@ -39,7 +39,7 @@ def llama(llama_dir):
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_logps_and_gradients_equal_the_naive_loop(architecture, tmp_path):
+def test_logps_and_gradients_equal_a_naive_loop(architecture, tmp_path):
     folder, rows = make_model(architecture, tmp_path), make_rows()
     plain, model = plain_model(folder), load_model(str(folder))
     expected = naive_logps(plain, rows)
@@ -49,9 +49,9 @@ def test_logps_and_gradients_equal_the_naive_loop(architecture, tmp_path):
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_micro_batches_that_accumulate_in_place_have_the_gradients_of_the_naive_loop(architecture, tmp_path):
+def test_gradients_accumulated_in_place_equal_a_naive_loop(architecture, tmp_path):
     folder, rows = make_model(architecture, tmp_path), make_rows()
-    rows += [TokenRow("padded", (0, *tokens(3, 11), 0), ((0, 5), (5, 0)))]  # the pad token is not learned
+    rows += [TokenRow("padded", (0, *tokens(3, 11), 0), ((0, 5), (5, 0)))]  # the pad token gets no gradient
     plain, model = plain_model(folder), load_model(str(folder))
     expected = gradients(plain, naive_logps(plain, rows))
     model.accumulate_in_place = True
@@ -65,7 +65,7 @@ def test_micro_batches_that_accumulate_in_place_have_the_gradients_of_the_naive_
         assert not table.weight.grad[0].any()
 
 
-def test_untied_head_with_bias_has_the_right_gradients(tmp_path):
+def test_gradients_of_an_untied_head_with_bias(tmp_path):
     folder, rows = make_model("phi", tmp_path, seed=1), make_rows()
     plain, model = plain_model(folder), load_model(str(folder))
     assert model.model.lm_head.bias is not None
@@ -76,31 +76,31 @@ def test_untied_head_with_bias_has_the_right_gradients(tmp_path):
     assert_same_gradients(gradients(model.model, ours), gradients(plain, expected))
 
 
-def test_every_completion_token_counts_and_no_prompt_token(llama, llama_dir):
+def test_logps_include_every_completion_token_and_no_prompt_token(llama, llama_dir):
     end = TINY["eos_token_id"]
     prompt, text = tokens(6, 1), tokens(5, 2)
-    ended, open_ended = sequence_logps(llama, [TokenRow("a", prompt, ((*text, end), text))], 100)[0]
+    with_end, without_end = sequence_logps(llama, [TokenRow("a", prompt, ((*text, end), text))], 100)[0]
     table = plain_model(llama_dir)(input_ids=torch.tensor([prompt + text])).logits[0].log_softmax(1)
     by_token = [table[len(prompt) - 1 + i, token].item() for i, token in enumerate(text)]
-    assert open_ended.item() == pytest.approx(sum(by_token), rel=1e-6)
-    assert (ended - open_ended).item() == pytest.approx(table[-1, end].item(), abs=2e-5)
+    assert without_end.item() == pytest.approx(sum(by_token), rel=1e-6)
+    assert (with_end - without_end).item() == pytest.approx(table[-1, end].item(), abs=2e-5)
 
 
 @pytest.mark.parametrize("max_tokens_per_microbatch", [1, 30, 60, 10_000])
-def test_the_token_budget_changes_nothing(llama, llama_dir, max_tokens_per_microbatch):
+def test_results_do_not_depend_on_the_token_budget(llama, llama_dir, max_tokens_per_microbatch):
     rows = make_rows()
     expected = naive_logps(plain_model(llama_dir), rows)
     torch.testing.assert_close(sequence_logps(llama, rows, max_tokens_per_microbatch), expected, **CLOSE)
 
 
-def test_order_of_rows_changes_nothing(llama):
+def test_results_do_not_depend_on_the_order_of_rows(llama):
     rows = make_rows()
     order = [2, 0, 3, 1]
     shuffled = sequence_logps(llama, [rows[i] for i in order], 10_000)
     torch.testing.assert_close(shuffled, sequence_logps(llama, rows, 10_000)[order], **CLOSE)
 
 
-def test_neighbours_and_the_other_completion_are_never_seen(llama):
+def test_results_do_not_depend_on_other_rows_or_the_other_completion(llama):
     rows = make_rows()
     before = llama(pack(rows)).view(-1, 2)
     other = TokenRow("usual", rows[0].prompt, (tokens(7, 50), rows[0].completions[1]))
@@ -111,7 +111,7 @@ def test_neighbours_and_the_other_completion_are_never_seen(llama):
     assert ((after[1] - before[1]).abs() > 0.01).all()
 
 
-def test_no_gradient_reaches_a_token_of_a_neighbour_or_of_the_other_completion(llama):
+def test_no_gradient_reaches_other_rows_or_the_other_completion(llama):
     rows = make_rows()
     embeddings = []
     llama.model.get_input_embeddings().register_forward_hook(
@@ -120,12 +120,12 @@ def test_no_gradient_reaches_a_token_of_a_neighbour_or_of_the_other_completion(l
     llama(pack(rows))[1].backward()
     prompt, (chosen, rejected) = rows[0].prompt, rows[0].completions
     seen = embeddings[0].grad[0].abs().sum(1) > 0
-    # The prompt, nothing of chosen, rejected but for its last token, which predicts nothing, and nothing after.
+    # The prompt and rejected without its last token, which predicts nothing.
     expected = [True] * len(prompt) + [False] * len(chosen) + [True] * (len(rejected) - 1)
     assert seen.tolist() == expected + [False] * (sum(row.tokens for row in rows) - len(expected))
 
 
-def test_one_or_three_completions_to_a_prompt(llama, llama_dir):
+def test_rows_with_one_and_with_three_completions(llama, llama_dir):
     plain = plain_model(llama_dir)
     for count in (1, 3):
         rows = [TokenRow("a", tokens(4, 1), tuple(tokens(3 + i, 60 + i) for i in range(count)))] * 2
@@ -141,7 +141,7 @@ def test_a_prompt_of_8000_tokens(tmp_path):
     torch.testing.assert_close(sequence_logps(load_model(str(folder)), rows, 1024), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_dropout_is_off_even_in_training_mode(tmp_path):
+def test_dropout_is_disabled_in_training_mode(tmp_path):
     folder, rows = make_model("gpt2", tmp_path), make_rows()
     model = load_model(str(folder)).train()
     assert model.model.config.resid_pdrop == model.model.config.attn_pdrop == model.model.config.embd_pdrop == 0.1
@@ -150,20 +150,20 @@ def test_dropout_is_off_even_in_training_mode(tmp_path):
 
 @pytest.fixture
 def projected(monkeypatch):
-    """The number of positions of each projection to the vocabulary, five at most."""
+    """Record the number of positions of each projection to the vocabulary, at most five."""
     monkeypatch.setattr(head, "HEAD_CHUNK", 5)
     lengths, linear = [], head.F.linear
 
-    def watched(hidden, weight, bias=None):
+    def recorded(hidden, weight, bias=None):
         if weight.shape[0] == TINY["vocab_size"]:
             lengths.append(len(hidden))
         return linear(hidden, weight, bias)
 
-    monkeypatch.setattr(head.F, "linear", watched)
+    monkeypatch.setattr(head.F, "linear", recorded)
     return lengths
 
 
-def test_chunks_of_the_vocabulary_projection_change_nothing_and_bound_its_size(llama, llama_dir, projected):
+def test_the_vocabulary_projection_is_chunked_without_changing_results(llama, llama_dir, projected):
     rows, plain = make_rows(), plain_model(llama_dir)
     expected = naive_logps(plain, rows)
     projected.clear()
@@ -173,10 +173,10 @@ def test_chunks_of_the_vocabulary_projection_change_nothing_and_bound_its_size(l
     scored = sum(row.completion_tokens for row in rows)
     assert max(projected) == 5
     last = scored % 5 or 5
-    assert sum(projected) == 2 * scored - last, "backward, all but the last chunk"
+    assert sum(projected) == 2 * scored - last, "the backward pass recomputes all chunks except the last"
 
 
-def test_a_head_that_is_not_trained_is_projected_once_and_keeps_no_logits(llama, llama_dir, projected):
+def test_a_frozen_head_is_projected_once_and_keeps_no_logits(llama, llama_dir, projected):
     rows, plain = make_rows(), plain_model(llama_dir)
     for model in (llama.model, plain):
         model.get_output_embeddings().weight.requires_grad_(False)
@@ -192,11 +192,11 @@ def test_a_head_that_is_not_trained_is_projected_once_and_keeps_no_logits(llama,
 def test_a_second_backward_pass_gives_the_same_gradient(llama):
     total = llama(pack(make_rows())).sum()
     first = torch.autograd.grad(total, list(llama.parameters()), retain_graph=True)
-    for once, twice in zip(first, torch.autograd.grad(total, list(llama.parameters())), strict=True):
-        torch.testing.assert_close(twice, once, rtol=1e-6, atol=1e-7)
+    for first_grad, second_grad in zip(first, torch.autograd.grad(total, list(llama.parameters())), strict=True):
+        torch.testing.assert_close(second_grad, first_grad, rtol=1e-6, atol=1e-7)
 
 
-def test_no_tensor_over_all_tokens_and_the_whole_vocabulary_is_kept(tmp_path, monkeypatch):
+def test_no_tensor_of_all_tokens_by_the_vocabulary_is_kept(tmp_path, monkeypatch):
     folder = make_model("llama", tmp_path, vocab_size=5_000)
     model = load_model(str(folder))
     monkeypatch.setattr(head, "HEAD_CHUNK", 16)
@@ -209,7 +209,7 @@ def test_no_tensor_over_all_tokens_and_the_whole_vocabulary_is_kept(tmp_path, mo
     assert max(largest) == weights < sum(row.completion_tokens for row in rows) * 5_000
 
 
-def test_it_stays_an_ordinary_model(llama, llama_dir, tmp_path):
+def test_the_transformers_model_is_unchanged(llama, llama_dir, tmp_path):
     ids = torch.tensor([tokens(10, 1)])
     llama.model.set_attn_implementation("sdpa")
     with torch.inference_mode():
@@ -220,8 +220,8 @@ def test_it_stays_an_ordinary_model(llama, llama_dir, tmp_path):
         assert torch.equal(again.state_dict()[name], weight), name
 
 
-def test_sliding_windows_are_kept(tmp_path):
-    # A window of 6 over rows of up to 31 tokens: most positions see less than their whole past.
+def test_sliding_window_attention(tmp_path):
+    # Rows have up to 31 tokens, so most positions attend to fewer tokens than precede them.
     folder = make_model("mistral", tmp_path, sliding_window=6)
     rows = make_rows()
     model, plain = load_model(folder), plain_model(folder)
@@ -232,28 +232,30 @@ def test_sliding_windows_are_kept(tmp_path):
     assert (sequence_logps(wide, rows, 1000) - naive).abs().max() > 0.1
 
 
-def by_segments(query, key, value, begins, key_begins, most_queries, most_keys, scale, window_size):
-    """Attention of every run of queries on its keys, from its definition, in fp32; both end at the same place."""
+def reference_varlen_attention(query, key, value, cu_seqlens_q, cu_seqlens_k, max_q, max_k, scale, window_size):
+    """Compute variable-length attention in fp32 from its definition."""
     left, right = window_size
     assert right == 0, "causal"
     outputs = []
-    for first, last, first_key, last_key in zip(begins, begins[1:], key_begins, key_begins[1:], strict=False):
-        for place in range(first, last):
-            seen = slice(max(first_key, last_key - (last - place) - left) if left >= 0 else first_key,
-                         last_key - (last - place) + 1)  # fmt: skip
+    for first, last, first_key, last_key in zip(
+        cu_seqlens_q, cu_seqlens_q[1:], cu_seqlens_k, cu_seqlens_k[1:], strict=False
+    ):
+        for position in range(first, last):
+            seen = slice(max(first_key, last_key - (last - position) - left) if left >= 0 else first_key,
+                         last_key - (last - position) + 1)  # fmt: skip
             heads = []
-            for number, vector in enumerate(query[place].float()):
+            for number, vector in enumerate(query[position].float()):
                 of = number * key.shape[1] // query.shape[1]
                 scores = key[seen, of].float() @ vector * scale
                 heads.append(scores.softmax(0) @ value[seen, of].float())
             outputs.append(torch.stack(heads))
-    assert (most_queries, most_keys) == (max(begins.diff()), max(key_begins.diff()))
+    assert (max_q, max_k) == (max(cu_seqlens_q.diff()), max(cu_seqlens_k.diff()))
     return torch.stack(outputs)
 
 
 @pytest.mark.parametrize("window", [None, 6])
-def test_variable_length_attention_gets_what_attention_row_by_row_sees(monkeypatch, window):
-    monkeypatch.setattr(attention, "variable_length_attention", by_segments)
+def test_variable_length_attention_equals_attention_by_rows(monkeypatch, window):
+    monkeypatch.setattr(attention, "variable_length_attention", reference_varlen_attention)
     rows = [*make_rows(), TokenRow("three", tokens(4, 11), (tokens(2, 12), tokens(5, 13), tokens(1, 14)))]
     layout = pack([*rows, TokenRow("one", tokens(6, 15), (tokens(3, 16),))]).layout
     length = sum(prompt + sum(completions) for prompt, completions in layout)
@@ -261,17 +263,17 @@ def test_variable_length_attention_gets_what_attention_row_by_row_sees(monkeypat
     query = torch.randn(1, 4, length, 8, generator=draw).bfloat16().float()
     key, value = torch.randn(2, 1, 2, length, 8, generator=draw).bfloat16().float()
 
-    def attend(laid_out):
+    def attend(layout):
         return attention.packed_attention(
-            None, query, key, value, None, layout=laid_out, scaling=0.3, sliding_window=window
+            None, query, key, value, None, layout=layout, scaling=0.3, sliding_window=window
         )[0]
 
-    rows_alone, runs = attend(layout), attend(attention.varlen_metadata(layout, torch.device("cpu")))
-    torch.testing.assert_close(runs, rows_alone, rtol=1e-5, atol=1e-5)
+    by_rows, varlen = attend(layout), attend(attention.varlen_metadata(layout, torch.device("cpu")))
+    torch.testing.assert_close(varlen, by_rows, rtol=1e-5, atol=1e-5)
 
 
-def test_a_model_that_the_stream_is_wrong_for_is_computed_row_by_row_and_says_so(tmp_path, caplog):
-    # Gemma 2 caps attention scores and logits, which the packed stream does not.
+def test_a_model_that_fails_the_self_check_is_computed_row_by_row_with_a_warning(tmp_path, caplog):
+    # Gemma 2 caps attention scores and logits; the packed stream does not.
     folder = make_model("gemma2", tmp_path, initializer_range=0.5)
     model, plain = load_model(folder), plain_model(folder)
     assert not model.in_stream
@@ -282,8 +284,8 @@ def test_a_model_that_the_stream_is_wrong_for_is_computed_row_by_row_and_says_so
     assert_same_gradients(gradients(model.model, ours), gradients(plain, naive))
 
 
-def test_a_model_that_cannot_run_the_stream_is_computed_row_by_row_and_says_so(tmp_path, caplog):
-    # Bloom adds its positions as a bias to the attention scores and knows no pluggable attention.
+def test_a_model_that_cannot_run_the_stream_is_computed_row_by_row_with_a_warning(tmp_path, caplog):
+    # Bloom adds a position bias to the attention scores and does not support custom attention.
     folder = make_model("bloom", tmp_path)
     model = load_model(folder)
     assert not model.in_stream
@@ -293,7 +295,7 @@ def test_a_model_that_cannot_run_the_stream_is_computed_row_by_row_and_says_so(t
     torch.testing.assert_close(sequence_logps(model, rows, 1000), naive, **CLOSE)
 
 
-def test_rotary_positions_that_depend_on_the_longest_row_are_computed_row_by_row(tmp_path, caplog):
+def test_models_with_dynamic_rope_are_computed_row_by_row(tmp_path, caplog):
     rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10_000.0}
     folder = make_model("llama", tmp_path, max_position_embeddings=16, rope_parameters=rope)
     model, rows = load_model(folder), make_rows()
@@ -302,19 +304,19 @@ def test_rotary_positions_that_depend_on_the_longest_row_are_computed_row_by_row
     torch.testing.assert_close(sequence_logps(model, rows, 1000), naive, **CLOSE)
 
 
-def test_dropout_outside_of_dropout_modules_is_off_too(tmp_path):
+def test_dropout_outside_dropout_modules_is_disabled(tmp_path):
     model = load_model(make_model("opt", tmp_path, dropout=0.5, attention_dropout=0.5, layerdrop=0.5))
     packed = pack(make_rows())
     torch.testing.assert_close(model.train()(packed), model.eval()(packed), **CLOSE)
 
 
-def test_compiling_without_a_gpu_is_refused(llama_dir, monkeypatch):
+def test_compile_without_a_gpu_is_an_error(llama_dir, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(InputError, match=r"engine\.compile: true needs a CUDA GPU and precision: bf16"):
         load_model(llama_dir, "bf16", compiled=True)
 
 
-def test_bf16_multiplies_in_bf16_and_keeps_weights_and_sums_in_fp32(llama_dir):
+def test_bf16_keeps_weights_and_sums_in_fp32(llama_dir):
     rows = make_rows()
     exact = sequence_logps(load_model(llama_dir), rows, 1000)
     model = load_model(llama_dir, "bf16")
@@ -326,7 +328,7 @@ def test_bf16_multiplies_in_bf16_and_keeps_weights_and_sums_in_fp32(llama_dir):
 
 
 class LiveBf16(TorchDispatchMode):
-    """Counts the bytes of bf16 storages made inside it that are still alive."""
+    """Count the bytes of live bf16 storages that were created in this mode."""
 
     def __init__(self):
         super().__init__()
@@ -345,7 +347,7 @@ class LiveBf16(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("grad", [True, False])
-def test_bf16_keeps_no_copies_of_weights_with_checkpointing_or_without_gradients(tmp_path, grad):
+def test_bf16_keeps_no_copies_of_weights(tmp_path, grad):
     model = load_model(make_model("llama", tmp_path / "m", hidden_size=64, intermediate_size=160), "bf16").train()
     model.model.gradient_checkpointing_enable({"use_reentrant": False})
     held = []
@@ -356,11 +358,11 @@ def test_bf16_keeps_no_copies_of_weights_with_checkpointing_or_without_gradients
         model(pack(make_rows()))
     layers = 2 * sum(p.numel() for name, p in model.named_parameters() if ".layers." in name)
     assert live.storages
-    assert held[0] < layers / 10, "the rounded weights of a layer are gone when the next one runs"
+    assert held[0] < layers / 10, "the rounded weights of a layer are freed before the next layer"
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_autocast_without_a_weight_cache_gives_the_same_bits(tmp_path, monkeypatch, checkpointing):
+def test_autocast_with_and_without_a_weight_cache_is_bit_equal(tmp_path, monkeypatch, checkpointing):
     folder, results = make_model("llama", tmp_path / "m"), []
     cached = lambda self: torch.autocast("cpu", torch.bfloat16, enabled=self.precision == "bf16")  # noqa: E731
     for autocast in (LogProbModel._autocast, cached):

@@ -1,4 +1,4 @@
-"""Packed rows laid out by hand, and what every split of rows into steps and micro-batches must keep."""
+"""Packed batches compared with a manual layout, and invariants of steps and micro-batches."""
 
 import itertools
 
@@ -13,20 +13,20 @@ LENGTHS = st.lists(st.integers(1, 60), min_size=1, max_size=40)
 fast = settings(max_examples=150, deadline=None)
 
 
-def test_pack_by_hand():
+def test_pack_returns_the_expected_layout():
     rows = [
         TokenRow("a", (10, 11), ((20, 21, 2), (30, 2))),
         TokenRow("b", (12,), ((40,), (50, 51))),
     ]
     batch = pack(rows)
-    # place:     0   1 | 2   3   4 | 5   6 || 7 | 8 | 9  10
-    # of row:    prompt| chosen    | reject|| p | c | rejected
+    # position:  0   1 | 2   3   4 | 5   6 || 7 | 8 | 9  10
+    # part:      prompt| chosen    | reject|| p | c | rejected
     assert batch.input_ids.tolist() == [[10, 11, 20, 21, 2, 30, 2, 12, 40, 50, 51]]
-    # Both completions of a row go on from the end of its prompt; each row starts at 0.
+    # Both completions of a row continue from its prompt. Each row starts at 0.
     assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 2, 3, 0, 1, 1, 2]]
     assert batch.layout == ((2, (3, 2)), (1, (1, 2)))
-    # The first token of every completion is predicted from the last prompt token (1 or 7), the others from the
-    # token before them; the last token of a completion predicts nothing.
+    # The first token of a completion is predicted from the last prompt token (1 or 7), every other token from the
+    # previous one. The last token of a completion predicts nothing.
     assert batch.logit_positions.tolist() == [1, 2, 3, 1, 5, 7, 7, 9]
     assert batch.targets.tolist() == [20, 21, 2, 30, 2, 40, 50, 51]
     assert batch.completion_index.tolist() == [0, 0, 0, 1, 1, 2, 3, 3]
@@ -35,27 +35,27 @@ def test_pack_by_hand():
     assert {t.dtype for t in (batch.input_ids, batch.position_ids, batch.logit_positions)} == {torch.int64}
 
 
-def test_a_row_counts_its_prompt_once():
+def test_row_tokens_include_the_prompt_once():
     row = TokenRow("a", (1, 2, 3), ((4, 5), (6,)))
     assert row.tokens == 6 == pack([row]).input_ids.numel()
     assert row.completion_tokens == 3 == len(pack([row]).targets)
 
 
 @pytest.mark.parametrize("row", [TokenRow("bad", (), ((1,), (2,))), TokenRow("bad", (1,), ((1,), ()))])
-def test_an_empty_prompt_or_completion_is_refused_by_name(row):
+def test_an_empty_prompt_or_completion_is_an_error_with_the_row_id(row):
     with pytest.raises(ValueError, match=r"row 'bad'.*at least one token"):
         pack([TokenRow("good", (1,), ((2,), (3,))), row])
 
 
-def test_budget_batches_by_hand():
-    # 3+4 fills 7; 2 starts the next, where 9 does not fit; 9 exceeds the budget and stands alone; 1+1 remain.
+def test_budget_batches_returns_the_expected_batches():
+    # 3 + 4 = 7. 2 + 9 exceeds 7. 9 exceeds 7 and gets its own batch.
     assert budget_batches([3, 4, 2, 9, 1, 1], 7) == [[0, 1], [2], [3], [4, 5]]
     assert budget_batches([], 7) == []
 
 
 @fast
 @given(LENGTHS, st.integers(1, 100))
-def test_budget_batches_keep_order_and_budget_and_are_as_few_as_order_allows(lengths, budget):
+def test_budget_batches_are_minimal_and_keep_order_and_budget(lengths, budget):
     batches = budget_batches(lengths, budget)
     assert [i for batch in batches for i in batch] == list(range(len(lengths)))
     assert all(sum(lengths[i] for i in batch) <= budget or len(batch) == 1 for batch in batches)
@@ -63,15 +63,15 @@ def test_budget_batches_keep_order_and_budget_and_are_as_few_as_order_allows(len
         assert sum(lengths[i] for i in batch) + lengths[following[0]] > budget
 
 
-def test_balance_by_hand():
-    # Longest first, each to the lightest group: 9 | 7 | 7+5 | 9+4 | 12+1.
+def test_balance_returns_the_expected_groups():
+    # Longest first, each to the smallest group: 9 | 7 | 7+5 | 9+4 | 12+1.
     assert balance([0, 1, 2, 3, 4], [5, 9, 1, 7, 4], 2) == [[1, 4], [3, 0, 2]]
     assert balance([0, 1], [3, 3], 5) == [[0], [1]]
 
 
 @fast
 @given(LENGTHS, st.integers(1, 50))
-def test_balance_loses_no_row_leaves_no_group_empty_and_evens_the_loads(lengths, bins):
+def test_balance_keeps_all_rows_in_nonempty_groups_of_similar_size(lengths, bins):
     groups = balance(range(len(lengths)), lengths, bins)
     assert sorted(i for group in groups for i in group) == list(range(len(lengths)))
     assert len(groups) == min(bins, len(lengths))
@@ -81,7 +81,7 @@ def test_balance_loses_no_row_leaves_no_group_empty_and_evens_the_loads(lengths,
 
 
 def steps_of(sampler, lengths):
-    """The micro-batches of one epoch, grouped into optimizer steps as the Trainer does it."""
+    """Group the micro-batches of one epoch into optimizer steps, as training does."""
     batches = list(sampler)
     full = len(lengths) // sampler.rows_per_step * sampler.accumulation
     steps = [batches[i : i + sampler.accumulation] for i in range(0, full, sampler.accumulation)]
@@ -90,7 +90,7 @@ def steps_of(sampler, lengths):
 
 @fast
 @given(LENGTHS, st.integers(1, 12), st.integers(1, 150), st.integers(0, 5))
-def test_every_epoch_has_every_row_once_in_exact_steps_under_the_budget(lengths, rows_per_step, budget, seed):
+def test_every_epoch_has_every_row_once_in_exact_steps_within_the_budget(lengths, rows_per_step, budget, seed):
     sampler = StepSampler(
         lengths, rows_per_step=rows_per_step, max_tokens_per_microbatch=budget, epochs=2, seed=seed
     )
@@ -107,7 +107,7 @@ def test_every_epoch_has_every_row_once_in_exact_steps_under_the_budget(lengths,
 
 @fast
 @given(LENGTHS, st.integers(1, 12), st.integers(1, 150), st.integers(1, 150))
-def test_the_token_budget_never_moves_a_row_to_another_step(lengths, rows_per_step, budget, other):
+def test_steps_do_not_depend_on_the_token_budget(lengths, rows_per_step, budget, other):
     def rows_of_steps(max_tokens_per_microbatch):
         sampler = StepSampler(
             lengths,
@@ -121,7 +121,7 @@ def test_the_token_budget_never_moves_a_row_to_another_step(lengths, rows_per_st
     assert rows_of_steps(budget) == rows_of_steps(other)
 
 
-def test_no_more_micro_batches_than_the_budget_asks_for():
+def test_accumulation_is_the_smallest_that_fits_the_budget():
     lengths = [10] * 24
     for budget, accumulation in ((80, 1), (79, 2), (40, 2), (39, 3), (20, 4), (10, 8), (1, 8)):
         sampler = StepSampler(lengths, rows_per_step=8, max_tokens_per_microbatch=budget, epochs=1, seed=0)
@@ -129,7 +129,7 @@ def test_no_more_micro_batches_than_the_budget_asks_for():
         assert len(sampler) == 3 * accumulation
 
 
-def test_order_follows_seed_and_epoch():
+def test_order_depends_on_seed_and_epoch():
     def order(seed, epoch):
         sampler = StepSampler(
             range(1, 101), rows_per_step=4, max_tokens_per_microbatch=10_000, epochs=3, seed=seed
@@ -142,6 +142,6 @@ def test_order_follows_seed_and_epoch():
     assert len({str(order(seed, epoch)) for seed in (1, 2, 3) for epoch in (0, 1, 2)}) == 9
 
 
-def test_no_rows_are_refused():
+def test_no_rows_are_an_error():
     with pytest.raises(ValueError, match="no rows"):
         StepSampler([], rows_per_step=4, max_tokens_per_microbatch=10, epochs=1, seed=0)

@@ -1,4 +1,4 @@
-"""The reference cache: used only when everything that it depends on is the same."""
+"""The reference cache: keys, resumption, several processes and memory."""
 
 import dataclasses
 import json
@@ -20,7 +20,14 @@ from dpo.common.errors import InputError
 from dpo.engine import reference_cache
 from dpo.engine.logprobs import load_model, sequence_logps
 from dpo.engine.packing import TokenRow
-from dpo.engine.reference_cache import cache_key, compute_reference, load_reference, policy_key, save_reference
+from dpo.engine.reference_cache import (
+    cache_key,
+    compute_reference,
+    load_reference,
+    policy_key,
+    shard_table,
+    write_cache,
+)
 from dpo.engine.settings import EngineSettings
 from dpo.engine.tokenization import encode_pairs
 from tasks import reference_logprobs as stage
@@ -28,7 +35,7 @@ from tasks import reference_logprobs as stage
 ROOT = Path(__file__).parents[3]
 ENGINE = EngineSettings(max_length=128, max_tokens_per_microbatch=400, precision="fp32", compile=False)
 KEYED = dataclasses.replace(ENGINE, max_length=64)
-"""Of the caches of `ROWS`."""
+"""Settings of the caches of `ROWS`."""
 
 ROWS = [TokenRow("a", (1, 2), ((3, 4), (5,))), TokenRow("b", (1, 2), ((6,), (7, 8)))]
 LOGPS = torch.tensor([[-1.5, -2.25], [-0.1, -30.7]])
@@ -46,7 +53,7 @@ def tokenizer(model):
 
 @pytest.fixture
 def cache(tmp_path, model, tokenizer):
-    save_reference(tmp_path / "cache", cache_key(model, tokenizer, ROWS, KEYED), ROWS, LOGPS)
+    write_cache(tmp_path / "cache", cache_key(model, tokenizer, ROWS, KEYED), [shard_table(ROWS, LOGPS)])
     return tmp_path / "cache"
 
 
@@ -94,20 +101,20 @@ def reset(made, **settings):
         ("rows", lambda made: made.update(rows=[changed(completions=((3, 4, 5), ())), ROWS[1]])),
     ],
 )
-def test_every_input_of_the_key_is_named_when_it_differs(cache, model, tokenizer, name, alter):
+def test_the_error_names_the_input_that_differs(cache, model, tokenizer, name, alter):
     made = {"model": model, "tokenizer": tokenizer, "rows": ROWS, "engine": KEYED}
     alter(made)
     with pytest.raises(InputError, match=f"refused: {name} differ from"):
         load_reference(cache, cache_key(**made))
 
 
-def test_the_engine_is_named_when_it_differs(cache, model, tokenizer, monkeypatch):
+def test_another_engine_version_is_an_error(cache, model, tokenizer, monkeypatch):
     monkeypatch.setattr(reference_cache, "ENGINE_VERSION", -1)
     with pytest.raises(InputError, match="refused: engine differ from"):
         load_reference(cache, cache_key(model, tokenizer, ROWS, KEYED))
 
 
-def test_altered_numbers_and_absent_files_are_refused(cache, model, tokenizer):
+def test_altered_and_missing_files_are_an_error(cache, model, tokenizer):
     key = cache_key(model, tokenizer, ROWS, KEYED)
     manifest = json.loads((cache / "manifest.json").read_text())
     assert set(manifest) == {*key, "logps"}
@@ -117,7 +124,7 @@ def test_altered_numbers_and_absent_files_are_refused(cache, model, tokenizer):
     with pytest.raises(InputError, match="refused: logps differ"):
         load_reference(cache, key)
     (cache / "manifest.json").write_text("{")
-    with pytest.raises(InputError, match="no whole reference cache"):
+    with pytest.raises(InputError, match="no complete reference cache"):
         load_reference(cache, key)
     shutil.rmtree(cache)
     with pytest.raises(InputError, match="run the stage `reference_logprobs`"):
@@ -142,7 +149,7 @@ def write_pairs(path, count):
 
 @pytest.fixture
 def compute(tmp_path, model, tokenizer):
-    """Computes the reference of a table in this process."""
+    """Compute the reference of a table in this process."""
     engine = load_model(model)
 
     def run(pairs, folder=tmp_path / "cache"):
@@ -154,7 +161,7 @@ def compute(tmp_path, model, tokenizer):
 
 
 def expected(folder, model, tokenizer, pairs):
-    """The cache, loaded for these pairs, and what it should hold: both [R, 2]."""
+    """Return the log-probs in the cache and the expected ones, both [R, 2]."""
     rows = encode_pairs(pairs, tokenizer, ENGINE.max_length)
     loaded = load_reference(folder, cache_key(model, tokenizer, rows, ENGINE))
     assert list(loaded) == [row.id for row in rows]
@@ -164,20 +171,20 @@ def expected(folder, model, tokenizer, pairs):
 
 
 def stop_after(rows, monkeypatch):
-    """Lets a computation end once it has scored so many rows; returns the ids that it scores."""
+    """Interrupt the computation after some rows. Return a list that receives the ids of scored rows."""
     scored = []
 
-    def until_the_power_fails(model, part, *args):
+    def interrupted(model, part, *args):
         if len(scored) == rows:
             raise KeyboardInterrupt
         scored.extend(row.id for row in part)
         return sequence_logps(model, part, *args)
 
-    monkeypatch.setattr(reference_cache, "sequence_logps", until_the_power_fails)
+    monkeypatch.setattr(reference_cache, "sequence_logps", interrupted)
     return scored
 
 
-def test_an_interrupted_computation_goes_on_where_it_stopped(tmp_path, model, tokenizer, compute, monkeypatch):
+def test_an_interrupted_computation_resumes(tmp_path, model, tokenizer, compute, monkeypatch):
     monkeypatch.setattr(reference_cache, "SHARD_ROWS", 3)
     monkeypatch.setattr(reference_cache, "JOINED_SHARDS", 2)
     pairs = write_pairs(tmp_path / "pairs.parquet", 8)
@@ -192,25 +199,25 @@ def test_an_interrupted_computation_goes_on_where_it_stopped(tmp_path, model, to
     assert list((tmp_path / ".reference-progress").iterdir()) == []
 
 
-@pytest.mark.parametrize("change", ["a text", "the model"])
-def test_a_waiting_shard_of_other_inputs_is_never_taken(tmp_path, model, tokenizer, compute, monkeypatch, change):
+@pytest.mark.parametrize("change", ["text", "model"])
+def test_a_finished_shard_of_other_inputs_is_not_used(tmp_path, model, tokenizer, compute, monkeypatch, change):
     monkeypatch.setattr(reference_cache, "SHARD_ROWS", 3)
     pairs = write_pairs(tmp_path / "pairs.parquet", 8)
     stop_after(6, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         compute(tmp_path / "pairs.parquet")
-    if change == "a text":
+    if change == "text":
         pairs[4]["rejected"] = "Film 4 is a boar."
         pd.DataFrame(pairs).to_parquet(tmp_path / "pairs.parquet")
     else:
         edit(model / "config.json", b"1e-06", b"1e-03")
     scored = stop_after(-1, monkeypatch)
     compute(tmp_path / "pairs.parquet")
-    again = pairs[3:] if change == "a text" else pairs
+    again = pairs[3:] if change == "text" else pairs
     assert scored == [pair["id"] for pair in again]
 
 
-def test_one_character_of_a_pair_is_refused(tmp_path, model, tokenizer, compute):
+def test_a_changed_character_of_a_pair_is_an_error(tmp_path, model, tokenizer, compute):
     pairs = write_pairs(tmp_path / "pairs.parquet", 8)
     compute(tmp_path / "pairs.parquet")
     pairs[4]["rejected"] = "Film 4 is a bore!"
@@ -218,7 +225,7 @@ def test_one_character_of_a_pair_is_refused(tmp_path, model, tokenizer, compute)
         expected(tmp_path / "cache", model, tokenizer, pairs)
 
 
-def test_two_processes_end_what_one_began_and_get_its_numbers(tmp_path, model, tokenizer, monkeypatch):
+def test_two_processes_resume_the_computation_of_one(tmp_path, model, tokenizer, monkeypatch):
     model = shutil.copytree(model, tmp_path / "models/reference")
     (tmp_path / "params.yaml").write_text(
         (ROOT / "params.yaml").read_text().replace("max_length: 512", "max_length: 128")
@@ -235,8 +242,8 @@ def test_two_processes_end_what_one_began_and_get_its_numbers(tmp_path, model, t
         [sys.executable, "-m", *launch, "-m", "tasks.reference_logprobs"],
         cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
     )  # fmt: skip
-    said = ["".join(path.read_text() for path in logs.glob(f"*/attempt_0/{rank}/*.log")) for rank in (0, 1)]
-    assert done.returncode == 0, said
+    outputs = ["".join(path.read_text() for path in logs.glob(f"*/attempt_0/{rank}/*.log")) for rank in (0, 1)]
+    assert done.returncode == 0, outputs
     titles = (
         "train pairs 1 to",
         "train pairs 257 to",
@@ -244,7 +251,7 @@ def test_two_processes_end_what_one_began_and_get_its_numbers(tmp_path, model, t
         "train pairs 769 to",
         "eval pairs 1 to",
     )
-    assert [[title in text for title in titles] for text in said] == [
+    assert [[title in text for title in titles] for text in outputs] == [
         [False, False, True, False, True],
         [False, True, False, True, False],
     ]
@@ -266,7 +273,7 @@ def test_memory_does_not_grow_with_the_number_of_pairs(tmp_path, compute, monkey
 
     monkeypatch.setattr(reference_cache, "sequence_logps", score)
     python, path = [], tmp_path / "pairs.parquet"
-    for count in (256, 512, 3072):  # the first fills what is kept between calls
+    for count in (256, 512, 3072):  # the first call fills caches
         pairs = write_pairs(path, count)
         table = pd.DataFrame(pairs).assign(source=[os.urandom(3000).hex() for _ in pairs])
         table.to_parquet(path, write_batch_size=64)

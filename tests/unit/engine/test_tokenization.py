@@ -1,4 +1,4 @@
-"""Text to tokens: the seam between prompt and completion, start and end tokenization, truncation."""
+"""Tokenization: the boundary of prompt and completion, start and end tokens, truncation."""
 
 import functools
 
@@ -34,7 +34,7 @@ def completion_ids(tokenizer, prompt, completion):
 
 
 def bos_chat_tokenizer():
-    """The template writes the start token itself, trims what is said and leaves the end of a turn bare."""
+    """Return a tokenizer whose template adds the start token, strips turns and adds no newline after a turn."""
     tokenizer = bos_tokenizer()
     tokenizer.chat_template = (
         "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}]\n"
@@ -73,8 +73,8 @@ PAIRS = [
 ]
 
 
-def whole_text(tokenizer, prompt, completion):
-    """What prompt, answer and one end token look like as one text, from the template if there is one."""
+def full_text(tokenizer, prompt, completion):
+    """Return prompt, response and one end token as one text, from the chat template if there is one."""
     if not tokenizer.chat_template:
         return prompt + completion + (tokenizer.eos_token or "")
     turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
@@ -82,8 +82,8 @@ def whole_text(tokenizer, prompt, completion):
 
 
 @pytest.mark.parametrize(("prompt", "completion"), PAIRS)
-def test_prompt_and_completion_apart_are_what_they_are_together(tokenizer, prompt, completion):
-    together = tokenizer.encode(whole_text(tokenizer, prompt, completion), add_special_tokens=False)
+def test_prompt_and_completion_have_the_tokens_of_the_full_text(tokenizer, prompt, completion):
+    together = tokenizer.encode(full_text(tokenizer, prompt, completion), add_special_tokens=False)
     if tokenizer.bos_token_id is not None and not tokenizer.chat_template:
         together = [tokenizer.bos_token_id, *together]
     assert prompt_ids(tokenizer, prompt) + completion_ids(tokenizer, prompt, completion) == together
@@ -94,17 +94,17 @@ def test_prompt_and_completion_apart_are_what_they_are_together(tokenizer, promp
     [("Film 3 is a de", "light."), ("A film\n", "\n\nand a joy"), ("Film ", " 3"), ("naï", "veté")],
 )
 @pytest.mark.parametrize("name", ["chat", "plain", "bare", "bos", "metaspace"])
-def test_a_token_across_the_seam_moves_no_prompt_token_and_keeps_the_text(name, prompt, completion):
+def test_a_token_that_would_span_the_boundary_is_split(name, prompt, completion):
     tokenizer = made(name)
     first, rest = prompt_ids(tokenizer, prompt), completion_ids(tokenizer, prompt, completion)
     text = tokenizer.decode(first + rest).removeprefix(tokenizer.bos_token or "")
-    text = text[name == "metaspace" :]  # it puts a space before the first word of all
-    assert text == whole_text(tokenizer, prompt, completion)
+    text = text[name == "metaspace" :]  # this tokenizer adds a space to the first word
+    assert text == full_text(tokenizer, prompt, completion)
     generation_prompt = "<|im_end|>\n<|im_start|>assistant\n" if name == "chat" else ""
     assert tokenizer.decode(first).endswith(prompt + generation_prompt)
 
 
-def test_some_seam_is_really_crossed():
+def test_a_token_spans_the_boundary_in_the_full_text():
     tokenizer = made("plain")
     prompt, completion = "Film 3 is a de", "light."
     together = tokenizer.encode(prompt + completion + tokenizer.eos_token)
@@ -116,7 +116,7 @@ texts = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=1
 
 @settings(max_examples=200, deadline=None)
 @given(texts, texts)
-def test_any_text_survives_the_seam(prompt, completion):
+def test_any_text_is_decoded_unchanged(prompt, completion):
     tokenizer = made("plain")
     ids = prompt_ids(tokenizer, prompt) + completion_ids(tokenizer, prompt, completion)
     expected = (prompt + completion.rstrip()).encode()
@@ -125,7 +125,7 @@ def test_any_text_survives_the_seam(prompt, completion):
 
 @pytest.mark.parametrize("ending", ["", "{end}", "{end}{end}", "{end}\n", " {end} \n{end}", "\n"])
 @pytest.mark.parametrize("name", ["chat", "plain", "bos", "bos-chat", "metaspace"])
-def test_there_is_exactly_one_end_token_and_it_is_last(name, ending):
+def test_a_completion_has_exactly_one_end_token_at_its_end(name, ending):
     tokenizer = made(name)
     ids = completion_ids(tokenizer, "Film 3", " is a joy." + ending.format(end=tokenizer.eos_token))
     assert ids.count(tokenizer.eos_token_id) == 1
@@ -133,26 +133,26 @@ def test_there_is_exactly_one_end_token_and_it_is_last(name, ending):
     assert ids == completion_ids(tokenizer, "Film 3", " is a joy.")
 
 
-def test_without_an_end_token_none_is_made_up():
+def test_no_end_token_is_added_if_the_tokenizer_has_none():
     tokenizer = made("bare")
     assert completion_ids(tokenizer, "Film", " 3") == tokenizer.encode(" 3")
 
 
 @pytest.mark.parametrize("name", ["bos", "bos-chat", "metaspace"])
-def test_the_start_token_stands_at_the_start_only(name):
+def test_the_start_token_is_only_at_the_start(name):
     tokenizer = made(name)
     ids = prompt_ids(tokenizer, "Film 3") + completion_ids(tokenizer, "Film 3", " is a joy.")
     assert ids[0] == tokenizer.bos_token_id
     assert ids.count(tokenizer.bos_token_id) == 1
 
 
-def test_a_prompt_is_one_user_turn_and_the_start_of_the_answer():
+def test_a_prompt_is_one_user_turn_with_a_generation_prompt():
     ids = prompt_ids(made("chat"), "Film 3?")
     text = SYSTEM + "<|im_start|>user\nFilm 3?<|im_end|>\n<|im_start|>assistant\n"
     assert made("chat").decode(ids) == text
 
 
-def test_a_template_that_writes_the_answer_otherwise_than_it_prompts_leaves_the_plain_answer():
+def test_the_plain_completion_is_used_if_the_template_does_not_continue_the_prompt():
     tokenizer = chat_tokenizer()
     tokenizer.chat_template = (
         "{% for m in messages %}{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}<think>{% endif %}"
@@ -161,7 +161,7 @@ def test_a_template_that_writes_the_answer_otherwise_than_it_prompts_leaves_the_
     assert tokenizer.decode(completion_ids(tokenizer, "Film 3", "a joy")) == "a joy<|im_end|>"
 
 
-def test_an_empty_prompt_becomes_the_start_or_the_end_token():
+def test_an_empty_prompt_becomes_the_start_or_end_token():
     assert prompt_ids(made("bos"), "") == [made("bos").bos_token_id]
     assert prompt_ids(made("plain"), "") == [made("plain").eos_token_id]
     with pytest.raises(ValueError, match="start or an end token"):
@@ -178,7 +178,7 @@ def pair(**changes):
     return {**fields, **changes}
 
 
-def test_rows_hold_chosen_first(tokenizer):
+def test_rows_have_the_chosen_completion_first(tokenizer):
     (row,) = encode_pairs([pair()], tokenizer, 200)
     assert row.id == "p7"
     assert list(row.prompt) == prompt_ids(tokenizer, pair()["prompt"])
@@ -187,7 +187,7 @@ def test_rows_hold_chosen_first(tokenizer):
     ]
 
 
-def test_a_long_prompt_loses_tokens_on_its_left_and_a_completion_none(tokenizer):
+def test_prompts_are_truncated_on_the_left_and_completions_never(tokenizer):
     (full,) = encode_pairs([pair()], tokenizer, 1000)
     longer = max(map(len, full.completions))
     exact = len(full.prompt) + longer
@@ -199,7 +199,7 @@ def test_a_long_prompt_loses_tokens_on_its_left_and_a_completion_none(tokenizer)
 
 
 @pytest.mark.parametrize("field", ["chosen", "rejected"])
-def test_a_completion_that_leaves_no_room_is_refused_with_the_mend(tokenizer, field):
+def test_a_completion_that_leaves_no_room_for_the_prompt_is_an_error(tokenizer, field):
     long = pair(**{field: " joy" * 30})
     length = len(completion_ids(tokenizer, long["prompt"], long[field]))
     encode_pairs([long], tokenizer, length + 1)
@@ -209,16 +209,16 @@ def test_a_completion_that_leaves_no_room_is_refused_with_the_mend(tokenizer, fi
         assert words in str(error.value)
 
 
-def test_a_pad_token_that_is_the_end_token_is_scored_like_any_other():
-    shared, apart = chat_tokenizer(), chat_tokenizer()
-    apart.pad_token = "<|im_start|>"
-    assert shared.pad_token_id == shared.eos_token_id != apart.pad_token_id
+def test_an_end_token_that_is_the_pad_token_is_scored():
+    shared, separate = chat_tokenizer(), chat_tokenizer()
+    separate.pad_token = "<|im_start|>"
+    assert shared.pad_token_id == shared.eos_token_id != separate.pad_token_id
     rows = encode_pairs([pair()], shared, 200)
-    assert rows == encode_pairs([pair()], apart, 200)
+    assert rows == encode_pairs([pair()], separate, 200)
     assert pack(rows).targets.tolist().count(shared.eos_token_id) == 2
 
 
-def test_pairs_have_the_same_tokens_together_as_alone(tokenizer):
+def test_tokens_of_a_pair_do_not_depend_on_other_pairs(tokenizer):
     turns = [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "Film 3?"},
@@ -233,14 +233,14 @@ def test_pairs_have_the_same_tokens_together_as_alone(tokenizer):
     assert encode_pairs(pairs, tokenizer, 400) == [encode_pairs([one], tokenizer, 400)[0] for one in pairs]
 
 
-def test_a_conversation_is_rendered_turn_by_turn_where_there_is_a_template():
+def test_a_conversation_is_rendered_by_the_chat_template():
     turns = [
         {"role": "user", "content": "Film 3?"},
         {"role": "assistant", "content": "A joy."},
         {"role": "user", "content": "Why?"},
     ]
     (row,) = encode_pairs([pair(prompt="Film 3? Why?", turns=turns)], made("chat"), 400)
-    said = "".join(f"<|im_start|>{turn['role']}\n{turn['content']}<|im_end|>\n" for turn in turns)
-    assert made("chat").decode(row.prompt) == f"{SYSTEM}{said}<|im_start|>assistant\n"
+    rendered = "".join(f"<|im_start|>{turn['role']}\n{turn['content']}<|im_end|>\n" for turn in turns)
+    assert made("chat").decode(row.prompt) == f"{SYSTEM}{rendered}<|im_start|>assistant\n"
     (row,) = encode_pairs([pair(prompt="Film 3? Why?", turns=turns)], made("plain"), 400)
     assert made("plain").decode(row.prompt) == "Film 3? Why?"

@@ -16,7 +16,7 @@ from trl import DPOConfig, DPOTrainer
 from dpo.common.errors import InputError
 from dpo.engine.logprobs import load_model, sequence_logps
 from dpo.engine.packing import StepSampler, TokenRow
-from dpo.engine.reference_cache import cache_key, load_reference, save_reference
+from dpo.engine.reference_cache import cache_key, load_reference, shard_table, write_cache
 from dpo.engine.tokenization import encode_pairs
 from dpo.training.losses import preference_loss
 from dpo.training.settings import EarlyStopSettings, LossName
@@ -97,7 +97,7 @@ def test_training_starts_at_margin_zero_and_loss_log_2_and_leaves_them(
     rows = encode_pairs(make_pairs(18), tokenizer, 200)
     logps = sequence_logps(load_model(tiny_model_dir), rows, 1000)
     key = cache_key(tiny_model_dir, tokenizer, rows, PARAMS.engine)
-    save_reference(tmp_path / "cache", key, rows, logps)
+    write_cache(tmp_path / "cache", key, [shard_table(rows, logps)])
     log, _ = run_dpo(
         tiny_model_dir,
         rows,
