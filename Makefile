@@ -44,7 +44,7 @@ audit: setup
 # `make repro SET="-S dpo.epochs=2"` changes parameters on the way.
 repro: setup
 	$(if $(SET),dvc exp run $(SET),dvc repro)
-	@python -m tasks.commands.results
+	@dpo results
 
 # Unit tests and one system test per kind of behaviour.
 test: setup

@@ -32,7 +32,7 @@ from dpo.engine.packing import TokenRow
 from dpo.planner import LLAMAS, Pair, Setup, pair_flops, seconds, shape_of, training_memory
 from dpo.training.settings import LoraSettings
 from dpo.training.train import train_dpo
-from tasks.commands.plan import GPU_OVERHEAD, TFLOPS, UTILISATION, ways
+from tasks.commands.plan import GPU_OVERHEAD, TFLOPS, UTILISATION, candidate_setups
 from tasks.common.allocator import TRAINING
 from tasks.common.paths import BASE
 
@@ -170,7 +170,9 @@ def shapes() -> str:
         "| --- | --- | --- |" + " ---: |" * (len(GPUS) + 1),
     ]
     for name, shape in LLAMAS.items():
-        setups = zip(*(ways(params, LARGE, gpus, "none" if gpus == 1 else "full") for gpus in GPUS), strict=True)
+        setups = zip(
+            *(candidate_setups(params, LARGE, gpus, "none" if gpus == 1 else "full") for gpus in GPUS), strict=True
+        )
         for each in setups:
             memories = [training_memory(shape, LARGE, setup, GPU_OVERHEAD).total / 2**30 for setup in each]
             bf16, tf32, _ = (peak * 1e12 * UTILISATION for peak in TFLOPS)

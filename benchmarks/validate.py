@@ -1,6 +1,6 @@
 """Measure time and memory of the validation by number of pairs: `python -m benchmarks.validate [--rows N ...]`.
 
-Write JSONL files of pairs of about one kilobyte. Check each with `python -m tasks.commands.validate FILE` and the
+Write JSONL files of pairs of about one kilobyte. Check each with `dpo validate FILE` and the
 tokenizer of the base model. Write `benchmarks/results/validate.json` and the table in `docs/data.md`.
 """
 
@@ -42,7 +42,7 @@ def write_pairs(path: Path, rows: int, sentences: list[str]) -> None:
 
 def measure(path: Path, output: Path) -> tuple[float, float]:
     """Return seconds and peak resident memory (GiB, all processes together) of one check."""
-    command = [sys.executable, "-m", "tasks.commands.validate", str(path), "--output", str(output)]
+    command = [sys.executable, "-m", "tasks.commands.cli", "validate", str(path), "--output", str(output)]
     start, peak = time.perf_counter(), 0
     process = psutil.Popen(command, stdout=subprocess.DEVNULL)
     while process.poll() is None:

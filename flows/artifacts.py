@@ -23,7 +23,7 @@ from prefect.artifacts import create_markdown_artifact, create_progress_artifact
 from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
 from dpo.common.files import PROVENANCE
-from tasks.commands.lineage import flat
+from tasks.common.flatten import flatten
 from tasks.common.paths import REPORTS
 
 BAR = re.compile(r" *(?:(.*?): +)?(\d+)%\|.*\| *(\S+/\S+) \[([\d:]+)<([\d:?]+)")
@@ -123,7 +123,7 @@ def figures(path: Path) -> str:
     """A file of figures as a table in Markdown; of a long one rows spread evenly, with the last."""
     try:
         if path.suffix == ".json":
-            rows = flat(json.loads(path.read_text()))
+            rows = [(".".join(names), value) for names, value in flatten(json.loads(path.read_text()))]
             return _markdown(pd.DataFrame(rows, columns=["figure", "value"], dtype=object))
         if path.suffix in SEPARATORS:
             table = _table(path)

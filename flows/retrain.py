@@ -44,7 +44,8 @@ from flows.pipeline import (
     pipeline,
     run_now,
 )
-from tasks.tracking.registry import GATE, LANDED, VERSIONED, uncommitted
+from tasks.common.git import uncommitted
+from tasks.tracking.registry import GATE, LANDED, VERSIONED
 
 WORK = Path(".retrain")
 LOCK, PENDING, INCOMING, REFUSED = WORK / "lock", WORK / "pending", WORK / "incoming", WORK / "refused"
@@ -236,7 +237,7 @@ def check_file(path: Path) -> str | None:
     Raises:
         StageError: the check itself failed.
     """
-    command = ["tasks.commands.validate", str(path), "--output", str(WORK / "checked")]
+    command = ["tasks.commands.cli", "validate", str(path), "--output", str(WORK / "checked")]
     code, lines = execute(command, threading.Event(), get_run_logger())
     if code == 0:
         return None
@@ -282,7 +283,7 @@ def keep_results(files: Sequence[str]) -> None:
 @task(name="gate", cache_policy=NO_CACHE)
 def ask_gate() -> dict[str, str]:
     """Promote the selected policy if it is better than the champion; the outcome and the reason."""
-    module("tasks.commands.promote")
+    module("tasks.commands.cli", "promote")
     with if_there():
         create_markdown_artifact(GATE.with_suffix(".md").read_text(), key="gate")
     verdict = json.loads(GATE.read_text())

@@ -18,9 +18,10 @@ from dpo.common.errors import InputError
 from flows.git import commit, default_remote, dvc, git, known
 from flows.pipeline import StageError, name_flow_run, run_now
 from flows.retrain import PENDING, alone, notify, refuse
+from tasks.common.git import uncommitted
 from tasks.tracking import registry
 from tasks.tracking.offline import connect
-from tasks.tracking.registry import COMMIT, LANDED, VERSIONED, uncommitted
+from tasks.tracking.registry import COMMIT, LANDED, VERSIONED
 
 
 @dataclass(frozen=True)

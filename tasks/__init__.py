@@ -1,8 +1,8 @@
 """The stages of `dvc.yaml`, one module each, run as `python -m tasks.STAGE`.
 
 Importing this package disables telemetry in every dependency, unless the variables are set already. It also makes
-Python collect garbage less often: torch and transformers create millions of objects that stay, and a third of the
-start of a stage was spent on examining them.
+garbage collection rarer: torch and transformers create millions of permanent objects, and examining them took a
+third of a stage's start-up time.
 """
 
 import gc

@@ -27,7 +27,7 @@ from tasks.common.runner import run
 from tasks.report.figures import calibration, curve, frontier, height, labels, margins
 from tasks.tracking.models import log_models
 from tasks.tracking.provenance import provenance
-from tasks.tracking.runs import log_comparison, seconds_of
+from tasks.tracking.runs import log_comparison, training_times
 
 SHOWN_ANSWERS = 100
 """Answers of each policy in the report."""
@@ -95,7 +95,7 @@ def main() -> None:
                 tests=tests.to_dict("records"),
                 slices=parts.to_dict("records"),
                 answers=_gather(shown, names).to_dict("records"),
-                provenance=provenance(checkpoints) | {"training took": seconds_of(checkpoints)},
+                provenance=provenance(checkpoints) | {"training took": training_times(checkpoints)},
                 plotly=get_plotlyjs(),
                 figures=[
                     figure.to_html(

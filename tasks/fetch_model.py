@@ -1,4 +1,4 @@
-"""Stage `fetch_model`: the model that params.yaml names, as safetensors with its tokenizer."""
+"""Stage `fetch_model`: fetch the base model and save it as safetensors with its tokenizer."""
 
 from dpo.common.files import atomic_write
 from dpo.config import load_params
@@ -8,7 +8,7 @@ from tasks.common.runner import run
 
 
 def main() -> None:
-    """Fetch and save."""
+    """Run the stage."""
     model, tokenizer = load_base(load_params().model)
     with atomic_write(BASE) as tmp:
         model.save_pretrained(tmp)

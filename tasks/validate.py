@@ -1,7 +1,6 @@
 """Stage `validate`: check the raw pairs, write training and held-out pairs, quarantine the rest."""
 
 import json
-import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from dpo.common.errors import InputError
 from dpo.common.files import atomic_write, write_json
 from dpo.config import Params, load_params
 from dpo.data.validate import Validated, validate
+from tasks.common.git import committed_file
 from tasks.common.paths import BASE, EVAL, METRICS, PROFILE, QUARANTINE, RAW_PAIRS, REPORTS, TRAIN
 from tasks.common.runner import run
 from tasks.report.validation import markdown, table, write_report
@@ -63,9 +63,8 @@ def raise_errors(result: Validated) -> None:
 def committed_profile() -> dict[str, Any] | None:
     """Return the profile of the data in the last commit, or None if there is none."""
     try:
-        shown = subprocess.run(["git", "show", f"HEAD:./{PROFILE}"], capture_output=True, check=True)
-        return dict(json.loads(shown.stdout))
-    except (OSError, subprocess.CalledProcessError, ValueError, TypeError):
+        return dict(json.loads(committed_file(PROFILE) or b""))
+    except (ValueError, TypeError):
         return None
 
 

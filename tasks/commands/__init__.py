@@ -1,1 +1,1 @@
-"""Commands for the terminal."""
+"""The commands of the console script `dpo`, one module each; `cli` declares their arguments."""

@@ -1,6 +1,5 @@
-"""Talk to a policy and to its reference side by side: `python -m tasks.commands.chat models/TRIAL`."""
+"""Chat with a policy and its reference side by side."""
 
-import argparse
 import shutil
 import textwrap
 from itertools import zip_longest
@@ -12,60 +11,41 @@ from dpo.common.errors import InputError
 from dpo.engine.logprobs import load_model
 from dpo.engine.pretrained import load_tokenizer
 from dpo.evaluation.sampling import sample
-from tasks.common.paths import REFERENCE
-from tasks.common.runner import run
 
-HELP = "Type a prompt; /new forgets the conversation, /quit (or Ctrl-D) leaves."
+HELP = "Type a prompt. /new starts a new conversation, /quit or Ctrl-D ends the chat."
 
 
-def main() -> None:
-    """Read prompts, print both answers."""
-    parser = argparse.ArgumentParser(
-        prog="python -m tasks.commands.chat", description="Talk to a policy and to its reference side by side."
-    )
-    parser.add_argument("policy", type=Path, help="checkpoint of a policy")
-    parser.add_argument(
-        "--reference", type=Path, default=REFERENCE, help="checkpoint to compare with (default: %(default)s)"
-    )
-    parser.add_argument("--max-new-tokens", type=int, default=128, help="longest answer (default: %(default)s)")
-    parser.add_argument("--temperature", type=_above_0, default=0.7, help="of sampling (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same answers (default: 0)")
-    given = parser.parse_args()
-    sides = [given.policy, given.reference]
-    for folder in sides:
+def chat(policy: Path, reference: Path, *, max_new_tokens: int, temperature: float, seed: int) -> None:
+    """Read prompts from the terminal and print the responses of both models until `/quit`.
+
+    Raises:
+        InputError: a folder has no checkpoint.
+    """
+    folders = [policy, reference]
+    for folder in folders:
         if not any(folder.glob("*.safetensors")):
-            raise InputError(
-                f"{folder}: no checkpoint here; `dvc repro` or `dvc pull` brings those of this project"
-            )
-    tokenizer = load_tokenizer(given.policy)
-    models = [load_model(folder).to(this_process().device) for folder in sides]
-    talks: list[list[dict[str, str]]] = [[], []]
+            raise InputError(f"{folder}: no checkpoint; run `dvc repro` or `dvc pull` to get this project's")
+    tokenizer = load_tokenizer(policy)
+    models = [load_model(folder).to(this_process().device) for folder in folders]
+    conversations: list[list[dict[str, str]]] = [[], []]
     print(HELP)
-    while (text := _ask()) != "/quit":
+    while (text := _read_prompt()) != "/quit":
         if text in ("", "/new"):
-            talks = [[] for _ in sides] if text else talks
+            conversations = [[], []] if text else conversations
             continue
-        answers = []
-        for model, talk in zip(models, talks, strict=True):
-            talk.append({"role": "user", "content": text})
-            prompt: Any = talk if tokenizer.chat_template else text
+        responses = []
+        for model, conversation in zip(models, conversations, strict=True):
+            conversation.append({"role": "user", "content": text})
+            prompt: Any = conversation if tokenizer.chat_template else text
             (ids,) = sample(
-                model, tokenizer, [prompt],
-                max_new_tokens=given.max_new_tokens, temperature=given.temperature, seed=given.seed,
-            )  # fmt: skip
-            answers.append(tokenizer.decode(ids, skip_special_tokens=True).strip())
-            talk.append({"role": "assistant", "content": answers[-1]})
-        print(_columns([str(folder) for folder in sides], answers, shutil.get_terminal_size().columns))
+                model, tokenizer, [prompt], max_new_tokens=max_new_tokens, temperature=temperature, seed=seed
+            )
+            responses.append(tokenizer.decode(ids, skip_special_tokens=True).strip())
+            conversation.append({"role": "assistant", "content": responses[-1]})
+        print(_columns([str(folder) for folder in folders], responses, shutil.get_terminal_size().columns))
 
 
-def _above_0(text: str) -> float:
-    """A number of the command line."""
-    if not float(text) > 0:
-        raise argparse.ArgumentTypeError("must be above 0")
-    return float(text)
-
-
-def _ask() -> str:
+def _read_prompt() -> str:
     try:
         return input("\n> ").strip()
     except (EOFError, KeyboardInterrupt):
@@ -74,7 +54,7 @@ def _ask() -> str:
 
 
 def _columns(titles: list[str], texts: list[str], width: int) -> str:
-    """Texts beside one another under their titles, or one below the other where the terminal is narrow."""
+    """Return two texts side by side under their titles, or one below the other if the terminal is narrow."""
     if width < 60:
         return "\n\n".join(f"{title}:\n{text}" for title, text in zip(titles, texts, strict=True))
     each = (width - 3) // 2
@@ -84,7 +64,3 @@ def _columns(titles: list[str], texts: list[str], width: int) -> str:
         for title, text in zip(titles, texts, strict=True)
     ]
     return "\n".join(f"{left:<{each}} | {right}" for left, right in zip_longest(*columns, fillvalue=""))
-
-
-if __name__ == "__main__":
-    run(main)

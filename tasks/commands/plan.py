@@ -1,11 +1,8 @@
-"""Plan memory and hours of a training: `python -m tasks.commands.plan --model llama-8b --gpus 8`.
+"""Estimate memory and hours of training on GPUs: `dpo plan --model llama-8b --gpus 8`.
 
-`params.yaml` says how the model would be trained: precision, tokens in a micro-batch, pairs in a step, optimizer,
-epochs, rank of the adapters.
+Precision, tokens per micro-batch, pairs per step, optimizer, epochs and LoRA rank come from `params.yaml`.
 """
 
-import argparse
-import sys
 from collections.abc import Iterator
 
 from transformers import AutoConfig
@@ -26,26 +23,25 @@ from dpo.planner import (
     shape_of,
     training_memory,
 )
-from tasks.common.runner import run
 
 GPU_OVERHEAD = 1.5e9
-"""Bytes of a process on a GPU without the model: CUDA context, libraries, workspaces. An assumption."""
+"""Assumed bytes per process on a GPU without the model: CUDA context, libraries, workspaces."""
 
 TFLOPS = (989.0, 494.0, 67.0)
-"""Dense operations a second of an H100 SXM in bf16, TF32 and fp32, in 1e12, as its data sheet has them."""
+"""Dense operations per second of an H100 SXM in bf16, TF32 and fp32, in 1e12, from its data sheet."""
 
 UTILISATION = 0.35
-"""Share of these operations that a training reaches. An assumption; a short run of one's own tells."""
+"""Assumed share of these operations that training reaches. Measure it in a short run."""
 
 RANK = 16
-"""Of the adapters, where params.yaml has none."""
+"""LoRA rank if params.yaml has none."""
 
 
 def named_shape(model: str) -> Shape:
-    """The shape of a model, by its name in `dpo.planner.LLAMAS`, its folder or its hub id.
+    """Return the shape of a model by its name in `dpo.planner.LLAMAS`, its folder or its hub id.
 
     Raises:
-        InputError: there is no such model, or it is not built as Llama is.
+        InputError: there is no such model, or its architecture is not that of Llama.
     """
     if model in LLAMAS:
         return LLAMAS[model]
@@ -55,15 +51,14 @@ def named_shape(model: str) -> Shape:
         raise InputError(f"--model {model}: neither {', '.join(LLAMAS)} nor a model: {error}") from error
 
 
-def ways(params: Params, pair: Pair, gpus: int, sharding: Sharding) -> Iterator[Setup]:
-    """All weights and adapters, each without and with gradient checkpointing."""
+def candidate_setups(params: Params, pair: Pair, gpus: int, sharding: Sharding) -> Iterator[Setup]:
+    """Yield setups for full training and LoRA, each without and with gradient checkpointing."""
     engine, dpo = params.engine, params.dpo
     for rank in (None, dpo.lora.rank if dpo.lora else RANK):
         for checkpointing in (False, True):
             yield Setup(
-                max_tokens_per_microbatch=max(
-                    engine.max_tokens_per_microbatch, pair.tokens
-                ),  # a longer pair stands alone
+                # a pair that exceeds the limit is a micro-batch of its own
+                max_tokens_per_microbatch=max(engine.max_tokens_per_microbatch, pair.tokens),
                 precision=engine.precision,
                 lora_rank=rank,
                 gradient_checkpointing=checkpointing,
@@ -76,18 +71,34 @@ def ways(params: Params, pair: Pair, gpus: int, sharding: Sharding) -> Iterator[
 
 
 def plan(
+    model: str, pair: Pair, pairs: int, gpus: int, gib: float, tflops: tuple[float, ...], utilisation: float
+) -> None:
+    """Print peak memory per GPU and hours for one policy. The arguments are those of `dpo plan`."""
+    params, shape = load_params(), named_shape(model)
+    engine = params.engine
+    bf16, tf32, fp32 = (peak * 1e12 * utilisation for peak in tflops)
+    speed = (bf16, tf32) if engine.precision == "bf16" else (fp32, fp32)
+    print(
+        f"{model}: {shape.parameters / 1e9:.2f} billion parameters; {pairs:,} pairs of {pair.tokens:,} tokens; "
+        f"{engine.precision}, {engine.max_tokens_per_microbatch:,} tokens per micro-batch; GPUs: {gpus} with "
+        f"{gib:.0f} GiB each, utilisation {utilisation:.0%}\n"
+    )
+    print(plan_table(shape, params, pair, pairs, gpus, speed, gib * 2**30))
+
+
+def plan_table(
     shape: Shape, params: Params, pair: Pair, pairs: int, gpus: int, speed: tuple[float, float], room: float
 ) -> str:
-    """Peak memory of a GPU and hours of one policy, as a table.
+    """Return a Markdown table of peak memory per GPU and hours for one policy.
 
     Args:
-        shape: of the model.
-        params: how it is trained.
-        pair: mean lengths.
-        pairs: in the training data.
-        gpus: that share the work.
-        speed: operations a second of one GPU in the layers and in the head, as far as they are used.
-        room: bytes of memory of one GPU.
+        shape: shape of the model.
+        params: settings of the training.
+        pair: mean lengths of a pair.
+        pairs: number of training pairs.
+        gpus: number of GPUs.
+        speed: operations per second that one GPU reaches in the layers and in the head.
+        room: bytes of memory per GPU.
     """
 
     def line(name: str, checkpointing: str, memories: list[float], setup: Setup | None, passes: int) -> str:
@@ -99,50 +110,18 @@ def plan(
     kinds: dict[str, Sharding] = {"GiB": "none"} if gpus == 1 else {"GiB, DDP": "data", "GiB, FSDP": "full"}
     head = ["training", "checkpointing", *kinds, "hours"]
     lines = ["| " + " | ".join(head) + " |", "| --- | --- |" + " ---: |" * (len(kinds) + 1)]
-    setups = list(zip(*(ways(params, pair, gpus, kind) for kind in kinds.values()), strict=True))
-    scoring = reference_memory(shape, setups[0][0], GPU_OVERHEAD).total
+    rows = list(zip(*(candidate_setups(params, pair, gpus, kind) for kind in kinds.values()), strict=True))
+    scoring = reference_memory(shape, rows[0][0], GPU_OVERHEAD).total
     lines.append(line("reference pass", "", [scoring] * len(kinds), None, 1))
-    for each in setups:
-        setup = each[0]
+    for row in rows:
+        setup = row[0]
         lines.append(
             line(
                 "all weights" if setup.lora_rank is None else f"LoRA, rank {setup.lora_rank}",
                 "on" if setup.gradient_checkpointing else "off",
-                [training_memory(shape, pair, one, GPU_OVERHEAD).total for one in each],
+                [training_memory(shape, pair, one, GPU_OVERHEAD).total for one in row],
                 setup,
                 params.dpo.epochs,
             )
         )
     return "\n".join(lines)
-
-
-def main() -> None:
-    """Read, plan, print."""
-    parser = argparse.ArgumentParser(prog="python -m tasks.commands.plan", description=__doc__)
-    parser.add_argument("--model", required=True, help=f"a folder, a hub id, or one of {', '.join(LLAMAS)}")
-    parser.add_argument("--gpus", type=int, default=1)
-    parser.add_argument("--gpu-memory", type=float, default=80, help="GiB of each (80)")
-    parser.add_argument("--pairs", type=int, default=100_000, help="in the training data (100,000)")
-    parser.add_argument("--prompt-tokens", type=int, default=256, help="mean of a prompt (256)")
-    parser.add_argument("--completion-tokens", type=int, default=256, help="mean of a completion (256)")
-    parser.add_argument(
-        "--tflops", type=float, nargs=3, default=TFLOPS, help="1e12 operations a second: in bf16, in TF32, in fp32"
-    )
-    parser.add_argument("--utilisation", type=float, default=UTILISATION, help=f"share of it ({UTILISATION})")
-    asked = parser.parse_args()
-    params, shape = load_params(), named_shape(asked.model)
-    pair = Pair(asked.prompt_tokens, asked.completion_tokens)
-    bf16, tf32, fp32 = (peak * 1e12 * asked.utilisation for peak in asked.tflops)
-    speed = (bf16, tf32) if params.engine.precision == "bf16" else (fp32, fp32)
-    sys.stdout.write(
-        f"{asked.model}: {shape.parameters / 1e9:.2f} billion parameters; {asked.pairs:,} pairs of "
-        f"{pair.tokens:,} tokens; {params.engine.precision}, {params.engine.max_tokens_per_microbatch:,} tokens "
-        f"in a micro-batch; GPUs: {asked.gpus}, each of {asked.gpu_memory:.0f} GiB, {asked.utilisation:.0%} of "
-        "its operations used\n\n"
-    )
-    room = asked.gpu_memory * 2**30
-    sys.stdout.write(plan(shape, params, pair, asked.pairs, asked.gpus, speed, room) + "\n")
-
-
-if __name__ == "__main__":
-    run(main)

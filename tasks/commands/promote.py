@@ -1,10 +1,10 @@
-"""The gate: `python -m tasks.commands.promote` makes the selected policy the champion if it is shown to be better.
+"""The promotion gate: make the selected policy the champion if it is significantly better than the current one.
 
-The first champion has to beat its reference. Every later one has to beat the champion, on answers to the same
-held-out prompts with the same seed, or without a judge on the held-out pairs. Better means that the 95% interval
-lies wholly above one half, and that the sign-flip test tells it from chance: where every answer wins, no resample
-differs and the interval has no width, however few the prompts are; five wins in five have p = 0.06. Whole prompts
-are drawn and flipped. A tie changes nothing.
+The first champion has to beat the reference. Later champions have to beat the current champion: with a judge on
+responses to the same held-out prompts with the same seed, without a judge on the held-out pairs. "Beat" means that
+the 95% interval is above one half and that the sign-flip test rejects equality. The interval alone is not enough:
+if every response wins, its width is zero for any number of prompts, while five wins of five have p = 0.06. The
+bootstrap and the test resample prompts, not responses.
 """
 
 import json
@@ -32,6 +32,7 @@ from dpo.evaluation.pair_metrics import pair_table
 from dpo.evaluation.sampling import answer_table
 from dpo.training.settings import Trial
 from tasks.commands.lineage import of_version
+from tasks.common.git import head_commit, uncommitted
 from tasks.common.paths import (
     COMPARISON,
     EVAL,
@@ -41,21 +42,17 @@ from tasks.common.paths import (
     policy_margins,
     policy_samples,
 )
-from tasks.common.runner import run
 from tasks.tracking import offline, registry, runs
 from tasks.tracking.models import log_models
-from tasks.tracking.provenance import commit, weights
+from tasks.tracking.provenance import weights
 
 LEVEL = 0.05
-"""p below which a difference is told from chance."""
+"""Significance level of the sign-flip test."""
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """How a policy did against another: 1 always better, 0 always worse, with its 95% interval.
-
-    `p` is that of the sign-flip test for "as often better as worse".
-    """
+    """Mean win against another policy, from 0 to 1, its 95% interval, and p of the sign-flip test against 0.5."""
 
     figure: str
     against: str
@@ -67,7 +64,7 @@ class Evidence:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the gate decided, and why in words."""
+    """A decision of the gate and its reason."""
 
     promoted: bool
     reason: str
@@ -76,60 +73,65 @@ class Verdict:
 
 
 def decide(challenger: str, signs: Sequence[str], evidence: Evidence) -> Verdict:
-    """Promote a policy only if it shows no sign of failure and is shown to be better: by the interval and by p.
+    """Promote a policy if it violates no guardrail and is significantly better, by the interval and by p.
 
     Args:
-        challenger: its name.
-        signs: the signs of failure that it shows, the KL budget among them.
-        evidence: against the champion, or against the reference where there is no champion.
+        challenger: name of the policy.
+        signs: names of the violated guardrails, including the KL budget.
+        evidence: comparison with the champion, or with the reference if there is no champion.
     """
     found = f"{evidence.figure} against {evidence.against}: {evidence.value:.3f} "
     found += f"[{evidence.low:.3f}, {evidence.high:.3f}], p = {evidence.p:.4f}"
     if signs:
-        reason = f"{challenger} is not promoted: it shows a sign of failure ({', '.join(signs)}). Its {found}."
+        reason = f"{challenger} is not promoted: it violates a guardrail ({', '.join(signs)}): {found}."
         return Verdict(False, reason, challenger, evidence)
-    told = evidence.p < LEVEL
-    if told and evidence.low > 0.5:
+    significant = evidence.p < LEVEL
+    if significant and evidence.low > 0.5:
         return Verdict(True, f"{challenger} is better: {found}.", challenger, evidence)
-    how = "worse" if told and evidence.high < 0.5 else "not shown to be better"
-    rule = f"A better one has its interval wholly above 0.5, and p below {LEVEL}."
+    how = "worse" if significant and evidence.high < 0.5 else "not significantly better"
+    rule = f"Promotion requires an interval above 0.5 and p below {LEVEL}."
     return Verdict(False, f"{challenger} is {how}: {found}. {rule}", challenger, evidence)
 
 
-def main() -> None:
-    """Weigh, decide, move the alias, write down why."""
+def promote() -> None:
+    """Compare the selected policy with the champion, decide, move the alias `champion`, and write the verdict.
+
+    Raises:
+        InputError: a result is missing, out of date or not committed, or MLflow is unreachable.
+    """
     params = load_params()
     compared = read_comparison()
-    changed = registry.uncommitted(*registry.VERSIONED)
-    if changed:
-        raise InputError(f"git: not committed: {', '.join(changed)}; commit first, so that a rollback finds it")
+    if changed := uncommitted(*registry.VERSIONED):
+        raise InputError(
+            f"git: not committed: {', '.join(changed)}; commit first, so that a rollback can restore it"
+        )
     offline.connect()
     champion = registry.champion()
     if compared["selected"] is None:
-        record(Verdict(False, compared["reason"]))
+        report(Verdict(False, compared["reason"]))
         return
     trial = selected_trial(params, compared)
     facts = of_version(f"models:/{registry.REGISTERED}/{champion.version}") if champion else {}
     if champion and facts["weights"] == weights(policy_folder(trial)):
-        record(Verdict(False, f"{trial.name} is the champion already, version {champion.version}.", trial.name))
+        report(Verdict(False, f"{trial.name} is the champion already, version {champion.version}.", trial.name))
         return
     evidence = against_champion(params, trial, champion.version) if champion else against_reference(params, trial)
     verdict = decide(trial.name, compared["policies"][trial.name]["signs"], evidence)
     run_id, model_id = logged_model(params, policy_folder(trial))
     if verdict.promoted:
-        revision, _ = commit()
-        registry.promote(model_id, {registry.COMMIT: revision, "data_md5": md5(TRAIN), "trial": trial.name})
+        version_tags = {registry.COMMIT: head_commit(), "data_md5": md5(TRAIN), "trial": trial.name}
+        registry.promote(model_id, version_tags)
     tags = {"dpo.gate": "promoted" if verdict.promoted else "kept", "dpo.gate_reason": verdict.reason}
     for name, value in tags.items():
         mlflow.MlflowClient().set_tag(run_id, name, value)
-    record(verdict)
+    report(verdict)
 
 
 def read_comparison() -> dict[str, Any]:
-    """What the stage `compare` wrote.
+    """Return the metrics of the stage `compare`.
 
     Raises:
-        InputError: it has not run yet.
+        InputError: the stage has not run.
     """
     try:
         compared: dict[str, Any] = json.loads(COMPARISON.read_text())
@@ -139,22 +141,22 @@ def read_comparison() -> dict[str, Any]:
 
 
 def selected_trial(params: Params, compared: dict[str, Any]) -> Trial:
-    """The trial that was selected, whose checkpoint must be the one that was compared.
+    """Return the selected trial.
 
     Raises:
-        InputError: the comparison is not of these settings or of this checkpoint.
+        InputError: the comparison was made with other settings or another checkpoint.
     """
     key = compared["selected"]
     trials = {trial.name: trial for trial in params.sweep.trials()}
     if key not in trials or not weights(policy_folder(trials[key])).startswith(
         compared["policies"][key]["weights"]
     ):
-        raise InputError(f"{COMPARISON}: it selects {key} as it was before; `dvc repro` brings all up to date")
+        raise InputError(f"{COMPARISON}: {key} has changed since the comparison; run `dvc repro`")
     return trials[key]
 
 
 def against_reference(params: Params, trial: Trial) -> Evidence:
-    """How the selected policy did against the reference: what the stage `evaluate` found."""
+    """Compare the selected policy with the reference, from the results of the stage `evaluate`."""
     if params.evaluate.judge is None:
         figure, table, wins = "reward accuracy", pd.read_parquet(policy_margins(trial)), "correct"
     else:
@@ -163,7 +165,7 @@ def against_reference(params: Params, trial: Trial) -> Evidence:
 
 
 def weigh(figure: str, against: str, prompts: Sequence[str], wins: Sequence[float], seed: int) -> Evidence:
-    """The mean of N wins, each from 0 to 1 or NaN if unknown, with interval and test, clustered by N prompts."""
+    """Return mean, interval and test of N wins from 0 to 1 (NaN if unknown), clustered by their N prompts."""
     known = [(prompt, win) for prompt, win in zip(prompts, wins, strict=True) if not math.isnan(win)]
     prompts, wins = [prompt for prompt, _ in known], [win for _, win in known]
     found: Any = bootstrap({"wins": mean(wins)}, prompts, seed)
@@ -173,10 +175,7 @@ def weigh(figure: str, against: str, prompts: Sequence[str], wins: Sequence[floa
 
 
 def against_champion(params: Params, trial: Trial, version: str) -> Evidence:
-    """The selected policy against the champion, head to head.
-
-    The champion's weights come from MLflow: no checkpoint here needs to be the one that it was made from.
-    """
+    """Compare the selected policy with the champion, whose weights are downloaded from MLflow."""
     with tempfile.TemporaryDirectory() as folder:
         uri = f"models:/{registry.REGISTERED}/{version}"
         champion = Path(mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=folder))
@@ -187,10 +186,10 @@ def against_champion(params: Params, trial: Trial, version: str) -> Evidence:
 
 
 def judged_wins(params: Params, trial: Trial, champion: Path) -> tuple[list[str], list[float]]:
-    """For each answer its prompt, and how often the policy's is better than the champion's.
+    """Return the prompt of every response and the win of the policy's response over the champion's.
 
-    The policy's answers are those that were kept when it was evaluated; the champion answers the same prompts with
-    the same seed and settings.
+    The policy's responses are those of the stage `evaluate`. The champion responds to the same prompts with the
+    same seed and settings.
     """
     judge = load_judge(params.evaluate.judge)
     assert judge is not None
@@ -208,9 +207,10 @@ def judged_wins(params: Params, trial: Trial, champion: Path) -> tuple[list[str]
 
 
 def ranked_wins(params: Params, trial: Trial, champion: Path) -> tuple[list[str], list[float]]:
-    """For each held-out pair its prompt, and 1 if only the policy ranks it rightly, 0 if only the champion does.
+    """Return the prompt of every held-out pair and the policy's win over the champion.
 
-    Both rewards are measured from today's reference, whose log-probs were kept when the policy was evaluated.
+    The win is 1 if only the policy ranks the pair correctly, 0 if only the champion does, else 0.5. Both rewards
+    are relative to the current reference, whose log-probs the stage `evaluate` stored.
     """
     engine = params.engine
     held_out, own = pd.read_parquet(EVAL), pd.read_parquet(policy_margins(trial))
@@ -229,10 +229,10 @@ def ranked_wins(params: Params, trial: Trial, champion: Path) -> tuple[list[str]
 
 
 def logged_model(params: Params, folder: Path) -> tuple[str, str]:
-    """The run that made a checkpoint and MLflow's id of the model in it; logged now if no run here has it.
+    """Return the ids of the run that made a checkpoint and of its logged model; log the model if it is missing.
 
     Raises:
-        InputError: MLflow has lost the model.
+        InputError: the run is tagged as having the model, but MLflow does not have it.
     """
     log_models(params, [folder])
     made = runs.run_of(folder)
@@ -246,20 +246,16 @@ def logged_model(params: Params, folder: Path) -> tuple[str, str]:
         if of_version(f"models:/{model.model_id}")["weights"] == weights(folder):
             return run_id, model.model_id
     raise InputError(
-        f"MLflow: run {run_id} has lost the model of {folder}; train again: `dvc repro -f -s train@{folder.name}`"
+        f"MLflow: run {run_id} has no model of {folder}; train again: `dvc repro -f -s train@{folder.name}`"
     )
 
 
-def record(verdict: Verdict) -> None:
-    """Keep the verdict for people and for programs, and print it."""
+def report(verdict: Verdict) -> None:
+    """Write the verdict as JSON and as Markdown, and print it."""
     champion = registry.champion()
-    serves = f"version {champion.version}" if champion else "none"
+    served = f"version {champion.version}" if champion else "none"
     heading = "Promoted" if verdict.promoted else "Not promoted"
     write_json(registry.GATE, asdict(verdict) | {"champion": str(champion.version) if champion else None})
     with atomic_write(registry.GATE.with_suffix(".md")) as tmp:
-        tmp.write_text(f"## Gate: {heading.lower()}\n\n{verdict.reason}\n\nChampion: {serves}.\n")
-    print(f"{heading}: {verdict.reason} Champion: {serves}.")
-
-
-if __name__ == "__main__":
-    run(main)
+        tmp.write_text(f"## Gate: {heading.lower()}\n\n{verdict.reason}\n\nChampion: {served}.\n")
+    print(f"{heading}: {verdict.reason} Champion: {served}.")

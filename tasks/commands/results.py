@@ -1,24 +1,22 @@
-"""Print the comparison and where to find the rest: `python -m tasks.commands.results`."""
+"""Print the comparison of all policies."""
 
 import json
 import textwrap
 
 from dpo.common.errors import InputError
 from tasks.common.paths import COMPARISON
-from tasks.common.runner import run
 
-COLUMNS = {
-    "reward_accuracy": "reward accuracy",
-    "margin": "margin",
-    "kl": "KL (nats)",
-    "win_rate": "win rate",
-}
+COLUMNS = {"reward_accuracy": "reward accuracy", "margin": "margin", "kl": "KL (nats)", "win_rate": "win rate"}
 
 
-def main() -> None:
-    """Print."""
+def show() -> None:
+    """Print metrics, the selection and its reason, and where to find more.
+
+    Raises:
+        InputError: the stage `compare` has not run.
+    """
     if not COMPARISON.is_file():
-        raise InputError(f"{COMPARISON}: not there; run `make repro` first")
+        raise InputError(f"{COMPARISON}: no such file; run `make repro` first")
     comparison = json.loads(COMPARISON.read_text())
     policies = comparison["policies"]
     print("".join(f"{title:>24}" for title in ("policy", *COLUMNS.values())))
@@ -38,7 +36,3 @@ def _with_interval(row: dict[str, float | list[float]], name: str) -> str:
         return "-"
     low, high = row[f"{name}_ci"]  # type: ignore[misc]
     return f"{row[name]:.3f} [{low:.3f}, {high:.3f}]"
-
-
-if __name__ == "__main__":
-    run(main)

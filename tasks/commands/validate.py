@@ -1,29 +1,15 @@
-"""Check data files without running the pipeline: `python -m tasks.commands.validate FILE...`."""
+"""Validate data files without running the pipeline."""
 
-import argparse
 import sys
 from pathlib import Path
 
 from dpo.common.errors import InputError
 from dpo.common.files import write_json
-from dpo.config import Params, load_params
+from dpo.config import Params
 from dpo.data.ingest import write_raw_pairs
 from dpo.data.readers import read_files
 from tasks.common.paths import BASE
-from tasks.common.runner import run
 from tasks.validate import raise_errors, validate_and_report
-
-
-def main() -> None:
-    """Run the command."""
-    parser = argparse.ArgumentParser(
-        prog="python -m tasks.commands.validate", description="Check preference data."
-    )
-    parser.add_argument("files", nargs="+", metavar="FILE", help="files or folders to check")
-    parser.add_argument("--model", type=Path, help=f"folder with the tokenizer (default: {BASE}, if it exists)")
-    parser.add_argument("--output", type=Path, default=Path("checked"), help="output folder (default: checked)")
-    arguments = parser.parse_args()
-    check_files(load_params(), arguments.files, arguments.model, arguments.output)
 
 
 def check_files(params: Params, files: list[str], model: Path | None, output: Path) -> None:
@@ -52,7 +38,3 @@ def check_files(params: Params, files: list[str], model: Path | None, output: Pa
     outputs = {name: output / f"{name}.parquet" for name in ("train", "eval", "quarantine")}
     outputs |= {"report": output / "report.html", "metrics": metrics}
     raise_errors(validate_and_report(params, raw_pairs, model, {"train": None, "eval": None}, outputs))
-
-
-if __name__ == "__main__":
-    run(main)

@@ -1,1 +1,1 @@
-"""What all stages and commands share: paths and how they start."""
+"""Code shared by all stages and commands: paths, settings of the process, errors, git."""

@@ -1,4 +1,4 @@
-"""Where the stages keep their inputs and outputs, relative to the project folder."""
+"""Paths of the inputs and outputs of all stages, relative to the project folder."""
 
 from pathlib import Path
 
@@ -26,30 +26,30 @@ REPORT = REPORTS / "index.html"
 
 
 def policy_folder(trial: Trial) -> Path:
-    """The checkpoint of a trial."""
+    """Return the folder of a trial's checkpoint."""
     return Path("models") / trial.name
 
 
 def model_card(trial: Trial) -> Path:
-    """The description beside the checkpoint."""
+    """Return the path of a trial's model card."""
     return Path("models") / f"{trial.name}.md"
 
 
 def train_log(trial: Trial) -> Path:
-    """The step log of a trial's training."""
+    """Return the path of a trial's training log, one row per step."""
     return METRICS / "train" / f"{trial.name}.csv"
 
 
 def evaluation(trial: Trial) -> Path:
-    """The held-out metrics of a trial's policy."""
+    """Return the path of a trial's held-out metrics."""
     return METRICS / "evaluate" / f"{trial.name}.json"
 
 
 def policy_samples(trial: Trial) -> Path:
-    """The answers of a trial's policy."""
+    """Return the path of the responses of a trial's policy."""
     return SAMPLES / f"{trial.name}.parquet"
 
 
 def policy_margins(trial: Trial) -> Path:
-    """Rewards and margin of every held-out pair under a trial's policy."""
+    """Return the path of the rewards and the margin of every held-out pair under a trial's policy."""
     return MARGINS / f"{trial.name}.parquet"

@@ -1,44 +1,45 @@
-"""How stages and commands start and fail."""
+"""Run stages and commands, and end them with one message and an exit code if they fail."""
 
 import errno
 import gc
 import os
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 from dpo.common.errors import InputError, Stopped, TransientError
 from dpo.config import Params, load_params
 from dpo.training.settings import Trial
 
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+NOT_WRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a stage; what is the user's to mend ends it with the message alone, without a traceback.
+    """Run a stage or a command. Errors that the user can fix end it with one message, without a traceback.
 
-    Exit codes: 2 for bad input, 75 (EX_TEMPFAIL) for transient faults, 1 if nothing can be written or a loss is
-    not finite, 143 if SIGTERM stopped it.
+    Exit codes: 2 for bad input, 75 (EX_TEMPFAIL) for transient faults, 1 if a file cannot be written or a loss is
+    not finite, 143 after SIGTERM.
     """
-    gc.freeze()  # what the imports made stays: no later collection looks at it again
+    gc.freeze()  # objects that imports created stay until the end: exclude them from garbage collection
     try:
         main()
     except InputError as error:
-        _end(f"error: {error}", 2)
+        _exit(f"error: {error}", 2)
     except TransientError as error:
-        _end(f"error: {error}", os.EX_TEMPFAIL)
+        _exit(f"error: {error}", os.EX_TEMPFAIL)
     except OSError as error:
-        if error.errno not in NO_ROOM:
+        if error.errno not in NOT_WRITABLE:
             raise
-        _end(f"error: {error}; make room there or make it writable, and run again: nothing half-written stays", 1)
+        _exit(
+            f"error: {error}; free disk space or allow writing, then run again. Incomplete files were removed", 1
+        )
     except FloatingPointError as error:
-        _end(f"error: {error}", 1)
+        _exit(f"error: {error}", 1)
     except Stopped as stopped:
-        _end(f"{stopped}; run again to go on from there", 143)
+        _exit(f"{stopped}; run again to resume", 143)
 
 
 def run_launched(main: Callable[[], None]) -> None:
-    """`run`, in the processes that the accelerate configuration `run.launch` asks for."""
+    """Run a stage with `run`, in the processes that the accelerate configuration `run.launch` specifies."""
 
     def launch() -> None:
         config = load_params().run.launch if "LOCAL_RANK" not in os.environ else None
@@ -53,17 +54,15 @@ def run_launched(main: Callable[[], None]) -> None:
     run(launch)
 
 
-def _end(message: str, code: int) -> None:
+def _exit(message: str, code: int) -> None:
     print(message, file=sys.stderr)  # noqa: T201
     sys.exit(code)
 
 
 def trial_argument(params: Params) -> Trial:
-    """The trial that the stage's only argument names."""
+    """Return the trial whose name is the stage's only argument."""
     trials = {trial.name: trial for trial in params.sweep.trials()}
     if len(sys.argv) != 2 or sys.argv[1] not in trials:
-        name = f"{Path(sys.argv[0]).parent.name}.{Path(sys.argv[0]).stem}"
-        raise InputError(
-            f"usage: python -m {name} TRIAL, one of {', '.join(trials)}; params.yaml: sweep names them"
-        )
+        given = " ".join(sys.argv[1:])
+        raise InputError(f"TRIAL: {given!r} is not a trial of params.yaml: sweep; use one of {', '.join(trials)}")
     return trials[sys.argv[1]]

@@ -1,4 +1,4 @@
-"""The model card beside a checkpoint."""
+"""Model cards of policies."""
 
 import dataclasses
 from pathlib import Path
@@ -11,29 +11,22 @@ from dpo.common.bundled import MODEL_NAME
 from dpo.common.files import atomic_write, md5
 from dpo.config import Params
 from dpo.training.settings import Trial
-from tasks.common.paths import (
-    BASE,
-    EVAL,
-    REFERENCE,
-    TRAIN,
-    model_card,
-    policy_folder,
-)
+from tasks.common.paths import BASE, EVAL, REFERENCE, TRAIN, model_card, policy_folder
 from tasks.tracking.provenance import weights
 
 FIGURES = {
     "reward_accuracy": "reward accuracy on held-out pairs",
     "margin": "margin on held-out pairs",
     "win_rate": "win rate against the reference",
-    "length_controlled_win_rate": "win rate, lengths made equal",
-    "kl": "KL to the reference, nats an answer",
-    "perplexity_ratio": "perplexity of held-out completions, over the reference's",
-    "length_ratio": "tokens of an answer, over the reference's",
+    "length_controlled_win_rate": "length-controlled win rate",
+    "kl": "KL to the reference, nats per response",
+    "perplexity_ratio": "perplexity of held-out completions, relative to the reference",
+    "length_ratio": "tokens per response, relative to the reference",
 }
 
 
 def write_card(params: Params, trial: Trial, metrics: dict[str, Any]) -> None:
-    """Describe a policy in the hub's format: metadata that the hub reads, then text for people."""
+    """Write a policy's model card in the hub's format: metadata in YAML, then Markdown."""
     is_default = params.model.base == "default"
     base = MODEL_NAME if is_default else params.model.base
     source = params.data.source if isinstance(params.data.source, str) else ", ".join(params.data.source)
@@ -58,9 +51,9 @@ def write_card(params: Params, trial: Trial, metrics: dict[str, Any]) -> None:
         eval_results=results,
     )
     loader = FileSystemLoader(Path(__file__).parent)
-    # Markdown is no HTML.
-    markdown = Environment(loader=loader, trim_blocks=True, autoescape=False)  # nosec B701
-    template = markdown.get_template("card.md.jinja")
+    # the template is Markdown, not HTML
+    environment = Environment(loader=loader, trim_blocks=True, autoescape=False)  # nosec B701
+    template = environment.get_template("card.md.jinja")
     body = template.render(
         name=trial.name,
         base=base,

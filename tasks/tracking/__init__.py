@@ -1,1 +1,1 @@
-"""MLflow runs, models and the registry, and what made a result."""
+"""MLflow runs, models and the model registry; provenance of checkpoints."""

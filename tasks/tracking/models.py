@@ -1,8 +1,9 @@
-"""Checkpoints as MLflow models: `mlflow models serve` answers a prompt with them."""
+"""Checkpoints as MLflow models for `mlflow models serve`."""
 
 import logging
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import mlflow
 
@@ -14,17 +15,15 @@ from tasks.common.paths import REFERENCE
 from tasks.tracking import offline, runs
 from tasks.tracking.provenance import weights
 
-NEEDED = ("mlflow", "torch", "transformers", "accelerate")
+PACKAGES = ("mlflow", "torch", "transformers", "accelerate")
 log = logging.getLogger(__name__)
-logging.getLogger("mlflow.transformers").setLevel(logging.ERROR)  # it warns of each checkpoint without a licence
+logging.getLogger("mlflow.transformers").setLevel(logging.ERROR)  # it warns about every model without a licence
 
 
 def log_models(params: Params, folders: list[Path]) -> None:
-    """Keep checkpoints as MLflow models that answer a prompt when served, each in the run that made it, once."""
+    """Log checkpoints as MLflow models in the runs that made them, unless they are logged already."""
     if not offline.connect_or_offline():
-        log.warning(
-            "MLflow is unreachable: the models are logged by the next `dvc repro -f -s compare` or promotion"
-        )
+        log.warning("MLflow is unreachable: models are not logged; log them later with `dvc repro -f -s compare`")
         return
     for folder in folders:
         made, logged = runs.run_of(folder), f"dpo.logged.{weights(folder)[:16]}"
@@ -32,16 +31,18 @@ def log_models(params: Params, folders: list[Path]) -> None:
         if logged in mlflow.get_run(run_id).data.tags:
             continue
         tokenizer, model = load_tokenizer(folder), load_checkpoint(folder)
-        model.name_or_path = f"./{folder}"  # no hub id: MLflow would ask the hub for its licence
+        model.name_or_path = f"./{folder}"  # a path, so that MLflow does not query the hub for a licence
         chat = bool(tokenizer.chat_template)
-        words = {"messages": [{"role": "user", "content": "Hello"}]} if chat else {"prompt": "Hello"}
+        example: dict[str, Any] = (
+            {"messages": [{"role": "user", "content": "Hello"}]} if chat else {"prompt": "Hello"}
+        )
         with mlflow.start_run(run_id=run_id):
             mlflow.transformers.log_model(
                 {"model": model, "tokenizer": tokenizer},
                 name="reference" if folder == REFERENCE else "policy",
                 task=f"llm/v1/{'chat' if chat else 'completions'}",
                 metadata={"provenance": (folder / PROVENANCE).read_text()},
-                input_example={**words, "max_tokens": 16},
-                pip_requirements=[f"{name}=={version(name)}" for name in NEEDED],
+                input_example={**example, "max_tokens": 16},
+                pip_requirements=[f"{name}=={version(name)}" for name in PACKAGES],
             )
             mlflow.set_tag(logged, "true")

@@ -1,15 +1,14 @@
-"""What MLflow remembers.
+"""MLflow runs of the stages.
 
-One parent run holds a sweep: all policies trained from the same reference on the same data. Each training of one
-trial is a child run, with its parameters, step curves, held-out metrics and answers. A parent is found again by
-the hash of the reference cache, so stages in different processes, or days apart, meet in it.
+One parent run holds a sweep: all policies that were trained from the same reference on the same data. Each
+training of a trial is a child run with its parameters, step curves, held-out metrics and responses. Stages find
+the parent run by the hash of the reference cache, in any process and at any time.
 """
 
 import dataclasses
 import hashlib
 import logging
 import re
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,147 +19,111 @@ import pandas as pd
 import plotly.graph_objects as go
 from mlflow import MlflowClient
 from mlflow.data.sources import LocalArtifactDatasetSource
-from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run, RunTag
+from mlflow.entities import Dataset, DatasetInput, InputTag, Run
 from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT, MLFLOW_PARENT_RUN_ID
 
 from dpo.common.files import md5, sha256
 from dpo.config import Params
 from dpo.training.settings import Trial
-from tasks.common.paths import (
-    COMPARISON,
-    RAW_PAIRS,
-    REFERENCE_TRAIN,
-    REPORT,
-    TRAIN,
-    policy_folder,
-)
+from tasks.common.flatten import flatten
+from tasks.common.paths import COMPARISON, EVAL, RAW_PAIRS, REFERENCE_TRAIN, REPORT, TRAIN, policy_folder
 from tasks.tracking.offline import (
     CHECKPOINT,
     ROLE,
     SWEEP,
     connect_or_offline,
     new_run,
-    record,
-    reliable,
+    or_offline,
     search,
     store_lock,
 )
 from tasks.tracking.provenance import weights
+from tasks.tracking.run_logger import RunLogger, WarningsHandler, metric_points
 
-TRIAL, ALARMS, RESUMED = "dpo.trial", "dpo.alarms", "dpo.resumed_at_step"
+TRIAL, RESUMED = "dpo.trial", "dpo.resumed_at_step"
 INPUTS = "dpo.inputs"
-"""Of a run outside of a sweep: a hash of settings and data."""
-ALARMS_LENGTH = 5000
+"""Tag of runs that do not belong to a sweep: a hash of settings and data."""
 
 
 def log_validation(params: Params, metrics: dict[str, Any], files: list[Path]) -> None:
-    """A run of its own for the check of the data, with its figures and files."""
+    """Create a run for the validation of the data, with its metrics and files."""
     connect_or_offline()
-    settings = _flat({"seed": params.seed, "data": params.data})
-    figures = {f"data/{name}": value for name, value in _nested_numbers(metrics).items()}
-
-    def write(client: MlflowClient, run_id: str) -> None:
-        for file in files:
-            client.log_artifact(run_id, str(file))
-        client.log_batch(run_id, params=_params(settings), metrics=_metrics(figures))
-        client.set_terminated(run_id)
-
-    record(_begin("data", {ROLE: "data", INPUTS: _inputs(settings, RAW_PAIRS)}), write)
+    settings = _settings(seed=params.seed, data=params.data)
+    run = RunLogger(_begin("data", {ROLE: "data", INPUTS: _hash(settings, RAW_PAIRS)}))
+    for file in files:
+        run.log_artifact(file)
+    run.log_params(settings)
+    run.log_metrics(metric_points(_numbers(metrics, "data")))
+    run.close()
 
 
 @contextmanager
 def reference_run(params: Params, table: pd.DataFrame) -> Iterator[str]:
-    """The run of the reference policy's fine-tuning."""
+    """Create a run for the fine-tuning of the reference; yield its id."""
     connect_or_offline()
-    settings = _flat({"seed": params.seed, "model": params.model, "sft": params.sft})
-    tags = {ROLE: "reference", INPUTS: _inputs(settings, TRAIN)}
+    settings = _settings(seed=params.seed, model=params.model, sft=params.sft)
+    tags = {ROLE: "reference", INPUTS: _hash(settings, TRAIN)}
     with _training("reference (SFT)", tags, settings, table) as run_id:
         yield run_id
 
 
 @contextmanager
 def policy_run(params: Params, trial: Trial, table: pd.DataFrame) -> Iterator[str]:
-    """A new child run of the sweep for one trial's training."""
+    """Create a child run of the sweep for the training of a trial; yield its id."""
     connect_or_offline()
-    parent = sweep_run(params)
+    tags = {SWEEP: _sweep(), TRIAL: trial.name, ROLE: "policy", MLFLOW_PARENT_RUN_ID: sweep_run(params)}
     own = dataclasses.asdict(trial) | dataclasses.asdict(getattr(params.losses, trial.loss))
-    shared = {"model": params.model, "data": params.data, "engine": params.engine, "dpo": params.dpo}
-    tags = {SWEEP: _sweep(), TRIAL: trial.name, ROLE: "policy", MLFLOW_PARENT_RUN_ID: parent}
-    with _training(trial.name, tags, own | _flat(shared), table) as run_id:
+    settings = _settings(model=params.model, data=params.data, engine=params.engine, dpo=params.dpo, **own)
+    with _training(trial.name, tags, settings, table) as run_id:
         yield run_id
 
 
 @contextmanager
 def _training(name: str, tags: dict[str, str], settings: dict[str, Any], table: pd.DataFrame) -> Iterator[str]:
-    """A new run, which hears what the library warns of, and ends as the block ends."""
-    run_id = _begin(name, tags)
-
-    def begin(client: MlflowClient, run_id: str) -> None:
-        client.log_batch(run_id, params=_params(settings))
-        client.log_inputs(run_id, [_data(table, "training")])
-
-    record(run_id, begin)
-    library, alarms, status = logging.getLogger("dpo"), Alarms(run_id), "FAILED"
-    library.addHandler(alarms)
+    """Create a run that records the library's warnings and ends with the block."""
+    run = RunLogger(_begin(name, tags))
+    run.log_params(settings)
+    run.log_dataset(_dataset(table, "training"))
+    library, handler, status = logging.getLogger("dpo"), WarningsHandler(run), "FAILED"
+    library.addHandler(handler)
     try:
-        yield run_id
+        yield run.run_id
         status = "FINISHED"
     finally:
-        library.removeHandler(alarms)
-        record(run_id, lambda client, run_id: client.set_terminated(run_id, status))
+        library.removeHandler(handler)
+        run.close(status)
 
 
-class Alarms(logging.Handler):
-    """Keeps warnings in a run's tag, the first `ALARMS_LENGTH` characters of them."""
-
-    def __init__(self, run_id: str) -> None:
-        super().__init__(logging.WARNING)
-        self.run_id, self.text = run_id, ""
-
-    def emit(self, warning: logging.LogRecord) -> None:
-        """Add a warning."""
-        if not logging.root.handlers and logging.lastResort:  # which a logger with a handler does without
-            logging.lastResort.handle(warning)
-        if len(self.text) < ALARMS_LENGTH:
-            self.text = f"{self.text}{warning.getMessage()}\n"[:ALARMS_LENGTH]
-            record(self.run_id, lambda client, run_id: client.set_tag(run_id, ALARMS, self.text))
-
-
+@or_offline
 def _begin(name: str, tags: dict[str, str]) -> str:
-    """A new run; those that did the same before and were cut off are marked as killed."""
-    _end_cut_off(tags)
-    return new_run(name, tags)
-
-
-@reliable
-def _end_cut_off(tags: dict[str, str]) -> None:
+    """Mark interrupted runs with the same tags as killed, and create a new run."""
     client = MlflowClient()
     same = " and ".join(f"tags.`{name}` = '{value}'" for name, value in tags.items())
     for run in search(client, f"{same} and attributes.status = 'RUNNING'"):
         client.set_terminated(run.info.run_id, "KILLED")
+    return new_run(name, tags)
 
 
-@reliable
+@or_offline
 def sweep_run(params: Params) -> str:
-    """The id of this sweep's parent run, made if there is none."""
+    """Return the id of this sweep's parent run; create the run if it does not exist."""
     with store_lock():
         found = search(MlflowClient(), f"tags.`{SWEEP}` = '{_sweep()}' and tags.`{ROLE}` = 'sweep'")
         if found:
             return str(found[0].info.run_id)
         run_id = new_run(f"sweep {_sweep()[:8]}", {SWEEP: _sweep(), ROLE: "sweep"})
-    settings = _params(_flat({"seed": params.seed, "model": params.model}))
-    record(run_id, lambda client, run_id: client.log_batch(run_id, params=settings))
+    RunLogger(run_id).log_params(_settings(seed=params.seed, model=params.model))
     return run_id
 
 
 def tag_checkpoint(run_id: str, folder: Path) -> None:
-    """Name the checkpoint that a run made, by content."""
-    record(run_id, lambda client, run_id: client.set_tag(run_id, CHECKPOINT, weights(folder)))
+    """Tag a run with the hash of the checkpoint that it made."""
+    RunLogger(run_id).set_tag(CHECKPOINT, weights(folder))
 
 
-@reliable
+@or_offline
 def run_of(folder: Path) -> Run | None:
-    """The latest run that made this checkpoint."""
+    """Return the latest run that made this checkpoint."""
     found = search(MlflowClient(), f"tags.`{CHECKPOINT}` = '{weights(folder)}'")
     return found[0] if found else None
 
@@ -168,25 +131,22 @@ def run_of(folder: Path) -> Run | None:
 def log_evaluation(
     params: Params, trial: Trial, table: pd.DataFrame, metrics: dict[str, Any], samples: pd.DataFrame
 ) -> None:
-    """Add held-out metrics and answers to the run that trained this checkpoint.
+    """Add held-out metrics and responses to the run that trained this checkpoint.
 
-    Where no run here trained it (DVC may have pulled it), a child run is made for it.
+    If this MLflow has no such run (DVC may have pulled the checkpoint), create a child run of the sweep for it.
     """
     connect_or_offline()
-    run = run_of(policy_folder(trial))
-    if run is None:
+    made = run_of(policy_folder(trial))
+    if made is None:
         with policy_run(params, trial, pd.read_parquet(TRAIN)) as run_id:
             tag_checkpoint(run_id, policy_folder(trial))
     else:
-        run_id = run.info.run_id
-
-    def write(client: MlflowClient, run_id: str) -> None:
-        client.log_table(run_id, samples, "samples.json")
-        client.log_inputs(run_id, [_data(table, "evaluation")])
-        client.log_batch(run_id, metrics=_metrics({f"eval/{k}": v for k, v in _numbers(metrics).items()}))
-        client.set_terminated(run_id)
-
-    record(run_id, write)
+        run_id = made.info.run_id
+    run = RunLogger(run_id)
+    run.log_table(samples, "samples.json")
+    run.log_dataset(_dataset(table, "evaluation"))
+    run.log_metrics(metric_points(_numbers(metrics, "eval")))
+    run.close()
 
 
 def log_comparison(
@@ -196,29 +156,23 @@ def log_comparison(
     reason: str,
     figures: list[go.Figure],
 ) -> None:
-    """Keep the comparison's figures, report and choice in the sweep's parent run, and close it."""
+    """Add figures, report and selection to the sweep's parent run, and end it."""
     connect_or_offline()
-    rows = {key: _numbers(metrics).items() for key, metrics in policies.items()}
-
-    def write(client: MlflowClient, run_id: str) -> None:
-        client.log_artifact(run_id, str(REPORT))
-        client.log_artifact(run_id, str(COMPARISON))
-        for figure in figures:
-            name = re.sub(r"\W+", "-", figure.layout.title.text.lower()).strip("-")
-            client.log_figure(run_id, figure, f"figures/{name}.html")
-        choice = {"dpo.selected": selected or "none", "mlflow.note.content": reason}
-        client.log_batch(
-            run_id,
-            tags=[RunTag(k, v) for k, v in choice.items()],
-            metrics=_metrics({f"{key}/{name}": value for key, row in rows.items() for name, value in row}),
-        )
-        client.set_terminated(run_id)
-
-    record(sweep_run(params), write)
+    run = RunLogger(sweep_run(params))
+    run.log_artifact(REPORT)
+    run.log_artifact(COMPARISON)
+    for figure in figures:
+        name = re.sub(r"\W+", "-", figure.layout.title.text.lower()).strip("-")
+        run.log_figure(figure, f"figures/{name}.html")
+    run.set_tag("dpo.selected", selected or "none")
+    run.set_tag("mlflow.note.content", reason)
+    for name, metrics in policies.items():
+        run.log_metrics(metric_points(_numbers(metrics, name)))
+    run.close()
 
 
-def seconds_of(folders: list[Path]) -> dict[str, str]:
-    """How long the training of each checkpoint took, where a run here tells."""
+def training_times(folders: list[Path]) -> dict[str, str]:
+    """Return how long the training of each checkpoint took, for those whose run is known here."""
     connect_or_offline()
     runs = {folder: run_of(folder) for folder in folders}
     return {
@@ -228,28 +182,26 @@ def seconds_of(folders: list[Path]) -> dict[str, str]:
     }
 
 
-def _numbers(metrics: dict[str, Any]) -> dict[str, float]:
-    """Numbers as they are; an interval `NAME_ci` as NAME_low and NAME_high; nulls left out."""
-    flat = {k: float(v) for k, v in metrics.items() if isinstance(v, int | float)}
-    for name, value in metrics.items():
-        if isinstance(value, list):
-            flat |= {name.replace("_ci", "_low"): value[0], name.replace("_ci", "_high"): value[1]}
-    return flat
+def _numbers(metrics: dict[str, Any], group: str) -> dict[str, float]:
+    """Return the numbers among nested metrics by `group/PATH`; `NAME_ci` becomes NAME_low and NAME_high.
 
-
-def _nested_numbers(metrics: dict[str, Any], above: str = "") -> dict[str, float]:
-    """Numbers at any depth by their path; characters that MLflow refuses in names become dots."""
+    Characters that MLflow refuses in names become dots.
+    """
     flat: dict[str, float] = {}
-    for name, value in metrics.items():
-        path = above + re.sub(r"[^\w. -]", ".", name)
-        if isinstance(value, dict):
-            flat |= _nested_numbers(value, f"{path}/")
-        elif isinstance(value, int | float):
-            flat[path] = float(value)
+    for path, value in flatten({k: v for k, v in metrics.items() if k != "trial"}):
+        name = "/".join([group, *(re.sub(r"[^\w. -]", ".", part) for part in path)])
+        if isinstance(value, int | float):
+            flat[name] = float(value)
+        elif isinstance(value, list) and name.endswith("_ci"):
+            flat[name.removesuffix("_ci") + "_low"], flat[name.removesuffix("_ci") + "_high"] = value
     return flat
 
 
-def _inputs(settings: dict[str, Any], data: Path) -> str:
+def _settings(**groups: Any) -> dict[str, Any]:
+    return {".".join(path): value for path, value in flatten(groups)}
+
+
+def _hash(settings: dict[str, Any], data: Path) -> str:
     return hashlib.sha256(f"{settings}{md5(data)}".encode()).hexdigest()[:16]
 
 
@@ -257,24 +209,8 @@ def _sweep() -> str:
     return sha256(REFERENCE_TRAIN / "manifest.json")
 
 
-def _flat(groups: dict[str, Any]) -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in groups.items():
-        value = dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value  # type: ignore[arg-type]
-        flat |= {f"{name}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {name: value}
-    return flat
-
-
-def _params(settings: dict[str, Any]) -> list[Param]:
-    return [Param(name, str(value)) for name, value in settings.items()]
-
-
-def _metrics(values: dict[str, float]) -> list[Metric]:
-    return [Metric(name, value, int(time.time() * 1000), 0) for name, value in values.items()]
-
-
-def _data(table: pd.DataFrame, context: str) -> DatasetInput:
-    path = TRAIN if context == "training" else TRAIN.with_name("eval.parquet")
+def _dataset(table: pd.DataFrame, context: str) -> DatasetInput:
+    path = TRAIN if context == "training" else EVAL
     source = LocalArtifactDatasetSource(str(path))
     data = mlflow.data.from_pandas(table, source=source, name=path.stem, digest=md5(path))
     return DatasetInput(Dataset.from_dictionary(data.to_dict()), [InputTag(MLFLOW_DATASET_CONTEXT, context)])

@@ -1,4 +1,4 @@
-"""An MLflow server that a test can kill and start again."""
+"""An MLflow server that a test can kill and restart."""
 
 import os
 import signal
@@ -12,7 +12,7 @@ from tests.support.models import free_ports
 
 
 class Server:
-    """`mlflow server` on one port and one store, however often it is killed."""
+    """`mlflow server` with the same port and store after every restart."""
 
     def __init__(self, folder):
         (self.port,) = free_ports(1)
@@ -36,7 +36,7 @@ class Server:
                 return httpx.get(f"{self.url}/health", timeout=5, trust_env=False).raise_for_status()
             except httpx.HTTPError:
                 time.sleep(0.1)
-        raise ChildProcessError("mlflow server ended")
+        raise ChildProcessError("mlflow server exited")
 
     def kill(self):
         if self.process.poll() is None:

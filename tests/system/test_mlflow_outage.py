@@ -1,4 +1,4 @@
-"""MLflow's server, killed with SIGKILL: trainings go on, and all reaches it later, once."""
+"""An outage of the MLflow server: training continues, and the server later has every record once."""
 
 import logging
 import os
@@ -16,29 +16,29 @@ from mlflow.utils import rest_utils
 from dpo.common.errors import InputError
 from dpo.config import load_params
 from dpo.training.settings import Trial
-from tasks.commands import sync
 from tasks.common.paths import COMPARISON, REPORT, policy_folder
-from tasks.tracking import offline
+from tasks.tracking import offline, run_logger
 from tasks.tracking import runs as tracking
+from tasks.tracking.provenance import weights
 from tasks.tracking.steplog import StepLog
 from tests.support.mlflow_server import Server
 
 PARAMS = load_params(Path(__file__).parents[2] / "params.yaml")
 TABLE = pd.DataFrame({"prompt": ["p"], "chosen": ["c"], "rejected": ["r"]})
-BEFORE, MIDDLE, WITHOUT, BESIDE = (
+BEFORE, DURING, OFFLINE, CONCURRENT = (
     Trial(loss="sigmoid", beta=0.1, learning_rate=1e-5, seed=seed) for seed in range(4)
 )
 
 
 def train(trial, halfway=lambda: None):
-    """As the stage `train` tells of a training of 25 steps."""
+    """Log a training of 25 steps as the stage `train` does."""
     with tracking.policy_run(PARAMS, trial, TABLE) as run_id:
         log = StepLog(run_id)
         for number in range(1, 26):
-            log.on_log(None, SimpleNamespace(global_step=number), None, {"loss": 1 / number})
+            log.on_log({"step": number, "loss": 1 / number})
             if number == 15:
                 halfway()
-        log.on_train_end(None, None, None)
+        log.on_end()
         logging.getLogger("dpo").warning("%s runs away", trial.name)
         tracking.tag_checkpoint(run_id, policy_folder(trial))
     return run_id
@@ -48,25 +48,25 @@ def evaluate(trial):
     tracking.log_evaluation(PARAMS, trial, TABLE, {"kl": 1.5, "kl_ci": [1.0, 2.0]}, TABLE)
 
 
-def after(number):
-    """MLflow's requests, whose answers are lost from this number on, though the server has done what they ask."""
-    asked = rest_utils._get_http_response_with_retries
+def lose_responses(number):
+    """Return MLflow's request function, which executes all requests but loses responses from this number on."""
+    send = rest_utils._get_http_response_with_retries
     left = iter(range(number - 1))
 
-    def ask(*args, **kwargs):
-        answer = asked(*args, **kwargs)
+    def request(*args, **kwargs):
+        response = send(*args, **kwargs)
         if next(left, None) is None:
             raise requests.ConnectionError("lost")
-        return answer
+        return response
 
-    return ask
+    return request
 
 
 @pytest.fixture(scope="module")
 def story(tmp_path_factory):
-    """One trial trained with the server, one half with it, one without; the rest of the pipeline without it."""
+    """Log one trial with the server, one partly with it, one offline, the other stages offline; then sync."""
     folder = tmp_path_factory.mktemp("outage")
-    server, told = Server(folder), SimpleNamespace()
+    server, story = Server(folder), SimpleNamespace()
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setenv("MLFLOW_TRACKING_URI", server.url)
@@ -80,34 +80,36 @@ def story(tmp_path_factory):
         ):
             Path(path).parent.mkdir(parents=True, exist_ok=True)
             TABLE.to_parquet(path)
-        for trial in (BEFORE, MIDDLE, WITHOUT, BESIDE):
+        for trial in (BEFORE, DURING, OFFLINE, CONCURRENT):
             policy_folder(trial).mkdir(parents=True)
             (policy_folder(trial) / "model.safetensors").write_text(trial.name)
         server.start()
         try:
-            told.before = train(BEFORE)
-            told.middle = train(MIDDLE, halfway=server.kill)
-            patch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")  # it was waited for, once; now the test goes on
+            story.before = train(BEFORE)
+            story.during = train(DURING, halfway=server.kill)
+            patch.setenv(
+                "MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0"
+            )  # the retries are tested above; skip them from here on
             with pytest.raises(InputError, match=r"MLFLOW_TRACKING_URI: .* connection refused"):
-                sync.main()
-            told.without = train(WITHOUT)
-            patch.setattr(offline, "git_tags", lambda: {"git_commit": "later"})
-            for trial in (BEFORE, MIDDLE, WITHOUT):
+                offline.connect()
+            story.offline = train(OFFLINE)
+            patch.setattr(offline, "head_commit", lambda: "later")
+            for trial in (BEFORE, DURING, OFFLINE):
                 evaluate(trial)
             tracking.log_validation(PARAMS, {"rows": 7}, [Path("data/train.parquet")])
             figure = go.Figure(layout={"title": {"text": "Frontier"}})
-            tracking.log_comparison(PARAMS, {"policy": {"kl": 1.5}}, WITHOUT.name, "why", [figure])
+            tracking.log_comparison(PARAMS, {"policy": {"kl": 1.5}}, OFFLINE.name, "why", [figure])
 
             server.start()
-            told.cuts = 0
+            story.interruptions = 0
             for number in range(3, 500, 4):
-                with pytest.MonkeyPatch.context() as cut:
-                    cut.setattr(rest_utils, "_get_http_response_with_retries", after(number))
+                with pytest.MonkeyPatch.context() as outage:
+                    outage.setattr(rest_utils, "_get_http_response_with_retries", lose_responses(number))
                     if offline.connect_or_offline():
                         break
-                    told.cuts += 1
-            sync.main()
-            yield told
+                    story.interruptions += 1
+            offline.connect()
+            yield story
         finally:
             server.kill()
 
@@ -131,17 +133,17 @@ def files(run):
     return {file.path for file in client.list_artifacts(run.info.run_id)}
 
 
-def test_each_run_is_there_once_though_the_delivery_was_cut_off_again_and_again(story, runs):
-    assert story.cuts > 5
+def test_every_run_is_on_the_server_once_after_an_often_interrupted_sync(story, runs):
+    assert story.interruptions > 5
     names = Counter(run.info.run_name for run in every_run())
-    trials = {trial.name: 1 for trial in (BEFORE, MIDDLE, WITHOUT)}
+    trials = {trial.name: 1 for trial in (BEFORE, DURING, OFFLINE)}
     (sweep,) = (name for name in names if name.startswith("sweep"))
     assert names == trials | {"data": 1, sweep: 1}
     assert {run.info.status for run in every_run()} == {"FINISHED"}
 
 
-@pytest.mark.parametrize("trial", [BEFORE, MIDDLE, WITHOUT], ids=["before", "middle", "without"])
-def test_a_policys_run_is_whole_wherever_it_was_written(runs, trial):
+@pytest.mark.parametrize("trial", [BEFORE, DURING, OFFLINE], ids=["before", "during", "offline"])
+def test_the_run_of_a_policy_is_complete_wherever_it_was_logged(runs, trial):
     run = runs[trial.name]
     assert sorted(history(run, "train/loss")) == [(n, 1 / n) for n in range(1, 26)]
     assert run.data.metrics["train/loss"] == 1 / 25
@@ -150,8 +152,8 @@ def test_a_policys_run_is_whole_wherever_it_was_written(runs, trial):
     }  # fmt: skip
     assert run.data.params["seed"] == str(trial.seed)
     assert run.data.params["engine.precision"] == PARAMS.engine.precision
-    assert run.data.tags[tracking.ALARMS] == f"{trial.name} runs away\n"
-    assert run.data.tags[offline.CHECKPOINT] == runs.weights(policy_folder(trial))
+    assert run.data.tags[run_logger.WARNINGS] == f"{trial.name} runs away\n"
+    assert run.data.tags[offline.CHECKPOINT] == weights(policy_folder(trial))
     assert run.data.tags["git_commit"] == "none"
     sweep = next(run for name, run in runs.items() if name.startswith("sweep"))
     assert run.data.tags["mlflow.parentRunId"] == sweep.info.run_id
@@ -159,22 +161,22 @@ def test_a_policys_run_is_whole_wherever_it_was_written(runs, trial):
     assert files(run) == {"samples.json"}
 
 
-def test_the_ids_that_provenance_names_are_found(story, runs):
+def test_the_run_ids_in_provenance_files_are_found(story, runs):
     assert runs[BEFORE.name].info.run_id == story.before
-    assert runs[MIDDLE.name].info.run_id == story.middle
-    assert runs[WITHOUT.name].data.tags[offline.SPOOLED] == story.without
+    assert runs[DURING.name].info.run_id == story.during
+    assert runs[OFFLINE.name].data.tags[offline.OFFLINE_RUN] == story.offline
 
 
-def test_times_are_those_of_the_training_and_not_of_the_delivery(story, runs):
-    spooled = mlflow.MlflowClient(offline.SPOOL).get_run(story.without)
+def test_times_are_those_of_the_training_and_not_of_the_sync(story, runs):
+    local = mlflow.MlflowClient(offline.OFFLINE_STORE).get_run(story.offline)
     for name in ("start_time", "end_time", "status"):
-        assert getattr(runs[WITHOUT.name].info, name) == getattr(spooled.info, name)
+        assert getattr(runs[OFFLINE.name].info, name) == getattr(local.info, name)
 
 
-def test_the_comparison_is_in_the_sweep_that_the_server_knew(runs):
+def test_the_comparison_is_in_the_sweep_run_that_the_server_already_had(runs):
     sweep = next(run for name, run in runs.items() if name.startswith("sweep"))
     assert history(sweep, "policy/kl") == [(0, 1.5)]
-    assert sweep.data.tags["dpo.selected"] == WITHOUT.name
+    assert sweep.data.tags["dpo.selected"] == OFFLINE.name
     assert sweep.data.tags["mlflow.note.content"] == "why"
     assert sweep.data.params["seed"] == str(PARAMS.seed)
     assert files(sweep) == {REPORT.name, COMPARISON.name, "figures"}
@@ -182,32 +184,32 @@ def test_the_comparison_is_in_the_sweep_that_the_server_knew(runs):
     assert files(runs["data"]) == {"train.parquet"}
 
 
-def test_a_training_that_goes_on_in_the_spool_is_delivered_as_far_as_it_is_and_then_whole(story, runs):
+def test_a_running_offline_training_is_synced_twice_into_one_run(story, runs):
     seen = []
 
-    def go_without():
-        offline._use_spool(os.environ["MLFLOW_TRACKING_URI"], OSError("it was down"))
+    def go_offline():
+        offline._use_offline_store(os.environ["MLFLOW_TRACKING_URI"], OSError("it was down"))
 
-    def deliver_beside():  # as another stage does, which started when the server was back
+    def sync_in_another_stage():  # which starts when the server is up again
         assert offline.connect_or_offline()
-        seen.extend(run for run in every_run() if run.info.run_name == BESIDE.name)
-        go_without()
+        seen.extend(run for run in every_run() if run.info.run_name == CONCURRENT.name)
+        go_offline()
 
     with pytest.MonkeyPatch.context() as outage:
-        outage.setattr(tracking, "connect_or_offline", go_without)
-        run_id = train(BESIDE, halfway=lambda: (outage.undo(), deliver_beside()))
+        outage.setattr(tracking, "connect_or_offline", go_offline)
+        run_id = train(CONCURRENT, halfway=lambda: (outage.undo(), sync_in_another_stage()))
     (partial,) = seen
     assert partial.info.status == "RUNNING"
     assert partial.data.metrics["train/loss"] == 1 / 10
     assert offline.connect_or_offline()
-    (whole,) = (run for run in every_run() if run.info.run_name == BESIDE.name)
-    assert whole.info.run_id == partial.info.run_id
-    assert whole.data.tags[offline.SPOOLED] == run_id
-    assert whole.info.status == "FINISHED"
-    assert sorted(history(whole, "train/loss")) == [(n, 1 / n) for n in range(1, 26)]
+    (complete,) = (run for run in every_run() if run.info.run_name == CONCURRENT.name)
+    assert complete.info.run_id == partial.info.run_id
+    assert complete.data.tags[offline.OFFLINE_RUN] == run_id
+    assert complete.info.status == "FINISHED"
+    assert sorted(history(complete, "train/loss")) == [(n, 1 / n) for n in range(1, 26)]
 
 
-def test_a_server_that_refuses_is_an_error_and_no_outage(story, monkeypatch):
+def test_a_client_error_of_the_server_is_raised(story, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", os.environ["MLFLOW_TRACKING_URI"] + "/elsewhere")
     with pytest.raises(mlflow.MlflowException, match="404"):
         offline.connect_or_offline()

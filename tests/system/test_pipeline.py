@@ -15,6 +15,7 @@ from huggingface_hub import ModelCard
 
 from tests.support.project import ENV, ROOT, TRIAL, change, execute, make_project
 
+LINEAGE = (sys.executable, "-m", "tasks.commands.cli", "lineage")
 STAGES = ["fetch_model", "ingest", "validate", "sft", "reference_logprobs", "reference_samples"]
 
 
@@ -68,7 +69,7 @@ def test_report_and_table_show_the_policy_and_the_choice(project):
     assert "<script src" not in page
     outside_scripts = re.sub(r"<script.*?</script>", "", page, flags=re.DOTALL)
     assert not re.search(r"""(src|href)=["']?http""", outside_scripts), "the page opens offline"
-    table = execute(project, sys.executable, "-m", "tasks.commands.results")
+    table = execute(project, sys.executable, "-m", "tasks.commands.cli", "results")
     assert "reward accuracy" in table
     assert f"{TRIAL} has the highest win rate" in " ".join(table.split())
     assert "make mlflow" in table
@@ -96,7 +97,7 @@ def test_the_model_card_is_one_that_the_hub_reads(project):
 
 def test_a_checkpoint_and_a_model_in_mlflow_tell_what_made_them(project, tmp_path):
     moved = shutil.copytree(project / f"models/{TRIAL}", tmp_path / "moved")
-    facts = json.loads(execute(ROOT, sys.executable, "-m", "tasks.commands.lineage", str(moved), "--json"))
+    facts = json.loads(execute(ROOT, *LINEAGE, str(moved), "--json"))
     manifest = json.loads((project / "reference/train/manifest.json").read_text())
     assert facts["models"]["models/reference"] == manifest["weights"]
     assert facts["params"]["trial"] == {"loss": "sigmoid", "beta": 0.1, "learning_rate": 0.01, "seed": 17}
@@ -108,7 +109,7 @@ def test_a_checkpoint_and_a_model_in_mlflow_tell_what_made_them(project, tmp_pat
         experiment_ids=["1"], filter_string="name = 'policy'", output_format="list"
     )
     uri = f"models:/{policy.model_id}"
-    assert json.loads(execute(project, sys.executable, "-m", "tasks.commands.lineage", uri, "--json")) == facts
+    assert json.loads(execute(project, *LINEAGE, uri, "--json")) == facts
 
 
 def test_the_policy_and_the_reference_are_models_in_mlflow_that_answer(project):

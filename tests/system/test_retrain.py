@@ -338,7 +338,7 @@ def story(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> Ite
 def promote_here() -> str:
     """What the gate prints; in this process, which has all its libraries."""
     with contextlib.redirect_stdout(io.StringIO()) as printed:
-        promote.main()
+        promote.promote()
     return printed.getvalue()
 
 

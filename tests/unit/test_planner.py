@@ -1,7 +1,6 @@
 """The planner compared with real models and with values computed by hand; the `plan` command."""
 
 import math
-import sys
 from dataclasses import replace
 
 import pytest
@@ -25,7 +24,7 @@ from dpo.planner import (
 )
 from dpo.training.settings import LoraSettings
 from dpo.training.train import add_lora
-from tasks.commands import plan
+from tasks.commands.cli import app
 
 PAIR, PAIRS = Pair(prompt=24, completion=16), 8
 TOKENS = PAIRS * PAIR.tokens
@@ -118,36 +117,35 @@ def test_memory_of_llama_8b():
     assert (one.gradients, one.activations > 0) == (0, True)
 
 
-def run(monkeypatch, capsys, *arguments):
-    monkeypatch.setattr(sys, "argv", ["plan", *arguments])
-    plan.main()
+def run(capsys, *arguments):
+    app(["plan", *arguments], standalone_mode=False)
     return capsys.readouterr().out
 
 
-def test_the_command_prints_which_settings_fit(monkeypatch, capsys, folder):
-    output = run(monkeypatch, capsys, "--model", "llama-70b", "--gpus", "8")
+def test_the_command_prints_which_settings_fit(capsys, folder):
+    output = run(capsys, "--model", "llama-70b", "--gpus", "8")
     lines = [line.split(" | ") for line in output.splitlines() if line.startswith("| all weights | on")]
-    assert [("too much" in trial) for trial in lines[0]] == [False, False, True, True, False]
+    assert [("too much" in cell) for cell in lines[0]] == [False, False, True, True, False]
     assert "| reference pass |" in output
-    assert "DDP" not in run(monkeypatch, capsys, "--model", str(folder))
+    assert "DDP" not in run(capsys, "--model", str(folder))
     gib = []
     for tokens in ("2000", "4000"):
-        output = run(monkeypatch, capsys, "--model", "llama-8b", "--prompt-tokens", tokens)
+        output = run(capsys, "--model", "llama-8b", "--prompt-tokens", tokens)
         (line,) = [line for line in output.splitlines() if line.startswith("| all weights | off")]
         gib.append(float(line.split(" | ")[2].split()[0]))
     assert gib[0] < gib[1], "a pair longer than the budget gets its own micro-batch"
     double = ("--model", str(folder), "--utilisation", "0.5", "--pairs")
-    hours = [float(run(monkeypatch, capsys, *double, n).split()[-2]) for n in ("1000000000", "2000000000")]
+    hours = [float(run(capsys, *double, n).split()[-2]) for n in ("1000000000", "2000000000")]
     assert math.isclose(hours[1] / hours[0], 2, rel_tol=0.1)
 
 
-def test_an_unsupported_model_is_an_error(monkeypatch, capsys, tmp_path):
+def test_an_unsupported_model_is_an_error(capsys, tmp_path):
     AutoConfig.for_model("gpt2").save_pretrained(tmp_path)
     with pytest.raises(InputError, match="no plan for a model of type 'gpt2'"):
-        run(monkeypatch, capsys, "--model", str(tmp_path))
+        run(capsys, "--model", str(tmp_path))
     AutoConfig.for_model("mixtral").save_pretrained(tmp_path)
     with pytest.raises(InputError, match="no plan for a model with experts, 'mixtral'"):
-        run(monkeypatch, capsys, "--model", str(tmp_path))
+        run(capsys, "--model", str(tmp_path))
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="neither llama-1b, llama-8b, llama-70b nor a model"):
-        run(monkeypatch, capsys, "--model", str(tmp_path / "empty"))
+        run(capsys, "--model", str(tmp_path / "empty"))

@@ -704,7 +704,7 @@ def test_the_command_ends_with_one_line_and_no_traceback(tmp_path, name):
     if name in UNREADABLE:
         (tmp_path / name).write_bytes(UNREADABLE[name][0])
     done = subprocess.run(
-        [sys.executable, "-m", "tasks.commands.validate", name],
+        [sys.executable, "-m", "tasks.commands.cli", "validate", name],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,

@@ -785,7 +785,10 @@ def test_an_invalid_committed_profile_is_ignored(workdir, content):
 
 def test_the_command_prints_its_usage():
     run = subprocess.run(
-        [sys.executable, "-m", "tasks.commands.validate", "--help"], capture_output=True, text=True, check=True
+        [sys.executable, "-m", "tasks.commands.cli", "validate", "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
     )
-    for words in ("python -m tasks.commands.validate", "FILE", "--model", "--output"):
+    for words in ("dpo validate", "FILE", "--model", "--output"):
         assert words in run.stdout

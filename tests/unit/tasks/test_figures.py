@@ -1,4 +1,4 @@
-"""The figures hold the numbers they are drawn from."""
+"""Figures show the numbers they are made from."""
 
 import pandas as pd
 import pytest
@@ -16,7 +16,7 @@ def metrics(kl, reward):
             "reference_reward": 0.05, "win_rate": 0.5, "win_rate_ci": [0.4, 0.6]}  # fmt: skip
 
 
-def test_a_label_is_the_beta_and_what_else_varies():
+def test_labels_name_beta_and_the_other_varied_settings():
     assert list(labels([trial(beta=0.1), trial(beta=1)]).values()) == ["β 0.1", "β 1"]
     varied = labels([trial("sigmoid", seed=1), trial("ipo", seed=2)])
     assert list(varied.values()) == ["sigmoid, β 0.1, seed 1", "ipo, β 0.1, seed 2"]
@@ -24,7 +24,7 @@ def test_a_label_is_the_beta_and_what_else_varies():
     assert list(rates.values()) == ["lr 1e-05", "lr 5e-05"]
 
 
-def test_the_frontier_is_one_line_for_each_loss_with_a_point_for_each_beta_and_its_bars():
+def test_frontier_has_a_line_per_loss_with_a_point_and_error_bars_per_beta():
     trials = [trial(loss, beta) for loss in ("sigmoid", "ipo") for beta in (0.5, 0.1)]
     policies = {c.name: metrics(kl=1 / c.beta, reward=c.beta) for c in trials}
     figure = frontier(trials, policies)
@@ -38,7 +38,7 @@ def test_the_frontier_is_one_line_for_each_loss_with_a_point_for_each_beta_and_i
     assert (lines["reference"].x, lines["reference"].y) == ((0,), (0.05,))
 
 
-def test_without_scores_the_frontier_shows_the_win_rate_from_one_half_on():
+def test_frontier_without_scores_shows_win_rates_with_the_reference_at_one_half():
     policies = {trial().name: {k: v for k, v in metrics(3, 1).items() if "reward" not in k}}
     assert height(policies) == "win_rate"
     figure = frontier([trial()], policies)
@@ -46,7 +46,7 @@ def test_without_scores_the_frontier_shows_the_win_rate_from_one_half_on():
     assert figure.data[0].y == (0.5,)
 
 
-def test_curves_margins_and_calibration_have_a_line_for_each_policy():
+def test_curves_margins_and_calibration_have_a_line_per_policy():
     table = pd.DataFrame({"policy": ["a", "a", "b"], "step": [1, 2, 1], "loss": [3.0, 2.0, 1.0],
                           "margin": [0.1, 0.2, 0.3], "confidence": [0.6, 0.9, 0.7],
                           "agreement": [0.5, 0.8, 0.7], "pairs": [1, 2, 3]})  # fmt: skip

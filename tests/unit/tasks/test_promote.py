@@ -1,7 +1,6 @@
-"""The gate's decision, and the registry's memory of champions."""
+"""The promotion gate and the registry of champions."""
 
 import dataclasses
-import subprocess
 from pathlib import Path
 
 import mlflow
@@ -22,7 +21,7 @@ def evidence(value: float, low: float, high: float, p: float = 0.001) -> Evidenc
     return Evidence("win rate", "the champion, version 3", value, low, high, p)
 
 
-def test_a_policy_that_is_shown_to_be_better_is_promoted():
+def test_a_significantly_better_policy_is_promoted():
     verdict = decide(TRIAL, [], evidence(0.61, 0.54, 0.68))
     assert verdict.promoted
     assert f"{TRIAL} is better: win rate against the champion, version 3: 0.610 [0.540, 0.680]" in verdict.reason
@@ -30,24 +29,28 @@ def test_a_policy_that_is_shown_to_be_better_is_promoted():
 
 @pytest.mark.parametrize(
     ("figures", "words"),
-    [((0.55, 0.48, 0.62), "not shown to be better"), ((0.5, 0.5, 0.5), "not shown"), ((0.4, 0.33, 0.47), "worse")],
+    [
+        ((0.55, 0.48, 0.62), "not significantly better"),
+        ((0.5, 0.5, 0.5), "not significantly"),
+        ((0.4, 0.33, 0.47), "worse"),
+    ],
     ids=["tie", "equal", "worse"],
 )
-def test_a_tie_or_a_worse_policy_is_not_promoted(figures, words):
+def test_an_equal_or_worse_policy_is_not_promoted(figures, words):
     verdict = decide(TRIAL, [], evidence(*figures))
     assert not verdict.promoted
     assert words in verdict.reason
 
 
-def test_an_interval_that_begins_at_one_half_does_not_promote():
+def test_an_interval_that_starts_at_one_half_does_not_promote():
     assert not decide(TRIAL, [], evidence(0.6, 0.5, 0.7)).promoted
     assert decide(TRIAL, [], evidence(0.6, 0.5000001, 0.7)).promoted
 
 
-def test_a_judge_that_is_gamed_does_not_promote_a_policy_with_a_sign_of_failure():
+def test_a_policy_that_violates_a_guardrail_is_not_promoted_despite_its_win_rate():
     verdict = decide(TRIAL, ["lost diversity", "repetition"], evidence(0.97, 0.94, 0.99))
     assert not verdict.promoted
-    assert "sign of failure (lost diversity, repetition)" in verdict.reason
+    assert "violates a guardrail (lost diversity, repetition)" in verdict.reason
     assert "0.970" in verdict.reason
 
 
@@ -56,16 +59,16 @@ def test_a_judge_that_is_gamed_does_not_promote_a_policy_with_a_sign_of_failure(
     [(5, 1, False), (6, 1, True), (8, 1, True), (3, 20, False)],
     ids=["5 of 5", "6 of 6", "8 of 8", "60 of 60 to 3 prompts"],
 )
-def test_an_interval_without_width_is_no_proof_of_itself(wins, answers_each, promoted):
+def test_an_interval_without_width_promotes_only_if_the_sign_flip_test_rejects(wins, answers_each, promoted):
     prompts = [f"prompt {number}" for number in range(wins)] * answers_each
     found = weigh("win rate", "the reference", prompts, [1.0] * len(prompts), 17)
     assert (found.value, found.low, found.high) == (1.0, 1.0, 1.0)
-    assert found.p == pytest.approx(2 * binom(wins, 0.5).pmf(wins)), "the exact sign test's"
+    assert found.p == pytest.approx(2 * binom(wins, 0.5).pmf(wins)), "p of the exact sign test"
     assert decide(TRIAL, [], found).promoted is promoted
 
 
 @pytest.mark.parametrize(("judge", "figure"), [(None, "reward accuracy"), ("scorer", "win rate")])
-def test_the_first_champion_is_weighed_against_the_reference(judge, figure, tiny_params, tmp_path, monkeypatch):
+def test_the_first_champion_is_compared_with_the_reference(judge, figure, tiny_params, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     params = tiny_params(judge)
     trial = params.sweep.trials()[0]
@@ -83,7 +86,7 @@ def test_the_first_champion_is_weighed_against_the_reference(judge, figure, tiny
 
 @pytest.fixture
 def tiny_params():
-    """`params.yaml` of this repository, with or without its judge."""
+    """Return the parameters of this repository with or without the judge."""
     params = load_params(Path(__file__).parents[3] / "params.yaml")
 
     def make(judge: str | None):
@@ -93,7 +96,7 @@ def tiny_params():
     return make
 
 
-def test_without_a_comparison_the_mend_is_named(tmp_path, monkeypatch):
+def test_the_error_for_a_missing_comparison_names_file_and_fix(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match=r"metrics/comparison\.json.*dvc repro"):
         read_comparison()
@@ -101,7 +104,7 @@ def test_without_a_comparison_the_mend_is_named(tmp_path, monkeypatch):
 
 @pytest.fixture
 def models(tmp_path, monkeypatch) -> list[str]:
-    """Three logged models in a database of their own."""
+    """Return the ids of three logged models in a new database."""
     monkeypatch.chdir(tmp_path)
     mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/mlflow.db")
     mlflow.set_experiment("test")
@@ -115,7 +118,7 @@ def aliases() -> dict[str, str]:
     return {k: str(v) for k, v in mlflow.MlflowClient().get_registered_model(registry.REGISTERED).aliases.items()}
 
 
-def test_champions_succeed_one_another_and_each_way_back_is_known(models):
+def test_rollbacks_restore_each_predecessor(models):
     assert registry.champion() is None
     with pytest.raises(InputError, match="no champion"):
         registry.predecessor()
@@ -137,7 +140,7 @@ def test_champions_succeed_one_another_and_each_way_back_is_known(models):
         registry.predecessor()
 
 
-def test_a_model_that_becomes_champion_again_gets_a_version_whose_history_is_its_own(models):
+def test_a_model_that_becomes_champion_again_gets_a_new_version(models):
     first = registry.promote(models[0], {"git_commit": "a" * 40})
     second = registry.promote(models[1], {"git_commit": "b" * 40})
     again = registry.promote(models[0], {"git_commit": "c" * 40})
@@ -145,23 +148,7 @@ def test_a_model_that_becomes_champion_again_gets_a_version_whose_history_is_its
     assert registry.version(first.version).tags["git_commit"] == "a" * 40
 
 
-def test_a_version_that_an_interrupted_promotion_left_is_used(models):
+def test_the_version_of_an_interrupted_promotion_is_reused(models):
     left = mlflow.register_model(f"models:/{models[0]}", registry.REGISTERED)
     assert registry.promote(models[0], {"git_commit": "a" * 40}).version == left.version
     assert len(mlflow.MlflowClient().search_model_versions(f"name = '{registry.REGISTERED}'")) == 1
-
-
-def test_changes_are_told_that_a_rollback_would_not_find(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(InputError, match="no commit here"):
-        registry.uncommitted()
-    (tmp_path / "params.yaml").write_text("a")
-    author = ["-c", "user.name=t", "-c", "user.email=t@example.org"]
-    for command in (["init", "-q"], ["add", "-A"], [*author, "commit", "-qm", "start"]):
-        subprocess.run(["git", *command], check=True)
-    assert registry.uncommitted(*registry.VERSIONED) == []
-    (tmp_path / "params.yaml").write_text("b")
-    (tmp_path / "dvc.lock").write_text("new")
-    (tmp_path / "notes.txt").write_text("new")
-    assert registry.uncommitted(*registry.VERSIONED) == ["params.yaml", "dvc.lock"]
-    assert registry.uncommitted() == ["params.yaml"]

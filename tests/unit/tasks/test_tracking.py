@@ -1,4 +1,4 @@
-"""What MLflow is told of a training: its steps in order, its past after a cut, its alarms."""
+"""MLflow runs of trainings: step curves, resumed and interrupted runs, warnings."""
 
 import dataclasses
 import logging
@@ -7,7 +7,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import mlflow
 import pandas as pd
@@ -15,7 +14,8 @@ import pytest
 
 from dpo.config import load_params
 from dpo.training.settings import Trial
-from tasks.tracking import offline
+from tasks.common.flatten import flatten
+from tasks.tracking import offline, run_logger
 from tasks.tracking import runs as tracking
 from tasks.tracking.steplog import StepLog
 
@@ -25,7 +25,6 @@ TABLE = pd.DataFrame({"prompt": ["p"], "chosen": ["c"], "rejected": ["r"]})
 
 WRITER = """
 import multiprocessing, sys
-from types import SimpleNamespace
 from tasks.tracking.steplog import StepLog
 from tasks.tracking.runs import policy_run
 from tests.unit.tasks.test_tracking import PARAMS, TABLE, trial
@@ -33,11 +32,11 @@ from tests.unit.tasks.test_tracking import PARAMS, TABLE, trial
 def write(seed, together):
     with policy_run(PARAMS, trial(seed), TABLE) as run_id:
         log = StepLog(run_id)
-        log.STEPS_AT_ONCE = 1
+        log.STEPS_PER_CALL = 1
         together.wait(timeout=300)
         for step in range(1, 51):
-            log.on_log(None, SimpleNamespace(global_step=step), None, {"loss": seed + step, "margin": -step})
-        log.on_train_end(None, None, None)
+            log.on_log({"step": step, "loss": seed + step, "margin": -step})
+        log.on_end()
 
 context = multiprocessing.get_context("fork")
 together = context.Barrier(8)
@@ -73,16 +72,12 @@ def project(folder, monkeypatch):
     return folder
 
 
-def step(number):
-    return SimpleNamespace(global_step=number)
-
-
 def curve(run_id, name):
     points = mlflow.MlflowClient().get_metric_history(run_id, f"train/{name}")
     return [(point.step, point.value) for point in sorted(points, key=lambda point: point.step)]
 
 
-def test_eight_trainings_at_once_lose_nothing_in_a_new_sqlite_store(project):
+def test_eight_concurrent_trainings_log_all_points_to_a_new_sqlite_store(project):
     done = subprocess.run(
         [sys.executable, "-c", WRITER], capture_output=True, text=True, env={"PYTHONPATH": str(ROOT)}
     )
@@ -100,27 +95,28 @@ def test_eight_trainings_at_once_lose_nothing_in_a_new_sqlite_store(project):
         assert curve(run.info.run_id, "margin") == [(n, -n) for n in range(1, 51)]
 
 
-def test_a_clock_that_jumps_back_neither_loses_nor_disorders_steps(project, monkeypatch):
+def test_a_clock_that_jumps_back_keeps_all_steps_in_order(project, monkeypatch):
     times = iter([2e9, 2e9, 1e9, 1e9, 1.5e9])
     with tracking.reference_run(PARAMS, TABLE) as run_id:
         log = StepLog(run_id)
         for number in range(1, 6):
             now = next(times)
             monkeypatch.setattr(time, "time", lambda now=now: now)
-            log.on_log(None, step(number), None, {"loss": 1 / number})
-        log.on_train_end(None, step(5), None)
+            log.on_log({"step": number, "loss": 1 / number})
+        log.on_end()
     assert curve(run_id, "loss") == [(n, 1 / n) for n in range(1, 6)]
     assert mlflow.get_run(run_id).data.metrics["train/loss"] == 1 / 5
 
 
-def test_a_training_that_goes_on_has_whole_curves_in_its_new_run(project):
+def test_the_run_of_a_resumed_training_has_the_steps_before_the_checkpoint(project):
     history = [{"loss": 1 / n, "rewards/margins": n, "epoch": n / 9, "step": n} for n in range(1, 4)]
     history += [{"eval_loss": 0.5, "epoch": 3 / 9, "step": 3}, {"train_runtime": 9.0, "step": 3}]
     with tracking.reference_run(PARAMS, TABLE) as run_id:
         log = StepLog(run_id)
-        log.on_train_begin(None, SimpleNamespace(global_step=3, log_history=history), None)
-        log.on_log(None, step(4), None, {"loss": 1 / 4})
-        log.on_train_end(None, step(4), None)
+        log.on_start(3, history)
+        assert mlflow.get_run(run_id).data.metrics["train/loss"] == 1 / 3, "sent before the first step"
+        log.on_log({"step": 4, "loss": 1 / 4})
+        log.on_end()
     run = mlflow.get_run(run_id)
     assert curve(run_id, "loss") == [(n, 1 / n) for n in range(1, 5)]
     assert curve(run_id, "rewards/margins") == [(n, n) for n in range(1, 4)]
@@ -130,35 +126,35 @@ def test_a_training_that_goes_on_has_whole_curves_in_its_new_run(project):
     assert run.data.tags[tracking.RESUMED] == "3"
 
 
-def test_a_training_from_its_beginning_is_not_marked_as_resumed(project):
+def test_a_training_that_starts_at_step_0_is_not_tagged_as_resumed(project):
     with tracking.reference_run(PARAMS, TABLE) as run_id:
-        StepLog(run_id).on_train_begin(None, SimpleNamespace(global_step=0, log_history=[]), None)
+        StepLog(run_id).on_start(0, [])
     assert tracking.RESUMED not in mlflow.get_run(run_id).data.tags
 
 
-def test_what_the_library_warns_of_during_a_training_is_in_its_run(project, caplog):
+def test_warnings_of_the_library_during_a_training_are_in_its_run(project, caplog):
     library = logging.getLogger("dpo.training.train")
     library.warning("before")
     with tracking.policy_run(PARAMS, trial(99), TABLE) as run_id:
         library.warning("step %d: runs away", 7)
-        assert mlflow.get_run(run_id).data.tags[tracking.ALARMS] == "step 7: runs away\n"
+        assert mlflow.get_run(run_id).data.tags[run_logger.WARNINGS] == "step 7: runs away\n"
         library.info("all is well")
-        library.warning("x" * 2 * tracking.ALARMS_LENGTH)
+        library.warning("x" * 2 * run_logger.WARNINGS_LENGTH)
         library.warning("beyond the tag")
     library.warning("after")
-    found = mlflow.get_run(run_id).data.tags[tracking.ALARMS]
-    assert found == ("step 7: runs away\n" + "x" * 9999)[: tracking.ALARMS_LENGTH]
+    found = mlflow.get_run(run_id).data.tags[run_logger.WARNINGS]
+    assert found == ("step 7: runs away\n" + "x" * 9999)[: run_logger.WARNINGS_LENGTH]
     assert caplog.messages[0::4] == ["before", "after"]
 
 
-def test_the_run_of_a_training_that_fails_has_failed(project):
+def test_the_run_of_a_failed_training_has_the_status_failed(project):
     runs = []
     with pytest.raises(ZeroDivisionError):
         fail(runs)
     assert mlflow.get_run(runs[0]).info.status == "FAILED"
 
 
-def test_a_run_that_was_cut_off_is_marked_as_killed_when_its_stage_runs_again(project):
+def test_an_interrupted_run_is_marked_as_killed_when_its_stage_runs_again(project):
     def begin():
         with (
             tracking.reference_run(PARAMS, TABLE) as reference,
@@ -179,7 +175,7 @@ def test_a_run_that_was_cut_off_is_marked_as_killed_when_its_stage_runs_again(pr
         client.update_run(run, "RUNNING")
     begin()
     assert [mlflow.get_run(run).info.status for run in ours] == ["KILLED"] * 3
-    assert mlflow.get_run(theirs).info.status == "RUNNING", "of another training: it may be at work"
+    assert mlflow.get_run(theirs).info.status == "RUNNING", "the run of another training, which may be running"
 
 
 def fail(runs):
@@ -188,17 +184,17 @@ def fail(runs):
         raise ZeroDivisionError
 
 
-def test_a_warning_is_still_printed_where_nobody_configured_logging():
+def test_a_warning_is_printed_if_logging_is_not_configured():
     code = (
-        "import logging; from tasks.tracking import runs; runs.record = lambda *_: None\n"
-        "logging.getLogger('dpo').addHandler(runs.Alarms('id'))\n"
+        "import logging; from unittest.mock import Mock; from tasks.tracking.run_logger import WarningsHandler\n"
+        "logging.getLogger('dpo').addHandler(WarningsHandler(Mock()))\n"
         "logging.getLogger('dpo.training.train').warning('runs %s', 'away')"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stderr.splitlines()[-1] == "runs away"
 
 
-def test_a_store_whose_making_was_cut_off_is_made_anew(tmp_path, monkeypatch):
+def test_a_store_whose_creation_was_interrupted_is_created_again(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     code = (
@@ -213,3 +209,26 @@ def test_a_store_whose_making_was_cut_off_is_made_anew(tmp_path, monkeypatch):
     offline.connect()
     assert mlflow.get_experiment_by_name(offline.EXPERIMENT) is not None
     assert not list(tmp_path.glob(".mlflow.db*.partial"))
+
+
+def test_flatten_yields_paths_through_mappings_and_dataclasses():
+    nested = {"seed": 1, "trial": trial(2), "rules": {"pii": {"action": "warn"}, "none": {}}, "files": ["a", "b"]}
+    assert list(flatten(nested)) == [
+        (("seed",), 1),
+        (("trial", "loss"), "sigmoid"),
+        (("trial", "beta"), 0.1),
+        (("trial", "learning_rate"), 1e-5),
+        (("trial", "seed"), 2),
+        (("rules", "pii", "action"), "warn"),
+        (("files",), ["a", "b"]),
+    ]
+
+
+def test_validation_metrics_are_logged_by_path_with_their_intervals(project):
+    metrics = {"rows": 7, "sources": {"https://a b": {"rows": 3}}, "share": 0.5, "share_ci": [0.4, 0.6]}
+    tracking.log_validation(PARAMS, metrics | {"errors": ["none"], "unit": "tokens", "kl_ci": None}, [])
+    runs = mlflow.search_runs(filter_string=f"tags.`{offline.ROLE}` = 'data'", output_format="list")
+    assert runs[0].data.metrics == {
+        "data/rows": 7, "data/sources/https...a b/rows": 3, "data/share": 0.5, "data/share_low": 0.4,
+        "data/share_high": 0.6,
+    }  # fmt: skip

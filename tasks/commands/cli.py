@@ -1,0 +1,129 @@
+"""The console script `dpo`. Commands import their modules when they run, so that `dpo --help` is fast."""
+
+from pathlib import Path
+from typing import Annotated
+
+from typer import Argument, BadParameter, Option, Typer
+
+from tasks.common.paths import REFERENCE
+from tasks.common.runner import run
+
+app = Typer(
+    help="Commands of the DPO pipeline.",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Speeds = tuple[float, float, float]
+TFLOPS_HELP = "Dense operations per second in bf16, TF32 and fp32, in 1e12 (default: 989 494 67, an H100)."
+
+
+@app.command()
+def validate(
+    files: Annotated[list[str], Argument(metavar="FILE", help="Files or folders to validate.")],
+    model: Annotated[Path | None, Option(help="Folder with a tokenizer (default: models/base, if any).")] = None,
+    output: Annotated[Path, Option(help="Folder for report, metrics and quarantine.")] = Path("checked"),
+) -> None:
+    """Validate preference data without running the pipeline."""
+    from dpo.config import load_params
+    from tasks.commands.validate import check_files
+
+    check_files(load_params(), files, model, output)
+
+
+@app.command()
+def plan(
+    model: Annotated[str, Option(help="Folder, hub id, or name such as llama-8b.")],
+    gpus: Annotated[int, Option(min=1, help="Number of GPUs.")] = 1,
+    gpu_memory: Annotated[float, Option(help="GiB per GPU.")] = 80,
+    pairs: Annotated[int, Option(help="Number of training pairs.")] = 100_000,
+    prompt_tokens: Annotated[int, Option(help="Mean length of a prompt.")] = 256,
+    completion_tokens: Annotated[int, Option(help="Mean length of a completion.")] = 256,
+    tflops: Annotated[Speeds | None, Option(help=TFLOPS_HELP)] = None,
+    utilisation: Annotated[float | None, Option(min=0.01, help="Share of it in training (default: 0.35).")] = None,
+) -> None:
+    """Estimate memory and hours of training on GPUs."""
+    from dpo.planner import Pair
+    from tasks.commands import plan as command
+
+    pair = Pair(prompt_tokens, completion_tokens)
+    command.plan(
+        model, pair, pairs, gpus, gpu_memory, tflops or command.TFLOPS, utilisation or command.UTILISATION
+    )
+
+
+def _positive(value: float) -> float:
+    if not value > 0:
+        raise BadParameter("must be above 0")
+    return value
+
+
+@app.command()
+def chat(
+    policy: Annotated[Path, Argument(help="Checkpoint of a policy.")],
+    reference: Annotated[Path, Option(help="Checkpoint to compare with.")] = REFERENCE,
+    max_new_tokens: Annotated[int, Option(help="Maximum length of a response.")] = 128,
+    temperature: Annotated[float, Option(callback=_positive, help="Sampling temperature.")] = 0.7,
+    seed: Annotated[int, Option(help="Seed of the sampling.")] = 0,
+) -> None:
+    """Chat with a policy and its reference side by side."""
+    from tasks.commands import chat as command
+
+    command.chat(policy, reference, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+
+
+@app.command()
+def lineage(
+    checkpoint: Annotated[str, Argument(help="Folder, models:/NAME/VERSION or models:/NAME@ALIAS.")],
+    as_json: Annotated[bool, Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show the code, data and settings of a checkpoint."""
+    from tasks.commands.lineage import show
+
+    show(checkpoint, as_json)
+
+
+@app.command()
+def merge(
+    adapter: Annotated[Path, Argument(help="Checkpoint of a policy trained with dpo.lora.")],
+    folder: Annotated[Path, Argument(help="New folder for the merged model.")],
+) -> None:
+    """Merge a LoRA adapter into its base model."""
+    from tasks.commands import merge as command
+
+    command.merge(adapter, folder)
+
+
+@app.command()
+def promote() -> None:
+    """Make the selected policy the champion if it is better."""
+    from tasks.commands import promote as command
+
+    command.promote()
+
+
+@app.command()
+def results() -> None:
+    """Print the comparison of all policies."""
+    from tasks.commands.results import show
+
+    show()
+
+
+@app.command()
+def sync() -> None:
+    """Upload to MLflow what was logged offline."""
+    from tasks.tracking.offline import connect
+
+    connect()
+
+
+def main() -> None:
+    """Run the console script `dpo`."""
+    run(lambda: app(prog_name="dpo"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,46 @@
+"""Read commits and changes from git. `flows/git.py` adds the commands that write."""
+
+import subprocess
+from pathlib import Path
+
+from dpo.common.errors import InputError
+
+RESULTS = (":!dvc.lock", ":!metrics", ":!*.gitignore")
+"""Pathspecs that exclude the files which the pipeline itself writes."""
+
+
+def head_commit() -> str:
+    """Return the hash of the current commit, or `none` outside a repository."""
+    return _git("rev-parse", "HEAD").stdout.strip() or "none"
+
+
+def inputs_changed() -> bool:
+    """Return whether tracked files other than results differ from the current commit."""
+    return bool(_git("status", "--porcelain", "--untracked-files=no", "--", ".", *RESULTS).stdout.strip())
+
+
+def uncommitted(*paths: str) -> list[str]:
+    """Return the files that differ from the current commit.
+
+    Args:
+        paths: files and folders to compare, including new files. Without paths: all tracked files.
+
+    Raises:
+        InputError: this folder is not in a git repository with a commit.
+    """
+    status = _git("status", "--porcelain", f"--untracked-files={'all' if paths else 'no'}", "--", *paths)
+    if status.returncode or _git("rev-parse", "--verify", "HEAD").returncode:
+        raise InputError("git: this folder has no commit, so a rollback has no target; run `git init` and commit")
+    return [line[3:] for line in status.stdout.splitlines()]
+
+
+def committed_file(path: Path) -> bytes | None:
+    """Return a file's content in the current commit, or None if git or the commit does not have it."""
+    try:
+        return subprocess.run(["git", "show", f"HEAD:./{path}"], capture_output=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _git(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(["git", *words], capture_output=True, text=True, check=False)

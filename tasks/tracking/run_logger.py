@@ -1,0 +1,92 @@
+"""Log to one MLflow run."""
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pandas as pd
+import plotly.graph_objects as go
+from mlflow import MlflowClient
+from mlflow.entities import DatasetInput, Metric, Param
+
+from tasks.tracking.offline import CONTINUES, OFFLINE_STORE, new_run, or_offline, search
+
+WARNINGS = "dpo.warnings"
+WARNINGS_LENGTH = 5000
+
+
+class RunLogger:
+    """Log to a run; if the server fails, log to a run in the offline store that continues it.
+
+    A call whose answer is lost is repeated offline. Points have fixed timestamps, so a sync adds no duplicates.
+    """
+
+    def __init__(self, run_id: str) -> None:
+        self.run_id = run_id
+
+    def log_params(self, params: Mapping[str, Any]) -> None:
+        """Log settings as strings."""
+        self._call(MlflowClient.log_batch, params=[Param(name, str(value)) for name, value in params.items()])
+
+    def log_metrics(self, points: list[Metric]) -> None:
+        """Log points of `metric_points`. One call takes 30 to 50 ms on SQLite."""
+        self._call(MlflowClient.log_batch, points)
+
+    def log_table(self, table: pd.DataFrame, name: str) -> None:
+        """Log a table as the artifact `name`."""
+        self._call(MlflowClient.log_table, table, name)
+
+    def log_dataset(self, dataset: DatasetInput) -> None:
+        """Log the data that the run reads."""
+        self._call(MlflowClient.log_inputs, [dataset])
+
+    def log_artifact(self, path: Path) -> None:
+        """Log a file."""
+        self._call(MlflowClient.log_artifact, str(path))
+
+    def log_figure(self, figure: go.Figure, name: str) -> None:
+        """Log a figure as the artifact `name`."""
+        self._call(MlflowClient.log_figure, figure, name)
+
+    def set_tag(self, name: str, value: str) -> None:
+        """Set a tag."""
+        self._call(MlflowClient.set_tag, name, value)
+
+    def close(self, status: str = "FINISHED") -> None:
+        """End the run."""
+        self._call(MlflowClient.set_terminated, status)
+
+    @or_offline
+    def _call(self, method: Callable[..., object], *args: object, **kwargs: object) -> None:
+        """Call a method of MLflow's client with the id that the run has in the store in use."""
+        client, run_id = MlflowClient(), self.run_id
+        if mlflow.get_tracking_uri() == OFFLINE_STORE:
+            continued = f"tags.`{CONTINUES}` = '{run_id}' and attributes.status = 'RUNNING'"
+            found = search(client, f"attributes.run_id = '{run_id}'") or search(client, continued)
+            run_id = found[0].info.run_id if found else new_run("continued", {CONTINUES: run_id})
+        method(client, run_id, *args, **kwargs)
+
+
+def metric_points(values: Mapping[str, float], step: int = 0) -> list[Metric]:
+    """Return metrics of one step with the current time; MLflow sorts the points of a curve by step."""
+    now = int(time.time() * 1000)
+    return [Metric(name, float(value), now, step) for name, value in values.items()]
+
+
+class WarningsHandler(logging.Handler):
+    """Copy warnings to a tag of a run, up to `WARNINGS_LENGTH` characters."""
+
+    def __init__(self, run: RunLogger) -> None:
+        super().__init__(logging.WARNING)
+        self.run, self.text = run, ""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Add a warning."""
+        if not logging.root.handlers and logging.lastResort:  # a logger with a handler does not use lastResort
+            logging.lastResort.handle(record)
+        if len(self.text) < WARNINGS_LENGTH:
+            self.text = f"{self.text}{record.getMessage()}\n"[:WARNINGS_LENGTH]
+            self.run.set_tag(WARNINGS, self.text)
