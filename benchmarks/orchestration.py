@@ -1,8 +1,8 @@
-"""What orchestration costs: `python -m benchmarks.orchestration`, on stages of which none has anything to do.
+"""Measure the overhead of DVC and Prefect on stages that are up to date: `python -m benchmarks.orchestration`.
 
-Twenty stages in a chain, each of which copies a file, are brought up to date once. Then it is timed what it takes
-to find that nothing changed: by `dvc repro`, by the flow on a Prefect server that runs, by the flow with its own.
-Writes `benchmarks/results/orchestration.json`, with the targets, and the table of `docs/operations.md`.
+A chain of twenty stages, each of which copies a file, is brought up to date once. Then the check that nothing
+changed is timed: with `dvc repro`, with the flow on a running Prefect server, and with the flow on a temporary
+server. Writes `benchmarks/results/orchestration.json` and the table of `docs/operations.md`.
 """
 
 import argparse
@@ -21,24 +21,24 @@ from ruamel.yaml import YAML
 
 from benchmarks.page import put_table
 from dpo.common.files import write_json
-from flows.servers import answers
+from flows.servers import is_healthy
 
 ROOT = Path(__file__).parent.parent
 RESULTS, PAGE = Path("benchmarks/results/orchestration.json"), Path("docs/operations.md")
 STAGES, REPEATS = 20, 3
 TARGETS = {"dvc_repro": 30.0, "flow_running_server": 30.0, "flow_own_server": 45.0}
-"""Most seconds each may take."""
-WORDS = {
+"""Maximum seconds per method."""
+LABELS = {
     "dvc_repro": "`dvc repro`",
-    "flow_running_server": "`python -m flows.pipeline`, Prefect's server runs",
-    "flow_own_server": "`python -m flows.pipeline`, with a server of its own",
+    "flow_running_server": "`python -m flows.pipeline`, running Prefect server",
+    "flow_own_server": "`python -m flows.pipeline`, temporary Prefect server",
 }
 REPRO = [sys.executable, "-m", "dvc", "repro", "--quiet"]
 FLOW = [sys.executable, "-m", "flows.pipeline"]
 
 
 def make_project(folder: Path, stages: int) -> None:
-    """A DVC project in which each stage copies the file of the one before it."""
+    """Make a DVC project in which each stage copies the file of the previous one."""
     (folder / "0.txt").write_text("start\n")
     chain = {
         f"stage{n}": {"cmd": f"cp {n - 1}.txt {n}.txt", "deps": [f"{n - 1}.txt"], "outs": [f"{n}.txt"]}
@@ -50,7 +50,7 @@ def make_project(folder: Path, stages: int) -> None:
 
 
 def environment(home: Path) -> dict[str, str]:
-    """This repository's flows, and a Prefect that keeps its own data and reports to nobody."""
+    """Return an environment with this repository's flows, a new Prefect database and no telemetry."""
     here = {name: value for name, value in os.environ.items() if name != "PREFECT_API_URL"}
     quiet = {"PREFECT_LOGGING_TO_CONSOLE": "false", "PREFECT_SERVER_ANALYTICS_ENABLED": "false"}
     return here | quiet | {"PYTHONPATH": str(ROOT), "PREFECT_HOME": str(home), "DVC_NO_ANALYTICS": "true"}
@@ -58,12 +58,12 @@ def environment(home: Path) -> dict[str, str]:
 
 @contextmanager
 def server(port: int, variables: dict[str, str]) -> Iterator[dict[str, str]]:
-    """A Prefect server on this port; gives the variables of its clients."""
+    """Run a Prefect server on a port; yield the environment of its clients."""
     command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
     api = f"http://127.0.0.1:{port}/api"
     process = subprocess.Popen(command, env=variables, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        while not answers(f"{api}/health"):
+        while not is_healthy(f"{api}/health"):
             if process.poll() is not None:
                 sys.exit(f"Prefect's server ended before it was ready; is port {port} free?")
             time.sleep(0.2)
@@ -74,7 +74,7 @@ def server(port: int, variables: dict[str, str]) -> Iterator[dict[str, str]]:
 
 
 def measure(command: list[str], folder: Path, variables: dict[str, str], repeats: int) -> list[float]:
-    """Seconds of each of some runs of a command; a failing one ends the benchmark."""
+    """Return the seconds of each run of a command. Exit if one fails."""
     seconds = []
     for _ in range(repeats):
         begin = time.perf_counter()
@@ -86,7 +86,7 @@ def measure(command: list[str], folder: Path, variables: dict[str, str], repeats
 
 
 def benchmark(stages: int, repeats: int, port: int) -> dict[str, Any]:
-    """Measure each way; the first flow on a new server, which makes its database, is not counted."""
+    """Measure each method. The first flow on a new server, which creates the database, is not counted."""
     with tempfile.TemporaryDirectory() as place:
         folder, home = Path(place) / "project", Path(place) / "prefect"
         folder.mkdir()
@@ -102,7 +102,7 @@ def benchmark(stages: int, repeats: int, port: int) -> dict[str, Any]:
 
 
 def record(seconds: dict[str, list[float]]) -> dict[str, dict[str, Any]]:
-    """Of each way the median seconds, all repeats, the target, and whether it was met."""
+    """Return the median seconds, all repeats, the target, and whether it was met, by method."""
     return {
         way: {
             "seconds": statistics.median(repeats),
@@ -115,9 +115,9 @@ def record(seconds: dict[str, list[float]]) -> dict[str, dict[str, Any]]:
 
 
 def main() -> None:
-    """Measure and write."""
+    """Measure and write the results."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.orchestration", description=__doc__)
-    parser.add_argument("--port", type=int, default=4210, help="of the running server (default: 4210)")
+    parser.add_argument("--port", type=int, default=4210, help="port of the running server (default: 4210)")
     results = benchmark(STAGES, REPEATS, parser.parse_args().port)
     write_json(RESULTS, results)
     put_table(PAGE, "orchestration", table(results))
@@ -125,10 +125,10 @@ def main() -> None:
 
 
 def table(results: dict[str, Any]) -> str:
-    """Results for people."""
+    """Return the results as a Markdown table."""
     lines = ["| | seconds | target |", "| --- | ---: | ---: |"]
     for way, figures in results["ways"].items():
-        lines.append(f"| {WORDS[way]} | {figures['seconds']:.1f} | at most {figures['target']:.0f} |")
+        lines.append(f"| {LABELS[way]} | {figures['seconds']:.1f} | at most {figures['target']:.0f} |")
     return "\n".join(lines)
 
 

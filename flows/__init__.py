@@ -1,3 +1,3 @@
-"""The Prefect flows: they decide when the stages of `dvc.yaml` run, never what is stale."""
+"""Prefect flows. They decide when the stages of `dvc.yaml` run; DVC decides which stages are stale."""
 
-import tasks  # noqa: F401  # before prefect is imported: no dependency reports usage
+import tasks  # noqa: F401  # first: it disables the telemetry of Prefect and its dependencies

@@ -1,15 +1,17 @@
-"""What Prefect's pages show of a stage: how far a long one is, and what each one left.
+"""Prefect artifacts of a stage: its progress while it runs, and its metrics and plots when it has ended.
 
-Which figures and plots a stage leaves is read from DVC, so that a new stage needs nothing here. Pages are for
-people: where Prefect's server or MLflow cannot be reached, the stage goes on without.
+DVC names the metrics and plots of a stage, so a new stage needs no code here. Artifacts are informative: if
+Prefect's server or MLflow cannot be reached, the stage continues without them.
 """
 
 import json
 import os
 import re
+import time
 from base64 import b64encode
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from datetime import timedelta
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -26,86 +28,100 @@ from dpo.common.files import PROVENANCE
 from tasks.common.flatten import flatten
 from tasks.common.paths import REPORTS
 
-BAR = re.compile(r" *(?:(.*?): +)?(\d+)%\|.*\| *(\S+/\S+) \[([\d:]+)<([\d:?]+)")
-"""A bar of tqdm: its title, percent, steps done and in all, time so far, time left."""
-BAR_SECONDS = 10.0
+PROGRESS_SECONDS = 10.0
+"""Shortest duration of a progress bar that gets an artifact, and time between two updates of the artifact."""
 MLFLOW_PAGES = "DPO_MLFLOW_PAGES"
-"""Environment variable with the address of MLflow's pages, where MLFLOW_TRACKING_URI is none."""
-TABLE_ROWS, PANELS_A_ROW = 10, 3
+"""Environment variable with the address of MLflow's UI, used if MLFLOW_TRACKING_URI is not a server."""
+MAX_ROWS, PANELS_PER_ROW = 10, 3
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
-"""Of a table, by the ending of its name."""
 
 
 @contextmanager
-def if_there() -> Iterator[None]:
-    """Ask Prefect's server for what is for people alone: if it does not answer within seconds, go on without."""
+def ignore_outage() -> Iterator[None]:
+    """Retry requests to Prefect's server once only, and continue if the server does not answer."""
     with suppress(httpx.HTTPError), temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 1}):
         yield
 
 
-def key(stage: str) -> str:
-    """A stage's name as Prefect wants it of an artifact."""
+def artifact_key(stage: str) -> str:
+    """Return a stage's name in the form that Prefect accepts as the key of an artifact."""
     return re.sub(r"[^a-z0-9]+", "-", stage.lower()).strip("-")
 
 
-class Progress:
-    """How far a stage is, as an artifact; made once a bar has run for `BAR_SECONDS`, so short stages have none."""
+class ProgressArtifact:
+    """Progress of a running stage, read from the file that `dpo.common.progress` writes.
 
-    def __init__(self, stage: str) -> None:
-        self.stage, self.percent = stage, 0.0
+    The artifact is created when a progress bar has run for `PROGRESS_SECONDS`, so short stages have none.
+    """
+
+    def __init__(self, stage: str, file: Path) -> None:
+        self.stage, self.file = stage, file
+        self.percent, self.next_update = 0.0, 0.0
         self.artifact: Any = None
 
-    def show(self, line: str) -> None:
-        """Take up the state of a bar; any other line changes nothing."""
-        bar = BAR.match(line)
-        if bar is None:
+    def update(self) -> None:
+        """Show the state in the file, at most every `PROGRESS_SECONDS`."""
+        if time.monotonic() < self.next_update or not self.file.exists():
             return
-        title, percent, steps, so_far, left = bar.groups()
-        if self.artifact or _seconds(so_far) >= BAR_SECONDS:
-            self.percent = float(percent)
-            self._put(f"{title + ': ' if title else ''}{steps}, {left} left")
+        state = json.loads(self.file.read_text())
+        if self.artifact or state["elapsed_s"] >= PROGRESS_SECONDS:
+            self.percent = 100.0 * state["done"] / state["total"] if state["total"] else 0.0
+            self._publish(describe(state))
+            self.next_update = time.monotonic() + PROGRESS_SECONDS
 
     def end(self, verdict: str, complete: bool) -> None:
-        """The stage ended, at 100 if it is complete, else where it was."""
+        """Show how the stage ended, at 100 percent if it is complete, else at the last percentage."""
+        self.next_update = 0.0
+        self.update()
         if self.artifact:
             self.percent = 100.0 if complete else self.percent
-            self._put(verdict)
+            self._publish(verdict)
 
-    def _put(self, words: str) -> None:
-        with if_there():
+    def _publish(self, description: str) -> None:
+        with ignore_outage():
             if self.artifact:
-                update_progress_artifact(self.artifact, self.percent, words)
+                update_progress_artifact(self.artifact, self.percent, description)
             else:
-                self.artifact = create_progress_artifact(self.percent, f"{key(self.stage)}-progress", words)
+                key = f"{artifact_key(self.stage)}-progress"
+                self.artifact = create_progress_artifact(self.percent, key, description)
 
 
-def show_stage(stage: str, verdict: str, seconds: float, complete: bool) -> None:
-    """Make an artifact of what a stage left: its MLflow run, its page `reports/STAGE.md`, its metrics and plots.
+def describe(state: dict[str, Any]) -> str:
+    """Return the state of a progress bar as text, for example `tokens: 30 of 40, 0:01:12 left`."""
+    title = f"{state['title']}: " if state["title"] else ""
+    total = f" of {state['total']:,}" if state["total"] else ""
+    remaining = state["remaining_s"]
+    left = "" if remaining is None else f", {timedelta(seconds=round(remaining))} left"
+    return f"{title}{state['done']:,}{total}{left}"
 
-    Of a stage that is not complete only the page is shown.
+
+def publish_stage(stage: str, verdict: str, seconds: float, complete: bool) -> None:
+    """Create a Markdown artifact of a stage: its MLflow run, its page `reports/STAGE.md`, metrics and plots.
+
+    If the stage is not complete, only the page is shown.
     """
-    outs = outputs(stage) if complete else {}
+    outs = stage_outputs(stage) if complete else {}
     ended = f"{verdict} in {seconds:.0f} s" if complete else verdict
     parts = [f"## `{stage}`: {ended}"]
-    parts += [f"MLflow: {mlflow_run(path / PROVENANCE)}" for path in outs if (path / PROVENANCE).is_file()]
+    parts += [f"MLflow: {mlflow_link(path / PROVENANCE)}" for path in outs if (path / PROVENANCE).is_file()]
     page = REPORTS / f"{stage}.md"
     parts += [page.read_text().strip()] if page.is_file() else []
     for path, out in outs.items():
         if (out.metric or out.plot) and path.is_file():
-            parts += [f"### {path}", *plotted(path, out.plot), figures(path)]
-    with if_there():
-        create_markdown_artifact("\n\n".join(parts), key=key(stage), description=ended)
+            parts += [f"### {path}", *plot_images(path, out.plot), file_table(path)]
+    with ignore_outage():
+        create_markdown_artifact("\n\n".join(parts), key=artifact_key(stage), description=ended)
 
 
-def outputs(stage: str) -> dict[Path, Output]:
-    """What a stage leaves, by DVC."""
+def stage_outputs(stage: str) -> dict[Path, Output]:
+    """Return the outputs that DVC lists for a stage, by path."""
     with Repo() as repo:
         outs = [out for found in repo.stage.collect(stage) for out in found.outs]
         return {Path(os.path.relpath(out.fs_path)): out for out in outs}
 
 
-def mlflow_run(provenance: Path) -> str:
-    """The MLflow run that a checkpoint came from; a link, where a server shows it."""
+def mlflow_link(provenance: Path) -> str:
+    """Return the MLflow run that made a checkpoint: a link if an MLflow server has the run, else its id."""
     run: str = json.loads(provenance.read_text())["mlflow_run"]
     store = os.environ.get("MLFLOW_TRACKING_URI", "")
     site = store if store.startswith(("http://", "https://")) else os.environ.get(MLFLOW_PAGES)
@@ -119,28 +135,28 @@ def mlflow_run(provenance: Path) -> str:
     return f"[run {run}]({site}/#/experiments/{answer['run']['info']['experiment_id']}/runs/{run})"
 
 
-def figures(path: Path) -> str:
-    """A file of figures as a table in Markdown; of a long one rows spread evenly, with the last."""
+def file_table(path: Path) -> str:
+    """Return a metrics or plot file as a Markdown table of at most `MAX_ROWS` evenly spaced rows."""
     try:
         if path.suffix == ".json":
             rows = [(".".join(names), value) for names, value in flatten(json.loads(path.read_text()))]
             return _markdown(pd.DataFrame(rows, columns=["figure", "value"], dtype=object))
         if path.suffix in SEPARATORS:
             table = _table(path)
-            shown = sorted({round(k * (len(table) - 1) / (TABLE_ROWS - 1)) for k in range(TABLE_ROWS)})
-            return _markdown(table if len(table) <= TABLE_ROWS else table.iloc[shown])
+            shown = sorted({round(k * (len(table) - 1) / (MAX_ROWS - 1)) for k in range(MAX_ROWS)})
+            return _markdown(table if len(table) <= MAX_ROWS else table.iloc[shown])
     except ValueError as error:
         return f"not readable: {error}"
     return f"{path.stat().st_size} bytes"
 
 
-def plotted(path: Path, plot: Any) -> list[str]:
-    """A table as a picture in Markdown, one panel for each column of numbers; none where nothing can be drawn.
+def plot_images(path: Path, plot: Any) -> list[str]:
+    """Return a plot file as one Markdown image with a panel per numeric column; nothing if it has no numbers.
 
     Args:
         path: the table.
-        plot: what DVC knows of it as a plot: the column `x`, by default the row; with the template `scatter` only
-            the column `y` is drawn, in points.
+        plot: DVC's plot settings: the column `x`, by default the row number; with the template `scatter` only the
+            column `y` is drawn, as points.
     """
     settings = plot if isinstance(plot, dict) else {}
     x, points = settings.get("x"), settings.get("template") == "scatter"
@@ -151,7 +167,7 @@ def plotted(path: Path, plot: Any) -> list[str]:
     names = [name for name in table if name != x and (not points or name == settings.get("y"))]
     if not names or table.empty:
         return []
-    columns = min(len(names), PANELS_A_ROW)
+    columns = min(len(names), PANELS_PER_ROW)
     rows = -(-len(names) // columns)
     figure = Figure(figsize=(3.75 * columns, 2.5 * rows), dpi=72, layout="constrained")
     for number, name in enumerate(names, 1):
@@ -180,10 +196,3 @@ def _cell(value: Any) -> str:
     if value is None:
         return "null"
     return f"{value:.4g}" if isinstance(value, float) else str(value).replace("|", "\\|").replace("\n", " ")
-
-
-def _seconds(clock: str) -> int:
-    total = 0
-    for part in clock.split(":"):
-        total = 60 * total + int(part)
-    return total

@@ -1,61 +1,48 @@
-"""What flows do with git and DVC beside running stages: versions of data and results, their way out and back."""
+"""Git and DVC commands that change files: commit, switch branches, and read or transfer versions of the data."""
 
 import subprocess
-import threading
 from collections.abc import Iterable
 
 from dvc.repo import Repo
 from prefect import get_run_logger
 
-from flows.pipeline import TAIL_LINES, StageError, execute
+from flows.processes import StageError, run_module
 
 
-def git(*words: str) -> str:
-    """Run git here; return what it prints. Raises StageError with git's own words."""
-    done = subprocess.run(["git", *words], capture_output=True, text=True, check=False)
+def git(*arguments: str) -> str:
+    """Run git and return its output. Raise StageError with git's message if it fails."""
+    done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False)
     if done.returncode:
-        raise StageError(f"git {words[0]}: {(done.stderr or done.stdout).strip()}")
+        raise StageError(f"git {arguments[0]}: {(done.stderr or done.stdout).strip()}")
     return done.stdout.strip()
 
 
-def module(*command: str) -> list[str]:
-    """Run `python -m COMMAND` and log its lines; return them. Raises StageError with the last of them."""
-    code, lines = execute(list(command), threading.Event(), get_run_logger())
-    if code:
-        head, tail = lines[:-TAIL_LINES], lines[-TAIL_LINES:]
-        told = [line for line in head if line.startswith("ERROR")]  # DVC names what is wrong, then many files
-        raise StageError("\n".join([f"{' '.join(command)} failed; its last output:", *told, *tail]))
-    return lines
-
-
-def dvc(*words: str) -> list[str]:
-    """Run DVC, after whoever holds its lock."""
-    return module("dvc", "--wait-for-lock", *words)
+def dvc(*arguments: str) -> list[str]:
+    """Run DVC as soon as no other DVC command holds its lock; return the output lines."""
+    return run_module("dvc", "--wait-for-lock", *arguments)
 
 
 def default_remote() -> str | None:
-    """The name of DVC's default remote."""
+    """Return the name of DVC's default remote."""
     with Repo() as repo:
         name: str | None = repo.config["core"].get("remote")
     return name
 
 
-def known(paths: Iterable[str], commit: str = "HEAD") -> list[str]:
-    """Those of these paths that git holds now or held in a commit."""
+def tracked(paths: Iterable[str], commit: str) -> list[str]:
+    """Return the paths that git tracks now or in a commit."""
     return [path for path in paths if git("ls-files", "--", path) or git("ls-tree", commit, "--", path)]
 
 
-def commit(message: str, *paths: str) -> bool:
-    """Commit these paths and nothing else; whether there was anything to commit."""
+def commit(message: str, *paths: str) -> None:
+    """Commit the changes under `paths` and no others. Without changes, do nothing."""
     git("add", "--", *paths)
-    if not git("diff", "--cached", "--name-only", "--", *paths):
-        return False
-    git("commit", "--quiet", "--message", message, "--", *paths)
-    get_run_logger().info("git: %s", git("log", "-1", "--format=%h %s"))
-    return True
+    if git("diff", "--cached", "--name-only", "--", *paths):
+        git("commit", "--quiet", "--message", message, "--", *paths)
+        get_run_logger().info("git: %s", git("log", "-1", "--format=%h %s"))
 
 
 def switch(branch: str) -> None:
-    """Go to a branch, made from the current one if there is none of that name."""
+    """Switch to a branch; create it from the current one if it does not exist."""
     if git("branch", "--show-current") != branch:
         git("switch", "--quiet", *([] if git("branch", "--list", branch) else ["--create"]), branch)

@@ -1,35 +1,27 @@
 """Sweep over losses, betas, learning rates and seeds: `python -m flows.sweep --betas 0.05 0.1 --seeds 17 18`.
 
-The flow writes the lists to `params.yaml` and runs the pipeline. DVC expands the trials: the DAG is defined once,
-a trial that is up to date is not trained again, and `git diff params.yaml` shows the request. DVC's experiment
-queue would train the trials in folders and workers that Prefect does not see.
+The flow writes the lists to `params.yaml` and runs the pipeline. DVC expands the trials, so the DAG is defined
+once and a trial that is up to date is not trained again; `git diff params.yaml` shows the change. DVC's experiment
+queue is not used: it trains in folders and workers that Prefect does not see.
 """
 
 import argparse
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Any
 
 from prefect import flow
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import PositiveFloat, PositiveInt
 from ruamel.yaml import YAML
-from ruamel.yaml.representer import RoundTripRepresenter
 
 from dpo.common.errors import InputError
 from dpo.common.files import atomic_write
+from dpo.common.settings import Seed
 from dpo.config import load_params
 from dpo.training.settings import LossName
 from flows.pipeline import name_flow_run, pipeline, run_now
 
 PARAMS = Path("params.yaml")
-Seed = Annotated[int, Field(ge=0, lt=2**32)]
-
-
-class Representer(RoundTripRepresenter):
-    """Writes null as `null`, where ruamel's own writes nothing."""
-
-
-Representer.add_representer(type(None), lambda self, _: self.represent_scalar("tag:yaml.org,2002:null", "null"))
 
 
 @flow(name="sweep", flow_run_name=name_flow_run)
@@ -40,32 +32,33 @@ def sweep(
     seeds: list[Seed] | None = None,
     parallel: PositiveInt = 1,
 ) -> dict[str, str]:
-    """Train and compare one policy for every combination; a list that is not given stays as it is.
+    """Train and compare one policy per combination. Lists that are not given keep their values.
 
     Args:
         losses: objectives, by name.
         betas: strengths of the KL constraint.
         learning_rates: peak learning rates.
         seeds: orders of the training pairs.
-        parallel: stages that run at once.
+        parallel: stages to run at once.
 
     Returns:
         What DVC did with each stage.
 
     Raises:
-        InputError: the lists make no valid `params.yaml`, which then stays as it was.
-        StageError: a stage failed; what needs it was not run, all else was.
+        InputError: a list is invalid; `params.yaml` is unchanged.
+        StageError: a stage failed; stages that need it did not run, all others did.
     """
-    asked = {"losses": losses, "betas": betas, "learning_rates": learning_rates, "seeds": seeds}
-    set_lists({name: values for name, values in asked.items() if values is not None})
+    lists = {"losses": losses, "betas": betas, "learning_rates": learning_rates, "seeds": seeds}
+    set_lists({name: values for name, values in lists.items() if values is not None})
     return pipeline(parallel)
 
 
 def set_lists(lists: dict[str, list[LossName] | list[float] | list[int]]) -> None:
-    """Write lists to `sweep` in `params.yaml`; comments stay, and so does the file if they are invalid."""
+    """Write lists to `sweep` in `params.yaml` and keep its comments. Invalid lists leave the file unchanged."""
     before = PARAMS.read_bytes()
     yaml = YAML()
-    yaml.Representer, yaml.width = Representer, 4096
+    yaml.width = 4096
+    yaml.representer.add_representer(type(None), _represent_none)
     params = yaml.load(before)
     for name, values in lists.items():
         params["sweep"][name][:] = values
@@ -79,14 +72,18 @@ def set_lists(lists: dict[str, list[LossName] | list[float] | list[int]]) -> Non
         raise
 
 
+def _represent_none(representer: Any, _: None) -> Any:
+    return representer.represent_scalar("tag:yaml.org,2002:null", "null")  # ruamel's default is an empty value
+
+
 def main() -> int:
-    """Run the flow now, on the server of PREFECT_API_URL or else on one of its own; exit code 1 on failure."""
+    """Run the flow on the server of PREFECT_API_URL, else on a temporary one. Exit with 1 if a stage failed."""
     parser = argparse.ArgumentParser(prog="python -m flows.sweep", description=main.__doc__)
     parser.add_argument("--losses", nargs="+", metavar="NAME")
     parser.add_argument("--betas", nargs="+", type=float, metavar="BETA")
     parser.add_argument("--learning-rates", nargs="+", type=float, metavar="RATE")
     parser.add_argument("--seeds", nargs="+", type=int, metavar="SEED")
-    parser.add_argument("--parallel", type=int, default=1, metavar="N", help="stages at once (default: 1)")
+    parser.add_argument("--parallel", type=int, default=1, metavar="N", help="stages to run at once (default: 1)")
     return 0 if run_now(sweep, **vars(parser.parse_args())).is_completed() else 1
 
 

@@ -1,4 +1,4 @@
-"""Chromium without a window."""
+"""Screenshots with headless Chromium."""
 
 import html
 import re
@@ -7,8 +7,8 @@ import tempfile
 from pathlib import Path
 
 
-def photograph(url: str, picture: Path, width: int, height: int) -> str:
-    """Let Chromium open a page and save what it shows; the words of the page, but those drawn in a canvas."""
+def screenshot(url: str, picture: Path, width: int, height: int) -> str:
+    """Save a screenshot of a page and return the text of the page, without text that is drawn in a canvas."""
     with tempfile.TemporaryDirectory() as profile:
         command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
         command += [

@@ -1,4 +1,4 @@
-"""The pictures of the README, from the pipeline as it stands: `make images`, after `make repro`."""
+"""Make the images of the README from the current pipeline: `make images`, after `make repro`."""
 
 import json
 import subprocess
@@ -8,13 +8,13 @@ from pathlib import Path
 from dpo.config import load_params
 from tasks.common.paths import COMPARISON
 from tasks.report.figures import frontier
-from tools.browser import photograph
+from tools.browser import screenshot
 
 IMAGES = Path("docs/images")
 
 
 def main() -> None:
-    """Draw the graph of the stages with graphviz, and the frontier of the last comparison in Chromium."""
+    """Draw the graph of the stages with graphviz and the frontier of the last comparison with Chromium."""
     dot = subprocess.run(["dvc", "dag", "--dot"], check=True, capture_output=True, text=True).stdout
     subprocess.run(["dot", "-Tsvg", "-o", str(IMAGES / "dag.svg")], input=dot, check=True, text=True)
     policies = json.loads(COMPARISON.read_text())["policies"]
@@ -22,7 +22,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         page = Path(folder) / "frontier.html"
         page.write_text(figure.update_layout(width=900, height=520).to_html(config={"displayModeBar": False}))
-        photograph(page.as_uri(), IMAGES / "frontier.png", 920, 540)
+        screenshot(page.as_uri(), IMAGES / "frontier.png", 920, 540)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Pictures of the pages of Prefect and MLflow, after a pipeline run: `python -m tools.screens [--output FOLDER]`.
+"""Take screenshots of Prefect and MLflow after a pipeline run: `python -m tools.screens [--output FOLDER]`.
 
-The servers are those of PREFECT_API_URL and MLFLOW_TRACKING_URI, or else those of `make up`. Needs Chromium.
+Uses the servers of PREFECT_API_URL and MLFLOW_TRACKING_URI, else those of `make up`. Needs Chromium.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from prefect.client.schemas.objects import StateType
 from prefect.client.schemas.sorting import FlowRunSort
 
 from tasks.tracking.offline import ROLE, SWEEP
-from tools.browser import photograph
+from tools.browser import screenshot
 
 IMAGES = Path(__file__).parent / "images"
 COMPLETED = [StateType.COMPLETED]
@@ -33,7 +33,7 @@ MLFLOW = "http://127.0.0.1:5000"
 
 
 def prefect_pages(api: str) -> dict[str, str]:
-    """By the name of its picture the address of each page: the latest run, the longest artifact, all, a form."""
+    """Return the addresses of the latest run, the longest artifact, all artifacts and a form, by image name."""
     site = api.removesuffix("/api")
     with SyncPrefectClient(api) as client:
         runs = client.read_flow_runs(
@@ -54,7 +54,7 @@ def prefect_pages(api: str) -> dict[str, str]:
 
 
 def mlflow_pages(site: str) -> dict[str, str]:
-    """The page that compares the policies of the latest sweep."""
+    """Return the address of the page that compares the policies of the latest sweep, by image name."""
     client = MlflowClient(site)
     experiments = [experiment.experiment_id for experiment in client.search_experiments()]
     latest, *others = client.search_runs(experiments, f"tags.`{ROLE}` = 'policy'")
@@ -65,15 +65,15 @@ def mlflow_pages(site: str) -> dict[str, str]:
 
 
 def main() -> None:
-    """Take each picture."""
+    """Take each screenshot."""
     parser = argparse.ArgumentParser(prog="python -m tools.screens", description=__doc__)
     parser.add_argument("--output", type=Path, default=IMAGES)
     folder = parser.parse_args().output
     folder.mkdir(parents=True, exist_ok=True)
     for name, url in prefect_pages(os.environ.get("PREFECT_API_URL", API)).items():
-        photograph(url, folder / f"{name}.png", 1280, 900)
+        screenshot(url, folder / f"{name}.png", 1280, 900)
     for name, url in mlflow_pages(os.environ.get("MLFLOW_TRACKING_URI", MLFLOW)).items():
-        photograph(url, folder / f"{name}.png", 1600, 1000)
+        screenshot(url, folder / f"{name}.png", 1600, 1000)
 
 
 if __name__ == "__main__":

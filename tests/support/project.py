@@ -1,4 +1,4 @@
-"""A project with a tiny model and its own pairs, and commands in it."""
+"""A checkout with a tiny model and 40 pairs, and helpers to change and run it."""
 
 import os
 import shutil
@@ -10,23 +10,17 @@ import pandas as pd
 from ruamel.yaml import YAML
 
 ROOT = Path(__file__).parents[2]
-
-
 TRIAL = "sigmoid-0.1-0.01-17"
-
-
 ENV = {
     **os.environ,
     "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
     "HF_HUB_OFFLINE": "1",
 }
-
-
 ENV.pop("MLFLOW_TRACKING_URI", None)
 
 
 def make_project(folder: Path, model: Path) -> Path:
-    """A checkout of this repository with a tiny model and 40 pairs of its own in place of the embedded ones."""
+    """Copy this repository to a folder, with a tiny model and 40 pairs in place of the default ones."""
     for name in ("dpo", "tasks", "flows"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("dvc.yaml", "params.yaml", "pyproject.toml", ".gitignore", "prefect.toml"):
@@ -70,18 +64,20 @@ def make_project(folder: Path, model: Path) -> Path:
 
 
 def change(folder: Path, values: dict[str, object]) -> None:
+    """Set keys of params.yaml."""
     yaml = YAML()
     params = yaml.load(folder / "params.yaml")
     for key, value in values.items():
         *groups, name = key.split(".")
         target = params
         for group in groups:
-            target = target[group]
+            target = target.setdefault(group, {})
         target[name] = value
     yaml.dump(params, folder / "params.yaml")
 
 
 def execute(folder: Path, *command: str, fails: bool = False) -> str:
+    """Run a command in a folder and return its output."""
     done = subprocess.run(command, cwd=folder, env=ENV, capture_output=True, text=True)
     output = done.stdout + done.stderr
     assert (done.returncode != 0) is fails, output[-3000:]

@@ -1,10 +1,10 @@
-"""Faults that need no more than a training, each once; `make faults` does all of them, often."""
+"""The quick faults, each once; `make faults` injects all faults several times."""
 
 import random
 
 import pytest
 
-from tests.support.faults import FAULTS, Untried, make_quick
+from tests.support.faults import FAULTS, NotSupported, make_quick
 
 
 @pytest.fixture(scope="module")
@@ -13,8 +13,8 @@ def projects(tmp_path_factory):
 
 
 @pytest.mark.parametrize("once", [fault.once for fault in FAULTS if fault.quick], ids=lambda once: once.__name__)
-def test_a_fault_is_survived(projects, tmp_path, once):
+def test_the_project_recovers_from_a_fault(projects, tmp_path, once):
     try:
         once(projects, tmp_path, random.Random(17))
-    except Untried as untried:
-        pytest.skip(str(untried))
+    except NotSupported as error:
+        pytest.skip(str(error))

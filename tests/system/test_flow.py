@@ -1,6 +1,7 @@
-"""The Prefect flow on small DVC projects: what it runs, in which order, what it shows, and how it fails."""
+"""The pipeline flow on small DVC projects: order of the stages, states, artifacts, failures and interruption."""
 
 import io
+import json
 import logging
 import os
 import re
@@ -21,8 +22,9 @@ from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 from prefect.testing.utilities import prefect_test_harness
 
 from flows import artifacts
-from flows.pipeline import StageError, pipeline, read_graph, run_stage, split_lines, visible
-from flows.servers import answers
+from flows.pipeline import pipeline, read_graph, run_stage
+from flows.processes import StageError, split_lines, visible
+from flows.servers import is_healthy
 from tests.support.models import free_ports
 
 LOG = logging.getLogger("test")
@@ -47,7 +49,7 @@ BRANCH = "import sys, pathlib; pathlib.Path(sys.argv[1] + '.txt').write_text('do
 
 @pytest.fixture(scope="module", autouse=True)
 def server():
-    with prefect_test_harness():
+    with prefect_test_harness(server_startup_timeout=300):
         yield
 
 
@@ -63,7 +65,7 @@ def project(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-def test_the_graph_is_dvcs_own(project):
+def test_the_graph_is_read_from_dvc(project):
     graph = read_graph()
     assert {stage: set(needed) for stage, needed in graph.items()} == {
         "first": set(),
@@ -73,7 +75,7 @@ def test_the_graph_is_dvcs_own(project):
     }
 
 
-def test_stages_run_once_and_show_what_dvc_did(project):
+def test_stages_run_once_and_their_states_say_what_dvc_did(project):
     assert pipeline() == dict.fromkeys(("first", "branch@0.1", "branch@0.5", "last"), "ran")
     assert (project / "last.txt").read_text() == "done 0.1done 0.5"
     state = pipeline(return_state=True)
@@ -85,9 +87,9 @@ def test_stages_run_once_and_show_what_dvc_did(project):
 
 
 FIT = """
-import json, pathlib, sys
-for bar in ("tokens: 100%|####| 40/40 [00:00<00:00, 99it/s]", " 30%|#   | 12/40 [00:31<01:12, 2.59s/it]"):
-    print(bar)
+import json, os, pathlib, sys
+state = {"title": "tokens", "done": 12, "total": 40, "elapsed_s": 31.0, "remaining_s": 72.4}
+pathlib.Path(os.environ["DPO_PROGRESS_FILE"]).write_text(json.dumps(state))
 for folder in ("model", "reports"):
     pathlib.Path(folder).mkdir(exist_ok=True)
 pathlib.Path("model/provenance.json").write_text(json.dumps({"mlflow_run": "4f0c"}))
@@ -98,7 +100,7 @@ sys.exit(pathlib.Path("seed.txt").read_text() == "bad")
 """
 
 
-def test_each_stage_shows_what_it_left_by_dvcs_own_account(project):
+def test_a_stage_shows_its_outputs_as_listed_by_dvc(project):
     (project / "fit.py").write_text(FIT)
     (project / "dvc.yaml").write_text(
         "stages: {fit: {cmd: python fit.py, deps: [fit.py, seed.txt], outs: [model], "
@@ -114,7 +116,7 @@ def test_each_stage_shows_what_it_left_by_dvcs_own_account(project):
     steps = [line.split()[1] for line in table.splitlines()[2:]]
     assert (steps[0], steps[-1], len(steps)) == ("1", "40", 10)
     assert (progress.key, progress.type, progress.data) == ("fit-progress", "progress", 100.0)
-    assert artifacts_of(pipeline(return_state=True)) == [], "up to date: nothing to show"
+    assert artifacts_of(pipeline(return_state=True)) == [], "stages that are up to date have no artifact"
 
     (project / "seed.txt").write_text("bad")
     page, progress = artifacts_of(pipeline(return_state=True))
@@ -123,59 +125,84 @@ def test_each_stage_shows_what_it_left_by_dvcs_own_account(project):
 
 
 def panels(picture: str) -> float:
-    """How many panels of the usual width a picture in Markdown is wide."""
+    """Width of a Markdown image in panels."""
     found = re.fullmatch(r"!\[.+\]\(data:image/webp;base64,(.+)\)", picture)
     image = Image.open(io.BytesIO(b64decode(found[1])))
-    assert len(image.convert("RGB").getcolors(2**24)) > 2, "something is drawn"
+    assert len(image.convert("RGB").getcolors(2**24)) > 2, "the image is not empty"
     return image.width / 270
 
 
-def test_a_picture_has_a_panel_for_each_figure_of_a_table_and_is_always_the_same(tmp_path):
+def test_a_plot_has_one_panel_per_numeric_column_and_is_deterministic(tmp_path):
     path = tmp_path / "curve.csv"
     table = pd.DataFrame({"step": range(300), "loss": range(300, 0, -1), "policy": "a", "margin": range(300)})
     table.to_csv(path, index=False)
-    (by_step,) = artifacts.plotted(path, {"x": "step", "y": "loss"})
+    (by_step,) = artifacts.plot_images(path, {"x": "step", "y": "loss"})
     assert panels(by_step) == 2
-    assert artifacts.plotted(path, {"x": "step", "y": "loss"}) == [by_step]
+    assert artifacts.plot_images(path, {"x": "step", "y": "loss"}) == [by_step]
     assert len(by_step) < 40_000
-    (by_row,) = artifacts.plotted(path, True)
+    (by_row,) = artifacts.plot_images(path, True)
     assert panels(by_row) == 3
-    (points,) = artifacts.plotted(path, {"template": "scatter", "x": "margin", "y": "loss"})
+    (points,) = artifacts.plot_images(path, {"template": "scatter", "x": "margin", "y": "loss"})
     assert panels(points) == 1
     table.assign(margin=0, loss=0).to_csv(path, index=False)
-    assert artifacts.plotted(path, {"x": "step"}) != [by_step]
+    assert artifacts.plot_images(path, {"x": "step"}) != [by_step]
 
 
 @pytest.mark.parametrize("text", ["", "a,b\n", "a,b\nx,y\n", "a\n1,2\n3\n", '"'])
-def test_what_cannot_be_drawn_is_no_picture(tmp_path, text):
+def test_a_file_without_numbers_has_no_plot(tmp_path, text):
     (tmp_path / "odd.csv").write_text(text)
-    assert artifacts.plotted(tmp_path / "odd.csv", {"x": "a"}) == []
+    assert artifacts.plot_images(tmp_path / "odd.csv", {"x": "a"}) == []
 
 
-def test_a_bar_is_shown_with_the_time_left_once_it_is_a_long_one(monkeypatch):
-    shown = []
-    monkeypatch.setattr(artifacts, "create_progress_artifact", lambda *seen: shown.append(seen) or 1)
-    monkeypatch.setattr(artifacts, "update_progress_artifact", lambda *seen: shown.append(seen))
-    progress = artifacts.Progress("train@a")
-    for line in ("Running", "tokens: 90%|# | 9/10 [00:09<00:01, 1it/s]", "  1%|  | 1/99 [01:00<?, ?it/s]"):
-        progress.show(line)
-    progress.show("KL to the reference:  50%|#    | 1.2k/2.4k [1:00:09<1:02:03, 2.59s/row, loss=1]")
+@pytest.fixture
+def progress(tmp_path):
+    return artifacts.ProgressArtifact("train@a", tmp_path / "progress.json")
+
+
+def write_state(
+    progress, title: str, done: int, total: int | None, elapsed: float, remaining: float | None
+) -> None:
+    names = ("title", "done", "total", "elapsed_s", "remaining_s")
+    progress.file.write_text(json.dumps(dict(zip(names, (title, done, total, elapsed, remaining), strict=True))))
+
+
+def test_progress_of_a_long_stage_is_shown_with_the_remaining_time(monkeypatch, progress):
+    calls, now = [], [100.0]
+    monkeypatch.setattr(artifacts, "create_progress_artifact", lambda *values: calls.append(values) or 1)
+    monkeypatch.setattr(artifacts, "update_progress_artifact", lambda *values: calls.append(values))
+    monkeypatch.setattr(artifacts.time, "monotonic", lambda: now[0])
+    progress.update()
+    for state in (("tokens", 9, 10, 9.9, 1.0), ("", 1, 100, 60.0, None), ("rows", 2, 100, 61.0, None)):
+        write_state(progress, *state)
+        progress.update()
+    assert calls == [(1.0, "train-a-progress", "1 of 100")], "created after 10 s, updated every 10 s"
+    now[0] += 10
+    write_state(progress, "KL to the reference", 1200, 2400, 3609.0, 3723.2)
+    progress.update()
+    write_state(progress, "rows", 7, None, 1.0, None)
     progress.end("ran", complete=True)
-    assert shown == [
-        (1.0, "train-a-progress", "1/99, ? left"),
-        (1, 50.0, "KL to the reference: 1.2k/2.4k, 1:02:03 left"),
+    assert calls[1:] == [
+        (1, 50.0, "KL to the reference: 1,200 of 2,400, 1:02:03 left"),
+        (1, 0.0, "rows: 7"),
         (1, 100.0, "ran"),
     ]
 
 
-def test_a_server_that_is_away_stops_no_stage(monkeypatch):
-    monkeypatch.setattr(artifacts, "create_progress_artifact", lambda *seen: httpx.get("http://127.0.0.1:1"))
-    progress = artifacts.Progress("train")
-    progress.show(" 30%|#   | 12/40 [00:31<01:12, 2.59s/it]")
+def test_a_short_stage_has_no_progress_artifact(monkeypatch, progress):
+    monkeypatch.setattr(artifacts, "create_progress_artifact", lambda *values: pytest.fail("created"))
+    progress.end("ran", complete=True)
+    write_state(progress, "tokens", 9, 10, 9.0, 1.0)
     progress.end("ran", complete=True)
 
 
-def test_a_server_that_goes_away_in_the_middle_costs_no_stage_and_is_named_in_the_end(project):
+def test_an_unreachable_server_does_not_stop_a_stage(monkeypatch, progress):
+    monkeypatch.setattr(artifacts, "create_progress_artifact", lambda *values: httpx.get("http://127.0.0.1:1"))
+    write_state(progress, "", 12, 40, 31.0, 72.0)
+    progress.update()
+    progress.end("ran", complete=True)
+
+
+def test_all_stages_run_if_the_server_is_lost_and_the_error_names_it(project):
     for package in ("dpo", "tasks", "flows"):
         (project / package).symlink_to(Path(__file__).parents[2] / package)
     (project / "branch.py").write_text(f"{BRANCH}; import time; time.sleep(1)")
@@ -193,7 +220,7 @@ def test_a_server_that_goes_away_in_the_middle_costs_no_stage_and_is_named_in_th
     words = [sys.executable, "-m", "prefect", "server", "start", "--port", port]
     server = subprocess.Popen(words, **start, start_new_session=True)
     try:
-        while not answers(f"{url}/health"):
+        while not is_healthy(f"{url}/health"):
             assert server.poll() is None
             time.sleep(0.5)
         run = subprocess.Popen([sys.executable, "-m", "flows.pipeline"], **start)
@@ -203,23 +230,24 @@ def test_a_server_that_goes_away_in_the_middle_costs_no_stage_and_is_named_in_th
     finally:
         os.killpg(server.pid, signal.SIGKILL)
         server.communicate()
-    told, _ = run.communicate(timeout=60)
+    output, _ = run.communicate(timeout=60)
     assert run.returncode == 1
     assert (project / "last.txt").read_text() == "done 0.1done 0.5"
-    assert "Completed: first, branch@0.1, branch@0.5, last" in told
-    assert re.findall("^error: .*", told, re.MULTILINE)[0].startswith(f"error: Prefect's server at {url} is gone")
+    assert "Completed: first, branch@0.1, branch@0.5, last" in output
+    (error,) = re.findall("^error: .*", output, re.MULTILINE)
+    assert error.startswith(f"error: Prefect's server at {url} cannot be reached")
     assert set(pipeline().values()) == {"up to date"}
 
 
 def artifacts_of(state) -> list:
-    """What a flow run shows, by key."""
+    """Artifacts of a flow run, sorted by key."""
     run = FlowRunFilter(id=FlowRunFilterId(any_=[state.state_details.flow_run_id]))
     with get_client(sync_client=True) as client:
         found = [artifact for artifact in client.read_artifacts(flow_run_filter=run) if artifact.key]
     return sorted(found, key=lambda artifact: artifact.key)
 
 
-def test_outputs_of_a_known_run_are_restored(project):
+def test_outputs_of_an_earlier_run_are_restored(project):
     pipeline()
     (project / "seed.txt").write_text("2")
     assert pipeline()["first"] == "ran"
@@ -228,11 +256,12 @@ def test_outputs_of_a_known_run_are_restored(project):
     assert (project / "first.txt").read_text() == "1"
 
 
-def test_a_failed_stage_shows_its_last_lines_and_only_what_needs_it_is_not_run(project):
+def test_a_failed_stage_shows_its_last_lines_and_only_stages_that_need_it_do_not_run(project):
     (project / "branch.py").write_text(f"{BRANCH}\nif sys.argv[1] == '0.1': sys.exit('the disk is full')")
     with pytest.raises(StageError) as error:
         pipeline()
     message = str(error.value)
+    assert message.startswith("1 of 4 stages failed:\n")
     assert "branch@0.1 failed" in message
     assert "the disk is full" in message
     assert "not run: last" in message
@@ -242,13 +271,13 @@ def test_a_failed_stage_shows_its_last_lines_and_only_what_needs_it_is_not_run(p
     assert pipeline()["last"] == "ran"
 
 
-def test_nothing_that_a_stage_started_outlives_it(project):
+def test_a_stopped_stage_leaves_no_process(project):
     (project / "branch.py").write_text(
         "import os, pathlib, time; pathlib.Path('pid').write_text(str(os.getpid())); time.sleep(60)"
     )
     run_stage("first", threading.Event(), LOG)
-    stop, answers = threading.Event(), []
-    runner = threading.Thread(target=lambda: answers.append(run_stage("branch@0.1", stop, LOG)))
+    stop, verdicts = threading.Event(), []
+    runner = threading.Thread(target=lambda: verdicts.append(run_stage("branch@0.1", stop, LOG)))
     runner.start()
     deadline = time.monotonic() + 30
     while not ((project / "pid").exists() and (project / "pid").read_text()) and time.monotonic() < deadline:
@@ -256,14 +285,14 @@ def test_nothing_that_a_stage_started_outlives_it(project):
     pid = int((project / "pid").read_text())
     stop.set()
     runner.join(10)
-    assert answers == ["stopped"]
+    assert verdicts == ["stopped"]
     status = Path(f"/proc/{pid}/status")
     assert not status.exists() or "zombie" in status.read_text()
 
 
 @pytest.mark.parametrize("stubborn", [False, True])
-def test_a_stage_that_is_stopped_may_keep_what_it_has_done_but_not_for_long(project, monkeypatch, stubborn):
-    monkeypatch.setattr("flows.pipeline.STOP_SECONDS", 3.0 if stubborn else 60.0)
+def test_a_stopped_stage_has_limited_time_to_save_its_work(project, monkeypatch, stubborn):
+    monkeypatch.setattr("flows.processes.STOP_SECONDS", 3.0 if stubborn else 60.0)
     (project / "branch.py").write_text(
         "import pathlib, signal, sys, time\n"
         "def keep(*_):\n"
@@ -283,7 +312,7 @@ def test_a_stage_that_is_stopped_may_keep_what_it_has_done_but_not_for_long(proj
     assert (project / "kept").read_text() == "all"
 
 
-def test_levels_of_the_stages_lines_are_kept(project, caplog):
+def test_output_lines_keep_their_log_level(project, caplog):
     (project / "branch.py").write_text(f"{BRANCH}\nprint('WARNING: odd'); print('error: bad'); print('fine')")
     run_stage("first", threading.Event(), LOG)
     with caplog.at_level(logging.INFO):
@@ -294,7 +323,7 @@ def test_levels_of_the_stages_lines_are_kept(project, caplog):
     assert levels["fine"] == "INFO"
 
 
-def test_a_progress_bar_is_one_line():
+def test_a_progress_bar_is_logged_as_its_last_state():
     assert visible("\x1b[32m 10%\r 50%\r100% done\x1b[0m\r") == "100% done"
     chunks = ["start\n 10%\r 5", "0%\r100%", "\nend"]
     assert list(split_lines(chunks)) == ["start", "100%", "end"]

@@ -1,4 +1,4 @@
-"""Schedules, forms and the servers behind them, as a user starts them: real servers, a real worker."""
+"""Schedules, deployments and servers as a user starts them, with real servers and a real worker."""
 
 import json
 import os
@@ -22,25 +22,25 @@ from PIL import Image
 from ruamel.yaml import YAML
 
 from dpo.common.errors import InputError
-from flows import artifacts, servers, sweep
+from flows import artifacts, processes, servers, sweep
 from tasks.tracking.provenance import FLOW_RUN
 from tasks.tracking.registry import COMMIT, REGISTERED
 from tasks.tracking.runs import RESUMED
 from tests.support.models import free_ports
 from tests.support.project import TRIAL, change, make_project
-from tools.browser import photograph
+from tools.browser import screenshot
 from tools.screens import mlflow_pages, prefect_pages
 
 ROOT = Path(__file__).parents[2]
 DVC_YAML = """
 stages:
   validate:
-    cmd: mkdir -p reports && echo '## Ten pairs are sound' > reports/validate.md && echo ten > sound.txt
-    outs: [sound.txt]
+    cmd: mkdir -p reports && echo '## Ten pairs are valid' > reports/validate.md && echo ten > valid.txt
+    outs: [valid.txt]
   train:
     matrix: {beta: [0.1, 0.5]}
-    cmd: cat sound.txt > ${item.beta}.txt && cat pause.txt && sleep $(cat pause.txt)
-    deps: [sound.txt, pause.txt]
+    cmd: cat valid.txt > ${item.beta}.txt && cat pause.txt && sleep $(cat pause.txt)
+    deps: [valid.txt, pause.txt]
     outs: ["${item.beta}.txt"]
   compare:
     cmd: mkdir -p metrics && cat 0.1.txt 0.5.txt > compared.txt && cp comparison.json metrics
@@ -53,7 +53,7 @@ FIVE_LINES = re.search(r"## Retrain every night\n\n```sh\n(.*?)```", (ROOT / "RE
 
 
 class Project:
-    """A checkout whose stages do next to nothing, set up and started by the README's five lines alone."""
+    """A checkout with trivial stages, set up and started by the five lines of the README."""
 
     def __init__(self, place: Path, model: Path) -> None:
         self.folder = place / "dpo-pipeline"
@@ -80,7 +80,7 @@ class Project:
         for name in ("PREFECT_API_URL", "MLFLOW_TRACKING_URI"):
             self.environment.pop(name, None)
         (place / "hooks").mkdir()
-        installed = place / "hooks/post-checkout"  # `make setup` is done by then: what is installed here is used
+        installed = place / "hooks/post-checkout"  # marks `make setup` as done, so that this environment is used
         installed.write_text("#!/bin/sh\nmkdir -p .venv && touch -d '1 hour' .venv/installed\n")
         installed.chmod(0o755)
         make_origin(place / "origin/dpo-pipeline.git", model, self.environment)
@@ -100,7 +100,7 @@ class Project:
         return self.execute(sys.executable, "-m", "flows.servers", action)
 
     def ask(self, method: str, path: str, **body: Any) -> Any:
-        """What Prefect's API answers; 503 is its way to say that the database is busy."""
+        """Send a request to Prefect's API and return the response; retry 503, which means a busy database."""
         for _ in range(20):
             answer = httpx.request(method, f"{self.url}/api/{path}", json=body or None, timeout=10)
             if answer.status_code != 503:
@@ -112,7 +112,7 @@ class Project:
         return self.ask("GET", f"deployments/name/{name}")
 
     def runs(self, name: str) -> Any:
-        """The flow runs of a deployment, the latest last."""
+        """Return the flow runs of a deployment, oldest first."""
         only = {"id": {"any_": [self.deployment(name)["id"]]}}
         return self.ask("POST", "flow_runs/filter", deployments=only, sort="START_TIME_ASC")
 
@@ -121,7 +121,7 @@ class Project:
         return self.ask("GET", f"flow_runs/{identity}")
 
     def pause(self) -> None:
-        """No schedule starts anything from here on."""
+        """Pause the deployments that have schedules."""
         for name in ("pipeline", "retrain"):
             self.ask("PATCH", f"deployments/{self.deployment(f'{name}/{name}')['id']}", paused=True)
 
@@ -131,7 +131,7 @@ class Project:
 
 
 def make_origin(folder: Path, model: Path, environment: dict[str, str]) -> None:
-    """The repository that is cloned: a tiny model, stages of no work, the pipeline's deployment every minute."""
+    """Make the repository to clone: a tiny model, trivial stages, the pipeline scheduled every minute."""
     folder.mkdir(parents=True)
     for name in ("dpo", "tasks", "flows"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -143,7 +143,7 @@ def make_origin(folder: Path, model: Path, environment: dict[str, str]) -> None:
     (folder / "pause.txt").write_text("0")
     (folder / "comparison.json").write_text(json.dumps(COMPARISON))
     with (folder / ".gitignore").open("a") as ignored:
-        ignored.write("/sound.txt\n/0.?.txt\n/compared.txt\n")
+        ignored.write("/valid.txt\n/0.?.txt\n/compared.txt\n")
     yaml = YAML()
     declared = yaml.load(folder / "prefect.yaml")
     declared["deployments"][0]["schedules"] = [{"cron": "* * * * *", "timezone": "UTC"}]
@@ -154,15 +154,15 @@ def make_origin(folder: Path, model: Path, environment: dict[str, str]) -> None:
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
-    """Poll. The bound is for what never comes: a busy machine may take minutes to start a run."""
+    """Poll for up to four minutes: a busy machine may take minutes to start a run."""
     deadline = time.monotonic() + 240
     while not condition():
-        assert time.monotonic() < deadline, "not within four minutes"
+        assert time.monotonic() < deadline, "timeout after four minutes"
         time.sleep(0.5)
 
 
 def processes_in(folder: Path) -> list[psutil.Process]:
-    """Everything that runs in this folder, or was started for it."""
+    """Return the running processes that were started for this folder."""
     found = []
     for process in psutil.process_iter():
         try:
@@ -173,8 +173,8 @@ def processes_in(folder: Path) -> list[psutil.Process]:
     return found
 
 
-def words_of(process: psutil.Process) -> list[str]:
-    """Its command; none of one that has just ended."""
+def command_of(process: psutil.Process) -> list[str]:
+    """Return the command of a process, empty if it has ended."""
     try:
         return process.cmdline()
     except psutil.NoSuchProcess:
@@ -182,14 +182,14 @@ def words_of(process: psutil.Process) -> list[str]:
 
 
 def roots_in(folder: Path) -> set[int]:
-    """The servers and the worker, by their ids; what these started is left out."""
+    """Return the process ids of the servers and the worker, without their children."""
     pids = {process.pid: process.ppid() for process in processes_in(folder)}
     return {pid for pid, parent in pids.items() if parent not in pids}
 
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> Iterator[Project]:
-    """Up, by the five lines."""
+    """A running project."""
     place = tmp_path_factory.mktemp("operations")
     try:
         yield (project := Project(place, tiny_model_dir))
@@ -199,7 +199,7 @@ def project(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> I
             left.kill()
 
 
-def test_a_schedule_fires_by_itself_and_its_run_completes(project):
+def test_a_scheduled_run_starts_and_completes(project):
     def completed() -> list[Any]:
         return [run for run in project.runs("pipeline/pipeline") if run["state_name"] == "Completed"]
 
@@ -215,12 +215,12 @@ def test_a_schedule_fires_by_itself_and_its_run_completes(project):
     found = project.ask("POST", "artifacts/filter", flow_runs={"id": {"any_": [run["id"]]}})
     shown = {artifact["key"]: artifact["data"] for artifact in found if artifact["key"]}
     assert set(shown) == {"compare", "train-0-1", "train-0-5", "validate"}
-    assert shown["validate"].endswith("\n\n## Ten pairs are sound")
+    assert shown["validate"].endswith("\n\n## Ten pairs are valid")
     assert "| selected | null |" in shown["compare"]
     project.pause()
 
 
-def test_the_deployments_and_their_forms_are_those_of_the_flows(project):
+def test_deployments_and_forms_match_the_flows(project):
     retrain = project.deployment("retrain/retrain")
     (nightly,) = retrain["schedules"]
     assert (nightly["schedule"]["cron"], nightly["schedule"]["timezone"]) == ("0 2 * * *", "UTC")
@@ -231,7 +231,7 @@ def test_the_deployments_and_their_forms_are_those_of_the_flows(project):
         assert deployment["concurrency_options"]["collision_strategy"] == "ENQUEUE"
         assert set(deployment["parameters"]) <= set(deployment["parameter_openapi_schema"].get("properties", {}))
         (step,) = deployment["pull_steps"]
-        assert list(step.values()) == [{"directory": "{{ $DPO_WORKSPACE }}"}], "each worker knows its own folder"
+        assert list(step.values()) == [{"directory": "{{ $DPO_WORKSPACE }}"}], "the folder is set by each worker"
     form = project.deployment("sweep/sweep")["parameter_openapi_schema"]["properties"]
     assert form["betas"]["description"] == "strengths of the KL constraint."
     assert "sigmoid" in json.dumps(form["losses"])
@@ -239,7 +239,7 @@ def test_the_deployments_and_their_forms_are_those_of_the_flows(project):
     assert retrain["parameters"]["landing"] == "data/landing", "the folder of the README"
 
 
-def test_what_landed_is_trained_on_and_weighed_by_the_deployment_of_the_night(project):
+def test_the_retrain_deployment_takes_in_new_files(project):
     first = project.submit("retrain/retrain")
     assert project.await_run(first, "Kept")["state"]["message"].startswith(
         "1 file new, 0 files refused: No policy"
@@ -247,19 +247,18 @@ def test_what_landed_is_trained_on_and_weighed_by_the_deployment_of_the_night(pr
     landed = [path.name[17:] for path in (project.folder / "data/own/landed").iterdir()]
     assert landed == ["pairs.jsonl"]
     subjects = project.execute("git", "log", "--format=%s").splitlines()
-    assert [subject.split(":")[0] for subject in subjects] == [
-        "Retrained on 1 file", "1 file landed", "Train on what lands", "1"
-    ]  # fmt: skip
+    assert subjects[:2] == ["Retrain on 1 file", "Add 1 file to the data"]
+    assert len(subjects) == 4
     again = project.submit("retrain/retrain")
     assert project.await_run(again, "NothingNew")["state"]["type"] == "COMPLETED"
 
 
-def test_a_rollback_without_a_champion_says_so(project):
+def test_a_rollback_without_a_champion_is_an_error(project):
     ended = project.await_run(project.submit("rollback/rollback"), "Failed")
     assert "dpo-policy has no champion" in ended["state"]["message"]
 
 
-def test_two_deployments_do_not_write_the_checkout_at_once(project):
+def test_two_deployments_do_not_run_at_once(project):
     (project.folder / "pause.txt").write_text("3")
     first = project.submit("pipeline/pipeline")
     project.await_run(first, "Running")
@@ -269,21 +268,21 @@ def test_two_deployments_do_not_write_the_checkout_at_once(project):
     assert "betas: [0.2, 0.3]" in project.execute("git", "diff", "params.yaml")
 
 
-def test_a_page_links_to_the_run_on_the_server_that_the_worker_was_told(project, tmp_path, monkeypatch):
-    told = {process.environ().get(artifacts.MLFLOW_PAGES) for process in processes_in(project.folder)}
-    assert told == {project.mlflow}
+def test_artifacts_link_to_the_mlflow_server_of_the_worker(project, tmp_path, monkeypatch):
+    servers_set = {process.environ().get(artifacts.MLFLOW_PAGES) for process in processes_in(project.folder)}
+    assert servers_set == {project.mlflow}
     experiment = httpx.post(f"{project.mlflow}/api/2.0/mlflow/experiments/create", json={"name": "linked"}).json()
     made = httpx.post(f"{project.mlflow}/api/2.0/mlflow/runs/create", json=experiment).json()["run"]["info"]
     (tmp_path / "provenance.json").write_text(json.dumps({"mlflow_run": made["run_id"]}))
     address = f"{project.mlflow}/#/experiments/{experiment['experiment_id']}/runs/{made['run_id']}"
     monkeypatch.setenv(artifacts.MLFLOW_PAGES, project.mlflow)
-    assert artifacts.mlflow_run(tmp_path / "provenance.json") == f"[run {made['run_id']}]({address})"
+    assert artifacts.mlflow_link(tmp_path / "provenance.json") == f"[run {made['run_id']}]({address})"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:1/")
-    assert artifacts.mlflow_run(tmp_path / "provenance.json") == f"run `{made['run_id']}`"
+    assert artifacts.mlflow_link(tmp_path / "provenance.json") == f"run `{made['run_id']}`"
 
 
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="Chromium takes the pictures, and is not installed")
-def test_pictures_are_taken_of_prefects_pages_and_of_mlflows_comparison(project, tmp_path):
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Chromium")
+def test_screenshots_of_prefect_and_mlflow(project, tmp_path):
     mlflow = project.mlflow
     for beta in ("0.1", "0.5"):
         tags = [{"key": name, "value": value} for name, value in (("dpo.role", "policy"), ("dpo.sweep", "a"))]
@@ -308,13 +307,13 @@ def test_pictures_are_taken_of_prefects_pages_and_of_mlflows_comparison(project,
     addresses = prefect_pages(f"{project.url}/api") | mlflow_pages(mlflow)
     assert set(addresses) == set(shown)
     for name, url in addresses.items():
-        words = photograph(url, tmp_path / f"{name}.png", 1280, 900)
-        assert [part for part in shown[name] if part not in words] == [], name
+        text = screenshot(url, tmp_path / f"{name}.png", 1280, 900)
+        assert [part for part in shown[name] if part not in text] == [], name
         assert len(Image.open(tmp_path / f"{name}.png").convert("RGB").getcolors(2**24)) > 100
 
 
 POLICY = f"models/{TRIAL}/model.safetensors"
-UNDISTURBED = f"""
+UNINTERRUPTED = f"""
 import sys
 from importlib import import_module
 for name in ("fetch_model", "ingest", "validate", "sft", "reference_logprobs", "train"):
@@ -324,15 +323,15 @@ for name in ("fetch_model", "ingest", "validate", "sft", "reference_logprobs", "
 
 
 def prepare_training(project: Project, place: Path, model: Path) -> bytes:
-    """Bring to the project what a training of 480 steps needs, and that stage alone; the weights that come out.
+    """Copy the inputs of a training of 480 steps to the project and leave only the train stage.
 
-    No schedule runs it.
+    Return the weights of an uninterrupted training. Schedules are paused.
     """
     project.pause()
     done = make_project(place, model)
     change(done, {"dpo.pairs_per_step": 1, "dpo.epochs": 20})
-    words = [sys.executable, "-c", UNDISTURBED]
-    subprocess.run(words, cwd=done, env=project.environment, check=True, capture_output=True)
+    command = [sys.executable, "-c", UNINTERRUPTED]
+    subprocess.run(command, cwd=done, env=project.environment, check=True, capture_output=True)
     change(done, {"run.checkpoint_minutes": 0})
     for name in ("data", "models/reference", "reference"):
         shutil.copytree(done / name, project.folder / name, dirs_exist_ok=True)
@@ -343,15 +342,15 @@ def prepare_training(project: Project, place: Path, model: Path) -> bytes:
     return (done / POLICY).read_bytes()
 
 
-def test_a_training_whose_worker_is_killed_goes_on_from_its_last_checkpoint(project, tmp_path, tiny_model_dir):
-    undisturbed = prepare_training(project, tmp_path, tiny_model_dir)
+def test_training_resumes_from_its_last_checkpoint_after_the_worker_is_killed(project, tmp_path, tiny_model_dir):
+    uninterrupted = prepare_training(project, tmp_path, tiny_model_dir)
 
     def last_step() -> int:
         found = (project.folder / f".training-progress/{TRIAL}").glob("*/checkpoint-*/sha256.json")
-        return max((int(seal.parent.name.rpartition("-")[2]) for seal in found), default=0)
+        return max((int(file.parent.name.rpartition("-")[2]) for file in found), default=0)
 
     def trainings() -> list[psutil.Process]:
-        return [process for process in processes_in(project.folder) if words_of(process)[-2:] == words]
+        return [process for process in processes_in(project.folder) if command_of(process)[-2:] == command]
 
     def train_until(step: int) -> str:
         run = project.submit("pipeline/pipeline")
@@ -363,14 +362,14 @@ def test_a_training_whose_worker_is_killed_goes_on_from_its_last_checkpoint(proj
         worker = psutil.Process(json.loads((project.folder / ".servers/worker.json").read_text())["pid"])
         return [worker, *worker.children(recursive=True)]
 
-    words = ["tasks.train", TRIAL]
+    command = ["tasks.train", TRIAL]
     run = train_until(20)
     worker, *others = family()
     worker.kill()
-    assert trainings()[0] in others, "a training outlives the worker alone"
+    assert trainings()[0] in others, "training survives the death of the worker"
     project.servers("up")
     assert project.ask("GET", f"flow_runs/{run}")["state_name"] == "Crashed"
-    assert not psutil.wait_procs(others, timeout=0)[1], "none is left to work beside the next run"
+    assert not psutil.wait_procs(others, timeout=0)[1], "no old process disturbs the next run"
 
     first = last_step()
     run = train_until(first + 20)
@@ -379,9 +378,9 @@ def test_a_training_whose_worker_is_killed_goes_on_from_its_last_checkpoint(proj
     assert not psutil.wait_procs(killed, timeout=30)[1]
     second = last_step()
     change(project.folder, {"run.checkpoint_minutes": 5})
-    assert "worker   was stopped in the middle of" in project.servers("up")
+    assert "worker   was stopped during flow run" in project.servers("up")
     project.await_run(project.submit("pipeline/pipeline"), "Completed")
-    assert (project.folder / POLICY).read_bytes() == undisturbed
+    assert (project.folder / POLICY).read_bytes() == uninterrupted
     client = MlflowClient(f"sqlite:///{project.folder}/mlflow.db")
     found = client.search_runs(["1"], f"tags.`dpo.trial` = '{TRIAL}'", order_by=["start_time"])
     resumed = [int(run.data.tags.get(RESUMED, 0)) for run in found]
@@ -390,18 +389,18 @@ def test_a_training_whose_worker_is_killed_goes_on_from_its_last_checkpoint(proj
     wait_for(lambda: len(family()) == 1)
 
 
-def test_a_second_up_starts_nothing_and_down_leaves_nothing(project):
+def test_a_second_up_starts_nothing_and_down_stops_everything(project):
     (project.folder / "pause.txt").write_text("300")
     project.pause()
     added = f"deployments/{project.deployment('sweep/sweep')['id']}/schedules"
     httpx.post(f"{project.url}/api/{added}", json=[{"schedule": {"cron": "0 3 * * *"}}]).raise_for_status()
     before = roots_in(project.folder)
-    words = project.servers("up")
-    assert "sweep    a schedule that is not in prefect.yaml is removed" in words
+    output = project.servers("up")
+    assert "sweep    removed a schedule that is not in prefect.yaml" in output
     assert project.ask("GET", added) == []
     paused = {name: project.deployment(f"{name}/{name}")["paused"] for name in ("pipeline", "retrain", "sweep")}
     assert paused == {"pipeline": True, "retrain": True, "sweep": False}
-    assert re.findall(r"(\w+) +runs already", words) == ["prefect", "mlflow", "worker"]
+    assert re.findall(r"(\w+) +is already running", output) == ["prefect", "mlflow", "worker"]
     assert roots_in(project.folder) == before
     assert httpx.get(f"http://127.0.0.1:{project.ports[1]}/health").is_success
     interrupted = project.submit("pipeline/pipeline")
@@ -411,23 +410,23 @@ def test_a_second_up_starts_nothing_and_down_leaves_nothing(project):
     try:
         project.servers("down")
         assert processes_in(project.folder) == []
-        assert waiting not in (project.folder / ".servers/worker.log").read_text(), "started while all was stopped"
+        assert waiting not in (project.folder / ".servers/worker.log").read_text(), "a run was started during down"
         assert stranger.poll() is None
     finally:
         stranger.kill()
         stranger.wait()
     assert project.execute("git", "status", "--porcelain", ".servers") == ""
-    assert "does not run" in project.servers("down")
+    assert "is not running" in project.servers("down")
     project.servers("up")
-    assert project.await_run(interrupted, "Crashed"), "what was stored is still there, and no run holds the pool"
+    assert project.await_run(interrupted, "Crashed"), "stored data is kept, and no run blocks the pool"
 
 
-def test_what_a_lost_worker_left_running_is_ended_and_nothing_else_is(tmp_path, monkeypatch):
+def test_only_orphaned_processes_of_this_folder_are_stopped(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run = {servers.WORKSPACE: str(tmp_path), servers.WORKERS_RUN: "1"}
     kinds = [run, run | {FLOW_RUN: "1"}, {servers.WORKERS_RUN: "1"}, {servers.WORKSPACE: str(tmp_path)}]
     started = [subprocess.Popen(["sleep", "60"], env=os.environ | variables) for variables in kinds]
-    monkeypatch.setattr(servers, "GRACE_SECONDS", 1.0)
+    monkeypatch.setattr(processes, "GRACE_SECONDS", 1.0)
     try:
         servers.end_orphans(SimpleNamespace(read_flow_runs=lambda **_: []))
         assert [process.poll() is None for process in started] == [False, False, True, True]
@@ -437,7 +436,7 @@ def test_what_a_lost_worker_left_running_is_ended_and_nothing_else_is(tmp_path, 
             process.wait()
 
 
-def test_a_process_that_got_the_id_of_a_server_is_not_stopped(tmp_path, monkeypatch):
+def test_a_process_that_reuses_the_id_of_a_server_is_not_stopped(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     stranger = subprocess.Popen(["sleep", "60"])
     try:
@@ -451,28 +450,37 @@ def test_a_process_that_got_the_id_of_a_server_is_not_stopped(tmp_path, monkeypa
         stranger.wait()
 
 
-def test_a_port_of_another_program_is_named_with_the_mend(tmp_path, monkeypatch):
+def test_a_server_that_has_no_command_line_yet_is_running(monkeypatch):
+    server = servers.Server("worker", os.getpid(), ["python", "-m", "prefect"], "")
+    assert server.process() is None, "another command"
+    monkeypatch.setattr(psutil.Process, "cmdline", lambda self: [])
+    assert server.process() == psutil.Process()
+
+
+def test_a_used_port_is_an_error_with_a_fix(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         monkeypatch.setenv("PREFECT_PORT", str(port))
-        with pytest.raises(InputError, match=f"port {port} belongs to another program.*make up PREFECT_PORT=PORT"):
+        with pytest.raises(InputError, match=f"port {port} is used by another program.*make up PREFECT_PORT=PORT"):
             servers.up()
     monkeypatch.setenv("PREFECT_PORT", "many")
     with pytest.raises(InputError, match="PREFECT_PORT=many: not a port"):
         servers.up()
-    assert not list(servers.FOLDER.glob("*.json")), "nothing was started"
+    assert not list(servers.FOLDER.glob("*.json")), "no server was started"
 
 
-def test_a_server_that_does_not_start_is_reported_with_the_end_of_its_log(tmp_path, monkeypatch):
+def test_the_error_of_a_server_that_does_not_start_has_the_last_lines_of_its_log(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     servers.FOLDER.mkdir()
     server = servers.start("odd", "http://127.0.0.1:1", "no_such_module", env=dict(os.environ))
-    with pytest.raises(InputError, match=r"odd did not start; the end of \.servers/odd\.log:\n.*no_such_module"):
+    with pytest.raises(
+        InputError, match=r"odd did not start; last lines of \.servers/odd\.log:\n.*no_such_module"
+    ):
         servers.await_health(server, lambda: False)
 
 
-def test_a_sweep_changes_its_lists_alone_and_nothing_if_they_are_invalid(tmp_path, monkeypatch):
+def test_a_sweep_changes_only_its_lists_and_nothing_if_they_are_invalid(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     before = (ROOT / "params.yaml").read_text()
     sweep.PARAMS.write_text(before)
@@ -489,7 +497,7 @@ def test_a_sweep_changes_its_lists_alone_and_nothing_if_they_are_invalid(tmp_pat
 
 
 def test_garbage_collection_keeps_champions(tmp_path):
-    """The commands of docs/operations.md, on four versions of one output, one of them uncommitted."""
+    """Run the documented commands on four versions of one output, one of them uncommitted."""
 
     def execute(*words: str) -> None:
         subprocess.run(words, cwd=tmp_path, check=True, capture_output=True)
@@ -505,14 +513,14 @@ def test_garbage_collection_keeps_champions(tmp_path):
             "PYTHONPATH": str(ROOT),
         }
         environment.pop("MLFLOW_TRACKING_URI", None)
-        words = block.replace(option, f"{option} --force")  # it asks else
+        words = block.replace(option, f"{option} --force")  # no confirmation
         subprocess.run(["sh", "-c", words], cwd=tmp_path, check=True, capture_output=True, env=environment)
         return {file.read_text() for file in (tmp_path / ".dvc/cache/files").rglob("*") if file.is_file()}
 
     dvc = [sys.executable, "-m", "dvc"]
     execute("git", "init", "-q")
     execute(*dvc, "init", "-q")
-    for version in ("champion", "forgotten", "uncommitted", "now"):
+    for version in ("champion", "superseded", "uncommitted", "now"):
         (tmp_path / "weights").write_text(version)
         execute(*dvc, "add", "weights")
         if version != "uncommitted":
@@ -523,12 +531,12 @@ def test_garbage_collection_keeps_champions(tmp_path):
     registry = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
     registry.create_registered_model(REGISTERED)
     registry.create_model_version(REGISTERED, str(tmp_path / "weights"), tags={COMMIT: revision})
-    assert left_by("--all-commits") == {"champion", "forgotten", "now"}
+    assert left_by("--all-commits") == {"champion", "superseded", "now"}
     assert left_by("--all-tags") == {"champion", "now"}
 
 
-def test_another_clone_gets_every_result_from_s3(tmp_path, monkeypatch):
-    """By the commands of docs/operations.md, from a server that speaks S3."""
+def test_a_clone_pulls_all_results_from_s3(tmp_path, monkeypatch):
+    """Run the documented commands with an S3 server."""
     for package in ("dvc_s3", "moto", "flask"):
         pytest.importorskip(package, reason=f"{package}: installed with the dev extra")
     (port,) = free_ports(1)
@@ -563,7 +571,7 @@ def test_another_clone_gets_every_result_from_s3(tmp_path, monkeypatch):
         stderr=subprocess.DEVNULL,
     )
     try:
-        wait_for(lambda: servers.answers(store))
+        wait_for(lambda: servers.is_healthy(store))
         httpx.put(f"{store}/results").raise_for_status()
         assert len(setting) == 2
         for _, *words in setting:
@@ -580,7 +588,7 @@ def test_another_clone_gets_every_result_from_s3(tmp_path, monkeypatch):
         assert "Running stage" not in dvc(there, "repro")
         monkeypatch.setenv("AWS_ENDPOINT_URL_S3", store)
         files, place = fsspec.core.url_to_fs("s3://results/dpo")
-        assert len(files.find(place)) == 2, "a file and the list of its folder"
+        assert len(files.find(place)) == 2, "one file and its folder listing"
     finally:
         server.terminate()
         server.wait()

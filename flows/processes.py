@@ -1,0 +1,226 @@
+"""Run commands as child processes, log their output, and stop processes together with their children."""
+
+import codecs
+import logging
+import os
+import re
+import select
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import psutil
+from prefect import get_run_logger
+from prefect.runtime import flow_run
+
+from tasks.tracking.provenance import FLOW_RUN
+
+Logger: TypeAlias = "logging.Logger | logging.LoggerAdapter[Any]"
+CLI = "tasks.commands.cli"
+"""Module of the `dpo` command line."""
+LEVEL = re.compile(r"\b(ERROR|WARNING)\b|^(error|warning):")
+LEVELS = {"ERROR": logging.ERROR, "WARNING": logging.WARNING}
+ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+BAR_SECONDS = 10.0
+"""Time between two log lines of one progress bar."""
+POLL_SECONDS = 0.5
+STOP_SECONDS = 20.0
+"""Time that a stopped command has to write a checkpoint before it is killed."""
+GRACE_SECONDS = 15.0
+"""Time that a server, worker or flow has to exit before it is killed."""
+TAIL_LINES = 15
+
+
+class StageError(Exception):
+    """A command failed. The message names the command and ends with the last lines of its output."""
+
+    def __init__(self, message: str, transient: bool = False) -> None:
+        super().__init__(message)
+        self.transient = transient
+        """Whether a retry may succeed without a change, for example after a network fault."""
+
+
+def command_error(title: str, lines: list[str], transient: bool = False) -> StageError:
+    """Return the error of a failed command, with DVC's own errors and the last lines of the output."""
+    head, tail = lines[:-TAIL_LINES], lines[-TAIL_LINES:]
+    errors = [line for line in head if line.startswith("ERROR")]  # DVC prints the error first, then many files
+    return StageError("\n".join([f"{title} failed; its last output:", *errors, *tail]), transient)
+
+
+def run_module(*command: str) -> list[str]:
+    """Run `python -m COMMAND`, log its output and return the lines. Raise StageError if it fails."""
+    code, lines = execute(list(command), threading.Event(), get_run_logger())
+    if code:
+        raise command_error(" ".join(command), lines, transient=code == os.EX_TEMPFAIL)
+    return lines
+
+
+def execute(
+    command: list[str],
+    stop: threading.Event,
+    logger: Logger,
+    env: Mapping[str, str] | None = None,
+    poll: Callable[[], None] | None = None,
+) -> tuple[int, list[str]]:
+    """Run `python -m COMMAND` and log its output line by line.
+
+    When this function returns or raises, no process that the command started is left.
+
+    Args:
+        command: module and arguments.
+        stop: ends the command when set.
+        logger: receives the lines, each at the level that the line names.
+        env: variables to add to the environment.
+        poll: called at least every `POLL_SECONDS` while the command runs.
+
+    Returns:
+        Exit code, which is not 0 if `stop` ended the command, and the lines.
+    """
+    process = subprocess.Popen(
+        [sys.executable, "-m", *command],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env={
+            **os.environ,
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
+            "PYTHONUNBUFFERED": "1",
+            **({FLOW_RUN: flow_run.id} if flow_run.id else {}),
+            **(env or {}),
+        },
+        start_new_session=True,
+    )
+    lines = []
+    try:
+        for line in filter(None, split_lines(read_output(process, stop, poll))):
+            found = LEVEL.search(line)
+            logger.log(LEVELS[found[0].rstrip(":").upper()] if found else logging.INFO, line)
+            lines.append(line)
+        if not stop.is_set():
+            process.wait()
+    finally:
+        end_group(process, STOP_SECONDS if process.poll() is None else 0.0)
+    return process.returncode, lines
+
+
+def read_output(
+    process: subprocess.Popen[bytes], stop: threading.Event, poll: Callable[[], None] | None = None
+) -> Iterator[str]:
+    """Yield output as it arrives, "" after `POLL_SECONDS` without any, until the process ends or `stop` is set."""
+    assert process.stdout is not None
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    while not stop.is_set():
+        if poll:
+            poll()
+        if select.select([process.stdout], [], [], POLL_SECONDS)[0]:
+            data = os.read(process.stdout.fileno(), 65536)
+            if not data:
+                return
+            yield decoder.decode(data)
+        elif process.poll() is not None:  # ended, but a child still holds the pipe
+            return
+        else:
+            yield ""
+
+
+def split_lines(chunks: Iterable[str], bar_seconds: float = BAR_SECONDS) -> Iterator[str]:
+    """Yield complete lines without escapes; of a progress bar one state per `bar_seconds` and the last."""
+    rest, shown, last_bar = "", time.monotonic(), ""
+    for chunk in chunks:
+        *complete, rest = (rest + chunk).split("\n")
+        yield from (visible(line) for line in complete)
+        if "\r" in rest:
+            bar = visible(rest)
+            rest = "\r".join(rest.split("\r")[-2:])
+            if bar != last_bar and time.monotonic() - shown >= bar_seconds:
+                yield bar
+                shown, last_bar = time.monotonic(), bar
+    if rest:
+        yield visible(rest)
+
+
+def visible(line: str) -> str:
+    """Return what a terminal shows of a line that carriage returns overwrite."""
+    states = [state.rstrip() for state in ESCAPE.sub("", line).split("\r")]
+    return next((state for state in reversed(states) if state), "")
+
+
+def end_group(process: subprocess.Popen[bytes], seconds: float) -> None:
+    """Send SIGTERM to the process group of `process`, and SIGKILL to what still runs after some seconds."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGTERM)
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline and _is_group_running(process.pid):
+            time.sleep(POLL_SECONDS)
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _is_group_running(group: int) -> bool:
+    for process in psutil.process_iter():
+        with suppress(ProcessLookupError):
+            if os.getpgid(process.pid) == group and is_running(process):
+                return True
+    return False
+
+
+def is_running(process: psutil.Process) -> bool:
+    """Return whether a process runs; a zombie does not."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def stop_tree(process: psutil.Process, graceful: bool) -> None:
+    """Stop a process and its descendants: SIGTERM for its children first, SIGKILL for what is left.
+
+    A Prefect worker that receives SIGTERM kills its flows, whose stages then continue, and starts the next run.
+    So the process is suspended until its children have ended; if not `graceful`, it is then killed.
+    """
+    with suppress(psutil.NoSuchProcess):
+        process.suspend()
+        family = {process, *process.children(recursive=True)}
+        terminate(process.children())
+        wait_for_exit(family, ignore=process)
+        if graceful:
+            process.terminate()
+            process.resume()
+        else:
+            process.kill()
+        kill_after_grace(family)
+
+
+def terminate(processes: Iterable[psutil.Process]) -> None:
+    """Send SIGTERM to processes that may have ended already."""
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            process.terminate()
+
+
+def kill_after_grace(family: set[psutil.Process]) -> None:
+    """Wait up to `GRACE_SECONDS` for processes that received SIGTERM, then kill those that still run."""
+    wait_for_exit(family)
+    for process in family:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(family, timeout=GRACE_SECONDS)
+
+
+def wait_for_exit(family: set[psutil.Process], ignore: psutil.Process | None = None) -> None:
+    """Wait up to `GRACE_SECONDS` until all processes but `ignore` have ended; add the children they start."""
+    deadline = time.monotonic() + GRACE_SECONDS
+    while time.monotonic() < deadline:
+        running = {process for process in family if process != ignore and is_running(process)}
+        if not running:
+            return
+        for process in running:
+            with suppress(psutil.NoSuchProcess):
+                family.update(process.children())
+        time.sleep(POLL_SECONDS)
