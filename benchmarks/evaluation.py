@@ -1,6 +1,6 @@
-"""What evaluating a policy takes, over training it, on this machine: `python -m benchmarks.evaluation`.
+"""Measure the time of evaluating a policy, divided by that of training it: `python -m benchmarks.evaluation`.
 
-Both stages run on the results of `dvc repro`, in a copy of the project, on 256 answers with answers of 32 tokens.
+Both stages run in a copy of the project after `dvc repro`, with 256 responses of at most 32 tokens.
 """
 
 import argparse
@@ -21,47 +21,47 @@ from dpo.training.settings import Trial
 
 RESULTS = Path("benchmarks/results/evaluation.json")
 PAGE = Path("docs/evaluation.md")
-ANSWERS, NEW_TOKENS = 256, 32
+RESPONSES, NEW_TOKENS = 256, 32
 NEEDED = ("params.yaml", "dpo", "tasks", "data", "models/base", "models/reference", "reference")
 
 
 def prepare(folder: Path) -> None:
-    """Copy what the two stages read, and ask for more answers."""
+    """Copy the inputs of both stages, set the number of responses and sample the reference's."""
     for name in NEEDED:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (shutil.copytree if Path(name).is_dir() else shutil.copy)(name, folder / name)
     yaml = YAML()
     params = yaml.load(folder / "params.yaml")
-    params["evaluate"] |= {"samples": ANSWERS, "max_new_tokens": NEW_TOKENS}
+    params["evaluate"] |= {"samples": RESPONSES, "max_new_tokens": NEW_TOKENS}
     yaml.dump(params, folder / "params.yaml")
     subprocess.run([sys.executable, "-m", "tasks.reference_samples"], cwd=folder, check=True)
 
 
 def seconds(folder: Path, stage: str, trial: Trial) -> float:
-    """How long a stage takes, its start included."""
+    """Return the seconds that a stage takes, including its start."""
     start = time.perf_counter()
     subprocess.run([sys.executable, "-m", f"tasks.{stage}", trial.name], cwd=folder, check=True)
     return time.perf_counter() - start
 
 
 def main() -> None:
-    """Measure in turns; write medians and their ratio."""
+    """Run both stages alternately. Write the medians and their ratio."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.evaluation", description=__doc__)
     parser.add_argument("--repeats", type=int, default=1)
     repeats = parser.parse_args().repeats
     params = load_params()
     trial = params.sweep.trials()[0]
-    taken: dict[str, list[float]] = {"train": [], "evaluate": []}
+    times: dict[str, list[float]] = {"train": [], "evaluate": []}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         prepare(folder)
         for _ in range(repeats):
-            for stage, times in taken.items():
-                times.append(seconds(folder, stage, trial))
-    train, evaluate = (statistics.median(times) for times in taken.values())
+            for stage, values in times.items():
+                values.append(seconds(folder, stage, trial))
+    train, evaluate = (statistics.median(values) for values in times.values())
     result = {
         "training_pairs": params.data.max_train_pairs,
-        "answers": ANSWERS,
+        "responses": RESPONSES,
         "new_tokens": NEW_TOKENS,
         "repeats": repeats,
         "train_seconds": train,

@@ -71,7 +71,7 @@ class Params(Settings):
 
     @property
     def sampling(self) -> dict[str, int]:
-        """Arguments of `dpo.evaluation.sampling.answer_table`."""
+        """Arguments of `dpo.evaluation.sampling.response_table`."""
         return {
             "max_new_tokens": self.evaluate.max_new_tokens,
             "max_prompt_tokens": self.max_prompt_tokens,
@@ -104,10 +104,10 @@ def load_params(path: Path = Path("params.yaml")) -> Params:
 
 def _check_combinations(path: Path, params: Params) -> None:
     """Raise InputError if settings contradict each other."""
-    if params.evaluate.judge is None and "win_rate" in params.compare.select:
+    if not params.evaluate.judges and "win_rate" in params.compare.select:
         raise InputError(
-            f"{path}: compare.select: {params.compare.select} needs a judge; set evaluate.judge, or select "
-            "reward_accuracy or margin"
+            f"{path}: compare.select: {params.compare.select} needs a judge; add one to evaluate.judges, or "
+            "select reward_accuracy or margin"
         )
     if params.max_prompt_tokens < 1:
         raise InputError(

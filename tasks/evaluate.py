@@ -1,24 +1,27 @@
-"""Stage `evaluate`: one policy against the reference on held-out data, `python -m tasks.evaluate TRIAL`."""
+"""Stage `evaluate`: compare one policy with the reference on held-out data: `python -m tasks.evaluate TRIAL`."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import pandas as pd
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from dpo.common.distributed import share, this_process
 from dpo.common.files import atomic_write, write_json
-from dpo.config import load_params
-from dpo.engine.logprobs import load_model, sequence_logps
+from dpo.config import Params, load_params
+from dpo.engine.logprobs import LogProbModel, load_model, sequence_logps
 from dpo.engine.pretrained import load_tokenizer
 from dpo.engine.reference_cache import cache_key, load_reference
-from dpo.engine.tokenization import encode_pairs, prompt_ids, prompt_of
-from dpo.evaluation.judges.scorer import Scorer, load_judge, score_wins
+from dpo.engine.tokenization import Prompt, encode_pairs, prompt_ids, prompt_of
+from dpo.evaluation.judges import Judge, load_judges
 from dpo.evaluation.kl import divergence
 from dpo.evaluation.pair_metrics import pair_table, preference_metrics
-from dpo.evaluation.response_metrics import answer_metrics
-from dpo.evaluation.sampling import answer_table
+from dpo.evaluation.response_metrics import response_metrics
+from dpo.evaluation.sampling import response_table
 from dpo.training.losses import implicit_rewards
+from dpo.training.settings import Trial
 from tasks.common.paths import (
     EVAL,
     REFERENCE,
@@ -36,82 +39,102 @@ from tasks.tracking.runs import log_evaluation
 
 
 def main() -> None:
-    """Score, sample, judge, save."""
+    """Evaluate one policy and save metrics, pairs, samples and model card."""
     params = load_params()
     trial = trial_argument(params)
-    engine, asked = params.engine, params.evaluate
-    judge = load_judge(asked.judge)
+    judges = load_judges(params.evaluate.judges)
     tokenizer = load_tokenizer(REFERENCE)
     held_out = pd.read_parquet(EVAL)
-    rows = encode_pairs(held_out.to_dict("records"), tokenizer, engine.max_length)
-    key = cache_key(REFERENCE, tokenizer, rows, engine)
-    cached = load_reference(REFERENCE_EVAL, key)
-    baseline = pd.read_parquet(REFERENCE_SAMPLES)
-    prompts = [prompt_of(pair, tokenizer) for pair in baseline.to_dict("records")]
-
+    reference = pd.read_parquet(REFERENCE_SAMPLES)
+    prompts = [prompt_of(pair, tokenizer) for pair in reference.to_dict("records")]
     state = this_process()
-    model = load_model(policy_folder(trial), engine.precision, engine.compile).to(state.device)
+    policy = load_model(policy_folder(trial), params.engine.precision, params.engine.compile).to(state.device)
 
-    def score(mine: list[int]) -> list[Any]:
-        return sequence_logps(
-            model, [rows[i] for i in mine], engine.max_tokens_per_microbatch, "policy log-probs"
-        ).tolist()
-
-    def distances(mine: list[int]) -> list[Any]:
-        to = load_model(REFERENCE, engine.precision, engine.compile).to(state.device)
-        asking = prompt_ids(tokenizer, [prompts[i] for i in mine], params.max_prompt_tokens)
-        return divergence(model, to, asking, [ids[i] for i in mine], engine.max_tokens_per_microbatch).to_dict(
-            "records"
-        )
-
-    pairs = pair_table(
-        held_out,
-        torch.tensor(share(len(rows), score)),
-        torch.tensor([cached[row.id] for row in rows]),
-        torch.tensor([[len(ids) for ids in row.completions] for row in rows]),
-        trial,
-        params.losses,
-    )
-    answers = answer_table(model, tokenizer, prompts, **params.sampling)
-    ids, texts = answers["ids"].tolist(), answers["answer"].tolist()
-    apart = pd.DataFrame(share(len(prompts), distances))
+    pairs = evaluate_pairs(params, trial, policy, tokenizer, held_out)
+    samples = sample_responses(params, trial, policy, tokenizer, prompts)
     if not state.is_main_process:
         return
-    logps, reference_logps = (torch.tensor(apart[name].to_numpy()) for name in ("policy_logp", "reference_logp"))
-    lengths = torch.tensor([len(tokens) for tokens in ids])
-    rewards = implicit_rewards(logps, reference_logps, lengths, trial.beta, trial.loss)
-    samples = pd.DataFrame(
-        {
-            "prompt": baseline["prompt"],
-            "reference": baseline["answer"],
-            "policy": texts,
-            "reference_ids": baseline["ids"],
-            "policy_ids": ids,
-            "reference_finished": baseline["finished"],
-            "policy_finished": answers["finished"],
-            **apart,
-            "implicit_reward": rewards.numpy(),
-        }
-    )
-    if isinstance(judge, Scorer):
-        samples["policy_score"] = judge.score(prompts, texts)
-        samples["reference_score"] = baseline["score"]
-        samples["win"] = score_wins(samples["policy_score"], samples["reference_score"])
-    elif judge is not None:
-        samples["win"] = judge.compare(prompts, texts, baseline["answer"].tolist())
-
+    samples = compare_responses(judges, prompts, samples, reference)
     metrics = {
         "trial": dataclasses.asdict(trial),
         "weights": weights(policy_folder(trial))[:16],
         **preference_metrics(pairs, params.seed, completions=params.sft.completions),
-        **answer_metrics(samples, params.seed),
+        **response_metrics(samples, params.seed),
     }
     for path, table in ((policy_margins(trial), pairs), (policy_samples(trial), samples)):
         with atomic_write(path) as tmp:
             table.to_parquet(tmp, index=False)
     write_json(evaluation(trial), metrics)
     write_card(params, trial, metrics)
-    log_evaluation(params, trial, held_out, metrics, samples.drop(columns=["policy_ids", "reference_ids"]))
+    log_evaluation(params, trial, held_out, metrics, samples.drop(columns=["ids", "reference_ids"]))
+
+
+def evaluate_pairs(
+    params: Params, trial: Trial, policy: LogProbModel, tokenizer: PreTrainedTokenizerBase, held_out: pd.DataFrame
+) -> pd.DataFrame:
+    """Return rewards, margin and loss of each held-out pair; the processes of a launch share the pairs.
+
+    Raises:
+        InputError: the cached reference log-probs are stale, or a log-prob is not finite.
+    """
+    max_tokens = params.engine.max_tokens_per_microbatch
+    rows = encode_pairs(held_out.to_dict("records"), tokenizer, params.engine.max_length)
+    cached = load_reference(REFERENCE_EVAL, cache_key(REFERENCE, tokenizer, rows, params.engine))
+
+    def policy_logps(indices: list[int]) -> list[Any]:
+        return sequence_logps(policy, [rows[i] for i in indices], max_tokens, "policy log-probs").tolist()
+
+    return pair_table(
+        held_out,
+        torch.tensor(share(len(rows), policy_logps)),
+        torch.tensor([cached[row.id] for row in rows]),
+        torch.tensor([[len(ids) for ids in row.completions] for row in rows]),
+        trial,
+        params.losses,
+    )
+
+
+def sample_responses(
+    params: Params, trial: Trial, policy: LogProbModel, tokenizer: PreTrainedTokenizerBase, prompts: list[Prompt]
+) -> pd.DataFrame:
+    """Return one sampled response per prompt with its KL to the reference and its implicit reward."""
+    samples = response_table(policy, tokenizer, prompts, **params.sampling)
+    responses = samples["ids"].tolist()
+
+    def kl_to_reference(indices: list[int]) -> list[Any]:
+        reference = load_model(REFERENCE, params.engine.precision, params.engine.compile).to(policy.device)
+        prompt_tokens = prompt_ids(tokenizer, [prompts[i] for i in indices], params.max_prompt_tokens)
+        chosen = [responses[i] for i in indices]
+        max_tokens = params.engine.max_tokens_per_microbatch
+        return divergence(policy, reference, prompt_tokens, chosen, max_tokens).to_dict("records")
+
+    kl = pd.DataFrame(share(len(prompts), kl_to_reference))
+    logps, reference_logps = (torch.tensor(kl[name].to_numpy()) for name in ("policy_logp", "reference_logp"))
+    lengths = torch.tensor([len(ids) for ids in responses])
+    rewards = implicit_rewards(logps, reference_logps, lengths, trial.beta, trial.loss)
+    return samples.join(kl).assign(implicit_reward=rewards.numpy())
+
+
+def compare_responses(
+    judges: Sequence[Judge], prompts: Sequence[Prompt], samples: pd.DataFrame, reference: pd.DataFrame
+) -> pd.DataFrame:
+    """Add the reference's responses and the verdicts of the judges to the samples.
+
+    The first judge adds `win` and, if it scores, `score` and `reference_score`. Further judges add the same
+    columns with the suffix `/NAME`.
+    """
+    columns = reference[["prompt", "response", "ids", "finished"]].add_prefix("reference_")
+    samples = columns.rename(columns={"reference_prompt": "prompt"}).join(samples)
+    for number, judge in enumerate(judges):
+        verdicts = judge.compare(
+            prompts,
+            samples["response"].tolist(),
+            samples["reference_response"].tolist(),
+            reference.get(f"score/{judge.name}"),
+        )
+        verdicts = verdicts.rename(columns={"other_score": "reference_score"})
+        samples = samples.join(verdicts.add_suffix(f"/{judge.name}" if number else ""))
+    return samples
 
 
 if __name__ == "__main__":

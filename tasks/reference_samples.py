@@ -1,4 +1,4 @@
-"""Stage `reference_samples`: sample the reference's responses to held-out prompts and score them."""
+"""Stage `reference_samples`: sample the reference's responses to held-out prompts and score them once."""
 
 import pandas as pd
 
@@ -8,29 +8,30 @@ from dpo.config import load_params
 from dpo.engine.logprobs import load_model
 from dpo.engine.pretrained import load_tokenizer
 from dpo.engine.tokenization import prompt_of
-from dpo.evaluation.judges.scorer import Scorer, load_judge
-from dpo.evaluation.sampling import answer_table
+from dpo.evaluation.judges import load_judges
+from dpo.evaluation.sampling import response_table
 from tasks.common.paths import EVAL, REFERENCE, REFERENCE_SAMPLES
 from tasks.common.runner import run_launched
 
 
 def main() -> None:
-    """Sample, score, save."""
+    """Draw prompts, sample a response to each, and add the column `score/NAME` of each judge that scores."""
     params = load_params()
-    asked = params.evaluate
-    judge = load_judge(asked.judge)
+    judges = load_judges(params.evaluate.judges)
     tokenizer = load_tokenizer(REFERENCE)
     state = this_process()
     model = load_model(REFERENCE, params.engine.precision, params.engine.compile).to(state.device)
-    pairs = pd.read_parquet(EVAL)
-    table = pairs.sample(asked.samples, replace=len(pairs) < asked.samples, random_state=params.seed)
+    pairs, count = pd.read_parquet(EVAL), params.evaluate.samples
+    table = pairs.sample(count, replace=len(pairs) < count, random_state=params.seed)
     table = table[["prompt", "turns"]].reset_index(drop=True)
     prompts = [prompt_of(pair, tokenizer) for pair in table.to_dict("records")]
-    table = table.join(answer_table(model, tokenizer, prompts, **params.sampling))
+    table = table.join(response_table(model, tokenizer, prompts, **params.sampling))
     if not state.is_main_process:
         return
-    if isinstance(judge, Scorer):
-        table["score"] = judge.score(prompts, table["answer"].tolist())
+    for judge in judges:
+        scores = judge.score(prompts, table["response"].tolist())
+        if scores is not None:
+            table[f"score/{judge.name}"] = scores
     with atomic_write(REFERENCE_SAMPLES) as tmp:
         table.to_parquet(tmp, index=False)
 

@@ -1,1 +1,1 @@
-"""Metrics, sampling, judges and the choice of a policy."""
+"""Metrics, sampling, judges and the selection of a policy."""

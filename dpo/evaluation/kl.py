@@ -1,4 +1,4 @@
-"""How far a policy is from its reference on answers of its own."""
+"""KL divergence of a policy from its reference, estimated on the policy's own responses."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -18,28 +18,28 @@ def divergence(
     policy: LogProbModel,
     reference: LogProbModel,
     prompts: Sequence[Sequence[int]],
-    answers: Sequence[Sequence[int]],
+    responses: Sequence[Sequence[int]],
     max_tokens_per_microbatch: int,
 ) -> pd.DataFrame:
-    """KL(pi || pi_ref) of answers y ~ pi, as one sum over each answer's tokens.
+    """Estimate KL(pi || pi_ref) on responses y ~ pi, as a sum over the tokens of each response.
 
-    At every token the whole next-token distributions are compared, sum_v pi(v|x, y_<t) log(pi(v|x, y_<t) /
-    pi_ref(v|x, y_<t)); only the prefixes y_<t are sampled. The mean over answers has the expectation of the plain
-    estimate log(pi(y|x) / pi_ref(y|x)) and never a larger variance (Rao-Blackwell; Amini et al. 2025, "Better
-    Estimation of the KL Divergence Between Language Models"), and no answer counts less than 0.
+    Each token contributes the KL of the full next-token distributions, sum_v pi(v|x, y_<t) log(pi(v|x, y_<t) /
+    pi_ref(v|x, y_<t)); only the prefixes y_<t are sampled. The mean over responses has the expectation of the
+    plain estimate log(pi(y|x) / pi_ref(y|x)) and at most its variance (Rao-Blackwell; Amini et al. 2025, "Better
+    Estimation of the KL Divergence Between Language Models"), and no response has a negative value.
 
     Args:
-        policy: from `dpo.engine.logprobs.load_model`; sampled the answers.
-        reference: from `dpo.engine.logprobs.load_model`, of the same architecture; both are in memory here.
-        prompts: token ids, one prompt an answer; equal prompts are computed once.
-        answers: token ids, at least one each.
-        max_tokens_per_microbatch: most tokens in one forward pass.
+        policy: from `dpo.engine.logprobs.load_model`; it sampled the responses.
+        reference: from `dpo.engine.logprobs.load_model`, of the same architecture. Both models are in memory.
+        prompts: token ids, one prompt per response. Equal prompts are computed once.
+        responses: token ids, at least one per response.
+        max_tokens_per_microbatch: maximum number of tokens in one forward pass.
 
     Returns:
-        One row an answer: `policy_logp`, `reference_logp`, `kl` and `entropy`, nats summed over its tokens. The
-        entropy is the policy's, estimated in the same way.
+        One row per response: `policy_logp`, `reference_logp`, `kl` and `entropy` in nats, summed over its tokens.
+        The entropy is the policy's, estimated in the same way.
     """
-    rows, order = _by_prompt(prompts, answers, max_tokens_per_microbatch)
+    rows, order = _by_prompt(prompts, responses, max_tokens_per_microbatch)
     columns = ("policy_logp", "reference_logp", "kl", "entropy")
     parts = []
     with tqdm(total=len(rows), desc="KL to the reference", unit="row", mininterval=2) as bar:
@@ -58,29 +58,29 @@ def divergence(
 
 
 def _compare(policy: Tensor, reference: Tensor, targets: Tensor) -> Tensor:
-    """Log-probs of both, KL and entropy [n, 4] from the log-distributions [n, vocabulary] of n tokens."""
+    """Return both log-probs, KL and entropy [n, 4] from the log-probs [n, vocabulary] of n tokens."""
     chosen = [logps.gather(1, targets[:, None])[:, 0] for logps in (policy, reference)]
     weights = policy.exp()
-    kl = torch.einsum("nv,nv->n", weights, policy - reference).clamp_min(0)  # rounding can fall below 0
+    kl = torch.einsum("nv,nv->n", weights, policy - reference).clamp_min(0)  # rounding can give negative values
     entropy = -torch.einsum("nv,nv->n", weights, policy)
     return torch.stack([*chosen, kl, entropy], 1)
 
 
 def _by_prompt(
-    prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], max_tokens_per_microbatch: int
+    prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], max_tokens_per_microbatch: int
 ) -> tuple[list[TokenRow], np.ndarray]:
-    """Rows of one prompt and its answers, within the token budget, and each answer's number in their order."""
-    waiting: dict[tuple[int, ...], list[int]] = defaultdict(list)
+    """Return rows of one prompt with its responses, within the token budget, and the responses' order in them."""
+    open_groups: dict[tuple[int, ...], list[int]] = defaultdict(list)
     groups: list[list[int]] = []
-    for number, prompt in enumerate(map(tuple, prompts)):
-        group = waiting[prompt]
-        if group and len(prompt) + sum(len(answers[i]) for i in [*group, number]) > max_tokens_per_microbatch:
+    for index, prompt in enumerate(map(tuple, prompts)):
+        group = open_groups[prompt]
+        if group and len(prompt) + sum(len(responses[i]) for i in [*group, index]) > max_tokens_per_microbatch:
             groups.append(group)
-            group = waiting[prompt] = []
-        group.append(number)
-    groups += waiting.values()
+            group = open_groups[prompt] = []
+        group.append(index)
+    groups += open_groups.values()
     rows = [
-        TokenRow(str(group[0]), tuple(prompts[group[0]]), tuple(tuple(answers[i]) for i in group))
+        TokenRow(str(group[0]), tuple(prompts[group[0]]), tuple(tuple(responses[i]) for i in group))
         for group in groups
     ]
     return rows, np.concatenate(groups)

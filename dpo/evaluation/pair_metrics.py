@@ -1,4 +1,4 @@
-"""What held-out preference pairs say of a policy: accuracy, margins, likelihood and calibration."""
+"""Metrics of held-out preference pairs: accuracy, margins, likelihood and calibration."""
 
 from collections.abc import Iterator
 from typing import Literal
@@ -14,16 +14,16 @@ from dpo.training.losses import preference_loss
 from dpo.training.settings import LossSettings, Trial
 
 BINS = 10
-"""Of equal width, for the calibration of confidences from 0.5 to 1."""
+"""Number of bins of equal width for confidences from 0.5 to 1."""
 
-SHOWN_PROMPTS, PAIRS_PER_PROMPT = 20, 5
-"""How many prompts become slices of their own, and how many pairs each needs for that."""
+MAX_PROMPT_SLICES, MIN_PAIRS_PER_PROMPT = 20, 5
+"""The most frequent prompts are slices, if they have enough pairs."""
 
 
 def pair_table(
     pairs: pd.DataFrame, policy: Tensor, reference: Tensor, lengths: Tensor, trial: Trial, losses: LossSettings
 ) -> pd.DataFrame:
-    """What a policy makes of each held-out pair.
+    """Return rewards, margin, loss and log-probs of each held-out pair.
 
     Args:
         pairs: P rows of the held-out table.
@@ -31,21 +31,21 @@ def pair_table(
         reference: log pi_ref(y|x), shape [P, 2].
         lengths: tokens of each completion, shape [P, 2].
         trial: the loss and the beta that the policy was trained with.
-        losses: the settings of its loss.
+        losses: the settings of the losses.
 
     Returns:
-        One row a pair: its `id`, `prompt`, `source` and `agreement`; `tokens` of both completions; rewards,
-        `margin` and `loss` as `dpo.training.losses` defines them; `correct`, which is 0.5 at a margin of 0;
-        `chosen_logp_change`, policy minus reference; and for each side its log-probs and tokens.
+        One row per pair: its `id`, `prompt`, `source` and `agreement`; `tokens` of both completions; rewards,
+        `margin` and `loss` as defined in `dpo.training.losses`; `correct`, which is 0.5 at a margin of 0;
+        `chosen_logp_change`, policy minus reference; and log-probs and tokens of each completion.
 
     Raises:
         InputError: a log-prob is not finite.
     """
     policy, reference = policy.double(), reference.double()
-    unsound = ~(policy.isfinite() & reference.isfinite()).all(1).numpy()
-    if unsound.any():
+    non_finite = ~(policy.isfinite() & reference.isfinite()).all(1).numpy()
+    if non_finite.any():
         raise InputError(
-            f"pair '{pairs['id'].iloc[unsound.argmax()]}': its log-probs are not finite, so the weights have "
+            f"pair '{pairs['id'].iloc[non_finite.argmax()]}': its log-probs are not finite, so the weights have "
             "diverged; lower the learning rate in params.yaml"
         )
     loss, rewards = preference_loss(policy, reference, lengths, trial.beta, trial.loss, losses)
@@ -70,22 +70,22 @@ def pair_table(
 def preference_metrics(
     table: pd.DataFrame, seed: int, *, completions: Literal["both", "chosen"]
 ) -> dict[str, float | list[float]]:
-    """Figures of a `pair_table`, each with its 95% interval `*_ci`; whole prompts are drawn.
+    """Return the metrics of a `pair_table`, each with its 95% interval `*_ci`, resampled by prompt.
 
-    - `reward_accuracy`, `margin`, `chosen_reward`, `rejected_reward`, `loss`, `chosen_logp_change`: means;
-      `margin_p05` to `margin_p95`: quantiles; `chosen_logp_fell_share`: share of pairs whose chosen completion
+    - `reward_accuracy`, `margin`, `chosen_reward`, `rejected_reward`, `loss`, `chosen_logp_change`: means.
+      `margin_p05` to `margin_p95`: quantiles. `chosen_logp_fell_share`: share of pairs whose chosen completion
       is less likely than under the reference.
-    - `perplexity`, `reference_perplexity` and `perplexity_ratio`, one over the other: a token, of `completions`.
-    - Where people's agreement is known: `human_ceiling`, its mean, the accuracy of one person against another;
-      `ece`, the expected calibration error over ten bins of confidence (Guo et al. 2017, "On Calibration of
-      Modern Neural Networks"), see `calibration`; `brier`, E (p - Y)^2 with p = sigmoid(margin), the
-      policy's probability that chosen is preferred, and Y ~ Bernoulli(agreement), whether a person prefers it.
-      Resampling adds noise within the bins, so the interval of `ece` lies high.
+    - `perplexity`, `reference_perplexity`, per token of `completions`, and their quotient `perplexity_ratio`.
+    - If the data has human agreement: `human_ceiling`, its mean, which is the accuracy of one person against
+      another; `ece`, the expected calibration error over ten bins of confidence (Guo et al. 2017, "On Calibration
+      of Modern Neural Networks"), see `calibration`; `brier`, E (p - Y)^2 with p = sigmoid(margin), the policy's
+      probability that chosen is preferred, and Y ~ Bernoulli(agreement), whether a person prefers chosen.
+      Resampling adds noise within the bins, so the interval of `ece` is biased upwards.
 
     Args:
         table: from `pair_table`.
         seed: of the bootstrap.
-        completions: those that supervised fine-tuning imitates, and perplexity is measured on.
+        completions: the completions that supervised fine-tuning imitated; perplexity is measured on them.
     """
     sides = ("chosen", "rejected") if completions == "both" else ("chosen",)
     policy, reference, tokens = (
@@ -103,7 +103,7 @@ def preference_metrics(
         "perplexity": _exp(ratio(-policy, tokens)),
         "reference_perplexity": _exp(ratio(-reference, tokens)),
         "perplexity_ratio": _exp(ratio(reference - policy, tokens)),
-        **_against_people(table),
+        **_human_agreement(table),
     }
     return {"pairs": len(table), **bootstrap(statistics, table["prompt"].tolist(), seed)}
 
@@ -112,14 +112,14 @@ def _exp(statistic: Statistic) -> Statistic:
     return lambda weights: np.exp(statistic(weights))
 
 
-def _against_people(table: pd.DataFrame) -> dict[str, Statistic]:
+def _human_agreement(table: pd.DataFrame) -> dict[str, Statistic]:
     known = table["agreement"].notna()
     agreement = table["agreement"].fillna(0)
     p = expit(table["margin"])
     brier = agreement * (1 - p) ** 2 + (known - agreement) * p**2
-    places = calibration(table).reindex(table.index)
-    gap = (places["confidence"] - places["agreement"]).fillna(0)
-    gaps = [ratio(gap.where(places["bin"] == number, 0), known) for number in range(BINS)]
+    bins = calibration(table).reindex(table.index)
+    gap = (bins["confidence"] - bins["agreement"]).fillna(0)
+    gaps = [ratio(gap.where(bins["bin"] == number, 0), known) for number in range(BINS)]
 
     def ece(weights: Numbers) -> Numbers:
         return np.sum([np.abs(statistic(weights)) for statistic in gaps], axis=0)
@@ -128,13 +128,13 @@ def _against_people(table: pd.DataFrame) -> dict[str, Statistic]:
 
 
 def calibration(table: pd.DataFrame) -> pd.DataFrame:
-    """How sure the policy is of its side in each pair, and how many people take that side.
+    """Return the policy's confidence in the completion that it prefers, and the share of people who agree.
 
-    Which completion is called chosen must not matter, so a pair is read from the policy's side.
+    The result does not depend on which completion is called chosen.
 
     Returns:
-        `bin` from 0, `confidence` max(p, 1 - p) with p = sigmoid(margin), and `agreement`, the share of people on
-        the policy's side, 0.5 at a margin of 0. Pairs of unknown agreement are left out; the index is the table's.
+        `bin` from 0, `confidence` max(p, 1 - p) with p = sigmoid(margin), and `agreement`, the share of people who
+        prefer the same completion, 0.5 at a margin of 0. Pairs without agreement are left out; the index is kept.
     """
     table = table[table["agreement"].notna()]
     p = expit(table["margin"])
@@ -145,11 +145,11 @@ def calibration(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def reliability(table: pd.DataFrame) -> pd.DataFrame:
-    """The calibration curve of a `pair_table`.
+    """Return the calibration curve of a `pair_table`.
 
     Returns:
-        One row for each bin that holds a pair: its limits `low` and `high`, `pairs`, mean `confidence` and mean
-        `agreement`; no rows where no agreement is known.
+        One row per non-empty bin: its limits `low` and `high`, `pairs`, mean `confidence` and mean `agreement`.
+        There are no rows if the data has no agreement.
     """
     bins = calibration(table).groupby("bin")
     curve = bins.agg(pairs=("bin", "size"), confidence=("confidence", "mean"), agreement=("agreement", "mean"))
@@ -160,36 +160,36 @@ def reliability(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def slices(table: pd.DataFrame, seed: int) -> pd.DataFrame:
-    """The main figures by source, by quarter of length, and by prompt.
+    """Return the main metrics by source, by quartile of length, and by prompt.
 
     Args:
         table: from `pair_table`.
         seed: of the bootstraps.
 
     Returns:
-        One row a slice: `slice` (`source`, `length` or `prompt`), `value`, `pairs`; `reward_accuracy`, `margin`
+        One row per slice: `slice` (`source`, `length` or `prompt`), `value`, `pairs`; `reward_accuracy`, `margin`
         and `chosen_logp_change` with the limits `_low` and `_high` of their 95% intervals. Lengths are tokens of
-        both completions; prompts are the 20 most frequent, of at least five pairs. Whole prompts are drawn, and
-        within a slice of one prompt pairs.
+        both completions. Prompts are the 20 most frequent ones with at least five pairs. Intervals are resampled
+        by prompt, and in a slice of one prompt by pair.
     """
-    figures = {"reward_accuracy": "correct", "margin": "margin", "chosen_logp_change": "chosen_logp_change"}
+    columns = {"reward_accuracy": "correct", "margin": "margin", "chosen_logp_change": "chosen_logp_change"}
     rows = []
-    for name, value, part in _parts(table):
-        statistics = {figure: mean(part[column]) for figure, column in figures.items()}
-        found = bootstrap(statistics, part["prompt"].tolist(), seed)
-        rows.append({"slice": name, "value": value, "pairs": len(part), **found})
-    every = pd.DataFrame(rows)
-    for figure in figures:
-        every[[f"{figure}_low", f"{figure}_high"]] = every.pop(f"{figure}_ci").tolist()
-    return every
+    for name, value, part in _split(table):
+        statistics = {metric: mean(part[column]) for metric, column in columns.items()}
+        metrics = bootstrap(statistics, part["prompt"].tolist(), seed)
+        rows.append({"slice": name, "value": value, "pairs": len(part), **metrics})
+    result = pd.DataFrame(rows)
+    for metric in columns:
+        result[[f"{metric}_low", f"{metric}_high"]] = result.pop(f"{metric}_ci").tolist()
+    return result
 
 
-def _parts(table: pd.DataFrame) -> Iterator[tuple[str, str, pd.DataFrame]]:
+def _split(table: pd.DataFrame) -> Iterator[tuple[str, str, pd.DataFrame]]:
     for source, part in table.groupby("source"):
         yield "source", str(source), part
     quarter = np.searchsorted(np.quantile(table["tokens"], [0.25, 0.5, 0.75]), table["tokens"])
     for _, part in table.groupby(quarter):
         yield "length", f"{part['tokens'].min()}-{part['tokens'].max()} tokens", part
-    counts = table["prompt"].value_counts().head(SHOWN_PROMPTS)
-    for prompt in counts[counts >= PAIRS_PER_PROMPT].index:
+    counts = table["prompt"].value_counts().head(MAX_PROMPT_SLICES)
+    for prompt in counts[counts >= MIN_PAIRS_PER_PROMPT].index:
         yield "prompt", prompt, table[table["prompt"] == prompt]

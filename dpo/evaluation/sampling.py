@@ -1,4 +1,4 @@
-"""Answers drawn from a policy by the transformers generator."""
+"""Sampling of responses with the transformers generator."""
 
 import functools
 import inspect
@@ -16,11 +16,11 @@ from dpo.common.distributed import share, this_process
 from dpo.engine.logprobs import LogProbModel
 from dpo.engine.tokenization import Prompt, prompt_ids
 
-ROWS_AT_ONCE = 128
-"""Answers generated together: they share each reading of the weights; each needs memory for keys and values."""
+BATCH_SIZE = 128
+"""Responses generated together. Each one needs memory for its keys and values."""
 
-STEPS_AT_ONCE = 8
-"""Tokens drawn before answers that have ended leave the batch."""
+TOKENS_PER_ROUND = 8
+"""Number of tokens sampled before finished responses leave the batch."""
 
 
 def sample(
@@ -31,23 +31,23 @@ def sample(
     max_new_tokens: int,
     temperature: float,
     seed: int,
-    longest_prompt: int | None = None,
+    max_prompt_tokens: int | None = None,
 ) -> list[list[int]]:
-    """One answer a prompt, drawn from the whole distribution (no top-k, no top-p).
+    """Sample one response per prompt from the full distribution (no top-k, no top-p).
 
-    Equal prompts are read once; each still gets a draw of its own. A prompt of more tokens than `longest_prompt`
-    loses its beginning.
+    Equal prompts share one forward pass and get independent responses. Prompts of more than `max_prompt_tokens`
+    tokens are truncated at the left.
 
     Returns:
-        Token ids of each answer; an answer that ended holds its end token, one that reached `max_new_tokens`
-        does not.
+        Token ids of each response. A finished response ends with the end token; one that was truncated at
+        `max_new_tokens` does not.
     """
-    rows = prompt_ids(tokenizer, prompts, longest_prompt)
+    rows = prompt_ids(tokenizer, prompts, max_prompt_tokens)
     order = sorted(range(len(rows)), key=lambda number: (len(rows[number]), rows[number]))
     end = tokenizer.eos_token_id
-    answers: list[list[int]] = [[] for _ in rows]
+    responses: list[list[int]] = [[] for _ in rows]
     torch.manual_seed(seed)
-    bar = tqdm(total=len(rows), desc="answers", unit="row", disable=len(rows) == 1)
+    bar = tqdm(total=len(rows), desc="responses", unit="response", disable=len(rows) == 1)
     with model.generation() as generator, bar:
         generate = functools.partial(
             generator.generate,
@@ -60,19 +60,19 @@ def sample(
             return_dict_in_generate=True,
         )
         takes_cache = "past_key_values" in inspect.signature(generator.forward).parameters
-        for first in range(0, len(rows), ROWS_AT_ONCE):
-            batch = order[first : first + ROWS_AT_ONCE]
+        for first in range(0, len(rows), BATCH_SIZE):
+            batch = order[first : first + BATCH_SIZE]
             ids, mask = (t.to(model.device) for t in _left_padded([rows[number] for number in batch]))
             cache = _shared_cache(generate, ids, mask) if takes_cache else None
-            drawn = _continue(generate, ids, mask, cache, max_new_tokens, end)
-            for number, answer in zip(batch, drawn, strict=True):
-                answers[number] = answer
+            sampled = _continue(generate, ids, mask, cache, max_new_tokens, end)
+            for number, response in zip(batch, sampled, strict=True):
+                responses[number] = response
             bar.update(len(batch))
-    return answers
+    return responses
 
 
 def _left_padded(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """Token ids [R, T] and mask [R, T] of R rows, the longest of T tokens."""
+    """Return token ids and mask, both [R, T], of R rows. The longest row has T tokens."""
     width = max(map(len, rows))
     ids = torch.tensor([[0] * (width - len(row)) + list(row) for row in rows])
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
@@ -80,18 +80,18 @@ def _left_padded(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
 
 
 def _shared_cache(generate: Callable[..., Any], ids: Tensor, mask: Tensor) -> DynamicCache | None:
-    """Keys and values of left-padded prompts [R, T] up to their last token, equal prompts computed once.
+    """Return keys and values of left-padded prompts [R, T] without their last token. Equal prompts share a pass.
 
-    None where all prompts are of one token, and for a model with a cache of another kind.
+    Return None if all prompts have one token, or if the model uses another kind of cache.
     """
-    distinct, owner = torch.unique(torch.stack([ids, mask], 1), dim=0, return_inverse=True)
+    distinct, index = torch.unique(torch.stack([ids, mask], 1), dim=0, return_inverse=True)
     before = distinct[:, :, :-1]
     if not before.shape[2]:
         return None
     cache = generate(input_ids=before[:, 0], attention_mask=before[:, 1], max_new_tokens=1).get("past_key_values")
-    if type(cache) is not DynamicCache:  # a subclass may hold more than the layers that are reordered
+    if type(cache) is not DynamicCache:  # a subclass may have state that is not reordered
         return None
-    cache.reorder_cache(owner)
+    cache.reorder_cache(index)
     return cache
 
 
@@ -103,30 +103,30 @@ def _continue(
     max_new_tokens: int,
     end: int | None,
 ) -> list[list[int]]:
-    """Answers to left-padded prompts [R, T], by `STEPS_AT_ONCE` tokens if there is a cache to go on from."""
+    """Return responses to left-padded prompts [R, T], sampled in rounds if there is a cache to continue from."""
     if cache is None:
         steps = max_new_tokens
     else:
-        steps, generate = STEPS_AT_ONCE, functools.partial(generate, past_key_values=cache)
-    answers: list[list[int]] = [[] for _ in ids]
-    going = list(range(len(ids)))
-    for made in range(0, max_new_tokens, steps):
+        steps, generate = TOKENS_PER_ROUND, functools.partial(generate, past_key_values=cache)
+    responses: list[list[int]] = [[] for _ in ids]
+    active = list(range(len(ids)))
+    for done in range(0, max_new_tokens, steps):
         width = ids.shape[1]
-        new_tokens = min(steps, max_new_tokens - made)
+        new_tokens = min(steps, max_new_tokens - done)
         ids = generate(input_ids=ids, attention_mask=mask, max_new_tokens=new_tokens).sequences
-        for number, row in zip(going, ids[:, width:].tolist(), strict=True):
-            answers[number] += row[: row.index(end) + 1] if end in row else row
-        rest = [place for place, number in enumerate(going) if answers[number][-1] != end]
-        if cache is None or not rest:
+        for number, row in zip(active, ids[:, width:].tolist(), strict=True):
+            responses[number] += row[: row.index(end) + 1] if end in row else row
+        unfinished = [i for i, number in enumerate(active) if responses[number][-1] != end]
+        if cache is None or not unfinished:
             break
-        going = [going[place] for place in rest]
-        kept = torch.tensor(rest, device=ids.device)
+        active = [active[i] for i in unfinished]
+        kept = torch.tensor(unfinished, device=ids.device)
         ids, mask = ids[kept], F.pad(mask[kept], (0, ids.shape[1] - width), value=1)
         cache.reorder_cache(kept)
-    return answers
+    return responses
 
 
-def answer_table(
+def response_table(
     model: LogProbModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Prompt],
@@ -135,13 +135,13 @@ def answer_table(
     max_prompt_tokens: int,
     seed: int,
 ) -> pd.DataFrame:
-    """Sample one response per prompt by `sample`, at temperature 1; the processes of a launch share the prompts.
+    """Sample one response per prompt at temperature 1. The processes of a launch share the prompts.
 
     Returns:
-        One row a prompt: `answer`, its text; `ids`, its tokens; `finished`, whether it ended with the end token.
+        One row per prompt: `response`, text; `ids`, tokens; `finished`, whether it ends with the end token.
     """
 
-    def draw(mine: list[int]) -> list[list[int]]:
+    def sample_share(mine: list[int]) -> list[list[int]]:
         return sample(
             model,
             tokenizer,
@@ -149,14 +149,14 @@ def answer_table(
             max_new_tokens=max_new_tokens,
             temperature=1.0,
             seed=seed + this_process().process_index,
-            longest_prompt=max_prompt_tokens,
+            max_prompt_tokens=max_prompt_tokens,
         )
 
-    answers = share(len(prompts), draw)
+    responses = share(len(prompts), sample_share)
     return pd.DataFrame(
         {
-            "answer": tokenizer.batch_decode(answers, skip_special_tokens=True),
-            "ids": answers,
-            "finished": [answer[-1] == tokenizer.eos_token_id for answer in answers],
+            "response": tokenizer.batch_decode(responses, skip_special_tokens=True),
+            "ids": responses,
+            "finished": [ids[-1] == tokenizer.eos_token_id for ids in responses],
         }
     )

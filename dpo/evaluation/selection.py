@@ -1,4 +1,4 @@
-"""From the figures of many policies to one of them, and to the reason in words."""
+"""Failure modes, significance tests and the selection of one policy."""
 
 import itertools
 from collections.abc import Hashable, Mapping, Sequence
@@ -11,64 +11,69 @@ from dpo.evaluation.bootstrap import bootstrap, holm, mean, paired_test
 from dpo.evaluation.settings import CompareSettings
 
 REFERENCE = "reference"
-SIGNIFICANT = 0.05
+SIGNIFICANCE_LEVEL = 0.05
+LOWER_LIMITS = {"chosen_logp_change", "distinct_2_ratio"}
+"""Metrics whose limit is a minimum. The other limits are maxima."""
 
 Metrics = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class Sign:
-    """One sign of failure: a figure and the limit that it must keep."""
+class FailureMode:
+    """A known failure of preference training, with the metric and the limit that detect it."""
 
     name: str
-    figure: str
+    metric: str
     value: float
     limit: float
-    tripped: bool
+    detected: bool
     meaning: str
 
 
-def failure_signs(metrics: Metrics, params: CompareSettings) -> list[Sign]:
-    """What users of preference training otherwise find in production, tripped or not.
+def failure_modes(metrics: Metrics, settings: CompareSettings) -> list[FailureMode]:
+    """Check a policy against every guardrail.
 
     Args:
-        metrics: of one policy, from `preference_metrics` and `answer_metrics`.
-        params: limits, and the KL budget.
+        metrics: of one policy, from `preference_metrics` and `response_metrics`.
+        settings: the guardrails and the KL budget.
+
+    Returns:
+        One failure mode per guardrail whose metric is in `metrics`, detected or not.
     """
-    limits = params.guardrails
+    limits = settings.guardrails
     checks = [
         ("likelihood displacement", "chosen_logp_change", -limits.max_displacement,
-         "The mean log-prob of the chosen completions fell, in nats: probability went to texts nobody compared."),
-        ("KL blow-up", "kl", params.max_kl, "Answers are further from the reference than the budget allows."),
+         "The mean log-prob of the chosen completions fell, so other texts became more likely."),
+        ("KL blow-up", "kl", settings.max_kl, "The policy is further from the reference than the KL budget."),
         ("forgetting", "perplexity_ratio", limits.max_perplexity_ratio,
-         "The held-out completions became less likely: what supervised fine-tuning taught is being lost."),
-        ("length exploitation", "length_ratio", limits.max_length_ratio, "Answers outgrow the reference's."),
-        ("repetition", "repetition_rise", limits.max_repetition_rise, "Answers repeat themselves."),
-        ("lost diversity", "distinct_2_ratio", limits.min_distinct_ratio, "Answers resemble one another."),
-        ("empty answers", "empty", limits.max_empty, "Answers without a word."),
-        ("never-ending answers", "unfinished_rise", limits.max_unfinished_rise,
-         "More answers than the reference's do not end by themselves."),
+         "The held-out completions are less likely: the policy forgets what supervised fine-tuning taught."),
+        ("length exploitation", "length_ratio", limits.max_length_ratio,
+         "Responses are longer than the reference's."),
+        ("repetition", "repetition_rise", limits.max_repetition_rise,
+         "Responses repeat themselves more than the reference's."),
+        ("lost diversity", "distinct_2_ratio", limits.min_distinct_ratio,
+         "Responses are more alike than the reference's."),
+        ("empty responses", "empty", limits.max_empty, "Responses have no visible character."),
+        ("unfinished responses", "unfinished_rise", limits.max_unfinished_rise,
+         "More responses than the reference's are truncated at max_new_tokens."),
     ]  # fmt: skip
-    found = []
-    for name, figure, limit, meaning in checks:
-        if figure not in metrics:  # the reference's answers have no two words to count, say
-            continue
-        low_is_bad = figure in ("chosen_logp_change", "distinct_2_ratio")
-        value = metrics[figure]
-        tripped = value < limit if low_is_bad else value > limit
-        found.append(Sign(name, figure, value, limit, tripped, meaning))
+    modes = []
+    for name, metric, limit, meaning in checks:
+        if metric in metrics:
+            value = metrics[metric]
+            detected = value < limit if metric in LOWER_LIMITS else value > limit
+            modes.append(FailureMode(name, metric, value, limit, detected, meaning))
     if "judged_gain" in metrics:
-        over = metrics["judged_gain_ci"][1] < limits.min_judged_gain and metrics["margin"] > 0
-        found.append(
-            Sign("over-optimisation", "judged_gain", metrics["judged_gain"], limits.min_judged_gain, over,
-                 "The judge likes the answers less than the reference's, though the implicit reward rose.")
-        )  # fmt: skip
-    return found
+        gain, limit = metrics["judged_gain"], limits.min_judged_gain
+        detected = metrics["judged_gain_ci"][1] < limit and metrics["margin"] > 0
+        meaning = "The judge prefers the reference's responses although the margin is positive."
+        modes.append(FailureMode("over-optimisation", "judged_gain", gain, limit, detected, meaning))
+    return modes
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two policies on the same prompts; the p-value is adjusted for the number of comparisons (Holm 1979)."""
+    """Two policies on the same prompts. The p-value is adjusted for all comparisons (Holm 1979)."""
 
     first: str
     second: str
@@ -79,8 +84,8 @@ class Comparison:
 
     @property
     def verdict(self) -> str:
-        """The better one's name, or `tie`."""
-        if self.p >= SIGNIFICANT:
+        """Name of the better policy, or `tie`."""
+        if self.p >= SIGNIFICANCE_LEVEL:
             return "tie"
         return self.first if self.difference > 0 else self.second
 
@@ -88,12 +93,11 @@ class Comparison:
 def compare_policies(
     outcomes: Mapping[str, Sequence[float]], clusters: Sequence[Hashable], seed: int
 ) -> list[Comparison]:
-    """Every policy against the reference and against every other, paired by item.
+    """Compare each policy with the reference and with each other policy, paired by item.
 
     Args:
         outcomes: for each policy, N outcomes against the reference on the same N items in the same order: 1 for
-            better, 0 for worse, 0.5 for equal, NaN for unknown, which counts as no difference. The reference
-            itself is 0.5 everywhere.
+            better, 0 for worse, 0.5 for equal, NaN for unknown, which counts as no difference.
         clusters: the prompt of each item.
         seed: of the bootstrap and of the permutations.
     """
@@ -101,56 +105,54 @@ def compare_policies(
     pairs = [(second, first) for first, second in itertools.combinations(contestants, 2)]
     differences = [np.nan_to_num(contestants[first] - contestants[second]) for first, second in pairs]
     adjusted = holm([paired_test(values.tolist(), clusters, seed) for values in differences])
-    found = []
+    comparisons = []
     for (first, second), values, p in zip(pairs, differences, adjusted, strict=True):
-        figures: Any = bootstrap({"difference": mean(values)}, clusters, seed)
-        low, high = figures["difference_ci"]
-        found.append(Comparison(first, second, figures["difference"], low, high, p))
-    return found
+        metrics: Any = bootstrap({"difference": mean(values)}, clusters, seed)
+        low, high = metrics["difference_ci"]
+        comparisons.append(Comparison(first, second, metrics["difference"], low, high, p))
+    return comparisons
 
 
 def select(
-    policies: Mapping[str, Metrics], comparisons: Sequence[Comparison], params: CompareSettings
+    policies: Mapping[str, Metrics], comparisons: Sequence[Comparison], settings: CompareSettings
 ) -> tuple[str | None, str]:
-    """The policy with the highest `params.select` within the KL budget and without a sign of failure.
+    """Select the policy with the highest `settings.select` among those without a detected failure mode.
 
-    Of equal ones the nearest to the reference is taken.
+    If several have the same value, the one with the lowest KL is selected.
 
     Returns:
-        (its name or None, the reason in words).
+        The name of the policy or None, and the reason in words.
     """
-    figure, words = params.select, params.select.replace("_", " ")
-    tripped = {
-        name: [sign for sign in failure_signs(metrics, params) if sign.tripped]
-        for name, metrics in policies.items()
-    }
-    sound = [name for name, signs in tripped.items() if not signs]
-    refused = "; ".join(
-        f"{name} ({', '.join(f'{s.name}: {s.figure} {s.value:.3g}, limit {s.limit:.3g}' for s in signs)})"
-        for name, signs in tripped.items()
-        if signs
-    )
-    if not sound:
-        return None, f"No policy is selected: each shows a sign of failure. {refused}."
-    best = max(sound, key=lambda name: (policies[name][figure], -policies[name]["kl"]))
-    low, high = policies[best][f"{figure}_ci"]
+    metric = settings.select
+    passed, failed = [], []
+    for name, metrics in policies.items():
+        detected = [mode for mode in failure_modes(metrics, settings) if mode.detected]
+        reasons = [f"{mode.name}: {mode.metric} {mode.value:.3g}, limit {mode.limit:.3g}" for mode in detected]
+        if detected:
+            failed.append(f"{name} ({'; '.join(reasons)})")
+        else:
+            passed.append(name)
+    if not passed:
+        return None, f"No policy is selected, because every policy fails a guardrail: {', '.join(failed)}."
+    best = max(passed, key=lambda name: (policies[name][metric], -policies[name]["kl"]))
+    low, high = policies[best][f"{metric}_ci"]
     reason = (
-        f"{best} has the highest {words}, {policies[best][figure]:.3f} [{low:.3f}, {high:.3f}], among the "
-        f"{len(sound)} of {len(policies)} policies within {params.max_kl:g} nats an answer of the reference that "
-        "show no sign of failure."
+        f"{best} has the highest {metric.replace('_', ' ')}, {policies[best][metric]:.3f} "
+        f"[{low:.3f}, {high:.3f}], of the policies that pass all guardrails ({len(passed)} of {len(policies)}; "
+        f"KL budget {settings.max_kl:g} nats per response)."
     )
-    if refused:
-        reason += f" Not considered: {refused}."
+    if failed:
+        reason += f" Excluded: {', '.join(failed)}."
     ties = [
         c.second if c.first == best else c.first
         for c in comparisons
         if best in (c.first, c.second) and c.verdict == "tie"
     ]
-    rivals = [name for name in ties if name in sound]
-    if rivals:
-        tested = "win rate" if "win_rate" in figure else "reward accuracy"
-        what = "" if tested == words else f" in {tested}"
-        reason += f" A tie with {', '.join(rivals)}: the paired test tells no difference{what}."
-    if REFERENCE in ties:
-        reason += " A tie with the reference too: nothing shows yet that it is better."
+    similar = [name for name in ties if name in passed] + ["the reference"] * (REFERENCE in ties)
+    if similar:
+        tested = "win rate" if "win_rate" in metric else "reward accuracy"
+        reason += (
+            f" Its {tested} is not significantly different from that of {', '.join(similar)} (paired test, "
+            f"p ≥ {SIGNIFICANCE_LEVEL})."
+        )
     return best, reason

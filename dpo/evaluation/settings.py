@@ -1,15 +1,24 @@
-"""Settings of sampling, judging, guardrails and the choice of a policy."""
+"""Settings of sampling, judges, guardrails and the selection of a policy."""
 
+import re
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from dpo.common.settings import Positive, Rate, Settings, Share
 
 
+class _NamedJudge(Settings):
+    @property
+    def name(self) -> str:
+        """Name in metrics and reports: the last part of the function's or model's name."""
+        source: str = getattr(self, "function", "").rpartition(":")[2] or getattr(self, "model", "")
+        return re.sub(r"[^\w.-]", "-", source.rstrip("/").rpartition("/")[2], flags=re.ASCII)
+
+
 @dataclass(frozen=True, kw_only=True)
-class ScorerSettings(Settings):
+class ScorerSettings(_NamedJudge):
     """A judge that is a Python function."""
 
     kind: Literal["scorer"]
@@ -18,7 +27,7 @@ class ScorerSettings(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RewardModelSettings(Settings):
+class RewardModelSettings(_NamedJudge):
     """A judge that is a sequence classifier with one output."""
 
     kind: Literal["reward_model"]
@@ -29,7 +38,7 @@ class RewardModelSettings(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LlmSettings(Settings):
+class LlmSettings(_NamedJudge):
     """A judge behind an OpenAI-compatible endpoint. Its key is read from OPENAI_API_KEY only."""
 
     kind: Literal["llm"]
@@ -51,6 +60,13 @@ class LlmSettings(Settings):
 JudgeSettings = Annotated[ScorerSettings | RewardModelSettings | LlmSettings, Field(discriminator="kind")]
 
 
+def _distinct_names(judges: tuple[JudgeSettings, ...]) -> tuple[JudgeSettings, ...]:
+    names = [judge.name for judge in judges]
+    if len(set(names)) < len(names):
+        raise ValueError(f"judges need different names, but their functions or models are named {names}")
+    return judges
+
+
 @dataclass(frozen=True, kw_only=True)
 class EvaluateSettings(Settings):
     """Sampling and judging on held-out prompts."""
@@ -59,8 +75,9 @@ class EvaluateSettings(Settings):
     """Number of responses sampled from each policy and from the reference."""
     max_new_tokens: Positive
     """Maximum number of tokens of a response."""
-    judge: JudgeSettings | None = None
-    """Who compares responses; null leaves the win rate out."""
+    judges: Annotated[tuple[JudgeSettings, ...], AfterValidator(_distinct_names)] = ()
+    """Judges of responses. The first one decides win rate, guardrails, selection and promotion; the win rate of
+    each further one is reported as `win_rate/NAME`. An empty list leaves the win rate out."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,13 +99,13 @@ class GuardrailSettings(Settings):
     max_unfinished_rise: Share = 0.25
     """Share of responses truncated at `max_new_tokens`, above the reference's."""
     min_judged_gain: float = 0.0
-    """Judged gain over the reference. An interval entirely below it while the implicit reward rises is
+    """Judged gain over the reference. An interval entirely below it while the margin is positive is
     over-optimisation."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CompareSettings(Settings):
-    """How one policy is selected: the highest `select` within `max_kl` that no guardrail excludes."""
+    """How one policy is selected: the highest `select` of the policies within `max_kl` and all guardrails."""
 
     select: Literal["win_rate", "length_controlled_win_rate", "reward_accuracy", "margin"]
     """The metric to maximise."""

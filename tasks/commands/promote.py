@@ -27,9 +27,9 @@ from dpo.engine.logprobs import load_model, sequence_logps
 from dpo.engine.pretrained import load_tokenizer
 from dpo.engine.tokenization import encode_pairs, prompt_of
 from dpo.evaluation.bootstrap import bootstrap, mean, paired_test
-from dpo.evaluation.judges.scorer import Scorer, load_judge, score_wins
+from dpo.evaluation.judges import load_judges
 from dpo.evaluation.pair_metrics import pair_table
-from dpo.evaluation.sampling import answer_table
+from dpo.evaluation.sampling import response_table
 from dpo.training.settings import Trial
 from tasks.commands.lineage import of_version
 from tasks.common.git import head_commit, uncommitted
@@ -116,7 +116,7 @@ def promote() -> None:
         report(Verdict(False, f"{trial.name} is the champion already, version {champion.version}.", trial.name))
         return
     evidence = against_champion(params, trial, champion.version) if champion else against_reference(params, trial)
-    verdict = decide(trial.name, compared["policies"][trial.name]["signs"], evidence)
+    verdict = decide(trial.name, compared["policies"][trial.name]["failure_modes"], evidence)
     run_id, model_id = logged_model(params, policy_folder(trial))
     if verdict.promoted:
         version_tags = {registry.COMMIT: head_commit(), "data_md5": md5(TRAIN), "trial": trial.name}
@@ -157,7 +157,7 @@ def selected_trial(params: Params, compared: dict[str, Any]) -> Trial:
 
 def against_reference(params: Params, trial: Trial) -> Evidence:
     """Compare the selected policy with the reference, from the results of the stage `evaluate`."""
-    if params.evaluate.judge is None:
+    if not params.evaluate.judges:
         figure, table, wins = "reward accuracy", pd.read_parquet(policy_margins(trial)), "correct"
     else:
         figure, table, wins = "win rate", pd.read_parquet(policy_samples(trial)), "win"
@@ -179,7 +179,7 @@ def against_champion(params: Params, trial: Trial, version: str) -> Evidence:
     with tempfile.TemporaryDirectory() as folder:
         uri = f"models:/{registry.REGISTERED}/{version}"
         champion = Path(mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=folder))
-        judged = params.evaluate.judge is not None
+        judged = bool(params.evaluate.judges)
         prompts, wins = judged_wins(params, trial, champion) if judged else ranked_wins(params, trial, champion)
     figure = "win rate" if judged else "win rate in ranking held-out pairs"
     return weigh(figure, f"the champion, version {version}", prompts, wins, params.seed)
@@ -191,19 +191,15 @@ def judged_wins(params: Params, trial: Trial, champion: Path) -> tuple[list[str]
     The policy's responses are those of the stage `evaluate`. The champion responds to the same prompts with the
     same seed and settings.
     """
-    judge = load_judge(params.evaluate.judge)
-    assert judge is not None
+    judge = load_judges(params.evaluate.judges)[0]
     own, baseline = pd.read_parquet(policy_samples(trial)), pd.read_parquet(REFERENCE_SAMPLES)
     tokenizer = load_tokenizer(champion / "components/tokenizer")
     prompts = [prompt_of(pair, tokenizer) for pair in baseline.to_dict("records")]
     engine, device = params.engine, this_process().device
     model = load_model(champion / "model", engine.precision, engine.compile).to(device)
-    texts = answer_table(model, tokenizer, prompts, **params.sampling)["answer"].tolist()
-    if isinstance(judge, Scorer):
-        wins = score_wins(own["policy_score"], judge.score(prompts, texts))
-    else:
-        wins = judge.compare(prompts, own["policy"].tolist(), texts)
-    return own["prompt"].tolist(), wins
+    responses = response_table(model, tokenizer, prompts, **params.sampling)["response"].tolist()
+    verdicts = judge.compare(prompts, responses, own["response"].tolist(), own.get("score"))
+    return own["prompt"].tolist(), (1 - verdicts["win"]).tolist()
 
 
 def ranked_wins(params: Params, trial: Trial, champion: Path) -> tuple[list[str], list[float]]:

@@ -14,7 +14,7 @@ from dpo.training.settings import Trial
 from tasks.common.paths import BASE, EVAL, REFERENCE, TRAIN, model_card, policy_folder
 from tasks.tracking.provenance import weights
 
-FIGURES = {
+METRICS = {
     "reward_accuracy": "reward accuracy on held-out pairs",
     "margin": "margin on held-out pairs",
     "win_rate": "win rate against the reference",
@@ -27,6 +27,9 @@ FIGURES = {
 
 def write_card(params: Params, trial: Trial, metrics: dict[str, Any]) -> None:
     """Write a policy's model card in the hub's format: metadata in YAML, then Markdown."""
+    judges = [judge.name for judge in params.evaluate.judges]
+    shown = {name: words for name, words in METRICS.items() if name in metrics}
+    shown |= {f"win_rate/{judge}": f"win rate against the reference, judged by {judge}" for judge in judges[1:]}
     is_default = params.model.base == "default"
     base = MODEL_NAME if is_default else params.model.base
     source = params.data.source if isinstance(params.data.source, str) else ", ".join(params.data.source)
@@ -35,12 +38,11 @@ def write_card(params: Params, trial: Trial, metrics: dict[str, Any]) -> None:
             task_type="text-generation",
             dataset_type="preferences",
             dataset_name=f"{source}, held-out pairs",
-            metric_type=figure,
+            metric_type=name,
             metric_name=words,
-            metric_value=metrics[figure],
+            metric_value=metrics[name],
         )
-        for figure, words in FIGURES.items()
-        if figure in metrics
+        for name, words in shown.items()
     ]
     data = ModelCardData(
         base_model=base if is_default or params.model.revision else None,
@@ -60,10 +62,10 @@ def write_card(params: Params, trial: Trial, metrics: dict[str, Any]) -> None:
         source=source,
         trial=trial,
         metrics=metrics,
-        figures=FIGURES,
+        shown=shown,
         interval=lambda ends: f"{ends[0]:.3f} to {ends[1]:.3f}",
         evaluate=params.evaluate,
-        judge=getattr(params.evaluate.judge, "function", getattr(params.evaluate.judge, "model", None)),
+        judge=judges[0] if judges else None,
         settings=dataclasses.asdict(trial)
         | dataclasses.asdict(getattr(params.losses, trial.loss))
         | dataclasses.asdict(params.dpo),

@@ -1,4 +1,4 @@
-"""The figures of the comparison."""
+"""Figures of the comparison."""
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -10,16 +10,16 @@ import plotly.graph_objects as go
 
 from dpo.training.settings import Trial
 
-HEIGHTS = {
-    "reward": "judge's score of the policy's answers",
+REWARD_METRICS = {
+    "reward": "judge's score of the policy's responses",
     "win_rate": "win rate against the reference",
     "reward_accuracy": "reward accuracy",
 }
-"""What reward is, the first that there is."""
+"""Metrics for the reward axis. The first one that the policies have is used."""
 
 
 def labels(trials: Sequence[Trial], *, beta: bool = True) -> dict[str, str]:
-    """Return a short name for each trial: its beta, if wanted, and whatever else differs within the sweep."""
+    """Return a short name for each trial: its beta, if requested, and every setting that varies in the sweep."""
     varies = {
         name: len({getattr(trial, name) for trial in trials}) > 1 for name in ("loss", "learning_rate", "seed")
     }
@@ -34,18 +34,18 @@ def labels(trials: Sequence[Trial], *, beta: bool = True) -> dict[str, str]:
     }
 
 
-def height(policies: Mapping[str, dict[str, Any]]) -> str:
-    """The figure that the frontier shows as reward."""
+def reward_metric(policies: Mapping[str, dict[str, Any]]) -> str:
+    """Return the metric that the frontier shows as reward."""
     metrics = next(iter(policies.values()))
-    return next(name for name in HEIGHTS if name in metrics)
+    return next(name for name in REWARD_METRICS if name in metrics)
 
 
 def frontier(trials: Sequence[Trial], policies: Mapping[str, dict[str, Any]]) -> go.Figure:
-    """Reward against KL to the reference with 95% intervals (Rafailov et al. 2023, fig. 2).
+    """Plot reward against KL to the reference with 95% intervals (Rafailov et al. 2023, fig. 2).
 
-    One line for each loss (and learning rate and seed, where there are several), one point for each beta.
+    There is one line per loss (and per learning rate and seed, if they vary) and one point per beta.
     """
-    up = height(policies)
+    reward = reward_metric(policies)
     figure = go.Figure()
     lines = defaultdict(list)
     names = labels(trials, beta=False)
@@ -56,12 +56,12 @@ def frontier(trials: Sequence[Trial], policies: Mapping[str, dict[str, Any]]) ->
         rows = [policies[trial.name] for trial in members]
         figure.add_scatter(
             x=[row["kl"] for row in rows],
-            y=[row[up] for row in rows],
+            y=[row[reward] for row in rows],
             text=[f"β {trial.beta:g}" for trial in members],
             textposition="bottom right",
             mode="lines+markers+text",
-            error_x=_bars(rows, "kl"),
-            error_y=_bars(rows, up),
+            error_x=_error_bars(rows, "kl"),
+            error_y=_error_bars(rows, reward),
             name=line,
         )
     start = next(iter(policies.values())).get("reference_reward", 0.5)
@@ -71,29 +71,27 @@ def frontier(trials: Sequence[Trial], policies: Mapping[str, dict[str, Any]]) ->
     return figure.update_layout(
         title="Reward against KL to the reference",
         xaxis_title="KL(π ‖ π_ref), nats per answer",
-        yaxis_title=HEIGHTS[up],
+        yaxis_title=REWARD_METRICS[reward],
         template="plotly_white",
         showlegend=len(lines) > 1,
     )
 
 
-def _bars(rows: list[dict[str, Any]], name: str) -> dict[str, Any]:
-    low, high = zip(*(row[f"{name}_ci"] for row in rows), strict=True)
-    values = [row[name] for row in rows]
+def _error_bars(rows: list[dict[str, Any]], name: str) -> dict[str, Any]:
     return {
-        "array": [h - v for h, v in zip(high, values, strict=True)],
-        "arrayminus": [v - w for v, w in zip(values, low, strict=True)],
+        "array": [row[f"{name}_ci"][1] - row[name] for row in rows],
+        "arrayminus": [row[name] - row[f"{name}_ci"][0] for row in rows],
     }
 
 
 def curve(curves: pd.DataFrame, name: str) -> go.Figure:
-    """One training metric by step, one line a policy."""
+    """Plot one training metric by step, with one line per policy."""
     figure = px.line(curves, x="step", y=name, color="policy", title=f"Training: {name}", template="plotly_white")
     return figure.update_layout(legend_title="")
 
 
 def margins(pairs: pd.DataFrame) -> go.Figure:
-    """How the margins of the held-out pairs are spread."""
+    """Plot the distribution of the margins of the held-out pairs."""
     figure = px.histogram(
         pairs, x="margin", color="policy", barmode="overlay", nbins=40,
         title="Margins of the held-out pairs", template="plotly_white",
@@ -102,7 +100,7 @@ def margins(pairs: pd.DataFrame) -> go.Figure:
 
 
 def calibration(bins: pd.DataFrame) -> go.Figure:
-    """How often people agree with a policy that is as sure as this; on the diagonal it is calibrated."""
+    """Plot agreement with people by the policy's confidence. A calibrated policy is on the diagonal."""
     figure = px.line(
         bins, x="confidence", y="agreement", color="policy", markers=True, hover_data=["pairs"],
         title="Calibration of sigmoid(margin)", template="plotly_white",

@@ -1,4 +1,4 @@
-"""The whole pipeline on a tiny random model, through `dvc repro` as a user runs it."""
+"""The pipeline on a tiny random model, run by `dvc repro` as a user does."""
 
 import hashlib
 import json
@@ -19,20 +19,20 @@ LINEAGE = (sys.executable, "-m", "tasks.commands.cli", "lineage")
 STAGES = ["fetch_model", "ingest", "validate", "sft", "reference_logprobs", "reference_samples"]
 
 
-def ran(output: str) -> list[str]:
+def stages_run(output: str) -> list[str]:
     return [line.split("'")[1] for line in output.splitlines() if line.startswith("Running stage")]
 
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> Path:
-    """Run once from nothing through DVC."""
+    """Run all stages once through DVC."""
     folder = make_project(tmp_path_factory.mktemp("project"), tiny_model_dir)
     output = execute(folder, "dvc", "repro")
-    assert ran(output) == [*STAGES, f"train@{TRIAL}", f"evaluate@{TRIAL}", "compare"]
+    assert stages_run(output) == [*STAGES, f"train@{TRIAL}", f"evaluate@{TRIAL}", "compare"]
     return folder
 
 
-def test_training_starts_at_margin_zero_and_loss_log_2_through_the_cache(project):
+def test_training_starts_at_margin_zero_and_loss_log_2_with_the_reference_cache(project):
     log = pd.read_csv(project / f"metrics/train/{TRIAL}.csv")
     assert log["rewards/margins"].iloc[0] == 0.0
     assert log["rewards/chosen"].iloc[0] == 0.0
@@ -40,7 +40,7 @@ def test_training_starts_at_margin_zero_and_loss_log_2_through_the_cache(project
     assert log["rewards/margins"].iloc[-1] > 0.1
 
 
-def test_evaluation_reports_every_headline_figure(project):
+def test_evaluation_writes_the_main_metrics(project):
     metrics = json.loads((project / f"metrics/evaluate/{TRIAL}.json").read_text())
     assert metrics["pairs"] == 16
     assert metrics["human_ceiling"] == 0.75
@@ -49,10 +49,10 @@ def test_evaluation_reports_every_headline_figure(project):
     assert metrics["kl"] > 0
     assert "win_rate" in metrics
     compared = json.loads((project / "metrics/comparison.json").read_text())["policies"][TRIAL]
-    assert compared == metrics | {"signs": compared["signs"]}
+    assert compared == metrics | {"failure_modes": compared["failure_modes"]}
 
 
-def test_the_sft_checkpoint_is_a_plain_transformers_model(project):
+def test_checkpoints_are_plain_transformers_models(project):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     for name in ("reference", TRIAL):
@@ -60,10 +60,10 @@ def test_the_sft_checkpoint_is_a_plain_transformers_model(project):
         AutoModelForCausalLM.from_pretrained(project / "models" / name)
 
 
-def test_report_and_table_show_the_policy_and_the_choice(project):
+def test_report_and_results_table_show_metrics_and_selection(project):
     page = (project / "reports/index.html").read_text()
     comparison = json.loads((project / "metrics/comparison.json").read_text())
-    for words in ("Reward against KL", "Say something about film", "Signs of failure", comparison["reason"]):
+    for words in ("Reward against KL", "Say something about film", "Failure modes", comparison["reason"]):
         assert words in page
     assert comparison["selected"] == TRIAL
     assert "<script src" not in page
@@ -75,7 +75,7 @@ def test_report_and_table_show_the_policy_and_the_choice(project):
     assert "make mlflow" in table
 
 
-def test_answers_and_margins_are_kept_beside_the_figures(project):
+def test_samples_and_margins_agree_with_the_metrics(project):
     samples = pd.read_parquet(project / f"samples/{TRIAL}.parquet")
     metrics = json.loads((project / f"metrics/evaluate/{TRIAL}.json").read_text())
     assert len(samples) == metrics["samples"] == 8
@@ -86,7 +86,7 @@ def test_answers_and_margins_are_kept_beside_the_figures(project):
     assert {"frontier", "calibration", "slices", "tests"} <= {f.stem for f in (project / "metrics").glob("*.csv")}
 
 
-def test_the_model_card_is_one_that_the_hub_reads(project):
+def test_model_card_is_valid_for_the_hub_and_names_the_weights(project):
     card = ModelCard.load(project / f"models/{TRIAL}.md")
     metrics = json.loads((project / f"metrics/evaluate/{TRIAL}.json").read_text())
     results = {result.metric_type: result.metric_value for result in card.data.eval_results}
@@ -95,7 +95,7 @@ def test_the_model_card_is_one_that_the_hub_reads(project):
     assert metrics["weights"] in card.text
 
 
-def test_a_checkpoint_and_a_model_in_mlflow_tell_what_made_them(project, tmp_path):
+def test_lineage_of_a_checkpoint_and_of_its_mlflow_model_are_equal(project, tmp_path):
     moved = shutil.copytree(project / f"models/{TRIAL}", tmp_path / "moved")
     facts = json.loads(execute(ROOT, *LINEAGE, str(moved), "--json"))
     manifest = json.loads((project / "reference/train/manifest.json").read_text())
@@ -112,7 +112,7 @@ def test_a_checkpoint_and_a_model_in_mlflow_tell_what_made_them(project, tmp_pat
     assert json.loads(execute(project, *LINEAGE, uri, "--json")) == facts
 
 
-def test_the_policy_and_the_reference_are_models_in_mlflow_that_answer(project):
+def test_mlflow_models_of_policy_and_reference_generate_responses(project):
     mlflow.set_tracking_uri(f"sqlite:///{project}/mlflow.db")
     models = {m.name: m for m in mlflow.search_logged_models(experiment_ids=["1"], output_format="list")}
     assert sorted(models) == ["policy", "reference"]
@@ -126,7 +126,7 @@ def test_the_policy_and_the_reference_are_models_in_mlflow_that_answer(project):
     assert "tokens 4 True" in output
 
 
-def test_mlflow_holds_the_sweep(project):
+def test_mlflow_has_the_runs_of_the_sweep(project):
     mlflow.set_tracking_uri(f"sqlite:///{project}/mlflow.db")
     runs = mlflow.search_runs(experiment_names=["dpo-pipeline"], output_format="list")
     roles = {run.data.tags["dpo.role"]: run for run in runs}
@@ -153,15 +153,17 @@ def test_same_seed_gives_the_same_checkpoint(project):
     before = hashlib.sha256(weights.read_bytes()).hexdigest()
     execute(project, "dvc", "repro", "--force", "--single-item", f"train@{TRIAL}")
     assert hashlib.sha256(weights.read_bytes()).hexdigest() == before
-    again = ran(execute(project, "dvc", "repro"))
-    assert again == [f"evaluate@{TRIAL}"], "its provenance names another run; its figures are the same"
+    again = stages_run(execute(project, "dvc", "repro"))
+    assert again == [f"evaluate@{TRIAL}"], (
+        "its provenance names another run, so `evaluate` runs again with the same metrics"
+    )
 
 
-def test_nothing_runs_twice_and_a_new_beta_runs_its_own_cells_only(project):
-    assert ran(execute(project, "dvc", "repro")) == []
+def test_unchanged_stages_are_skipped_and_a_new_beta_runs_only_its_trial(project):
+    assert stages_run(execute(project, "dvc", "repro")) == []
     other = TRIAL.replace("0.1", "0.5")
     change(project, {"sweep.betas": [0.1, 0.5]})
-    assert ran(execute(project, "dvc", "repro")) == [f"train@{other}", f"evaluate@{other}", "compare"]
+    assert stages_run(execute(project, "dvc", "repro")) == [f"train@{other}", f"evaluate@{other}", "compare"]
     assert "up to date" in execute(project, "dvc", "status")
 
 
@@ -174,12 +176,32 @@ def test_push_and_pull_bring_a_clean_clone_up_to_date(project, tmp_path):
     execute(tmp_path, "git", "clone", "-q", str(project), str(clone))
     execute(clone, "dvc", "remote", "add", "--default", "--local", "store", str(tmp_path / "store"))
     execute(clone, "dvc", "pull")
-    assert ran(execute(clone, "dvc", "repro")) == []
+    assert stages_run(execute(clone, "dvc", "repro")) == []
     assert "up to date" in execute(clone, "dvc", "status")
 
 
+def test_a_second_judge_adds_its_win_rate_and_does_not_change_the_selection(project, tmp_path):
+    copy = shutil.copytree(project, tmp_path / "copy", symlinks=True)
+    (copy / "judge.py").write_text("def length(prompts, responses): return [len(text) for text in responses]\n")
+    before = json.loads((copy / "metrics/comparison.json").read_text())
+    first = {"kind": "scorer", "function": "dpo.evaluation.judges.scorer:vader_compound"}
+    change(copy, {"evaluate.judges": [first, {"kind": "scorer", "function": "judge:length"}]})
+    for stage in (["tasks.reference_samples"], ["tasks.evaluate", TRIAL], ["tasks.compare"]):
+        execute(copy, sys.executable, "-m", *stage)
+    samples = pd.read_parquet(copy / f"samples/{TRIAL}.parquet")
+    assert (samples["score/length"] == samples["response"].str.len()).all()
+    assert (samples["reference_score/length"] == samples["reference_response"].str.len()).all()
+    after = json.loads((copy / "metrics/comparison.json").read_text())
+    metrics = after["policies"][TRIAL]
+    assert metrics["win_rate/length"] == samples["win/length"].mean()
+    assert (after["selected"], after["reason"]) == (before["selected"], before["reason"])
+    assert {name: metrics[name] for name in before["policies"][TRIAL]} == before["policies"][TRIAL]
+    assert "win rate by length" in (copy / "reports/index.html").read_text()
+    assert "judged by length" in (copy / f"models/{TRIAL}.md").read_text()
+
+
 @pytest.mark.parametrize(("stage", "split"), [("train", "train"), ("evaluate", "eval")])
-def test_a_stale_reference_cache_is_refused(project, stage, split):
+def test_stale_reference_cache_is_an_error(project, stage, split):
     manifest = project / f"reference/{split}/manifest.json"
     original = manifest.read_text()
     manifest.write_text(original.replace('"max_length": 128', '"max_length": 127'))
@@ -189,7 +211,7 @@ def test_a_stale_reference_cache_is_refused(project, stage, split):
     assert "Traceback" not in output
 
 
-def test_a_policy_is_never_its_own_reference(project):
+def test_evaluate_refuses_a_reference_that_changed(project):
     weights = project / "models/reference/model.safetensors"
     original = weights.read_bytes()
     weights.unlink()
@@ -200,7 +222,7 @@ def test_a_policy_is_never_its_own_reference(project):
     assert "reference/eval: stale reference cache, refused: weights differ" in output
 
 
-def test_bad_params_stop_a_stage_with_one_line(project):
+def test_unknown_key_in_params_is_an_error_without_a_traceback(project):
     text = (project / "params.yaml").read_text()
     (project / "params.yaml").write_text(text.replace("eval_fraction: 0.1", "eval_fractoin: 0.1"))
     outputs = [
@@ -212,29 +234,29 @@ def test_bad_params_stop_a_stage_with_one_line(project):
         assert "Traceback" not in output
 
 
-def test_through_prefect(tmp_path, tiny_model_dir):
+def test_flow_gives_the_same_results_as_dvc_repro(tmp_path, tiny_model_dir):
     folder = make_project(tmp_path, tiny_model_dir)
     ENV["PREFECT_HOME"] = str(tmp_path / "prefect")
     execute(folder, sys.executable, "-m", "flows.pipeline")
     assert (folder / "reports/index.html").is_file()
-    assert ran(execute(folder, "dvc", "repro")) == []
+    assert stages_run(execute(folder, "dvc", "repro")) == []
 
 
-def test_stages_run_in_the_processes_that_run_launch_asks_for(project, tmp_path):
+def test_run_launch_starts_several_processes_and_keeps_the_metrics(project, tmp_path):
     copy = shutil.copytree(project, tmp_path / "copy", symlinks=True)
-    eight = (ROOT / "configs/one-node-ddp.yaml").read_text()
-    (copy / "both.yaml").write_text(f"{eight.replace('processes: 8', 'processes: 2')}main_process_port: 0\n")
+    config = (ROOT / "configs/one-node-ddp.yaml").read_text()
+    (copy / "two.yaml").write_text(f"{config.replace('processes: 8', 'processes: 2')}main_process_port: 0\n")
     before = json.loads((copy / f"metrics/evaluate/{TRIAL}.json").read_text())
     log = pd.read_csv(copy / f"metrics/train/{TRIAL}.csv")
-    change(copy, {"run.launch": "both.yaml"})
-    assert execute(copy, "dvc", "status").strip().endswith("up to date."), "a way to run makes nothing stale"
+    change(copy, {"run.launch": "two.yaml"})
+    assert execute(copy, "dvc", "status").strip().endswith("up to date."), "run settings change no results"
     for stage in ("train", "evaluate"):
         output = execute(copy, sys.executable, "-m", f"tasks.{stage}", TRIAL)
-    assert output.count("policy log-probs: 100%") >= 2, "both processes did a share"
+    assert output.count("policy log-probs: 100%") >= 2, "both processes must compute a part"
     shared = pd.read_csv(copy / f"metrics/train/{TRIAL}.csv")
     pd.testing.assert_frame_equal(shared.drop(columns="epoch"), log.drop(columns="epoch"), rtol=1e-3, atol=1e-4)
     metrics = json.loads((copy / f"metrics/evaluate/{TRIAL}.json").read_text())
-    for figure in ("margin", "loss", "chosen_reward", "perplexity"):
-        assert metrics[figure] == pytest.approx(before[figure], rel=1e-3, abs=1e-4), figure
+    for name in ("margin", "loss", "chosen_reward", "perplexity"):
+        assert metrics[name] == pytest.approx(before[name], rel=1e-3, abs=1e-4), name
     assert metrics["kl"] > 0
     assert len(pd.read_parquet(copy / f"samples/{TRIAL}.parquet")) == 8

@@ -322,7 +322,10 @@ def story(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> Ite
         (folder / "judge.py").write_text(JUDGE)
         change(
             folder,
-            {"data.source": ["data/own/pairs.jsonl", str(LANDED)], "evaluate.judge.function": "judge:newest"},
+            {
+                "data.source": ["data/own/pairs.jsonl", str(LANDED)],
+                "evaluate.judges": [{"kind": "scorer", "function": "judge:newest"}],
+            },
         )
         change(
             folder,

@@ -1,4 +1,4 @@
-"""What comes from outside runs nothing, reads nothing it should not, and no secret ends in a file."""
+"""Code from models, data and responses is never executed, and no secret is written to a file."""
 
 import json
 import re
@@ -23,7 +23,7 @@ from dpo.data import readers
 from dpo.data.settings import DataSettings
 from dpo.engine.base_model import load_base, load_checkpoint
 from dpo.engine.settings import ModelSettings
-from dpo.evaluation.judges.reward_model import reward_scorer
+from dpo.evaluation.judges.reward_model import RewardModel
 from dpo.evaluation.settings import RewardModelSettings
 from tests.support.project import ENV, TRIAL, change, execute, make_project
 from tools.licences import permitted
@@ -32,7 +32,7 @@ ROOT = Path(__file__).parents[2]
 
 
 class Payload:
-    """Writes a file when it is unpickled."""
+    """An object that writes a file when it is unpickled."""
 
     def __reduce__(self):
         return Path.touch, (Path("ran").absolute(),)
@@ -44,7 +44,7 @@ def pickled(folder):
 
 
 def coded(folder, file="config.json", **values):
-    """Python beside the model that its settings name."""
+    """Add Python code that the model's configuration names."""
     settings = json.loads((folder / file).read_text())
     kinds = ("AutoConfig", "AutoModelForCausalLM", "AutoModelForSequenceClassification")
     names = dict.fromkeys(kinds, "own.Own") | {"AutoTokenizer": ["own.Own", "own.Own"]}
@@ -72,16 +72,16 @@ def own(tmp_path, monkeypatch, tiny_model_dir):
 
 LOADS = {
     "model.base": lambda name: load_base(ModelSettings(base=name, revision=None)),
-    "evaluate.judge.model": lambda name: reward_scorer(
-        RewardModelSettings(kind="reward_model", model=name, revision=None)
+    "evaluate.judges.0.model": lambda name: RewardModel(
+        RewardModelSettings(kind="reward_model", model=name), "evaluate.judges.0"
     )(["a"], ["b"]),
 }
 
 
 @pytest.mark.parametrize("hostile", HOSTILE)
 @pytest.mark.parametrize("place", LOADS)
-def test_nothing_that_comes_with_a_model_is_run(own, hostile, place, monkeypatch):
-    monkeypatch.setattr("builtins.input", lambda _: "y")  # what transformers asks is never answered
+def test_code_in_a_model_folder_is_not_executed(own, hostile, place, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda _: "y")  # transformers asks before it runs code
     prepare, words = HOSTILE[hostile]
     settings = json.loads((own / "config.json").read_text())
     (own / "config.json").write_text(json.dumps(settings | {"num_labels": 1, "id2label": {"0": "score"}}))
@@ -92,14 +92,14 @@ def test_nothing_that_comes_with_a_model_is_run(own, hostile, place, monkeypatch
     assert not Path("ran").exists()
 
 
-def test_code_beside_an_architecture_of_transformers_is_left_alone(own):
+def test_code_next_to_a_known_architecture_is_ignored(own):
     coded(own)
     model, _ = load_base(ModelSettings(base=str(own), revision=None))
     assert type(model).__module__ == "transformers.models.llama.modeling_llama"
     assert not Path("ran").exists()
 
 
-def test_an_adapter_that_is_a_pickle_is_refused(own):
+def test_pickled_adapter_is_an_error(own):
     lora = LoraConfig(r=2, target_modules="all-linear")
     get_peft_model(AutoModelForCausalLM.from_pretrained(own), lora).save_pretrained("adapter")
     assert load_checkpoint(Path("adapter")) is not None
@@ -110,7 +110,7 @@ def test_an_adapter_that_is_a_pickle_is_refused(own):
     assert not Path("ran").exists()
 
 
-def test_no_setting_lets_code_of_others_run(tmp_path):
+def test_no_setting_enables_remote_code(tmp_path):
     text = (ROOT / "params.yaml").read_text()
     for group in ("model:\n", "data:\n"):
         (tmp_path / "params.yaml").write_text(text.replace(group, f"{group}  trust_remote_code: true\n"))
@@ -119,7 +119,7 @@ def test_no_setting_lets_code_of_others_run(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["script", "pickle"])
-def test_a_data_set_with_code_of_its_own_is_refused(tmp_path, monkeypatch, kind):
+def test_data_set_with_code_or_a_pickle_is_an_error(tmp_path, monkeypatch, kind):
     monkeypatch.chdir(tmp_path)
     hub = tmp_path / "elsewhere/pairs"
     hub.mkdir(parents=True)
@@ -168,7 +168,7 @@ for stage in {STAGES}:
 
 @pytest.fixture(scope="module")
 def hostile(tmp_path_factory, tiny_model_dir):
-    """All stages, with secrets in the environment, on a model and data that are named and filled with scripts."""
+    """Run all stages, with secrets in the environment, on a model and data with scripts in names and texts."""
     folder = make_project(tmp_path_factory.mktemp("hostile"), tiny_model_dir)
     name = SCRIPTS[2].replace("/", "")
     (folder / "models/own/tiny").rename(folder / f"models/own/{name}")
@@ -195,7 +195,7 @@ def hostile(tmp_path_factory, tiny_model_dir):
     return folder
 
 
-def test_no_secret_ends_in_a_file(hostile):
+def test_no_secret_is_written_to_a_file(hostile):
     files = [path for path in hostile.rglob("*") if path.is_file()]
     assert {"mlflow.db", "provenance.json", "index.html", "output.txt"} <= {path.name for path in files}
     for path in files:
@@ -209,53 +209,53 @@ def test_no_secret_ends_in_a_file(hostile):
         ("data.source", "https://someone:canary@example.org/pairs.jsonl"),
         ("data.source", ["data/own/a.jsonl", "s3://canary@bucket/b.jsonl"]),
         ("model.base", "https://canary@example.org/model"),
-        ("evaluate.judge", {"kind": "llm", "base_url": "http://a:canary@127.0.0.1:8000/v1"}),
+        ("evaluate.judges", [{"kind": "llm", "base_url": "http://a:canary@127.0.0.1:8000/v1"}]),
     ],
 )
-def test_credentials_in_an_address_are_refused_and_not_repeated(tmp_path, key, value):
+def test_credentials_in_an_address_are_an_error_that_does_not_show_them(tmp_path, key, value):
     shutil.copy(ROOT / "params.yaml", tmp_path)
     change(tmp_path, {key: value})
-    with pytest.raises(InputError, match=rf"params\.yaml: {key}.*give them in the environment") as error:
+    with pytest.raises(InputError, match=rf"params\.yaml: {key}.*set them in the environment") as error:
         load_params(tmp_path / "params.yaml")
     assert "canary" not in str(error.value)
 
 
 def dom(page):
-    """The page as headless Chromium has it when its scripts have run."""
+    """Return the page's HTML after headless Chromium has run its scripts."""
     browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if browser is None:
-        pytest.skip("no Chromium here to open the page with")
+        pytest.skip("Chromium is not installed")
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--dump-dom"]
     profile = f"--user-data-dir={page.parent / '.profile'}"
     command = [browser, *flags, profile, "--virtual-time-budget=5000", page.absolute().as_uri()]
     return subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout
 
 
-def owned(page):
+def script_ran(page):
     return "data-owned" in re.search(r"<html[^>]*>", page)[0]
 
 
-def test_a_script_in_a_page_that_lets_it_is_seen_to_run(tmp_path):
+def test_script_in_an_unescaped_page_is_detected(tmp_path):
     (tmp_path / "page.html").write_text(f'<html><body><p title="{SCRIPTS[2]}"></p></body></html>')
-    assert owned(dom(tmp_path / "page.html"))
+    assert script_ran(dom(tmp_path / "page.html"))
 
 
-def test_no_script_of_data_model_or_answer_runs_in_a_page(hostile):
+def test_scripts_in_data_model_and_responses_do_not_run_in_the_reports(hostile):
     for samples in (hostile / f"samples/{TRIAL}.parquet", hostile / "samples/reference.parquet"):
         table = pd.read_parquet(samples)
-        answers = [name for name in table.columns if name in ("policy", "reference", "answer")]
-        table[answers] = [[f"{SCRIPTS[i % 7]} {i}"] * len(answers) for i in range(len(table))]
+        responses = [name for name in table.columns if name in ("response", "reference_response")]
+        table[responses] = [[f"{SCRIPTS[i % 7]} {i}"] * len(responses) for i in range(len(table))]
         samples.unlink()
         table.to_parquet(samples)
     execute(hostile, sys.executable, "-m", "tasks.compare")
     for name in ("index.html", "validate.html"):
         page = dom(hostile / "reports" / name)
-        assert not owned(page), name
+        assert not script_ran(page), name
         assert "{{ 7*7 }}" in page, name
         assert f"onerror=&quot;{OWNED}" in page or f'onerror="{OWNED}"&gt;' in page, name
 
 
-def test_what_is_installed_is_locked_with_hashes():
+def test_requirements_are_locked_with_hashes():
     entries = {}
     for path in (ROOT / "requirements").glob("*.txt"):
         for entry in re.split(r"\n(?=[^\s#])", path.read_text())[1:]:
@@ -264,10 +264,10 @@ def test_what_is_installed_is_locked_with_hashes():
             entries.setdefault(name, set()).add(version.split("+")[0])
     assert [name for name, found in entries.items() if len(found) > 1] == [], "torch.txt, torch-cpu.txt"
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    asked = project["project"]["dependencies"] + project["project"]["optional-dependencies"]["dev"]
-    for requirement in map(Requirement, asked):
+    required = project["project"]["dependencies"] + project["project"]["optional-dependencies"]["dev"]
+    for requirement in map(Requirement, required):
         (version,) = entries[canonicalize_name(requirement.name)]
-        assert version in requirement.specifier, f"{requirement}: `make lock`"
+        assert version in requirement.specifier, f"{requirement}: run `make lock`"
 
 
 @pytest.mark.parametrize(
@@ -285,11 +285,11 @@ def test_what_is_installed_is_locked_with_hashes():
         ("", False),
     ],
 )
-def test_a_licence_that_is_unknown_or_binds_needs_a_reason(stated, free):
+def test_unknown_or_copyleft_licence_needs_a_stated_reason(stated, free):
     assert permitted("some-package", stated) is free
     assert permitted("pygit2", stated)
 
 
-def test_bandit_finds_nothing():
+def test_bandit_finds_no_issue():
     command = [sys.executable, "-m", "bandit", "--quiet", "--recursive", "--configfile", "pyproject.toml"]
     execute(ROOT, *command, "dpo", "tasks", "flows", "tools")

@@ -41,6 +41,7 @@ def test_settings_that_params_yaml_does_not_list_have_defaults(change):
         ),
         ("sft.warmup_steps", 4, "sft.warmup_steps: renamed; use sft.warmup_ratio, a share of the steps"),
         ("compare.signs", {}, "compare.signs: renamed; use compare.guardrails"),
+        ("evaluate.judge", None, "evaluate.judge: renamed; use evaluate.judges, a list"),
         ("dpo.reference", "online", "dpo.reference: removed: reference log-probs always come from the cache"),
         ("evaluate.temperature", 1.0, "evaluate.temperature: removed: responses are always sampled at temp"),
     ],
@@ -58,7 +59,7 @@ def test_values_arrive_as_written():
     assert params.seed == written["seed"]
     assert params.sweep.betas == tuple(written["sweep"]["betas"])
     assert params.sft.learning_rate == written["sft"]["learning_rate"]
-    assert dataclasses.asdict(params.evaluate.judge) == written["evaluate"]["judge"]
+    assert list(map(dataclasses.asdict, params.evaluate.judges)) == written["evaluate"]["judges"]
     with pytest.raises(dataclasses.FrozenInstanceError):
         params.seed = 1
 
@@ -129,9 +130,9 @@ ABSENT = type(None)
             "losses.robust.label_smoothing: input should be less than 0.5",
         ),
         ("losses.sigmoid", {"label_smoothing": 0.1}, "losses.sigmoid.label_smoothing: unknown key"),
-        ("evaluate.judge", {"kind": "scoer"}, "evaluate.judge: input tag 'scoer'"),
-        ("evaluate.judge", {"kind": "scorer"}, "evaluate.judge.scorer.function: missing; add it"),
-        ("evaluate.judge", None, "compare.select: win_rate needs a judge; set evaluate.judge, or"),
+        ("evaluate.judges", [{"kind": "scoer"}], "evaluate.judges.0: input tag 'scoer'"),
+        ("evaluate.judges", [{"kind": "scorer"}], "evaluate.judges.0.scorer.function: missing; add it"),
+        ("evaluate.judges", [], "compare.select: win_rate needs a judge; add one to evaluate.judges, or"),
         ("evaluate.max_new_tokens", 512, "evaluate.max_new_tokens: 512 leaves no room for a prompt in engine.max"),
     ],
 )
@@ -226,6 +227,6 @@ def test_cells_are_every_combination_named_as_dvc_names_them(change):
 
 
 def test_without_a_judge_another_figure_selects(change):
-    path = change("evaluate.judge", None)
+    path = change("evaluate.judges", [])
     path.write_text(path.read_text().replace("select: win_rate", "select: margin"))
     assert load_params(path).compare.select == "margin"

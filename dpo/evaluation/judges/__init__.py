@@ -1,1 +1,63 @@
-"""Judges, which compare two responses to a prompt."""
+"""Judges of responses: Python functions, reward models and language models, as `evaluate.judges` lists them."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import pandas as pd
+from numpy.typing import ArrayLike
+
+from dpo.engine.tokenization import Prompt
+from dpo.evaluation.judges.llm import LlmJudge
+from dpo.evaluation.judges.reward_model import RewardModel
+from dpo.evaluation.judges.scorer import Scorer, load_function
+from dpo.evaluation.settings import JudgeSettings, LlmSettings, ScorerSettings
+
+
+class Judge(Protocol):
+    """Compares responses to the same prompts, and scores single responses if it can."""
+
+    @property
+    def name(self) -> str:
+        """Name in metrics and reports."""
+
+    def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float] | None:
+        """Return one score per response, higher is better. Return None if the judge can only compare."""
+
+    def compare(
+        self,
+        prompts: Sequence[Prompt],
+        responses: Sequence[str],
+        others: Sequence[str],
+        other_scores: ArrayLike | None = None,
+    ) -> pd.DataFrame:
+        """Compare each response with another response to the same prompt.
+
+        Args:
+            prompts: N prompts.
+            responses: N responses.
+            others: N other responses.
+            other_scores: scores of `others`, if `score` computed them before; they are not computed again.
+
+        Returns:
+            One row per prompt. `win` is 1 if the response is better, 0.5 for a tie, 0 if it is worse, a value in
+            between if verdicts differ, and NaN if the judge gave no verdict. A judge that scores adds `score`
+            and `other_score`.
+        """
+
+
+def load_judges(settings: Sequence[JudgeSettings]) -> list[Judge]:
+    """Return the judges in the order of the settings. Models load, and servers are called, at first use.
+
+    Raises:
+        InputError: a function cannot be imported or called, a model is neither a folder in `models/own/` nor a
+            hub id with a revision, or a URL is invalid.
+    """
+    return [_load_judge(each, f"evaluate.judges.{number}") for number, each in enumerate(settings)]
+
+
+def _load_judge(settings: JudgeSettings, key: str) -> Judge:
+    if isinstance(settings, LlmSettings):
+        return LlmJudge(settings, key)
+    if isinstance(settings, ScorerSettings):
+        return Scorer(settings.name, load_function(settings.function, key), f"{key}.function")
+    return Scorer(settings.name, RewardModel(settings, key), f"{key}.model")

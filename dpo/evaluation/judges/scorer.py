@@ -1,4 +1,4 @@
-"""Judges of answers: a function, a reward model or a language model, as `evaluate.judge` names them."""
+"""Judges that score each response by a function; the response with the higher score wins."""
 
 import importlib
 import inspect
@@ -7,100 +7,90 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 from numpy.typing import ArrayLike
 
 from dpo.common.errors import InputError
 from dpo.engine.tokenization import Prompt
-from dpo.evaluation.judges.llm import LlmJudge
-from dpo.evaluation.judges.reward_model import reward_scorer
-from dpo.evaluation.settings import LlmSettings, RewardModelSettings, ScorerSettings
 
-Score = Callable[[Sequence[Prompt], Sequence[str]], list[float]]
-"""From prompts and their answers to one score each."""
+ScoreFunction = Callable[[Sequence[Prompt], Sequence[str]], Sequence[float]]
+"""Maps N prompts and N responses to N scores, higher is better."""
 
 
 @dataclass(frozen=True)
 class Scorer:
-    """Gives every answer a score of its own, higher is better."""
+    """A judge that is a function or a reward model."""
 
-    score: Score
+    name: str
+    function: ScoreFunction
+    key: str
+    """Key in params.yaml, for errors."""
+
+    def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
+        """Return one score per response.
+
+        Raises:
+            InputError: the function does not return exactly one finite number per response.
+        """
+        where = f"params.yaml: {self.key}: '{self.name}'"
+        returned = self.function(prompts, responses)
+        try:
+            scores = [float(value) for value in returned]
+        except (TypeError, ValueError) as error:
+            raise InputError(
+                f"{where} did not return a list of numbers: {error}; return one number per response"
+            ) from error
+        if len(scores) != len(responses):
+            raise InputError(
+                f"{where} returned {len(scores)} scores for {len(responses)} responses; return one per response"
+            )
+        for number, (value, response) in enumerate(zip(scores, responses, strict=True), 1):
+            if not math.isfinite(value):
+                raise InputError(
+                    f"{where} returned {value} for response {number}, {response[:80]!r}; return finite scores"
+                )
+        return scores
+
+    def compare(
+        self,
+        prompts: Sequence[Prompt],
+        responses: Sequence[str],
+        others: Sequence[str],
+        other_scores: ArrayLike | None = None,
+    ) -> pd.DataFrame:
+        """Compare by score; see `dpo.evaluation.judges.Judge.compare`."""
+        scores = self.score(prompts, responses)
+        if other_scores is None:
+            other_scores = self.score(prompts, others)
+        win = (np.sign(np.subtract(scores, other_scores)) + 1) / 2
+        return pd.DataFrame({"win": win, "score": scores, "other_score": np.asarray(other_scores)})
 
 
-@dataclass(frozen=True)
-class Comparer:
-    """Says how often the first of two answers is the better one: 1, 0, or between."""
-
-    compare: Callable[[Sequence[Prompt], Sequence[str], Sequence[str]], list[float]]
-    """From prompts, answers and other answers to the same prompts."""
-
-
-Judge = Scorer | Comparer
-
-
-def load_judge(params: ScorerSettings | RewardModelSettings | LlmSettings | None) -> Judge | None:
-    """The judge that the parameters name, None where they name none.
-
-    Models are loaded, and servers asked, when it first judges.
+def load_function(name: str, key: str) -> ScoreFunction:
+    """Return the function that `name` gives as `module:function`.
 
     Raises:
-        InputError: a function cannot be imported or called; a model is no folder under `models/own/` and no hub
-            id with a revision; a URL is none.
+        InputError: it cannot be imported or does not accept prompts and responses.
     """
-    if params is None:
-        return None
-    if isinstance(params, ScorerSettings):
-        return Scorer(_checked("function", params.function, _load_function(params.function)))
-    if isinstance(params, RewardModelSettings):
-        return Scorer(_checked("model", params.model, reward_scorer(params)))
-    return Comparer(LlmJudge(params).compare)
+    where = f"params.yaml: {key}.function: '{name}'"
+    module, _, attribute = name.partition(":")
+    try:
+        function: ScoreFunction = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise InputError(f"{where} cannot be imported: {error}; write it as `module:function`") from error
+    try:
+        inspect.signature(function).bind([], [])
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{where} cannot be called as function(prompts, responses): {error}") from error
+    return function
 
 
-def score_wins(scores: ArrayLike, others: ArrayLike) -> list[float]:
-    """For each answer 1 if its score is above that of the other answer, 0 if below, 0.5 if they are equal."""
-    wins: list[float] = ((np.sign(np.subtract(scores, others)) + 1) / 2).tolist()
-    return wins
+def vader_compound(prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
+    """Return the sentiment of each response, from -1 to 1, by the VADER lexicon (Hutto and Gilbert 2014).
 
-
-def vader_compound(prompts: Sequence[Prompt], answers: Sequence[str]) -> list[float]:
-    """Sentiment of each answer from -1 to 1, by the lexicon of Hutto and Gilbert 2014; prompts are not looked at.
-
-    No training stage uses it.
+    Prompts are ignored. No training stage uses this function.
     """
     from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
     analyzer = SentimentIntensityAnalyzer()
-    return [analyzer.polarity_scores(answer)["compound"] for answer in answers]
-
-
-def _load_function(name: str) -> Score:
-    where = f"params.yaml: evaluate.judge.function: '{name}'"
-    module, _, attribute = name.partition(":")
-    try:
-        function: Score = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise InputError(f"{where} is no `module:function`: {error}") from error
-    try:
-        inspect.signature(function).bind([], [])
-    except (TypeError, ValueError) as error:
-        raise InputError(f"{where} cannot be called with prompts and answers: {error}") from error
-    return function
-
-
-def _checked(field: str, name: str, score: Score) -> Score:
-    """The same scorer, that ends in one clear error where it gives anything but a finite number an answer."""
-    where = f"params.yaml: evaluate.judge.{field}: '{name}' gave"
-
-    def checked(prompts: Sequence[Prompt], answers: Sequence[str]) -> list[float]:
-        given = score(prompts, answers)
-        try:
-            scores = [float(value) for value in given]
-        except (TypeError, ValueError) as error:
-            raise InputError(f"{where} no list of numbers: {error}; give one for each answer") from error
-        if len(scores) != len(answers):
-            raise InputError(f"{where} {len(scores)} scores for {len(answers)} answers; give one for each answer")
-        for number, (value, answer) in enumerate(zip(scores, answers, strict=True), 1):
-            if not math.isfinite(value):
-                raise InputError(f"{where} answer {number}, {answer[:80]!r}, the score {value}; it must be finite")
-        return scores
-
-    return checked
+    return [analyzer.polarity_scores(response)["compound"] for response in responses]

@@ -1,4 +1,4 @@
-"""Figures of held-out pairs by hand, against numpy in float64, and where the policy is the reference."""
+"""Metrics of held-out pairs by hand, against numpy in float64, and for a policy equal to its reference."""
 
 import json
 import math
@@ -45,7 +45,7 @@ def held_out(prompts, sources=None, agreement=None):
 
 
 def table_of(margins, prompts=None, agreement=None, tokens=None, sources=None):
-    """A table of pairs with these margins at beta 1: all of it is the change of the chosen completion."""
+    """Return a table of pairs with these margins at beta 1, from a change of the chosen log-prob only."""
     margins = torch.tensor(margins, dtype=torch.float64)
     reference = torch.full((len(margins), 2), -20.0, dtype=torch.float64)
     policy = reference + torch.stack([margins, torch.zeros_like(margins)], 1)
@@ -55,7 +55,7 @@ def table_of(margins, prompts=None, agreement=None, tokens=None, sources=None):
 
 
 def by_hand(agreement=None):
-    # beta 0.5: margins 0.5*((1)-(-1)) = 1, 0.5*((-2)-(0)) = -1, and 0 for the untouched pair (half right).
+    # beta 0.5: margins 0.5*((1)-(-1)) = 1, 0.5*((-2)-(0)) = -1, and 0 for the unchanged pair (correct 0.5).
     reference = torch.tensor([[-10.0, -10.0], [-10.0, -10.0], [-5.0, -7.0]])
     policy = torch.tensor([[-9.0, -11.0], [-12.0, -10.0], [-5.0, -7.0]])
     lengths = torch.tensor([[3, 4], [5, 6], [2, 5]])
@@ -89,7 +89,7 @@ def test_metrics_by_hand():
     assert metrics["margin_p50"] == 0
     assert metrics["margin_p75"] == 0.5
     assert metrics["margin_p05"] == pytest.approx(-0.9)
-    # 54 nats on 25 tokens against 52; of chosen alone 26 nats on 10 tokens against 25.
+    # Both: 54 nats on 25 tokens against 52. Chosen: 26 nats on 10 tokens against 25.
     assert metrics["perplexity"] == pytest.approx(math.exp(54 / 25))
     assert metrics["reference_perplexity"] == pytest.approx(math.exp(52 / 25))
     assert metrics["perplexity_ratio"] == pytest.approx(math.exp(2 / 25))
@@ -98,11 +98,11 @@ def test_metrics_by_hand():
     assert chosen["perplexity_ratio"] == pytest.approx(math.exp(1 / 10))
 
 
-def test_every_figure_has_its_interval_and_all_are_json():
+def test_every_metric_has_an_interval_and_is_json():
     metrics = preference_metrics(by_hand(agreement=[0.9, 0.8, 0.7]), 0, completions="both")
-    figures = {name for name in metrics if not name.endswith("_ci")} - {"pairs"}
-    assert {f"{name}_ci" for name in figures} == {name for name in metrics if name.endswith("_ci")}
-    assert {"human_ceiling", "ece", "brier", "margin_p95"} <= figures
+    names = {name for name in metrics if not name.endswith("_ci")} - {"pairs"}
+    assert {f"{name}_ci" for name in names} == {name for name in metrics if name.endswith("_ci")}
+    assert {"human_ceiling", "ece", "brier", "margin_p95"} <= names
     assert json.loads(json.dumps(metrics, allow_nan=False)) == metrics
 
 
@@ -114,7 +114,7 @@ def test_prompts_are_the_clusters():
     assert high - low == pytest.approx(expected, rel=0.1)
 
 
-def test_a_policy_equal_to_its_reference_is_neither_right_nor_wrong():
+def test_policy_equal_to_its_reference_has_accuracy_one_half_and_margin_zero():
     logps = torch.randn(20, 2, generator=torch.Generator().manual_seed(0)) * 50
     pairs = held_out([*"abcde"] * 4, agreement=[0.9] * 20)
     lengths = torch.full((20, 2), 5)
@@ -136,7 +136,7 @@ LOSS_OF_MARGIN = {
 
 
 @pytest.mark.parametrize("loss", LOSS_OF_MARGIN)
-def test_margin_and_loss_are_those_of_the_cells_loss_in_float64(loss):
+def test_margin_and_loss_are_those_of_the_trials_loss_in_float64(loss):
     generator = torch.Generator().manual_seed(1)
     reference = -torch.rand(50, 2, generator=generator) * 100
     policy = reference + torch.randn(50, 2, generator=generator) * 5
@@ -151,7 +151,7 @@ def test_margin_and_loss_are_those_of_the_cells_loss_in_float64(loss):
 
 
 @pytest.mark.parametrize("value", [math.nan, -math.inf])
-def test_a_log_prob_that_is_not_finite_is_named(value):
+def test_non_finite_log_prob_is_an_error_that_names_the_pair(value):
     logps = torch.full((3, 2), -5.0)
     broken = logps.clone()
     broken[1, 0] = value
@@ -159,15 +159,15 @@ def test_a_log_prob_that_is_not_finite_is_named(value):
         pair_table(held_out([*"abc"]), broken, logps, torch.ones(3, 2), trial(), LOSSES)
 
 
-def test_without_agreement_nothing_is_compared_with_people():
+def test_metrics_of_human_agreement_need_agreement():
     metrics = preference_metrics(table_of([1.0, -1.0, 0.5]), 0, completions="both")
     assert not metrics.keys() & {"human_ceiling", "human_ceiling_ci", "ece", "ece_ci", "brier", "brier_ci"}
     assert len(reliability(table_of([1.0, -1.0, 0.5]))) == 0
 
 
 def test_calibration_by_hand():
-    # p = 0.7 and people 0.9: bin 4 of confidence 0.7. p = 0.28, so 0.72 for the other side, which 0.4 take: bin 4.
-    # p = 0.98 and people 1: bin 9. The last pair has no agreement and does not count.
+    # p = 0.7, agreement 0.9: bin 4, confidence 0.7. p = 0.28: bin 4, confidence 0.72 in rejected, agreement 0.4.
+    # p = 0.98, agreement 1: bin 9. The last pair has no agreement and is left out.
     margins = [math.log(0.7 / 0.3), math.log(0.28 / 0.72), math.log(0.98 / 0.02), 5.0]
     table = table_of(margins, agreement=[0.9, 0.6, 1.0, np.nan])
     curve = reliability(table)
@@ -183,7 +183,7 @@ def test_calibration_by_hand():
     assert metrics["brier"] == pytest.approx((first + second + 0.02**2) / 3)
 
 
-def test_full_confidence_is_in_the_last_bin():
+def test_confidence_1_is_in_the_last_bin():
     table = table_of([1000.0, -1000.0], agreement=[0.9, 0.4])
     curve = reliability(table)
     assert curve["high"].tolist() == [1]
@@ -191,7 +191,7 @@ def test_full_confidence_is_in_the_last_bin():
     assert preference_metrics(table, 0, completions="both")["ece"] == pytest.approx(1 - (0.9 + 0.6) / 2)
 
 
-def test_calibration_does_not_depend_on_which_completion_is_called_chosen():
+def test_calibration_does_not_depend_on_the_order_of_the_completions():
     rng = np.random.default_rng(2)
     margins, agreement = rng.normal(size=200), rng.uniform(0.5, 1, size=200)
     flipped = np.where(rng.random(200) < 0.5, -1, 1)
@@ -204,7 +204,7 @@ def test_calibration_does_not_depend_on_which_completion_is_called_chosen():
     assert ours["brier"] == pytest.approx(theirs["brier"])
 
 
-def test_brier_is_the_mean_over_drawn_people_and_a_calibrated_policy_has_no_calibration_error():
+def test_brier_equals_the_mean_over_sampled_people_and_a_calibrated_policy_has_ece_zero():
     rng = np.random.default_rng(3)
     margins = rng.normal(size=4000)
     p = expit(margins)
@@ -240,14 +240,14 @@ def test_slices_by_hand():
     assert rows["prompt", "a"].margin_low < 1 < rows["prompt", "a"].margin_high
 
 
-def test_within_a_prompt_pairs_are_drawn():
+def test_pairs_are_resampled_in_a_slice_of_one_prompt():
     margins = np.random.default_rng(4).normal(size=50).tolist()
     table = slices(table_of(margins, ["one prompt"] * 50), 0).set_index("slice")
     width = table.loc["prompt", "margin_high"] - table.loc["prompt", "margin_low"]
     assert width == pytest.approx(2 * stats.t.ppf(0.975, 49) * np.std(margins, ddof=1) / 50**0.5, rel=0.1)
 
 
-def test_no_more_than_twenty_prompts_are_shown_and_none_that_is_rare():
+def test_slices_have_at_most_twenty_prompts_and_no_rare_ones():
     prompts = [f"prompt {number}" for number in range(25) for _ in range(5 + (number == 24))] + ["rare"] * 4
     table = slices(table_of([1.0] * len(prompts), prompts), 0)
     shown = table[table["slice"] == "prompt"]
@@ -256,6 +256,6 @@ def test_no_more_than_twenty_prompts_are_shown_and_none_that_is_rare():
     assert "prompt" not in set(slices(table_of([1.0] * 8, [*"aaaabbbb"]), 0)["slice"])
 
 
-def test_pairs_of_one_length_are_one_slice():
+def test_pairs_of_equal_length_are_one_slice():
     table = slices(table_of([1.0, 2.0, 3.0]), 0)
     assert table[table["slice"] == "length"]["pairs"].tolist() == [3]

@@ -1,4 +1,4 @@
-"""Figures of answers by hand; the length-controlled win rate against scipy's optimiser and simulated judges."""
+"""Metrics of responses by hand; the length-controlled win rate against scipy's optimiser and simulated judges."""
 
 import itertools
 import json
@@ -9,23 +9,22 @@ import pytest
 from scipy.optimize import minimize
 from scipy.special import expit
 
-from dpo.evaluation.response_metrics import RIDGE, answer_metrics, length_controlled
+from dpo.evaluation.response_metrics import RIDGE, length_controlled, response_metrics
 
 END = 0
 
 
-def answers(policy_ids, reference_ids, **columns):
-    """A table of answers; one that holds the end token is finished."""
-    count = len(policy_ids)
+def samples(ids, reference_ids, **columns):
+    """Return a table of responses. A response with the end token is finished."""
+    count = len(ids)
     return pd.DataFrame(
         {
             "prompt": [f"p{number}" for number in range(count)],
-            "policy": ["word"] * count,
-            "reference": ["word"] * count,
-            "policy_ids": policy_ids,
+            "response": ["word"] * count,
+            "ids": ids,
             "reference_ids": reference_ids,
-            "policy_finished": [ids[-1] == END for ids in policy_ids],
-            "reference_finished": [ids[-1] == END for ids in reference_ids],
+            "finished": [row[-1] == END for row in ids],
+            "reference_finished": [row[-1] == END for row in reference_ids],
             "kl": [1.0] * count,
             "entropy": [2.0] * count,
             "implicit_reward": [0.5] * count,
@@ -35,14 +34,14 @@ def answers(policy_ids, reference_ids, **columns):
 
 
 def test_kl_entropy_and_lengths_by_hand():
-    table = answers(
+    table = samples(
         [[5, 6, END], [5, 6, 7, 8, 9]],
         [[5, END], [5, END]],
         kl=[0.5, 3.5],
         entropy=[6.0, 10.0],
         implicit_reward=[1.0, -0.25],
     )
-    metrics = answer_metrics(table, 0)
+    metrics = response_metrics(table, 0)
     assert metrics["samples"] == 2
     assert metrics["kl"] == 2
     assert metrics["kl_per_token"] == 4 / 8
@@ -55,102 +54,111 @@ def test_kl_entropy_and_lengths_by_hand():
 
 
 def test_repetition_by_hand():
-    # 1 2 1 2 1 2 1 2: the 4-grams 1212 2121 1212 2121 1212, of which 3 in 5 stood before. No end token.
+    # 1 2 1 2 1 2 1 2 has the 4-grams 1212 2121 1212 2121 1212: 3 of 5 occur earlier. The end token is left out.
     repeating, plain, short = [1, 2] * 4 + [END], [1, 2, 3, 4, 5, END], [1, 1, 1, END]
-    metrics = answer_metrics(answers([repeating, short], [plain, [7] * 5 + [END]]), 0)
+    metrics = response_metrics(samples([repeating, short], [plain, [7] * 5 + [END]]), 0)
     assert metrics["repetition"] == pytest.approx(3 / 5 / 2)
     assert metrics["reference_repetition"] == pytest.approx(1 / 2 / 2)  # 7777 twice
     assert metrics["repetition_rise"] == pytest.approx(0.3 - 0.25)
 
 
 def test_distinct_by_hand():
-    # Tokens 1 2 3, 1 2 4: four distinct in six; pairs 12 23, 12 24: three in four. The reference's are 1 2, 5 6.
-    metrics = answer_metrics(answers([[1, 2, 3, END], [1, 2, 4]], [[1, 2], [5, 6, END]]), 0)
+    # Tokens 1 2 3, 1 2 4: 4 of 6 distinct. 2-grams 12 23, 12 24: 3 of 4 distinct. The reference's are 12 and 56.
+    metrics = response_metrics(samples([[1, 2, 3, END], [1, 2, 4]], [[1, 2], [5, 6, END]]), 0)
     assert metrics["distinct_1"] == pytest.approx(4 / 6)
     assert metrics["distinct_2"] == pytest.approx(3 / 4)
     assert metrics["reference_distinct_2"] == 1
     assert metrics["distinct_2_ratio"] == pytest.approx(3 / 4)
 
 
-def test_distinct_counts_as_a_set_does():
+def test_distinct_equals_the_size_of_a_set():
     rng = np.random.default_rng(0)
     ids = [rng.integers(1, 12, size=rng.integers(1, 20)).tolist() for _ in range(60)]
-    grams = [pair for answer in ids for pair in itertools.pairwise(answer)]
-    metrics = answer_metrics(answers(ids, [[1, 2]] * 60), 0)
+    grams = [pair for row in ids for pair in itertools.pairwise(row)]
+    metrics = response_metrics(samples(ids, [[1, 2]] * 60), 0)
     assert metrics["distinct_2"] == pytest.approx(len(set(grams)) / len(grams))
-    tokens = [token for answer in ids for token in answer]
+    tokens = [token for row in ids for token in row]
     assert metrics["distinct_1"] == pytest.approx(len(set(tokens)) / len(tokens))
 
 
-def test_a_policy_that_says_nothing_is_not_diverse():
-    metrics = answer_metrics(answers([[END]] * 3, [[1, 2, END]] * 3, policy=["", " \n", "\u200b"]), 0)
+def test_empty_responses_have_no_diversity():
+    metrics = response_metrics(samples([[END]] * 3, [[1, 2, END]] * 3, response=["", " \n", "\u200b"]), 0)
     assert metrics["empty"] == 1
     assert metrics["distinct_1"] == metrics["distinct_2"] == metrics["distinct_2_ratio"] == 0
     assert metrics["repetition"] == 0
-    speechless = answer_metrics(answers([[1, 2, END]] * 3, [[END]] * 3), 0)
-    assert speechless["empty"] == 0
-    assert not speechless.keys() & {"distinct_2_ratio", "distinct_2_ratio_ci"}
+    empty_reference = response_metrics(samples([[1, 2, END]] * 3, [[END]] * 3), 0)
+    assert empty_reference["empty"] == 0
+    assert not empty_reference.keys() & {"distinct_2_ratio", "distinct_2_ratio_ci"}
 
 
 def test_wins_and_scores_by_hand():
-    table = answers(
+    table = samples(
         [[1, 2, END]] * 4,
         [[1, 2, END]] * 4,
-        policy_score=[0.9, 0.1, 0.3, 0.5],
+        score=[0.9, 0.1, 0.3, 0.5],
         reference_score=[0.1, 0.9, 0.3, 0.2],
         win=[1, 0, 0.5, 1],
     )
-    metrics = answer_metrics(table, 0)
+    metrics = response_metrics(table, 0)
     assert metrics["win_rate"] == 2.5 / 4
     assert metrics["tie_rate"] == 1 / 4
     assert metrics["reward"] == pytest.approx(0.45)
     assert metrics["reference_reward"] == pytest.approx(0.375)
     assert metrics["judged_gain"] == pytest.approx(0.075)
-    compared = answer_metrics(table.drop(columns=["policy_score", "reference_score"]), 0)
+    compared = response_metrics(table.drop(columns=["score", "reference_score"]), 0)
     assert compared["judged_gain"] == 0.125
     assert "reward" not in compared
-    unjudged = answer_metrics(answers([[1, END]], [[1, END]]), 0)
+    unjudged = response_metrics(samples([[1, END]], [[1, END]]), 0)
     assert not unjudged.keys() & {"win_rate", "tie_rate", "length_controlled_win_rate", "judged_gain", "reward"}
 
 
-def test_every_figure_has_its_interval_and_all_are_json():
-    table = answers(
-        [[1, 2, END], [3]] * 5, [[1, END], [2, 3]] * 5, win=[1, 0.5] * 5, policy_score=1, reference_score=0
-    )
-    metrics = answer_metrics(table, 0)
-    figures = {name for name in metrics if not name.endswith("_ci")} - {"samples", "failed_verdicts"}
-    assert {f"{name}_ci" for name in figures} == {name for name in metrics if name.endswith("_ci")}
+def test_every_metric_has_an_interval_and_is_json():
+    table = samples([[1, 2, END], [3]] * 5, [[1, END], [2, 3]] * 5, win=[1, 0.5] * 5, score=1, reference_score=0)
+    metrics = response_metrics(table, 0)
+    names = {name for name in metrics if not name.endswith("_ci")} - {"samples", "failed_verdicts"}
+    assert {f"{name}_ci" for name in names} == {name for name in metrics if name.endswith("_ci")}
     assert json.loads(json.dumps(metrics, allow_nan=False)) == metrics
 
 
 def test_failed_verdicts_are_counted_and_left_out():
-    judged = answer_metrics(answers([[1, 2, END], [3]] * 5, [[1, END]] * 10, win=[1, 0.5] * 5), 0)
-    with_failed = answers([[1, 2, END], [3]] * 6, [[1, END]] * 12, win=[1, 0.5] * 5 + [np.nan] * 2)
-    metrics = answer_metrics(with_failed, 0)
+    judged = response_metrics(samples([[1, 2, END], [3]] * 5, [[1, END]] * 10, win=[1, 0.5] * 5), 0)
+    with_failed = samples([[1, 2, END], [3]] * 6, [[1, END]] * 12, win=[1, 0.5] * 5 + [np.nan] * 2)
+    metrics = response_metrics(with_failed, 0)
     assert (judged["failed_verdicts"], metrics["failed_verdicts"]) == (0, 2)
     for name in ("win_rate", "tie_rate", "judged_gain"):
         assert metrics[name] == judged[name], name
     assert metrics["length_controlled_win_rate"] == pytest.approx(judged["length_controlled_win_rate"], abs=0.02)
 
 
+def test_further_judges_add_only_their_win_rate_and_their_failed_verdicts():
+    table = samples([[1, 2, END]] * 4, [[1, END]] * 4, win=[1, 1, 0, 0])
+    alone = response_metrics(table, 0)
+    metrics = response_metrics(table.assign(**{"win/rm": [1, 0.5, np.nan, 1], "score/rm": 3.0}), 0)
+    added = metrics.keys() - alone.keys()
+    assert added == {"win_rate/rm", "win_rate/rm_ci", "failed_verdicts/rm"}
+    assert metrics["win_rate/rm"] == pytest.approx(2.5 / 3)
+    assert metrics["failed_verdicts/rm"] == 1
+    assert {name: metrics[name] for name in alone} == alone
+
+
 def test_prompts_are_the_clusters():
     kl = np.repeat(np.random.default_rng(1).normal(size=40), 10)
-    table = answers([[1, END]] * 400, [[1, END]] * 400, kl=kl)
-    together = table.assign(prompt=np.repeat([f"p{number}" for number in range(40)], 10))
-    apart_low, apart_high = answer_metrics(table, 0)["kl_ci"]
-    low, high = answer_metrics(together, 0)["kl_ci"]
-    assert (high - low) / (apart_high - apart_low) == pytest.approx(10**0.5, rel=0.15)
+    table = samples([[1, END]] * 400, [[1, END]] * 400, kl=kl)
+    clustered = table.assign(prompt=np.repeat([f"p{number}" for number in range(40)], 10))
+    single_low, single_high = response_metrics(table, 0)["kl_ci"]
+    low, high = response_metrics(clustered, 0)["kl_ci"]
+    assert (high - low) / (single_high - single_low) == pytest.approx(10**0.5, rel=0.15)
 
 
-def test_ids_may_be_arrays_as_parquet_gives_them(tmp_path):
-    table = answers([[1, 2, 1, 2, END], [3, 3]], [[1, END], [2, 3]], win=[1.0, 0.5])
-    table.to_parquet(tmp_path / "answers.parquet")
-    assert answer_metrics(pd.read_parquet(tmp_path / "answers.parquet"), 0) == answer_metrics(table, 0)
+def test_ids_may_be_arrays_as_in_parquet(tmp_path):
+    table = samples([[1, 2, 1, 2, END], [3, 3]], [[1, END], [2, 3]], win=[1.0, 0.5])
+    table.to_parquet(tmp_path / "samples.parquet")
+    assert response_metrics(pd.read_parquet(tmp_path / "samples.parquet"), 0) == response_metrics(table, 0)
 
 
-def penalised_fit(wins, longer, weights):
-    """The same penalised likelihood by scipy's BFGS."""
-    x = np.tanh(longer / longer.std())
+def penalised_fit(wins, extra, weights):
+    """Maximise the same penalised likelihood by scipy's BFGS."""
+    x = np.tanh(extra / extra.std())
 
     def objective(coefficients):
         z = coefficients[0] + coefficients[1] * x
@@ -161,33 +169,33 @@ def penalised_fit(wins, longer, weights):
 
 
 @pytest.mark.parametrize("wins", ["mixed", "soft", "separated", "all", "none", "one"])
-def test_the_length_controlled_rate_is_the_penalised_optimum(wins):
+def test_length_controlled_win_rate_is_the_penalised_optimum(wins):
     rng = np.random.default_rng(2)
-    longer = rng.normal(8, 10, size=50).round()
+    extra = rng.normal(8, 10, size=50).round()
     outcomes = {
         "mixed": rng.integers(0, 3, size=50) / 2,
         "soft": rng.random(50),
-        "separated": (longer > 8).astype(float),
+        "separated": (extra > 8).astype(float),
         "all": np.ones(50),
         "none": np.zeros(50),
         "one": (np.arange(50) == 3).astype(float),
     }[wins]
     weights = rng.multinomial(50, np.full(50, 1 / 50), size=8).astype(float)
-    found = length_controlled(outcomes, longer)(weights)
-    np.testing.assert_allclose(found, [penalised_fit(outcomes, longer, row) for row in weights], atol=1e-5)
+    found = length_controlled(outcomes, extra)(weights)
+    np.testing.assert_allclose(found, [penalised_fit(outcomes, extra, row) for row in weights], atol=1e-5)
 
 
-def test_length_is_taken_out_of_the_win_rate():
+def test_length_effect_is_removed_from_the_win_rate():
     rng = np.random.default_rng(3)
-    longer = rng.normal(20, 15, size=20_000)
-    chance = expit(-0.5 + 2 * np.tanh(longer / 15))
+    extra = rng.normal(20, 15, size=20_000)
+    chance = expit(-0.5 + 2 * np.tanh(extra / 15))
     wins = rng.random(20_000) < chance
-    assert wins.mean() > 0.6  # longer answers win
-    found = length_controlled(wins, longer)(np.ones((1, 20_000)))
+    assert wins.mean() > 0.6  # longer responses win
+    found = length_controlled(wins, extra)(np.ones((1, 20_000)))
     np.testing.assert_allclose(found, expit(-0.5), atol=0.03)
 
 
-def test_equal_lengths_leave_the_win_rate_as_it_is():
+def test_equal_lengths_do_not_change_the_win_rate():
     wins = np.array([1, 1, 0.5, 0, 1, 0, 1, 1, 0.5, 1] * 10)
     found = length_controlled(wins, np.zeros(100))(np.ones((1, 100)))
     np.testing.assert_allclose(found, wins.mean(), atol=1e-4)
@@ -196,21 +204,21 @@ def test_equal_lengths_leave_the_win_rate_as_it_is():
 
 
 def test_all_wins_give_a_finite_rate_near_1():
-    metrics = answer_metrics(answers([[1, 2, 3], [1]] * 20, [[1]] * 40, win=1.0), 0)
+    metrics = response_metrics(samples([[1, 2, 3], [1]] * 20, [[1]] * 40, win=1.0), 0)
     assert 0.98 < metrics["length_controlled_win_rate"] < 1
     low, high = metrics["length_controlled_win_rate_ci"]
     assert 0.98 < low <= high < 1
 
 
-def test_the_length_controlled_interval_covers_the_truth():
+def test_length_controlled_interval_covers_the_true_value():
     rng = np.random.default_rng(4)
     covered = []
     for seed in range(150):
-        longer = rng.normal(5, 10, size=120)
-        wins = rng.random(120) < expit(0.4 + np.tanh(longer / 10))
-        table = answers(
-            [[1] * (30 + round(length)) for length in longer.clip(-29)], [[1] * 30] * 120, win=wins.astype(float)
+        extra = rng.normal(5, 10, size=120)
+        wins = rng.random(120) < expit(0.4 + np.tanh(extra / 10))
+        table = samples(
+            [[1] * (30 + round(length)) for length in extra.clip(-29)], [[1] * 30] * 120, win=wins.astype(float)
         )
-        low, high = answer_metrics(table, seed)["length_controlled_win_rate_ci"]
+        low, high = response_metrics(table, seed)["length_controlled_win_rate_ci"]
         covered.append(low <= expit(0.4) <= high)
     assert 0.90 <= np.mean(covered) <= 0.99

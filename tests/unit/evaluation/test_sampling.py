@@ -1,4 +1,4 @@
-"""Answers against the plain model: alone, under padding, with equal prompts, seeds, end tokens and any cache."""
+"""Sampling against the plain model: padding, equal prompts, seeds, end tokens and all kinds of cache."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from dpo.engine.logprobs import load_model
 from dpo.engine.tokenization import prompt_ids
 from dpo.evaluation import sampling
-from dpo.evaluation.sampling import answer_table, sample
+from dpo.evaluation.sampling import response_table, sample
 from tests.support.models import ARCHITECTURES, GROUPED, make_model
 
 CACHES = {
@@ -19,7 +19,7 @@ CACHES = {
     "mamba": {},
     "minimax": {"layer_types": ["linear_attention", "full_attention"], "num_local_experts": 2, "head_dim": 8},
 }
-"""Absolute, relative and rotary positions; a window; convolution states; caches that are not shared."""
+"""Absolute, relative and rotary positions, a sliding window, convolution states, caches that are not shared."""
 
 
 @pytest.fixture
@@ -27,64 +27,66 @@ def tokenizer(tiny_model_dir):
     return AutoTokenizer.from_pretrained(tiny_model_dir)
 
 
-def likeliest(model, prompt, end, longest):
-    """Greedy decoding by whole forward passes without a cache."""
+def greedy(model, prompt, end, max_new_tokens):
+    """Decode greedily by full forward passes without a cache."""
     ids = list(prompt)
-    while len(ids) < len(prompt) + longest and (len(ids) == len(prompt) or ids[-1] != end):
+    while len(ids) < len(prompt) + max_new_tokens and (len(ids) == len(prompt) or ids[-1] != end):
         with torch.no_grad():
             ids.append(model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax().item())
     return ids[len(prompt) :]
 
 
 @pytest.mark.parametrize("architecture", CACHES)
-def test_nearly_cold_answers_are_the_plain_models_greedy_ones(architecture, tokenizer, tmp_path, monkeypatch):
+def test_sampling_at_temperature_near_zero_equals_greedy_decoding(architecture, tokenizer, tmp_path, monkeypatch):
     for name in ("lfm2", "mamba", "minimax"):
         monkeypatch.setitem(ARCHITECTURES, name, (name, {} if name == "mamba" else GROUPED))
-    monkeypatch.setattr(sampling, "ROWS_AT_ONCE", 4)
+    monkeypatch.setattr(sampling, "BATCH_SIZE", 4)
     end = tokenizer.eos_token_id
     changes = {"vocab_size": len(tokenizer), "eos_token_id": end, "pad_token_id": end, "bos_token_id": None}
     folder = make_model(architecture, tmp_path / "model", **changes, **CACHES[architecture])
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     prompts = ["short", "a much longer prompt about a film that was long", "short", "x", "a bore", "short", "x"]
-    answers = sample(load_model(folder), tokenizer, prompts, max_new_tokens=18, temperature=1e-5, seed=3)
-    assert answers == [likeliest(plain, prompt, end, 18) for prompt in prompt_ids(tokenizer, prompts)]
+    responses = sample(load_model(folder), tokenizer, prompts, max_new_tokens=18, temperature=1e-5, seed=3)
+    assert responses == [greedy(plain, prompt, end, 18) for prompt in prompt_ids(tokenizer, prompts)]
 
 
-def test_each_of_equal_prompts_gets_its_own_draw_from_the_policys_distribution(tiny_model_dir, tokenizer):
+def test_responses_to_equal_prompts_are_independent_draws_from_the_policy(tiny_model_dir, tokenizer):
     model = load_model(tiny_model_dir)
     settings = GenerationConfig(repetition_penalty=5.0, top_k=2, min_p=0.5, eos_token_id=[0, 1, 2, 3])
     model.model.generation_config = settings
     draws, temperature = 3000, 0.7
-    answers = sample(
+    responses = sample(
         model, tokenizer, ["film"] * draws + ["bore"], max_new_tokens=2, temperature=temperature, seed=5
     )
     assert model.model.generation_config is settings
 
     plain = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32).eval()
     prompt = prompt_ids(tokenizer, ["film"])[0]
-    words = range(len(tokenizer))
+    vocabulary = range(len(tokenizer))
     with torch.no_grad():
         first = (plain(torch.tensor([prompt])).logits[0, -1].double() / temperature).softmax(0)
-        logits = plain(torch.tensor([[*prompt, word] for word in words])).logits[:, -1]
+        logits = plain(torch.tensor([[*prompt, token] for token in vocabulary])).logits[:, -1]
     second = (logits.double() / temperature).softmax(1)
     second[tokenizer.eos_token_id] = 0
     for step, exact in enumerate((first, first @ second)):
-        drawn = [answer[step] for answer in answers[:draws] if len(answer) > step]
-        shares = torch.bincount(torch.tensor(drawn), minlength=len(words)) / draws
+        drawn = [response[step] for response in responses[:draws] if len(response) > step]
+        shares = torch.bincount(torch.tensor(drawn), minlength=len(vocabulary)) / draws
         assert ((shares - exact).abs() < 4.5 * (exact * (1 - exact) / draws).sqrt() + 1 / draws).all()
 
 
-def test_equal_prompts_are_read_once_and_ended_answers_leave(tiny_model_dir, tokenizer, monkeypatch):
-    monkeypatch.setattr(sampling, "STEPS_AT_ONCE", 4)
+def test_equal_prompts_share_one_pass_and_finished_responses_leave_the_batch(
+    tiny_model_dir, tokenizer, monkeypatch
+):
+    monkeypatch.setattr(sampling, "TOKENS_PER_ROUND", 4)
     model = load_model(tiny_model_dir)
     read = []
     model.model.get_input_embeddings().register_forward_pre_hook(lambda module, args: read.append(args[0].numel()))
-    answers = sample(model, tokenizer, ["a long film"] * 64, max_new_tokens=32, temperature=3.0, seed=3)
+    responses = sample(model, tokenizer, ["a long film"] * 64, max_new_tokens=32, temperature=3.0, seed=3)
     assert read[0] == len(prompt_ids(tokenizer, ["a long film"])[0]) - 1
-    assert sum(read[1:]) <= sum(len(answer) + -len(answer) % 4 for answer in answers) < 64 * 32
+    assert sum(read[1:]) <= sum(len(response) + -len(response) % 4 for response in responses) < 64 * 32
 
 
-def test_same_seed_same_answers_and_no_token_after_the_end(tiny_model_dir, tokenizer):
+def test_same_seed_gives_the_same_responses_and_no_token_follows_the_end_token(tiny_model_dir, tokenizer):
     model = load_model(tiny_model_dir)
     settings = {"max_new_tokens": 30, "temperature": 3.0}
     prompts = ["film"] * 64
@@ -92,32 +94,32 @@ def test_same_seed_same_answers_and_no_token_after_the_end(tiny_model_dir, token
     assert first == sample(model, tokenizer, prompts, **settings, seed=3)
     assert first != sample(model, tokenizer, prompts, **settings, seed=4)
     end = tokenizer.eos_token_id
-    assert any(len(answer) < 30 for answer in first)
-    assert all(end not in answer[:-1] for answer in first)
-    assert all(len(answer) == 30 or answer[-1] == end for answer in first)
+    assert any(len(response) < 30 for response in first)
+    assert all(end not in response[:-1] for response in first)
+    assert all(len(response) == 30 or response[-1] == end for response in first)
 
 
-def test_prompts_of_one_token_without_an_end_token(tiny_model_dir, tokenizer, monkeypatch):
+def test_prompts_of_one_token_and_a_tokenizer_without_end_token(tiny_model_dir, tokenizer, monkeypatch):
     model = load_model(tiny_model_dir)
     tokenizer.eos_token = None
-    monkeypatch.setattr(sampling, "prompt_ids", lambda tokenizer, prompts, longest: [[5]] * len(prompts))
-    answers = sample(model, tokenizer, ["film"] * 3, max_new_tokens=5, temperature=1.0, seed=3)
-    assert [len(answer) for answer in answers] == [5, 5, 5]
+    monkeypatch.setattr(sampling, "prompt_ids", lambda tokenizer, prompts, max_tokens: [[5]] * len(prompts))
+    responses = sample(model, tokenizer, ["film"] * 3, max_new_tokens=5, temperature=1.0, seed=3)
+    assert [len(response) for response in responses] == [5, 5, 5]
 
 
-def test_a_table_of_answers_is_what_was_sampled_with_its_text_and_its_end(tiny_model_dir, tokenizer, monkeypatch):
+def test_response_table_has_ids_text_and_end_and_truncates_long_prompts(tiny_model_dir, tokenizer, monkeypatch):
     model = load_model(tiny_model_dir)
-    table = answer_table(model, tokenizer, ["film"] * 64, max_new_tokens=30, max_prompt_tokens=70, seed=3)
+    table = response_table(model, tokenizer, ["film"] * 64, max_new_tokens=30, max_prompt_tokens=70, seed=3)
     assert table["ids"].tolist() == sample(
         model, tokenizer, ["film"] * 64, max_new_tokens=30, temperature=1.0, seed=3
     )
-    assert table["answer"].tolist() == tokenizer.batch_decode(table["ids"].tolist(), skip_special_tokens=True)
+    assert table["response"].tolist() == tokenizer.batch_decode(table["ids"].tolist(), skip_special_tokens=True)
     assert table["finished"].tolist() == [
         len(ids) < 30 or ids[-1] == tokenizer.eos_token_id for ids in table["ids"]
     ]
     assert 0 < table["finished"].sum() < 64
-    long = answer_table(model, tokenizer, ["film " * 500], max_new_tokens=30, max_prompt_tokens=70, seed=3)
+    long = response_table(model, tokenizer, ["film " * 500], max_new_tokens=30, max_prompt_tokens=70, seed=3)
     (ids,) = prompt_ids(tokenizer, ["film " * 500])
     assert len(ids) > 70
     monkeypatch.setattr(sampling, "prompt_ids", lambda *_: [ids[-70:]])
-    assert answer_table(model, tokenizer, ["film"], max_new_tokens=30, max_prompt_tokens=70, seed=3).equals(long)
+    assert response_table(model, tokenizer, ["film"], max_new_tokens=30, max_prompt_tokens=70, seed=3).equals(long)

@@ -1,10 +1,10 @@
-"""Figures show the numbers they are made from."""
+"""Figures contain the numbers that they are drawn from."""
 
 import pandas as pd
 import pytest
 
 from dpo.training.settings import Trial
-from tasks.report.figures import calibration, curve, frontier, height, labels, margins
+from tasks.report.figures import calibration, curve, frontier, labels, margins, reward_metric
 
 
 def trial(loss="sigmoid", beta=0.1, learning_rate=5e-5, seed=17):
@@ -16,7 +16,7 @@ def metrics(kl, reward):
             "reference_reward": 0.05, "win_rate": 0.5, "win_rate_ci": [0.4, 0.6]}  # fmt: skip
 
 
-def test_labels_name_beta_and_the_other_varied_settings():
+def test_label_has_the_beta_and_the_settings_that_vary():
     assert list(labels([trial(beta=0.1), trial(beta=1)]).values()) == ["β 0.1", "β 1"]
     varied = labels([trial("sigmoid", seed=1), trial("ipo", seed=2)])
     assert list(varied.values()) == ["sigmoid, β 0.1, seed 1", "ipo, β 0.1, seed 2"]
@@ -24,9 +24,9 @@ def test_labels_name_beta_and_the_other_varied_settings():
     assert list(rates.values()) == ["lr 1e-05", "lr 5e-05"]
 
 
-def test_frontier_has_a_line_per_loss_with_a_point_and_error_bars_per_beta():
+def test_frontier_has_a_line_per_loss_and_a_point_with_error_bars_per_beta():
     trials = [trial(loss, beta) for loss in ("sigmoid", "ipo") for beta in (0.5, 0.1)]
-    policies = {c.name: metrics(kl=1 / c.beta, reward=c.beta) for c in trials}
+    policies = {each.name: metrics(kl=1 / each.beta, reward=each.beta) for each in trials}
     figure = frontier(trials, policies)
     lines = {trace.name: trace for trace in figure.data}
     assert list(lines) == ["sigmoid", "ipo", "reference"]
@@ -38,9 +38,9 @@ def test_frontier_has_a_line_per_loss_with_a_point_and_error_bars_per_beta():
     assert (lines["reference"].x, lines["reference"].y) == ((0,), (0.05,))
 
 
-def test_frontier_without_scores_shows_win_rates_with_the_reference_at_one_half():
+def test_frontier_shows_the_win_rate_if_there_are_no_scores():
     policies = {trial().name: {k: v for k, v in metrics(3, 1).items() if "reward" not in k}}
-    assert height(policies) == "win_rate"
+    assert reward_metric(policies) == "win_rate"
     figure = frontier([trial()], policies)
     assert figure.data[-1].y == (0.5,)
     assert figure.data[0].y == (0.5,)

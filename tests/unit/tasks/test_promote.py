@@ -90,8 +90,8 @@ def tiny_params():
     params = load_params(Path(__file__).parents[3] / "params.yaml")
 
     def make(judge: str | None):
-        own = params.evaluate.judge if judge else None
-        return dataclasses.replace(params, evaluate=dataclasses.replace(params.evaluate, judge=own))
+        judges = params.evaluate.judges if judge else ()
+        return dataclasses.replace(params, evaluate=dataclasses.replace(params.evaluate, judges=judges))
 
     return make
 

@@ -1,0 +1,102 @@
+"""The comparison of all policies as a page for the browser."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import plotly.graph_objects as go
+from jinja2 import Environment, FileSystemLoader
+from plotly.offline import get_plotlyjs
+
+from dpo.common.files import atomic_write
+from dpo.config import Params
+from dpo.evaluation.selection import FailureMode
+from dpo.training.settings import Trial
+from tasks.common.paths import REFERENCE, REPORT, policy_folder
+from tasks.report.figures import calibration, curve, frontier, margins
+from tasks.tracking.provenance import provenance
+from tasks.tracking.runs import training_times
+
+MAX_RESPONSES = 100
+"""Responses of each policy on the page."""
+
+Tables = dict[str, pd.DataFrame]
+"""One table per trial, by its name."""
+
+
+@dataclass(frozen=True)
+class Results:
+    """Results of all trials. The dicts have the trials' names as keys."""
+
+    trials: list[Trial]
+    names: dict[str, str]
+    """Short names for figures and tables."""
+    policies: dict[str, dict[str, Any]]
+    """Metrics."""
+    selected: str | None
+    reason: str
+    failure_modes: dict[str, list[FailureMode]]
+    tests: pd.DataFrame
+    """Paired tests of all policies and the reference."""
+    samples: Tables
+    pairs: pd.DataFrame
+    """Of all trials, as the following tables, with the short name in the column `policy`."""
+    train_logs: pd.DataFrame
+    calibration: pd.DataFrame
+    slices: pd.DataFrame
+
+
+def concatenate(tables: Tables, names: dict[str, str]) -> pd.DataFrame:
+    """Concatenate tables and add the policy's short name as the column `policy`."""
+    return pd.concat([table.assign(policy=names[key]) for key, table in tables.items()], ignore_index=True)
+
+
+def draw_figures(results: Results) -> list[go.Figure]:
+    """Return the figures of the page. Calibration needs pairs with agreement."""
+    return [
+        frontier(results.trials, results.policies),
+        margins(results.pairs),
+        *([calibration(results.calibration)] if len(results.calibration) else []),
+        *(curve(results.train_logs, name) for name in ("rewards/margins", "rewards/accuracies", "loss")),
+    ]
+
+
+def write_report(params: Params, results: Results, figures: list[go.Figure]) -> None:
+    """Write the page. Its text is escaped, and it needs no network."""
+    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True)
+    checkpoints = [REFERENCE, *(policy_folder(trial) for trial in results.trials)]
+    samples = {name: table.head(MAX_RESPONSES) for name, table in results.samples.items()}
+    judges = [judge.name for judge in params.evaluate.judges]
+    page = environment.get_template("report.html.jinja").render(
+        params=params,
+        params_text=Path("params.yaml").read_text(),
+        results=results,
+        judges=judges,
+        metrics={
+            "win_rate": "win rate",
+            **{f"win_rate/{judge}": f"win rate by {judge}" for judge in judges[1:]},
+            "length_controlled_win_rate": "length-controlled win rate",
+            "tie_rate": "tie rate",
+            "judged_gain": "judged gain",
+            "kl": "KL, nats per response",
+            "reward_accuracy": "reward accuracy",
+            "margin": "margin",
+        },
+        tests=results.tests.to_dict("records"),
+        slices=results.slices.to_dict("records"),
+        responses=concatenate(samples, results.names).to_dict("records"),
+        provenance=provenance(checkpoints) | {"training took": training_times(checkpoints)},
+        plotly=get_plotlyjs(),
+        figures=[
+            figure.to_html(
+                full_html=False,
+                include_plotlyjs=False,
+                config={"responsive": True, "displayModeBar": False},
+                div_id=f"figure-{number}",
+            )
+            for number, figure in enumerate(figures)
+        ],
+    )
+    with atomic_write(REPORT) as tmp:
+        tmp.write_text(page)
