@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=1)
     repeats = parser.parse_args().repeats
     params = load_params()
-    trial = params.sweep.trials()[0]
+    trial = params.trials()[0]
     times: dict[str, list[float]] = {"train": [], "evaluate": []}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

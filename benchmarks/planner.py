@@ -84,8 +84,8 @@ def measure(model: Path, rank: int | None, pairs: int, checkpointing: bool) -> R
     def seconds_a_step(path: Path) -> float:
         clock = Clock()
         train_dpo(
-            load_model(path), rows, {row.id: (-100.0, -100.0) for row in rows}, asked, params.sweep.trials()[0],
-            params.losses, max_tokens_per_microbatch=pairs * PAIR.tokens, callbacks=[clock],
+            load_model(path), rows, {row.id: (-100.0, -100.0) for row in rows}, asked, params.trials()[0],
+            max_tokens_per_microbatch=pairs * PAIR.tokens, callbacks=[clock],
         )  # fmt: skip
         return statistics.median(np.diff(clock.ends))
 

@@ -4,7 +4,6 @@ One DPO step of 8 pairs with AdamW on the CPU, as in the engine's cases, with th
 for training, under the profiler of torch, which slows small operations down more than large ones.
 """
 
-import functools
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -16,11 +15,10 @@ from transformers import AutoTokenizer
 from benchmarks.cases import PAIRS_PER_STEP, long_rows, short_rows
 from benchmarks.measure import alone
 from benchmarks.page import put_table
-from dpo.config import load_params
 from dpo.engine.logprobs import load_model
 from dpo.engine.packing import TokenRow, pack
-from dpo.training.losses import preference_loss
-from dpo.training.train import dpo_objective
+from dpo.training.losses import Sigmoid
+from dpo.training.objectives import DpoObjective
 from tasks.common.allocator import TRAINING
 
 PAGE, MODEL = Path("docs/benchmarks.md"), Path("models/base")
@@ -37,10 +35,10 @@ GROUPS = {
 
 def step(model: torch.nn.Module, rows: list[TokenRow], micro_batch: int, optimizer: torch.optim.Optimizer) -> None:
     """One optimizer step over the rows, from a reference that gives every completion 0."""
-    dpo = functools.partial(preference_loss, beta=0.1, loss="sigmoid", settings=load_params().losses)
+    objective = DpoObjective(Sigmoid(), 0.1, lambda batch: torch.zeros(batch.completions))
     for start in range(0, len(rows), micro_batch):
         batch = pack(rows[start : start + micro_batch])
-        loss, _ = dpo_objective(model, batch, loss=dpo, reference=lambda b: torch.zeros(b.completions))
+        loss, _ = objective(model, batch)
         (loss / len(rows)).backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()

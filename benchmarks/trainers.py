@@ -1,26 +1,25 @@
-"""Both sides' trainers: ours, and TRL's `DPOTrainer`. TRL is imported where it runs: ours must not carry it."""
+"""The two sides of the benchmark: our training loop, and TRL's `DPOTrainer`, imported only where it runs."""
 
-import functools
-import math
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import AutoTokenizer, Trainer, TrainingArguments, set_seed
+from transformers import AutoTokenizer, set_seed
 from transformers.trainer_callback import PrinterCallback, TrainerCallback
 
-from benchmarks.cases import BETA, LORA, SEED, Case, arguments
+from benchmarks.cases import BETA, LORA, SEED, TRAINING, Case, arguments
 from benchmarks.measure import Run, close, now, resident
-from dpo.config import load_params
 from dpo.engine.logprobs import load_model
-from dpo.engine.packing import StepSampler, TokenRow
-from dpo.training.loop import PackedTrainer
-from dpo.training.losses import preference_loss
-from dpo.training.schedule import Schedule
-from dpo.training.settings import LoraSettings
-from dpo.training.train import add_lora, cached_reference, dpo_objective
+from dpo.engine.packing import TokenRow
+from dpo.training.callbacks import Callback
+from dpo.training.loop import TrainingLoop
+from dpo.training.losses import Sigmoid
+from dpo.training.objectives import DpoObjective, cached_reference
+from dpo.training.sampler import StepSampler
+from dpo.training.settings import LoraSettings, OptimizerSettings
+from dpo.training.train import add_lora
 
 QUIET = {"save_strategy": "no", "logging_steps": 1, "report_to": "none", "disable_tqdm": True,
          "dataloader_pin_memory": False}  # fmt: skip
@@ -28,32 +27,34 @@ Reference = Mapping[str, tuple[float, float]]
 """(chosen, rejected) reference log-probs by row id."""
 
 
-class Clock(TrainerCallback):
-    """The time at the end of every step."""
+class Clock(Callback):
+    """Records the time after every step of our training loop."""
+
+    def __init__(self) -> None:
+        self.ends: list[float] = []
+
+    def on_log(self, entry: dict[str, float]) -> None:
+        """Record the time."""
+        if "loss" in entry:
+            self.ends.append(now())
+
+
+class PeerClock(TrainerCallback):
+    """Records the time after every step of TRL's trainer."""
 
     def __init__(self) -> None:
         self.ends: list[float] = []
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        """Note the time."""
+        """Record the time."""
         self.ends.append(now())
-
-
-def train(trainer: Trainer, case: Case, rows: Sequence[TokenRow], bare: float = math.nan) -> Run:
-    """Run a trainer of either side."""
-    clock = Clock()
-    trainer.add_callback(clock)
-    trainer.remove_callback(PrinterCallback)
-    trainer.train()
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    return close(case, rows, clock.ends, losses, bare)
 
 
 # Ours
 
 
 class InOrder(StepSampler):
-    """The rows in the order given, every step in `pairs_per_step / micro_batch` micro-batches."""
+    """Rows in their order, with `pairs_per_step / micro_batch` micro-batches per step."""
 
     def __init__(self, rows: Sequence[TokenRow], pairs_per_step: int, micro_batch: int) -> None:
         lengths = [row.tokens for row in rows]
@@ -67,7 +68,7 @@ class InOrder(StepSampler):
 
 
 def train_ours(case: Case, model: Path, rows: Sequence[TokenRow], reference: Reference) -> Run:
-    """DPO with `dpo.training.train`'s trainer; bf16 is the engine's own, not the trainer's."""
+    """Train with our loop. The engine sets the precision."""
     if case.lora:
         import peft  # noqa: F401
     bare = resident()
@@ -77,13 +78,20 @@ def train_ours(case: Case, model: Path, rows: Sequence[TokenRow], reference: Ref
         policy.model.gradient_checkpointing_enable({"use_reentrant": False})
     if case.lora:
         add_lora(policy.model, LoraSettings(rank=LORA["r"], alpha=LORA["lora_alpha"]))
-    loss = functools.partial(preference_loss, beta=BETA, loss="sigmoid", settings=load_params().losses)
-    objective = functools.partial(dpo_objective, loss=loss, reference=cached_reference(reference, rows))
+    settings = OptimizerSettings(
+        epochs=1,
+        pairs_per_step=case.pairs_per_step,
+        schedule="constant",
+        warmup_ratio=0.0,
+        max_grad_norm=TRAINING["max_grad_norm"],
+    )
+    objective, clock = DpoObjective(Sigmoid(), BETA, cached_reference(reference, rows)), Clock()
+    sampler = InOrder(rows, case.pairs_per_step, case.micro_batch)
     with tempfile.TemporaryDirectory() as folder:
-        args = TrainingArguments(folder, **arguments(case) | {"bf16": False}, **QUIET, remove_unused_columns=False)
-        sampler, constant = InOrder(rows, case.pairs_per_step, case.micro_batch), Schedule("constant", 0.0)
-        trainer = PackedTrainer(policy, args, rows, sampler, objective, "ids", [], False, constant, [])
-        return train(trainer, case, rows, bare)
+        log = TrainingLoop(
+            policy, objective, rows, sampler, settings, TRAINING["learning_rate"], Path(folder), callbacks=[clock]
+        ).run()
+    return close(case, rows, clock.ends, [entry["loss"] for entry in log], bare)
 
 
 # The peer
@@ -92,9 +100,9 @@ def train_ours(case: Case, model: Path, rows: Sequence[TokenRow], reference: Ref
 def peer_trainer(
     case: Case, model: Path, rows: Sequence[TokenRow], folder: str, reference: Reference | None = None
 ) -> Any:
-    """TRL's DPOTrainer on our tokens; batches, forward pass, loss and loop are its own.
+    """Return TRL's DPOTrainer on our tokens, with its own batches, forward pass, loss and loop.
 
-    It takes `reference` for its precomputed log-probs; without, it computes them itself, timed in `ends`.
+    If `reference` is None, it computes the reference log-probs and records the times in `ends`.
     """
     from datasets import Dataset
     from peft import LoraConfig
@@ -141,13 +149,18 @@ def peer_trainer(
 
 
 def train_peer(case: Case, model: Path, rows: Sequence[TokenRow], reference: Reference) -> Run:
-    """DPO with TRL's trainer."""
+    """Train with TRL's trainer."""
+    clock = PeerClock()
     with tempfile.TemporaryDirectory() as folder:
-        return train(peer_trainer(case, model, rows, folder, reference), case, rows)
+        trainer = peer_trainer(case, model, rows, folder, reference)
+        trainer.add_callback(clock)
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+    return close(case, rows, clock.ends, [entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
 
 
 def score_peer(case: Case, model: Path, rows: Sequence[TokenRow]) -> Run:
-    """TRL's own reference pass, which its constructor runs."""
+    """Run TRL's own reference pass, which is part of its constructor."""
     with tempfile.TemporaryDirectory() as folder:
         trainer = peer_trainer(case, model, rows, folder)
         logps = [trainer.train_dataset[column] for column in ("ref_chosen_logps", "ref_rejected_logps")]

@@ -1,12 +1,15 @@
 """Read `params.yaml` into typed settings. Unknown keys and values of another type are errors."""
 
+import itertools
 import json
 import re
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field, GetCoreSchemaHandler, GetPydanticSchema, TypeAdapter, ValidationError
+from pydantic_core.core_schema import CoreSchema, no_info_after_validator_function
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 from ruamel.yaml.events import AliasEvent
@@ -16,7 +19,8 @@ from dpo.common.settings import Seed, Settings
 from dpo.data.settings import DataSettings, ValidateSettings
 from dpo.engine.settings import EngineSettings, ModelSettings
 from dpo.evaluation.settings import CompareSettings, EvaluateSettings
-from dpo.training.settings import DpoSettings, LossSettings, SftSettings, SweepSettings
+from dpo.training.losses import LOSSES, Loss
+from dpo.training.settings import DpoSettings, SftSettings, SweepSettings, Trial
 
 CREDENTIALS = re.compile(r"//[^/\s]*@")
 
@@ -46,6 +50,18 @@ class RunSettings(Settings):
     """Configuration file of `accelerate launch` for the stages that run the model; null runs one process."""
 
 
+def _losses_schema(_: object, handler: GetCoreSchemaHandler) -> CoreSchema:
+    """Return the schema of a mapping with one optional section for each loss."""
+    sections = make_dataclass(
+        "Losses",
+        [(name, cls, cls()) for name, cls in LOSSES.items()],
+        bases=(Settings,),
+        frozen=True,
+        kw_only=True,
+    )
+    return no_info_after_validator_function(vars, handler(sections))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Params(Settings):
     """All settings."""
@@ -58,11 +74,20 @@ class Params(Settings):
     engine: EngineSettings
     sft: SftSettings
     dpo: DpoSettings
-    losses: LossSettings
+    losses: Annotated[Mapping[str, Loss], GetPydanticSchema(_losses_schema)]
+    """Every loss with its settings, by name. A loss that the section omits has its defaults."""
     sweep: SweepSettings
     evaluate: EvaluateSettings
     compare: CompareSettings
     run: RunSettings = field(default_factory=RunSettings)
+
+    def trials(self) -> list[Trial]:
+        """Return all trials of the sweep, in DVC's order."""
+        lists = (self.sweep.losses, self.sweep.betas, self.sweep.learning_rates, self.sweep.seeds)
+        return [
+            Trial(loss=self.losses[name], beta=beta, learning_rate=rate, seed=seed)
+            for name, beta, rate, seed in itertools.product(*lists)
+        ]
 
     @property
     def max_prompt_tokens(self) -> int:

@@ -18,7 +18,7 @@ from dpo.common.errors import InputError
 from dpo.common.files import atomic_write
 from dpo.common.settings import Seed
 from dpo.config import load_params
-from dpo.training.settings import LossName
+from dpo.training.losses import LossName
 from flows.pipeline import name_flow_run, pipeline, run_now
 
 PARAMS = Path("params.yaml")

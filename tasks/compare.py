@@ -39,7 +39,7 @@ def main() -> None:
 
 def compare(params: Params) -> Results:
     """Read the results of all trials, test their differences and select a policy."""
-    trials = params.sweep.trials()
+    trials = params.trials()
     names = labels(trials)
     policies = {trial.name: json.loads(evaluation(trial).read_text()) for trial in trials}
     pairs = {trial.name: pd.read_parquet(policy_margins(trial)) for trial in trials}

@@ -1,6 +1,5 @@
 """Stage `evaluate`: compare one policy with the reference on held-out data: `python -m tasks.evaluate TRIAL`."""
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,7 +19,6 @@ from dpo.evaluation.kl import divergence
 from dpo.evaluation.pair_metrics import pair_table, preference_metrics
 from dpo.evaluation.response_metrics import response_metrics
 from dpo.evaluation.sampling import response_table
-from dpo.training.losses import implicit_rewards
 from dpo.training.settings import Trial
 from tasks.common.paths import (
     EVAL,
@@ -56,7 +54,7 @@ def main() -> None:
         return
     samples = compare_responses(judges, prompts, samples, reference)
     metrics = {
-        "trial": dataclasses.asdict(trial),
+        "trial": trial.settings,
         "weights": weights(policy_folder(trial))[:16],
         **preference_metrics(pairs, params.seed, completions=params.sft.completions),
         **response_metrics(samples, params.seed),
@@ -90,7 +88,6 @@ def evaluate_pairs(
         torch.tensor([cached[row.id] for row in rows]),
         torch.tensor([[len(ids) for ids in row.completions] for row in rows]),
         trial,
-        params.losses,
     )
 
 
@@ -111,7 +108,7 @@ def sample_responses(
     kl = pd.DataFrame(share(len(prompts), kl_to_reference))
     logps, reference_logps = (torch.tensor(kl[name].to_numpy()) for name in ("policy_logp", "reference_logp"))
     lengths = torch.tensor([len(ids) for ids in responses])
-    rewards = implicit_rewards(logps, reference_logps, lengths, trial.beta, trial.loss)
+    rewards = trial.loss.rewards(logps, reference_logps, lengths, trial.beta)
     return samples.join(kl).assign(implicit_reward=rewards.numpy())
 
 

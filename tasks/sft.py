@@ -11,7 +11,7 @@ from dpo.config import load_params
 from dpo.engine.logprobs import load_model
 from dpo.engine.pretrained import load_tokenizer
 from dpo.engine.tokenization import encode_pairs
-from dpo.training.checkpoints import Progress
+from dpo.training.checkpoints import CheckpointStore
 from dpo.training.train import save_checkpoint, train_sft
 from tasks.common.paths import BASE, METRICS, REFERENCE, TRAIN, TRAINING_PROGRESS
 from tasks.common.runner import run_launched
@@ -31,7 +31,7 @@ def main() -> None:
     if params.sft.completions == "chosen":
         rows = [dataclasses.replace(row, completions=row.completions[:1]) for row in rows]
     model = load_model(BASE, params.engine.precision, params.engine.compile)
-    progress = Progress(TRAINING_PROGRESS / "sft", params.run.checkpoint_minutes)
+    store = CheckpointStore(TRAINING_PROGRESS / "sft", params.run.checkpoint_minutes)
     main_process = this_process().is_main_process
     with reference_run(params, table) if main_process else nullcontext() as run_id:
         log = train_sft(
@@ -40,7 +40,7 @@ def main() -> None:
             params.sft,
             max_tokens_per_microbatch=params.engine.max_tokens_per_microbatch,
             seed=params.seed,
-            progress=progress,
+            store=store,
             callbacks=[StepLog(run_id)] if run_id else [],
         )
         save_checkpoint(model, tokenizer, REFERENCE, made_by(params, run_id))
@@ -49,7 +49,7 @@ def main() -> None:
     if main_process:
         with atomic_write(METRICS / "sft.csv") as tmp:
             pd.DataFrame(log).to_csv(tmp, index=False)
-        progress.discard()
+        store.discard()
 
 
 if __name__ == "__main__":

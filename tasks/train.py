@@ -11,7 +11,7 @@ from dpo.engine.logprobs import load_model
 from dpo.engine.pretrained import load_tokenizer
 from dpo.engine.reference_cache import cache_key, load_reference
 from dpo.engine.tokenization import encode_pairs
-from dpo.training.checkpoints import Progress
+from dpo.training.checkpoints import CheckpointStore
 from dpo.training.train import save_checkpoint, train_dpo
 from tasks.common.paths import (
     REFERENCE,
@@ -38,7 +38,7 @@ def main() -> None:
     key = cache_key(REFERENCE, tokenizer, rows, engine)
     reference = load_reference(REFERENCE_TRAIN, key)
     model = load_model(REFERENCE, engine.precision, engine.compile)
-    progress = Progress(TRAINING_PROGRESS / trial.name, params.run.checkpoint_minutes)
+    store = CheckpointStore(TRAINING_PROGRESS / trial.name, params.run.checkpoint_minutes)
     main_process = this_process().is_main_process
     with policy_run(params, trial, table) if main_process else nullcontext() as run_id:
         log = train_dpo(
@@ -47,9 +47,8 @@ def main() -> None:
             reference,
             params.dpo,
             trial,
-            params.losses,
             max_tokens_per_microbatch=engine.max_tokens_per_microbatch,
-            progress=progress,
+            store=store,
             callbacks=[StepLog(run_id)] if run_id else [],
         )
         save_checkpoint(model, tokenizer, policy_folder(trial), made_by(params, run_id, trial))
@@ -58,7 +57,7 @@ def main() -> None:
     if main_process:
         with atomic_write(train_log(trial)) as tmp:
             pd.DataFrame(log).to_csv(tmp, index=False)
-        progress.discard()
+        store.discard()
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ def main() -> None:
     dot = subprocess.run(["dvc", "dag", "--dot"], check=True, capture_output=True, text=True).stdout
     subprocess.run(["dot", "-Tsvg", "-o", str(IMAGES / "dag.svg")], input=dot, check=True, text=True)
     policies = json.loads(COMPARISON.read_text())["policies"]
-    figure = frontier(load_params().sweep.trials(), policies)
+    figure = frontier(load_params().trials(), policies)
     with tempfile.TemporaryDirectory() as folder:
         page = Path(folder) / "frontier.html"
         page.write_text(figure.update_layout(width=900, height=520).to_html(config={"displayModeBar": False}))

@@ -77,10 +77,10 @@ class LogProbModel(nn.Module):
         """Device of the model."""
         return self.model.device
 
-    def forward(self, batch: PackedBatch) -> Tensor:
-        """Return log-probs [C] of the completions, in nats, summed over their tokens."""
+    def forward(self, batch: PackedBatch, *, per_token: bool = False) -> Tensor:
+        """Return log-probs [C] of the completions, in nats, summed over their tokens; [N] with `per_token`."""
         logps = self._token_logps(batch)
-        return torch.zeros(batch.completions, device=logps.device).index_add(0, batch.completion_index, logps)
+        return logps if per_token else batch.sum_per_completion(logps)
 
     def logits(self, batch: PackedBatch) -> Iterator[Tensor]:
         """Yield fp32 next-token logits [n, vocabulary] in chunks, in the order of the N completion tokens.

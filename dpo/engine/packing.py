@@ -12,11 +12,10 @@ attends only to its prompt and itself (`dpo.engine.attention`).
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -70,6 +69,10 @@ class PackedBatch:
     def completions(self) -> int:
         """The number of completions, C."""
         return sum(len(lengths) for _, lengths in self.layout)
+
+    def sum_per_completion(self, values: Tensor) -> Tensor:
+        """Return the sums [C] of values [N] per completion token."""
+        return torch.zeros(self.completions, device=values.device).index_add(0, self.completion_index, values)
 
     def to(self, device: torch.device) -> "PackedBatch":
         """Return a copy with all tensors on `device`."""
@@ -131,70 +134,3 @@ def budget_batches(lengths: Sequence[int], max_tokens_per_microbatch: int) -> li
         batches[-1].append(index)
         total += length
     return batches
-
-
-def balance(indices: Sequence[int], lengths: Sequence[int], bins: int) -> list[list[int]]:
-    """Distribute indices over at most `bins` groups of similar token counts: longest first, to the smallest."""
-    groups: list[list[int]] = [[] for _ in range(min(bins, len(indices)))]
-    loads = [0] * len(groups)
-    for index in sorted(indices, key=lambda i: (-lengths[i], i)):
-        lightest = loads.index(min(loads))
-        groups[lightest].append(index)
-        loads[lightest] += lengths[index]
-    return groups
-
-
-class StepSampler:
-    """Batch sampler with a fixed number of rows per optimizer step and a token budget per micro-batch.
-
-    Each epoch is a seeded shuffle, split into steps of `rows_per_step` rows. The last step may be smaller. In
-    a full step, each process gets `accumulation` micro-batches: the smallest number for which every micro-batch of
-    every epoch fits in `max_tokens_per_microbatch`, or is one row. If a small step leaves a process without rows,
-    its micro-batch is empty.
-    """
-
-    def __init__(
-        self,
-        lengths: Sequence[int],
-        *,
-        rows_per_step: int,
-        max_tokens_per_microbatch: int,
-        epochs: int,
-        seed: int,
-        processes: int = 1,
-        process: int = 0,
-    ) -> None:
-        if not lengths:
-            raise ValueError("no rows to train on")
-        self.lengths = list(lengths)
-        self.rows_per_step = min(rows_per_step, len(self.lengths))
-        self.max_tokens_per_microbatch = max_tokens_per_microbatch
-        self.seed = seed
-        self.processes, self.process = processes, process
-        self.epoch = 0
-        steps = [step for epoch in range(epochs) for step in self._steps(epoch)]
-        self.accumulation = 1
-        while self.accumulation * processes < self.rows_per_step and any(
-            sum(self.lengths[i] for i in group) > max_tokens_per_microbatch
-            for step in steps
-            for group in balance(step, self.lengths, self.accumulation * processes)
-        ):
-            self.accumulation += 1
-
-    def _steps(self, epoch: int) -> list[list[int]]:
-        order = np.random.default_rng([self.seed, epoch]).permutation(len(self.lengths)).tolist()
-        return [order[i : i + self.rows_per_step] for i in range(0, len(order), self.rows_per_step)]
-
-    def set_epoch(self, epoch: int) -> None:
-        """Set the epoch of the next iteration."""
-        self.epoch = epoch
-
-    def __iter__(self) -> Iterator[list[int]]:
-        for step in self._steps(self.epoch):
-            groups = balance(step, self.lengths, self.accumulation * self.processes)
-            groups += [[]] * (-len(groups) % self.processes)
-            yield from groups[self.process :: self.processes]
-
-    def __len__(self) -> int:
-        full, rest = divmod(len(self.lengths), self.rows_per_step)
-        return full * self.accumulation + min(-(-rest // self.processes), self.accumulation)

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from dpo.common.errors import InputError
 from dpo.evaluation.bootstrap import Numbers, Statistic, bootstrap, mean, quantile, ratio
-from dpo.training.losses import preference_loss
-from dpo.training.settings import LossSettings, Trial
+from dpo.training.losses import PairBatch
+from dpo.training.settings import Trial
 
 BINS = 10
 """Number of bins of equal width for confidences from 0.5 to 1."""
@@ -21,7 +21,7 @@ MAX_PROMPT_SLICES, MIN_PAIRS_PER_PROMPT = 20, 5
 
 
 def pair_table(
-    pairs: pd.DataFrame, policy: Tensor, reference: Tensor, lengths: Tensor, trial: Trial, losses: LossSettings
+    pairs: pd.DataFrame, policy: Tensor, reference: Tensor, lengths: Tensor, trial: Trial
 ) -> pd.DataFrame:
     """Return rewards, margin, loss and log-probs of each held-out pair.
 
@@ -31,7 +31,6 @@ def pair_table(
         reference: log pi_ref(y|x), shape [P, 2].
         lengths: tokens of each completion, shape [P, 2].
         trial: the loss and the beta that the policy was trained with.
-        losses: the settings of the losses.
 
     Returns:
         One row per pair: its `id`, `prompt`, `source` and `agreement`; `tokens` of both completions; rewards,
@@ -48,7 +47,8 @@ def pair_table(
             f"pair '{pairs['id'].iloc[non_finite.argmax()]}': its log-probs are not finite, so the weights have "
             "diverged; lower the learning rate in params.yaml"
         )
-    loss, rewards = preference_loss(policy, reference, lengths, trial.beta, trial.loss, losses)
+    loss = trial.loss(PairBatch(policy, reference, lengths), trial.beta)
+    rewards = trial.loss.rewards(policy, reference, lengths, trial.beta)
     margin = (rewards[:, 0] - rewards[:, 1]).numpy()
     return pairs[["id", "prompt", "source", "agreement"]].assign(
         tokens=lengths.sum(1).numpy(),

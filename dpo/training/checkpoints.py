@@ -1,7 +1,7 @@
-"""What a training has done so far, kept on disk so that one that was killed goes on where it stopped.
+"""Checkpoints of a training run, from which it resumes if it is interrupted.
 
-The folder of a training is named by the hash of everything that decides its result, so it can find no checkpoints
-but its own. A checkpoint counts only if every file of it has the hash that was written down last.
+The name of a run's folder is the hash of everything that determines its result, so a run never finds checkpoints
+of another one. A checkpoint is valid if every file has the SHA-256 in `sha256.json`, which is written last.
 """
 
 import dataclasses
@@ -21,15 +21,15 @@ from dpo.common.files import sha256, write_json
 from dpo.engine.logprobs import ENGINE_VERSION
 from dpo.engine.packing import TokenRow
 
-SEAL, REPLAY = "sha256.json", "not-finite-"
+CHECKSUMS, NON_FINITE = "sha256.json", "non-finite-"
 KEPT = 2
-"""Checkpoints that stay: the last, and the one before in case the last is damaged."""
+"""Number of checkpoints to keep. The second is used if the last is damaged."""
 
 log = logging.getLogger(__name__)
 
 
 def training_key(model: PreTrainedModel, rows: Sequence[TokenRow], settings: Mapping[str, object]) -> str:
-    """Hash of the start weights, the rows in their order, the settings and the versions that compute with them."""
+    """Return the hash of the initial weights, the rows in their order, the settings and the package versions."""
     digest = hashlib.sha256()
     for name, weight in model.state_dict().items():
         digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
@@ -44,24 +44,24 @@ def training_key(model: PreTrainedModel, rows: Sequence[TokenRow], settings: Map
 
 
 @dataclass(frozen=True)
-class Progress:
-    """Where a training keeps its checkpoints, and how often it writes one."""
+class CheckpointStore:
+    """Folder for the checkpoints of a run, and the time between two of them."""
 
     root: Path
     minutes: float
-    """Work that a kill may undo; 0 writes a checkpoint after every step."""
+    """Minutes of work that a kill may lose; 0 writes a checkpoint after every step."""
 
     def folder(self, key: str) -> Path:
-        """The folder of the training `key`; what another training left under `root` is removed."""
+        """Return the folder of the run `key`, and remove the folders of other runs."""
         for other in self.root.glob("*"):
             if other.name != key:
                 shutil.rmtree(other)
         return self.root / key
 
     def discard(self) -> None:
-        """Remove what is no longer needed once the result is safe, all but pairs whose loss was no number."""
+        """Remove all files except saved pairs of non-finite steps. Call this when the result is saved."""
         for path in sorted(self.root.rglob("*"), reverse=True):
-            if not path.match(f"{REPLAY}*"):
+            if not path.match(f"{NON_FINITE}*"):
                 path.unlink() if path.is_file() else _remove_empty(path)
         _remove_empty(self.root)
 
@@ -72,34 +72,34 @@ def _remove_empty(folder: Path) -> None:
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """The latest whole checkpoint of a training, told in the log; damaged ones are removed with a warning."""
+    """Return the last valid checkpoint of a run. Remove damaged ones with a warning."""
     for checkpoint in _by_step(folder):
         fault = _fault(checkpoint)
         if fault is None:
-            log.warning("%s: this training was cut off before; it goes on from here", checkpoint)
+            log.warning("%s: training was interrupted; it resumes from this checkpoint", checkpoint)
             return checkpoint
-        log.warning("%s: %s; it is left out, training goes on from the one before", checkpoint, fault)
+        log.warning("%s: %s; training uses the checkpoint before it", checkpoint, fault)
         shutil.rmtree(checkpoint)
     return None
 
 
-def seal(checkpoint: Path) -> None:
-    """Write down that a checkpoint is whole, then remove those that are no longer needed."""
+def write_checksums(checkpoint: Path) -> None:
+    """Write the checksums that make a checkpoint valid, then remove old checkpoints."""
     files = sorted(file for file in checkpoint.rglob("*") if file.is_file())
-    write_json(checkpoint / SEAL, {str(file.relative_to(checkpoint)): sha256(file) for file in files})
+    write_json(checkpoint / CHECKSUMS, {str(file.relative_to(checkpoint)): sha256(file) for file in files})
     for older in _by_step(checkpoint.parent)[KEPT:]:
         shutil.rmtree(older)
 
 
 def _by_step(folder: Path) -> list[Path]:
-    """Latest first, by their numbers: times of files are worth nothing once a clock was set back."""
+    """Return checkpoints, latest first, by number. File times are wrong if the clock was set back."""
     return sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
 
 
 def _fault(checkpoint: Path) -> str | None:
     try:
-        hashes = json.loads((checkpoint / SEAL).read_text())
+        hashes = json.loads((checkpoint / CHECKSUMS).read_text())
         differing = [name for name, value in hashes.items() if sha256(checkpoint / name) != value]
     except (OSError, ValueError) as error:
-        return f"not whole ({error})"
+        return f"incomplete ({error})"
     return f"damaged: {', '.join(differing)}" if differing else None

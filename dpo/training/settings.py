@@ -1,14 +1,12 @@
 """Settings of supervised fine-tuning, preference training and the sweep over its trials."""
 
-import itertools
-from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from dpo.common.settings import Positive, Rate, Seed, Settings, Several
-
-LossName = Literal["sigmoid", "ipo", "conservative", "robust", "hinge", "length_normalised", "rpo", "dpop"]
+from dpo.training.losses import Loss, LossName
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,53 +77,10 @@ class DpoSettings(OptimizerSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlainLoss(Settings):
-    """A loss without settings."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class SmoothedLoss(Settings):
-    """A loss that expects some labels to be wrong."""
-
-    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.1
-    """Probability that chosen and rejected are swapped."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class RegularisedLoss(Settings):
-    """A loss with the likelihood of chosen added."""
-
-    sft_weight: Rate = 1.0
-    """Weight of the mean negative log-likelihood per token of the chosen completion."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PenalisedLoss(Settings):
-    """A loss that keeps the likelihood of chosen from falling."""
-
-    penalty: Rate = 50.0
-    """Weight of the nats that chosen has lost against the reference."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class LossSettings(Settings):
-    """Settings of each loss. `dpo.training.losses` has the equations."""
-
-    sigmoid: PlainLoss = field(default_factory=PlainLoss)
-    ipo: PlainLoss = field(default_factory=PlainLoss)
-    conservative: SmoothedLoss = field(default_factory=SmoothedLoss)
-    robust: SmoothedLoss = field(default_factory=SmoothedLoss)
-    hinge: PlainLoss = field(default_factory=PlainLoss)
-    length_normalised: PlainLoss = field(default_factory=PlainLoss)
-    rpo: RegularisedLoss = field(default_factory=RegularisedLoss)
-    dpop: PenalisedLoss = field(default_factory=PenalisedLoss)
-
-
-@dataclass(frozen=True, kw_only=True)
 class Trial:
     """One point of the sweep: one policy."""
 
-    loss: LossName
+    loss: Loss
     beta: float
     learning_rate: float
     seed: int
@@ -133,7 +88,13 @@ class Trial:
     @property
     def name(self) -> str:
         """DVC's name of the trial, and the name of its files."""
-        return f"{self.loss}-{self.beta}-{self.learning_rate}-{self.seed}"
+        return f"{self.loss.name}-{self.beta}-{self.learning_rate}-{self.seed}"
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The loss by name, beta, learning rate and seed, and the settings of the loss."""
+        point = {"beta": self.beta, "learning_rate": self.learning_rate, "seed": self.seed}
+        return {"loss": self.loss.name, **point, **asdict(self.loss)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,10 +109,3 @@ class SweepSettings(Settings):
     """Peak learning rates."""
     seeds: Annotated[tuple[Seed, ...], *Several]
     """Seeds of the order of the training pairs."""
-
-    def trials(self) -> list[Trial]:
-        """Return all trials, in DVC's order."""
-        combinations = itertools.product(self.losses, self.betas, self.learning_rates, self.seeds)
-        return [
-            Trial(loss=loss, beta=beta, learning_rate=rate, seed=seed) for loss, beta, rate, seed in combinations
-        ]

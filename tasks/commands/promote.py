@@ -147,7 +147,7 @@ def selected_trial(params: Params, compared: dict[str, Any]) -> Trial:
         InputError: the comparison was made with other settings or another checkpoint.
     """
     key = compared["selected"]
-    trials = {trial.name: trial for trial in params.sweep.trials()}
+    trials = {trial.name: trial for trial in params.trials()}
     if key not in trials or not weights(policy_folder(trials[key])).startswith(
         compared["policies"][key]["weights"]
     ):
@@ -219,7 +219,6 @@ def ranked_wins(params: Params, trial: Trial, champion: Path) -> tuple[list[str]
         torch.tensor(own[["chosen_reference_logp", "rejected_reference_logp"]].to_numpy()),
         torch.tensor([[len(ids) for ids in row.completions] for row in rows]),
         trial,
-        params.losses,
     )
     return own["prompt"].tolist(), ((1 + own["correct"] - theirs["correct"]) / 2).tolist()
 

@@ -61,7 +61,7 @@ def _exit(message: str, code: int) -> None:
 
 def trial_argument(params: Params) -> Trial:
     """Return the trial whose name is the stage's only argument."""
-    trials = {trial.name: trial for trial in params.sweep.trials()}
+    trials = {trial.name: trial for trial in params.trials()}
     if len(sys.argv) != 2 or sys.argv[1] not in trials:
         given = " ".join(sys.argv[1:])
         raise InputError(f"TRIAL: {given!r} is not a trial of params.yaml: sweep; use one of {', '.join(trials)}")

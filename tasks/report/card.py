@@ -48,7 +48,7 @@ def write_card(params: Params, trial: Trial, metrics: dict[str, Any]) -> None:
         base_model=base if is_default or params.model.revision else None,
         library_name="peft" if params.dpo.lora else "transformers",
         pipeline_tag="text-generation",
-        tags=["dpo", "preference-optimization", trial.loss],
+        tags=["dpo", "preference-optimization", trial.loss.name],
         model_name=trial.name,
         eval_results=results,
     )
@@ -66,9 +66,7 @@ def write_card(params: Params, trial: Trial, metrics: dict[str, Any]) -> None:
         interval=lambda ends: f"{ends[0]:.3f} to {ends[1]:.3f}",
         evaluate=params.evaluate,
         judge=judges[0] if judges else None,
-        settings=dataclasses.asdict(trial)
-        | dataclasses.asdict(getattr(params.losses, trial.loss))
-        | dataclasses.asdict(params.dpo),
+        settings=trial.settings | dataclasses.asdict(params.dpo),
         hashes={f"{path} (MD5)": md5(path) for path in (TRAIN, EVAL)}
         | {f"{path} (SHA-256)": weights(path) for path in (BASE, REFERENCE, policy_folder(trial))},
     )

@@ -25,7 +25,7 @@ def labels(trials: Sequence[Trial], *, beta: bool = True) -> dict[str, str]:
     }
     return {
         trial.name: ", ".join(
-            [trial.loss] * varies["loss"]
+            [trial.loss.name] * varies["loss"]
             + [f"β {trial.beta:g}"] * beta
             + [f"lr {trial.learning_rate:g}"] * varies["learning_rate"]
             + [f"seed {trial.seed}"] * varies["seed"]

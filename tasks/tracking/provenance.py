@@ -34,13 +34,15 @@ def made_by(params: Params, mlflow_run: str | None, trial: Trial | None = None) 
     settings: dict[str, Any] = {"engine": params.engine, "model": params.model}
     settings |= {"data": params.data, "sft": params.sft}
     if trial is not None:
-        settings |= {"trial": trial, "loss": getattr(params.losses, trial.loss), "dpo": params.dpo}
+        settings |= {"loss": trial.loss, "dpo": params.dpo}
     return {
         "git_commit": head_commit(),
         "git_changes_since": inputs_changed(),
         "data": {str(TRAIN): md5(TRAIN)},
         "models": {str(folder): weights(folder) for folder in ([BASE] if trial is None else [BASE, REFERENCE])},
-        "params": {"seed": params.seed} | {name: dataclasses.asdict(group) for name, group in settings.items()},
+        "params": {"seed": params.seed}
+        | {name: dataclasses.asdict(group) for name, group in settings.items()}
+        | ({} if trial is None else {"trial": trial.settings}),
         "packages": packages(),
         "machine": machine(),
         "mlflow_run": mlflow_run,

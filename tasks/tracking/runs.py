@@ -5,7 +5,6 @@ training of a trial is a child run with its parameters, step curves, held-out me
 the parent run by the hash of the reference cache, in any process and at any time.
 """
 
-import dataclasses
 import hashlib
 import logging
 import re
@@ -72,8 +71,9 @@ def policy_run(params: Params, trial: Trial, table: pd.DataFrame) -> Iterator[st
     """Create a child run of the sweep for the training of a trial; yield its id."""
     connect_or_offline()
     tags = {SWEEP: _sweep(), TRIAL: trial.name, ROLE: "policy", MLFLOW_PARENT_RUN_ID: sweep_run(params)}
-    own = dataclasses.asdict(trial) | dataclasses.asdict(getattr(params.losses, trial.loss))
-    settings = _settings(model=params.model, data=params.data, engine=params.engine, dpo=params.dpo, **own)
+    settings = _settings(
+        model=params.model, data=params.data, engine=params.engine, dpo=params.dpo, **trial.settings
+    )
     with _training(trial.name, tags, settings, table) as run_id:
         yield run_id
 

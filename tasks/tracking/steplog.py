@@ -18,8 +18,7 @@ class StepLog:
         """Log the entries up to the checkpoint if training resumes from one: its MLflow run is a new one."""
         if resumed_step:
             for entry in history:
-                if "loss" in entry or "eval_loss" in entry:
-                    self._add(entry)
+                self._add(entry)
             self.run.set_tag(RESUMED, str(resumed_step))
             self._send()
 

@@ -352,7 +352,7 @@ def disk_full_under_checkpoints(projects: Projects, folder: Path, draw: random.R
     projects.trained(folder)
     with disk(folder / ".training-progress") as remount:
         remount(size_option(folder / ".training-progress", draw.randrange(4096, 400_000)))
-        Stage(folder, "train").wait(0, r"checkpoint-\d+ could not be written .*training goes on without it")
+        Stage(folder, "train").wait(0, r"checkpoint-\d+ could not be written .*training continues without it")
     assert_same(folder, projects, POLICY_FILES)
 
 
@@ -568,7 +568,7 @@ def not_finite(projects: Projects, folder: Path, draw: random.Random) -> None:
     save_file(weights, folder / "models/base/model.safetensors", {"format": "pt"})
     Stage(folder, "sft").wait(1, r"step 1: the loss is nan, from the pairs \S+")
     assert not (folder / REFERENCE).exists()
-    assert list((folder / ".training-progress/sft").glob("*/not-finite-step-1-*.json"))
+    assert list((folder / ".training-progress/sft").glob("*/non-finite-step-1-*.json"))
 
 
 @dataclass(frozen=True)

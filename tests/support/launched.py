@@ -1,4 +1,4 @@
-"""A training on tiny data, for tests that start it in several processes: `launched.py MODEL OUT SETTINGS`."""
+"""Train on tiny data, for tests that start several processes: `launched.py MODEL OUT SETTINGS`."""
 
 import json
 import sys
@@ -6,16 +6,17 @@ from pathlib import Path
 
 import accelerate.state
 from accelerate import PartialState
-from transformers import AutoTokenizer, TrainerCallback
+from transformers import AutoTokenizer
 
 from dpo.engine.logprobs import load_model
-from dpo.training.checkpoints import Progress
+from dpo.training.callbacks import Callback
+from dpo.training.checkpoints import CheckpointStore
 from dpo.training.train import save_checkpoint, train_dpo
-from tests.support.training import LORA, LOSSES, dpo_params, make_reference, make_rows, trial
+from tests.support.training import LORA, Centered, dpo_params, make_reference, make_rows, trial
 
 
 def shard_on_cpu() -> None:
-    """accelerate shards weights on accelerators alone; tell it that this is one."""
+    """Make accelerate shard weights, which it does only on accelerators."""
     plain = PartialState.__init__
 
     def init(self, *args, **kwargs):
@@ -25,16 +26,17 @@ def shard_on_cpu() -> None:
     PartialState.__init__ = init
 
 
-class Cut(TrainerCallback):
-    def on_step_begin(self, args, state, control, **kwargs):
-        if state.global_step == 3:
+class Exit(Callback):
+    def on_log(self, entry):
+        if entry["step"] == 4:
             sys.exit(7)
 
 
 def main(model_folder, out, settings):
     if settings.pop("sharded", False):
         shard_on_cpu()
-    callbacks = [Cut()] if settings.pop("cut", False) else []
+    callbacks = [Exit()] if settings.pop("interrupted", False) else []
+    loss = Centered() if settings.pop("statistics", False) else "sigmoid"
     if settings.pop("lora", False):
         settings["lora"] = LORA
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
@@ -42,8 +44,8 @@ def main(model_folder, out, settings):
     reference = make_reference(model_folder, rows)
     model = load_model(model_folder)
     log = train_dpo(
-        model, rows, reference, dpo_params(pairs_per_step=5, **settings), trial(), LOSSES,
-        max_tokens_per_microbatch=100, progress=Progress(out.with_suffix(".progress"), 0), callbacks=callbacks,
+        model, rows, reference, dpo_params(pairs_per_step=5, **settings), trial(loss=loss),
+        max_tokens_per_microbatch=100, store=CheckpointStore(out.with_suffix(".store"), 0), callbacks=callbacks,
     )  # fmt: skip
     save_checkpoint(model, tokenizer, out, {})
     if PartialState().is_main_process:

@@ -2,14 +2,17 @@
 
 import copy
 import dataclasses
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch.nn.functional import logsigmoid
 from transformers import AutoTokenizer
 
 from dpo.config import load_params
 from dpo.engine.logprobs import load_model, sequence_logps
 from dpo.engine.tokenization import encode_pairs
+from dpo.training.losses import Sigmoid
 from dpo.training.settings import DpoSettings, LoraSettings, OptimizerSettings, SftSettings, Trial
 
 SHARED = {field.name for field in dataclasses.fields(OptimizerSettings)}
@@ -41,6 +44,7 @@ LOSSES = PARAMS.losses
 
 
 def trial(beta=0.1, learning_rate=1e-3, seed=3, loss="sigmoid"):
+    loss = LOSSES[loss] if isinstance(loss, str) else loss
     return Trial(loss=loss, beta=beta, learning_rate=learning_rate, seed=seed)
 
 
@@ -77,8 +81,25 @@ def make_reference(folder, rows):
 LORA = LoraSettings(rank=4, alpha=8)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Centered(Sigmoid):
+    """The sigmoid loss of h minus its mean over the optimizer step, and weighted by its rank in the step."""
+
+    name = "centered"
+    needs_statistics = True
+
+    def statistics(self, step, beta):
+        h = self._h(step)
+        return {"mean": h.mean(), "sorted": h.sort().values}
+
+    def _forward(self, pairs, beta):
+        h = self._h(pairs)
+        rank = (pairs.statistics["sorted"] < h.detach()[:, None] - 1e-3).sum(1)
+        return -logsigmoid(beta * (h - pairs.statistics["mean"])) * (1 + rank)
+
+
 def online_reference(model, *, lora):
-    """Reference log-probs computed when asked for: by `model` with its adapters off, or by a copy made now."""
+    """Return a function that computes reference log-probs by `model` without its adapters, or by a copy of it."""
     frozen = model if lora else copy.deepcopy(model).eval()
 
     @torch.no_grad()

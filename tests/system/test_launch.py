@@ -1,4 +1,4 @@
-"""Two processes train as one does: data parallel and with sharded weights, on the CPU over gloo."""
+"""Two processes train like one: data parallel and with sharded weights, on the CPU over gloo."""
 
 import json
 import os
@@ -49,13 +49,18 @@ def assert_close(log, other):
 
 @pytest.mark.parametrize(
     ("config", "settings"),
-    [(None, {}), (FSDP, {"gradient_checkpointing": True}), (FSDP, {"lora": True})],
-    ids=["ddp", "fsdp2", "fsdp2 and lora"],
+    [
+        (None, {}),
+        (None, {"statistics": True}),
+        (FSDP, {"gradient_checkpointing": True}),
+        (FSDP, {"lora": True}),
+    ],
+    ids=["ddp", "ddp and step-wide statistics", "fsdp2 and checkpointing", "fsdp2 and lora"],
 )
 def test_two_processes_train_like_one_and_their_checkpoint_loads_in_one(
     tiny_model_dir, tmp_path, config, settings
 ):
-    # 16 pairs in steps of 5: the last step has one pair, and one process nothing to do.
+    # 16 pairs in steps of 5: in the last step one process has no pair.
     alone = train(1, tiny_model_dir, tmp_path / "alone", **settings)
     assert_close(train(2, tiny_model_dir, tmp_path / "both", config, **settings), alone)
     (name,) = (path.name for path in (tmp_path / "alone").glob("*.safetensors"))
@@ -66,12 +71,12 @@ def test_two_processes_train_like_one_and_their_checkpoint_loads_in_one(
     load_model(tmp_path / "both")
 
 
-def test_sharded_training_goes_on_from_its_last_checkpoint(tiny_model_dir, tmp_path):
-    settings = json.dumps({"sharded": True, "cut": True})
+def test_sharded_training_resumes_from_its_last_checkpoint(tiny_model_dir, tmp_path):
+    settings = json.dumps({"sharded": True, "interrupted": True})
     cut = start(2, SCRIPT, tiny_model_dir, tmp_path / "both", settings, config=FSDP)
     assert cut.returncode != 0
     assert not (tmp_path / "both").exists()
-    assert list((tmp_path / "both.progress").glob("*/checkpoint-3"))
+    assert list((tmp_path / "both.store").glob("*/checkpoint-3"))
     log = train(2, tiny_model_dir, tmp_path / "both", FSDP)
     assert log == train(2, tiny_model_dir, tmp_path / "undisturbed", FSDP)
     ours, theirs = (load_file(tmp_path / folder / "model.safetensors") for folder in ("both", "undisturbed"))

@@ -15,6 +15,7 @@ from mlflow.utils import rest_utils
 
 from dpo.common.errors import InputError
 from dpo.config import load_params
+from dpo.training.losses import Sigmoid
 from dpo.training.settings import Trial
 from tasks.common.paths import COMPARISON, REPORT, policy_folder
 from tasks.tracking import offline, run_logger
@@ -26,7 +27,7 @@ from tests.support.mlflow_server import Server
 PARAMS = load_params(Path(__file__).parents[2] / "params.yaml")
 TABLE = pd.DataFrame({"prompt": ["p"], "chosen": ["c"], "rejected": ["r"]})
 BEFORE, DURING, OFFLINE, CONCURRENT = (
-    Trial(loss="sigmoid", beta=0.1, learning_rate=1e-5, seed=seed) for seed in range(4)
+    Trial(loss=Sigmoid(), beta=0.1, learning_rate=1e-5, seed=seed) for seed in range(4)
 )
 
 

@@ -488,7 +488,7 @@ def test_a_sweep_changes_only_its_lists_and_nothing_if_they_are_invalid(tmp_path
     lines = list(zip(before.splitlines(), sweep.PARAMS.read_text().splitlines(), strict=True))
     changed = {new.strip() for old, new in lines if old != new}
     assert {line.split(":")[0] for line in changed} == {"losses", "learning_rates"}
-    (trial, other) = {trial.name for trial in sweep.load_params().sweep.trials() if trial.beta == 0.1}
+    (trial, other) = {trial.name for trial in sweep.load_params().trials() if trial.beta == 0.1}
     assert {trial, other} == {"sigmoid-0.1-1e-05-17", "ipo-0.1-1e-05-17"}
     changed_once = sweep.PARAMS.read_text()
     with pytest.raises(InputError, match=r"params\.yaml: sweep\.seeds"):

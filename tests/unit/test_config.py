@@ -2,6 +2,8 @@
 
 import dataclasses
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ from ruamel.yaml import YAML
 
 from dpo.common.errors import InputError
 from dpo.config import load_params
+from dpo.training.losses import LOSSES, Ipo, Robust
 
 PARAMS = Path(__file__).parents[2] / "params.yaml"
 
@@ -130,6 +133,7 @@ ABSENT = type(None)
             "losses.robust.label_smoothing: input should be less than 0.5",
         ),
         ("losses.sigmoid", {"label_smoothing": 0.1}, "losses.sigmoid.label_smoothing: unknown key"),
+        ("losses.kto", {}, "losses.kto: unknown key"),
         ("evaluate.judges", [{"kind": "scoer"}], "evaluate.judges.0: input tag 'scoer'"),
         ("evaluate.judges", [{"kind": "scorer"}], "evaluate.judges.0.scorer.function: missing; add it"),
         ("evaluate.judges", [], "compare.select: win_rate needs a judge; add one to evaluate.judges, or"),
@@ -214,15 +218,25 @@ def test_a_key_that_is_no_word_is_named(tmp_path):
         load_params(path)
 
 
+def test_losses_that_the_section_omits_have_their_defaults(change):
+    losses = load_params(change("losses", {"robust": {"label_smoothing": 0.3}})).losses
+    assert losses == {name: cls() for name, cls in LOSSES.items()} | {"robust": Robust(label_smoothing=0.3)}
+
+
+def test_reading_settings_does_not_import_torch():
+    code = "import sys, dpo.config; dpo.config.load_params(); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=PARAMS.parent, check=True)
+
+
 def test_cells_are_every_combination_named_as_dvc_names_them(change):
     path = change(
         "sweep", {"losses": ["sigmoid", "ipo"], "betas": [0.1, 1], "learning_rates": [5e-5], "seeds": [1, 2]}
     )
-    trials = load_params(path).sweep.trials()
+    trials = load_params(path).trials()
     assert [trial.name for trial in trials] == [
         f"{loss}-{beta}-5e-05-{seed}" for loss in ("sigmoid", "ipo") for beta in ("0.1", "1") for seed in (1, 2)
     ]
-    assert trials[-1].loss == "ipo"
+    assert trials[-1].loss == Ipo()
     assert (trials[-1].beta, trials[-1].learning_rate, trials[-1].seed) == (1, 5e-5, 2)
 
 

@@ -105,9 +105,9 @@ def test_compiled_training_lowers_the_loss(tiny_model_dir, changes):
     logps = sequence_logps(load_model(tiny_model_dir), rows, 1000).tolist()
     reference = {row.id: tuple(pair) for row, pair in zip(rows, logps, strict=True)}
     settings = dataclasses.replace(params.dpo, epochs=20, pairs_per_step=3, warmup_ratio=0.0, **changes)
-    trial = dataclasses.replace(params.sweep.trials()[0], learning_rate=3e-3)
+    trial = dataclasses.replace(params.trials()[0], learning_rate=3e-3)
     model = load_model(tiny_model_dir, "bf16", compiled=True)
-    steps = train_dpo(model, rows, reference, settings, trial, params.losses, max_tokens_per_microbatch=1000)
+    steps = train_dpo(model, rows, reference, settings, trial, max_tokens_per_microbatch=1000)
     assert model.device.type == "cuda"
     assert steps[0]["loss"] == pytest.approx(0.6931, abs=0.02)
     assert steps[-1]["loss"] < 0.5

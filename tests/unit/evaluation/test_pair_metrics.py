@@ -12,22 +12,12 @@ from scipy.special import expit
 
 from dpo.common.errors import InputError
 from dpo.evaluation.pair_metrics import pair_table, preference_metrics, reliability, slices
-from dpo.training.settings import LossSettings, PenalisedLoss, PlainLoss, RegularisedLoss, SmoothedLoss, Trial
-
-LOSSES = LossSettings(
-    sigmoid=PlainLoss(),
-    ipo=PlainLoss(),
-    conservative=SmoothedLoss(label_smoothing=0.1),
-    robust=SmoothedLoss(label_smoothing=0.1),
-    hinge=PlainLoss(),
-    length_normalised=PlainLoss(),
-    rpo=RegularisedLoss(sft_weight=1.0),
-    dpop=PenalisedLoss(penalty=50.0),
-)
+from dpo.training.losses import LOSSES
+from dpo.training.settings import Trial
 
 
 def trial(loss="sigmoid", beta=0.5):
-    return Trial(loss=loss, beta=beta, learning_rate=1e-5, seed=1)
+    return Trial(loss=LOSSES[loss](), beta=beta, learning_rate=1e-5, seed=1)
 
 
 def held_out(prompts, sources=None, agreement=None):
@@ -51,7 +41,7 @@ def table_of(margins, prompts=None, agreement=None, tokens=None, sources=None):
     policy = reference + torch.stack([margins, torch.zeros_like(margins)], 1)
     lengths = torch.tensor(tokens or [[4, 6]] * len(margins))
     pairs = held_out(prompts or [f"p{number}" for number in range(len(margins))], sources, agreement)
-    return pair_table(pairs, policy, reference, lengths, trial(beta=1.0), LOSSES)
+    return pair_table(pairs, policy, reference, lengths, trial(beta=1.0))
 
 
 def by_hand(agreement=None):
@@ -59,7 +49,7 @@ def by_hand(agreement=None):
     reference = torch.tensor([[-10.0, -10.0], [-10.0, -10.0], [-5.0, -7.0]])
     policy = torch.tensor([[-9.0, -11.0], [-12.0, -10.0], [-5.0, -7.0]])
     lengths = torch.tensor([[3, 4], [5, 6], [2, 5]])
-    return pair_table(held_out([*"abc"], agreement=agreement), policy, reference, lengths, trial(), LOSSES)
+    return pair_table(held_out([*"abc"], agreement=agreement), policy, reference, lengths, trial())
 
 
 def test_pairs_by_hand():
@@ -118,7 +108,7 @@ def test_policy_equal_to_its_reference_has_accuracy_one_half_and_margin_zero():
     logps = torch.randn(20, 2, generator=torch.Generator().manual_seed(0)) * 50
     pairs = held_out([*"abcde"] * 4, agreement=[0.9] * 20)
     lengths = torch.full((20, 2), 5)
-    metrics = preference_metrics(pair_table(pairs, logps, logps, lengths, trial(), LOSSES), 0, completions="both")
+    metrics = preference_metrics(pair_table(pairs, logps, logps, lengths, trial()), 0, completions="both")
     assert metrics["reward_accuracy"] == 0.5
     assert metrics["margin"] == 0
     assert metrics["loss"] == pytest.approx(math.log(2))
@@ -141,7 +131,7 @@ def test_margin_and_loss_are_those_of_the_trials_loss_in_float64(loss):
     reference = -torch.rand(50, 2, generator=generator) * 100
     policy = reference + torch.randn(50, 2, generator=generator) * 5
     lengths = torch.randint(1, 40, (50, 2), generator=generator)
-    table = pair_table(held_out(["p"] * 50), policy, reference, lengths, trial(loss, 0.2), LOSSES)
+    table = pair_table(held_out(["p"] * 50), policy, reference, lengths, trial(loss, 0.2))
     rewards = 0.2 * (policy.double().numpy() - reference.double().numpy())
     if loss == "length_normalised":
         rewards = rewards / lengths.numpy()
@@ -156,7 +146,7 @@ def test_non_finite_log_prob_is_an_error_that_names_the_pair(value):
     broken = logps.clone()
     broken[1, 0] = value
     with pytest.raises(InputError, match=r"'pair 1'.*learning rate"):
-        pair_table(held_out([*"abc"]), broken, logps, torch.ones(3, 2), trial(), LOSSES)
+        pair_table(held_out([*"abc"]), broken, logps, torch.ones(3, 2), trial())
 
 
 def test_metrics_of_human_agreement_need_agreement():

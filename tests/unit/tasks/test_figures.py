@@ -3,12 +3,13 @@
 import pandas as pd
 import pytest
 
+from dpo.training.losses import LOSSES
 from dpo.training.settings import Trial
 from tasks.report.figures import calibration, curve, frontier, labels, margins, reward_metric
 
 
 def trial(loss="sigmoid", beta=0.1, learning_rate=5e-5, seed=17):
-    return Trial(loss=loss, beta=beta, learning_rate=learning_rate, seed=seed)
+    return Trial(loss=LOSSES[loss](), beta=beta, learning_rate=learning_rate, seed=seed)
 
 
 def metrics(kl, reward):

@@ -71,7 +71,7 @@ def test_an_interval_without_width_promotes_only_if_the_sign_flip_test_rejects(w
 def test_the_first_champion_is_compared_with_the_reference(judge, figure, tiny_params, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     params = tiny_params(judge)
-    trial = params.sweep.trials()[0]
+    trial = params.trials()[0]
     prompts = [str(number) for number in range(20)]
     for path, column, wins in (
         (policy_samples(trial), "win", [1.0] * 18 + [0.0] * 2),

@@ -1,10 +1,9 @@
-"""The papers' central claims: a loss is least at the optimum of the KL-constrained maximisation it stands for."""
+"""The papers' central claims: the minimum of a loss is the optimum of a KL-constrained maximisation."""
 
 import pytest
 import torch
 
-from dpo.training.losses import preference_loss
-from dpo.training.settings import LossSettings, PenalisedLoss, PlainLoss, RegularisedLoss, SmoothedLoss
+from dpo.training.losses import Conservative, Ipo, PairBatch, Robust, Sigmoid
 
 PROMPTS, ANSWERS = 3, 6
 FIRST, SECOND = torch.triu_indices(ANSWERS, ANSWERS, 1)
@@ -12,16 +11,6 @@ PAIRS = torch.stack([torch.cat([FIRST, SECOND]), torch.cat([SECOND, FIRST])], 1)
 """Every pair of answers in both orders, [pairs, 2]."""
 
 NOISE = 0.3
-SETTINGS = LossSettings(
-    sigmoid=PlainLoss(),
-    ipo=PlainLoss(),
-    conservative=SmoothedLoss(label_smoothing=NOISE),
-    robust=SmoothedLoss(label_smoothing=NOISE),
-    hinge=PlainLoss(),
-    length_normalised=PlainLoss(),
-    rpo=RegularisedLoss(sft_weight=1.0),
-    dpop=PenalisedLoss(penalty=50.0),
-)
 
 
 def known_world():
@@ -36,7 +25,7 @@ def bradley_terry(reward):
     return torch.sigmoid(reward[:, PAIRS[:, 0]] - reward[:, PAIRS[:, 1]])
 
 
-def learned_policy(reference, probability, beta, loss="sigmoid"):
+def learned_policy(reference, probability, beta, loss=None):
     """A table of logits, fitted to the expected loss: every pair in both orders, weighted by its probability."""
     logits = reference.clone().requires_grad_()
     optimizer = torch.optim.LBFGS([logits], max_iter=2000, tolerance_grad=1e-10, line_search_fn="strong_wolfe")
@@ -44,7 +33,7 @@ def learned_policy(reference, probability, beta, loss="sigmoid"):
     def expected_loss():
         optimizer.zero_grad()
         sides = [table[:, PAIRS].flatten(0, 1) for table in (logits.log_softmax(1), reference)]
-        losses, _ = preference_loss(*sides, torch.ones_like(sides[0]), beta, loss, SETTINGS)
+        losses = (loss or Sigmoid())(PairBatch(*sides, torch.ones_like(sides[0])), beta)
         total = (probability.flatten() * losses).sum()
         total.backward()
         return total
@@ -71,7 +60,7 @@ def test_the_learned_policy_is_the_closed_form_optimum(beta):
     assert total_variation(learned_policy(reference, bradley_terry(reward), beta), optimum) < 1e-4
 
 
-def test_a_term_of_the_prompt_alone_changes_nothing():
+def test_adding_a_function_of_the_prompt_to_the_reward_changes_nothing():
     reference, reward = known_world()
     shifted = reward + torch.tensor([[-7.0], [0.5], [30.0]], dtype=torch.float64)
     same = learned_policy(reference, bradley_terry(reward), 0.5)
@@ -85,23 +74,23 @@ def test_another_reward_gives_another_policy():
 
 
 @pytest.mark.parametrize("beta", [0.2, 1.0, 5.0])
-def test_with_flipped_labels_robust_still_finds_the_optimum_and_the_others_do_not(beta):
+def test_only_robust_finds_the_optimum_if_labels_are_flipped(beta):
     reference, reward = known_world()
     optimum = optimal_policy(reference, reward, beta)
     noisy = (1 - NOISE) * bradley_terry(reward) + NOISE * bradley_terry(-reward)
-    assert total_variation(learned_policy(reference, noisy, beta, "robust"), optimum) < 1e-4
-    for loss in ("sigmoid", "conservative"):
+    assert total_variation(learned_policy(reference, noisy, beta, Robust(label_smoothing=NOISE)), optimum) < 1e-4
+    for loss in (Sigmoid(), Conservative(label_smoothing=NOISE)):
         assert total_variation(learned_policy(reference, noisy, beta, loss), optimum) > 0.02
 
 
 @pytest.mark.parametrize("beta", [0.05, 0.2, 1.0])
 def test_ipo_maximises_the_probability_of_being_preferred(beta):
     # Azar et al. 2023: with the identity for Psi the reward of an answer is its mean win rate over all answers,
-    # itself included at one half. Any probabilities do, also such as no Bradley-Terry reward explains.
+    # itself included at one half. The probabilities may be any, also those that no reward explains.
     reference, _ = known_world()
     upper = torch.rand(PROMPTS, len(FIRST), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     probability = torch.cat([upper, 1 - upper], 1)
     wins = torch.zeros_like(reference).index_add(1, PAIRS[:, 0], probability)
     optimum = optimal_policy(reference, (wins + 0.5) / ANSWERS, beta)
     assert total_variation(reference.exp(), optimum) > 0.05
-    assert total_variation(learned_policy(reference, probability, beta, "ipo"), optimum) < 1e-6
+    assert total_variation(learned_policy(reference, probability, beta, Ipo()), optimum) < 1e-6

@@ -1,25 +1,26 @@
-"""Training under our Trainer: the start, invariances, metrics, and TRL's DPOTrainer step by step."""
+"""Training: its start, invariances, metrics, and equality with TRL's DPOTrainer step by step."""
 
 import dataclasses
 import json
 import math
 import re
-from typing import get_args
 
 import datasets
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer
 
 from dpo.common.errors import InputError
 from dpo.engine.logprobs import load_model, sequence_logps
-from dpo.engine.packing import StepSampler, TokenRow
+from dpo.engine.packing import TokenRow
 from dpo.engine.reference_cache import cache_key, load_reference, shard_table, write_cache
 from dpo.engine.tokenization import encode_pairs
-from dpo.training.losses import preference_loss
-from dpo.training.settings import EarlyStopSettings, LossName
+from dpo.training.callbacks import Callback
+from dpo.training.losses import PairBatch, Sigmoid
+from dpo.training.sampler import StepSampler
+from dpo.training.settings import EarlyStopSettings
 from dpo.training.train import _hold_out, save_checkpoint, train_dpo, train_sft
 from tests.support.models import plain_tokenizer
 from tests.support.training import (
@@ -27,6 +28,7 @@ from tests.support.training import (
     LOSSES,
     PARAMS,
     POINT,
+    Centered,
     dpo_params,
     make_pairs,
     make_reference,
@@ -67,14 +69,13 @@ def run_dpo(folder, rows, reference, max_tokens_per_microbatch=10_000, **changes
         reference,
         dpo_params(**changes),
         point,
-        LOSSES,
         max_tokens_per_microbatch=max_tokens_per_microbatch,
     )
     return log, {name: weight.detach().clone() for name, weight in model.model.state_dict().items()}
 
 
 def steps_of(rows, seed, pairs_per_step=4, epochs=1):
-    """The rows of each optimizer step when one micro-batch holds them all."""
+    """The rows of each optimizer step, with one micro-batch per step."""
     sampler = StepSampler(
         [row.tokens for row in rows],
         rows_per_step=pairs_per_step,
@@ -82,15 +83,11 @@ def steps_of(rows, seed, pairs_per_step=4, epochs=1):
         epochs=epochs,
         seed=seed,
     )
-    steps = []
-    for epoch in range(epochs):
-        sampler.set_epoch(epoch)
-        steps += [[rows[i] for i in batch] for batch in sampler]
-    return steps
+    return [[rows[i] for i in batch] for epoch in range(epochs) for (batch,) in sampler.steps(epoch)]
 
 
 @pytest.mark.parametrize("max_tokens_per_microbatch", [60, 10_000])
-def test_training_starts_at_margin_zero_and_loss_log_2_and_leaves_them(
+def test_training_starts_at_margin_zero_and_loss_log_2_and_improves(
     tiny_model_dir, tmp_path, max_tokens_per_microbatch
 ):
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
@@ -113,9 +110,10 @@ def test_training_starts_at_margin_zero_and_loss_log_2_and_leaves_them(
     assert last["rewards/margins"] > 0.1
 
 
-def test_a_log_entry_for_each_step_with_the_names_that_trl_users_know(tiny_model_dir, rows, reference):
+def test_each_step_has_a_log_entry_with_the_names_of_trl(tiny_model_dir, rows, reference):
     log, _ = run_dpo(tiny_model_dir, rows, reference, epochs=2)
     assert [entry["step"] for entry in log] == list(range(1, 11))
+    assert [entry["epoch"] for entry in log] == pytest.approx([step / 5 for step in range(1, 11)])
     assert all(entry.keys() >= METRICS | {"loss", "grad_norm", "learning_rate", "epoch"} for entry in log)
 
 
@@ -165,7 +163,7 @@ def test_the_last_partial_step_is_a_mean_over_its_own_pairs(tiny_model_dir, rows
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "rmsprop"])
-def test_micro_batches_change_nothing(tiny_model_dir, rows, reference, optimizer):
+def test_results_do_not_depend_on_micro_batches(tiny_model_dir, rows, reference, optimizer):
     changes = {
         "optimizer": optimizer,
         "epochs": 2,
@@ -173,25 +171,102 @@ def test_micro_batches_change_nothing(tiny_model_dir, rows, reference, optimizer
         "schedule": "cosine",
         "warmup_ratio": 0.2,
     }
-    whole, whole_weights = run_dpo(tiny_model_dir, rows, reference, **changes)
+    expected, expected_weights = run_dpo(tiny_model_dir, rows, reference, **changes)
     for max_tokens_per_microbatch in (160, 1):
         parts, parts_weights = run_dpo(
             tiny_model_dir, rows, reference, max_tokens_per_microbatch=max_tokens_per_microbatch, **changes
         )
-        assert len(parts) == len(whole) == 10
+        assert len(parts) == len(expected) == 10
         for name in ("loss", "grad_norm", "learning_rate", *METRICS - {"rewards/accuracies"}):
-            assert [e[name] for e in parts] == pytest.approx([e[name] for e in whole], rel=1e-4, abs=1e-4), name
-        for name, weight in whole_weights.items():
+            assert [e[name] for e in parts] == pytest.approx([e[name] for e in expected], rel=1e-4, abs=1e-4), name
+        for name, weight in expected_weights.items():
             torch.testing.assert_close(parts_weights[name], weight, rtol=1e-4, atol=2e-5)
+
+
+def test_a_loss_with_step_wide_statistics_does_not_depend_on_micro_batches(tiny_model_dir, rows, reference):
+    seen = []
+
+    class Recorded(Centered):
+        def statistics(self, step, beta):
+            seen.append(len(step.policy))
+            return super().statistics(step, beta)
+
+    early_stop = EarlyStopSettings(validation_share=0.3, every_steps=1, patience=9)
+    changes = {"loss": Recorded(), "learning_rate": 1e-4, "early_stop": early_stop}
+    expected, expected_weights = run_dpo(tiny_model_dir, rows, reference, **changes)
+    training, validation = (len(part) for part in _hold_out(rows, 0.3))
+    sizes = [size for step in range(0, training, 4) for size in (min(4, training - step), validation)]
+    assert seen == sizes
+    for max_tokens_per_microbatch in (160, 1):
+        log, weights = run_dpo(
+            tiny_model_dir, rows, reference, max_tokens_per_microbatch=max_tokens_per_microbatch, **changes
+        )
+        for name in ("loss", "grad_norm", "eval_loss"):
+            assert [e[name] for e in log] == pytest.approx([e[name] for e in expected], rel=1e-4, abs=1e-4), name
+        for name, weight in expected_weights.items():
+            torch.testing.assert_close(weights[name], weight, rtol=1e-4, atol=2e-5)
+    assert seen == sizes * 3
+
+
+def test_a_loss_gets_log_probs_per_token_if_it_needs_them(tiny_model_dir, rows, reference):
+    class PerToken(Sigmoid):
+        needs_token_logps = True
+
+        def _forward(self, pairs, beta):
+            parts = pairs.token_logps.split(pairs.lengths.flatten().tolist())
+            policy = torch.stack([part.sum() for part in parts]).view(-1, 2)
+            return super()._forward(PairBatch(policy, pairs.reference, pairs.lengths), beta)
+
+    expected, _ = run_dpo(tiny_model_dir, rows, reference, 100)
+    log, _ = run_dpo(tiny_model_dir, rows, reference, 100, loss=PerToken())
+    for ours, theirs in zip(log, expected, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-4)
+
+
+def test_a_loss_without_reference_trains_without_reference_log_probs(tiny_model_dir, rows, reference):
+    class NoReference(Sigmoid):
+        needs_reference = False
+
+    log, _ = run_dpo(tiny_model_dir, rows, {}, loss=NoReference(), pairs_per_step=18, beta=0.5)
+    logps = torch.tensor([reference[row.id] for row in rows])
+    expected = Sigmoid()(PairBatch(logps, torch.zeros(18, 2), torch.ones(18, 2)), 0.5).mean().item()
+    assert log[0]["loss"] == pytest.approx(expected, rel=1e-5)
+    assert log[0]["rewards/chosen"] == pytest.approx(0.5 * log[0]["logps/chosen"])
+    assert not {"logratios/chosen", "logratios/rejected"} & log[0].keys()
+
+
+def test_callbacks_receive_every_entry_and_the_time_at_the_end(tiny_model_dir, rows, reference):
+    seen = []
+
+    class Recorder(Callback):
+        def on_start(self, resumed_step, history):
+            seen.append(("start", resumed_step, list(history)))
+
+        def on_log(self, entry):
+            seen.append(entry)
+
+        def on_end(self):
+            seen.append("end")
+
+    log = train_dpo(
+        load_model(tiny_model_dir), rows, reference, dpo_params(), trial(), max_tokens_per_microbatch=10_000,
+        callbacks=[Recorder()],
+    )  # fmt: skip
+    assert seen[0] == ("start", 0, [])
+    assert seen[1:6] == log
+    assert seen[6].keys() == {"step", "train_runtime"}
+    assert seen[6]["step"] == 5
+    assert seen[6]["train_runtime"] > 0
+    assert seen[7:] == ["end"]
 
 
 def test_one_process_accumulates_in_place(tiny_model_dir, rows, reference):
     model = load_model(tiny_model_dir)
-    train_dpo(model, rows, reference, dpo_params(), trial(), LOSSES, max_tokens_per_microbatch=10_000)
+    train_dpo(model, rows, reference, dpo_params(), trial(), max_tokens_per_microbatch=10_000)
     assert model.accumulate_in_place
 
 
-def test_same_seed_same_bits_and_another_seed_another_model(tiny_model_dir, rows, reference):
+def test_weights_are_equal_bit_for_bit_with_the_same_seed_and_differ_with_another(tiny_model_dir, rows, reference):
     first, again, other = (run_dpo(tiny_model_dir, rows, reference, seed=seed)[1] for seed in (3, 3, 4))
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert any(not torch.equal(first[name], other[name]) for name in first)
@@ -242,9 +317,9 @@ def test_sft_learns_the_completions(tiny_model_dir, rows):
     assert log[-1]["loss"] < log[0]["loss"] - 0.5
 
 
-def test_a_checkpoint_gives_the_trained_numbers_again(tiny_model_dir, tmp_path, rows, reference):
+def test_a_saved_policy_has_the_log_probs_of_the_trained_model(tiny_model_dir, tmp_path, rows, reference):
     model, tokenizer = load_model(tiny_model_dir), AutoTokenizer.from_pretrained(tiny_model_dir)
-    train_dpo(model, rows, reference, dpo_params(), trial(), LOSSES, max_tokens_per_microbatch=500)
+    train_dpo(model, rows, reference, dpo_params(), trial(), max_tokens_per_microbatch=500)
     save_checkpoint(model, tokenizer, tmp_path / "policy", {"seed": 3})
     again = load_model(tmp_path / "policy")
     assert torch.equal(sequence_logps(again, rows, 500), sequence_logps(model, rows, 500))
@@ -252,7 +327,7 @@ def test_a_checkpoint_gives_the_trained_numbers_again(tiny_model_dir, tmp_path, 
 
 
 class OrderedDPOTrainer(DPOTrainer):
-    """TRL's own trainer on the dataset in its order, not shuffled, with our warm-up."""
+    """TRL's trainer with an unshuffled dataset and our warm-up."""
 
     def create_scheduler(self, num_training_steps, optimizer=None):
         def factor(step):
@@ -286,7 +361,7 @@ def test_ten_steps_equal_those_of_trl(tiny_model_dir, tmp_path, changes):
     table = sequence_logps(model, rows, 1000).tolist()
     reference = {row.id: tuple(logps) for row, logps in zip(rows, table, strict=True)}
     params, point = dpo_params(**changes), trial(beta, 3e-4, seed)
-    ours = train_dpo(model, rows, reference, params, point, LOSSES, max_tokens_per_microbatch=100)
+    ours = train_dpo(model, rows, reference, params, point, max_tokens_per_microbatch=100)
 
     by_id = {pair["id"]: pair for pair in pairs}
     order = [by_id[row.id] for step in steps_of(rows, seed) for row in step]
@@ -324,9 +399,6 @@ def test_ten_steps_equal_those_of_trl(tiny_model_dir, tmp_path, changes):
         torch.testing.assert_close(weight, trained, rtol=0, atol=1e-4, msg=name)
 
 
-LOSS_NAMES = get_args(LossName)
-
-
 def test_gradient_checkpointing_changes_nothing(tiny_model_dir, rows, reference):
     plain, plain_weights = run_dpo(tiny_model_dir, rows, reference)
     log, weights = run_dpo(tiny_model_dir, rows, reference, gradient_checkpointing=True)
@@ -345,7 +417,7 @@ def test_the_cached_reference_equals_one_computed_during_training(
             online = online_reference(model, lora=lora is not None)
             monkeypatch.setattr("dpo.training.train.cached_reference", lambda *_, online=online: online)
         logs[mode] = train_dpo(
-            model, rows, reference, dpo_params(lora=lora), trial(learning_rate=1e-2), LOSSES,
+            model, rows, reference, dpo_params(lora=lora), trial(learning_rate=1e-2),
             max_tokens_per_microbatch=500,
         )  # fmt: skip
     assert logs["cached"][-1]["rewards/margins"] > 0.1
@@ -354,11 +426,11 @@ def test_the_cached_reference_equals_one_computed_during_training(
         assert online == pytest.approx(cached, rel=1e-5, abs=1e-5), name
 
 
-def test_lora_trains_and_saves_the_adapter_alone(tiny_model_dir, tmp_path, rows, reference):
+def test_lora_trains_and_saves_only_the_adapter(tiny_model_dir, tmp_path, rows, reference):
     model, tokenizer = load_model(tiny_model_dir), AutoTokenizer.from_pretrained(tiny_model_dir)
     before = {name: weight.clone() for name, weight in model.model.state_dict().items()}
     point = trial(learning_rate=1e-2)
-    train_dpo(model, rows, reference, dpo_params(lora=LORA), point, LOSSES, max_tokens_per_microbatch=500)
+    train_dpo(model, rows, reference, dpo_params(lora=LORA), point, max_tokens_per_microbatch=500)
     after = model.model.state_dict()
     assert all(
         torch.equal(weight, after[name.replace("proj.", "proj.base_layer.")]) for name, weight in before.items()
@@ -377,7 +449,7 @@ def test_lora_trains_and_saves_the_adapter_alone(tiny_model_dir, tmp_path, rows,
     assert (ours - torch.tensor([reference[row.id] for row in rows])).abs().max() > 0.1
 
 
-def test_the_start_of_the_adapters_follows_the_seed(tiny_model_dir, rows, reference):
+def test_initial_adapters_depend_only_on_the_seed(tiny_model_dir, rows, reference):
     logs = []
     for seed, state in ((3, 0), (3, 1), (4, 0)):
         torch.manual_seed(state)
@@ -386,7 +458,7 @@ def test_the_start_of_the_adapters_follows_the_seed(tiny_model_dir, rows, refere
 
 
 def test_early_stop_ends_after_its_patience_and_keeps_the_best_weights(tiny_model_dir, rows, reference):
-    # Validation pairs prefer the other completion: what training learns makes them worse from the first step on.
+    # Validation pairs prefer the other completion, so training increases their loss from the first step on.
     _, held_out = _hold_out(rows, 0.3)
     flipped = {row.id: dataclasses.replace(row, completions=row.completions[::-1]) for row in held_out}
     rows = [flipped.get(row.id, row) for row in rows]
@@ -394,18 +466,18 @@ def test_early_stop_ends_after_its_patience_and_keeps_the_best_weights(tiny_mode
     early_stop = EarlyStopSettings(validation_share=0.3, every_steps=1, patience=2)
     model = load_model(tiny_model_dir)
     params = dpo_params(early_stop=early_stop, epochs=9)
-    log = train_dpo(model, rows, reference, params, trial(), LOSSES, max_tokens_per_microbatch=500)
+    log = train_dpo(model, rows, reference, params, trial(), max_tokens_per_microbatch=500)
     validation = [entry["eval_loss"] for entry in log]
     assert validation == sorted(validation)
     assert len(log) == 1 + 2
     policy = sequence_logps(model, list(flipped.values()), 500)
     cached = torch.tensor([reference[name] for name in flipped])
-    losses = preference_loss(policy, cached, torch.ones_like(policy), 0.1, "sigmoid", LOSSES)[0]
+    losses = Sigmoid()(PairBatch(policy, cached, torch.ones_like(policy)), 0.1)
     assert losses.mean().item() == pytest.approx(validation[0], rel=1e-6)
     assert validation[1] > validation[0] * 1.001
 
 
-def test_early_stop_without_validation_pairs_is_refused(tiny_model_dir, rows, reference):
+def test_early_stop_without_validation_pairs_is_an_input_error(tiny_model_dir, rows, reference):
     early_stop = EarlyStopSettings(validation_share=1e-6, every_steps=1, patience=1)
     with pytest.raises(InputError, match=r"validation_share 1e-06 of 18 pairs leaves no pairs to validate on"):
         run_dpo(tiny_model_dir, rows, reference, early_stop=early_stop)
@@ -418,33 +490,31 @@ def test_validation_pairs_share_no_prompt_with_training_pairs():
     assert not {row.prompt for row in kept} & {row.prompt for row in held_out}
 
 
-def test_8_bit_states_without_a_gpu_are_refused(tiny_model_dir, rows, reference, monkeypatch):
+def test_8_bit_optimizers_without_a_gpu_are_an_input_error(tiny_model_dir, rows, reference, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(InputError, match="'adamw_8bit' needs a CUDA GPU; choose adamw or rmsprop"):
         run_dpo(tiny_model_dir, rows, reference, optimizer="adamw_8bit")
 
 
-def test_bf16_starts_at_margin_zero_through_its_own_cache_and_learns(tiny_model_dir, rows):
+def test_bf16_starts_at_margin_zero_with_a_bf16_cache_and_learns(tiny_model_dir, rows):
     model = load_model(tiny_model_dir, "bf16")
     table = sequence_logps(model, rows, 1000).tolist()
     cached = {row.id: tuple(logps) for row, logps in zip(rows, table, strict=True)}
-    log = train_dpo(model, rows, cached, dpo_params(epochs=3), trial(), LOSSES, max_tokens_per_microbatch=100)
+    log = train_dpo(model, rows, cached, dpo_params(epochs=3), trial(), max_tokens_per_microbatch=100)
     assert log[0]["rewards/margins"] == log[0]["rewards/chosen"] == 0.0
     assert log[-1]["loss"] < math.log(2) - 0.05
     assert {p.dtype for p in model.parameters()} == {torch.float32}
 
 
-def test_a_policy_that_runs_away_raises_an_alarm_with_step_and_margin(tiny_model_dir, rows, reference, caplog):
+def test_a_diverging_policy_raises_an_alarm_with_step_and_margin(tiny_model_dir, rows, reference, caplog):
     run_dpo(tiny_model_dir, rows, reference)
-    assert "runs away" not in caplog.text
+    assert "diverges" not in caplog.text
     run_dpo(tiny_model_dir, rows, reference, learning_rate=1.0)
-    assert re.search(
-        r"step \d+: the policy runs away from its reference: .* nats, .* margin .*, loss", caplog.text
-    )
+    assert re.search(r"step \d+: the policy diverges from its reference: .* nats, .* margin .*, loss", caplog.text)
 
 
-@pytest.mark.parametrize("loss", LOSS_NAMES)
-def test_the_alarm_counts_nats_of_a_completion_whatever_the_loss(tiny_model_dir, rows, reference, loss, caplog):
+@pytest.mark.parametrize("loss", LOSSES)
+def test_the_alarm_counts_nats_per_completion_with_every_loss(tiny_model_dir, rows, reference, loss, caplog):
     moved = {name: (chosen - 101.0, rejected) for name, (chosen, rejected) in reference.items()}
     run_dpo(tiny_model_dir, rows, moved, learning_rate=1e-12, loss=loss, beta=2.0)
     assert "log-probs of chosen moved by 101 nats, of rejected by 0" in caplog.text
@@ -458,27 +528,13 @@ def test_the_first_step_of_a_warm_up_changes_the_weights(tiny_model_dir, rows, r
     assert any(not torch.equal(weights[name], before[name]) for name in before)
 
 
-def test_gpus_that_one_process_sees_do_not_cut_the_stream_up(tiny_model_dir, rows, reference, monkeypatch):
-    expected, _ = run_dpo(tiny_model_dir, rows, reference)
-
-    class TwoGpus(TrainingArguments):
-        def __post_init__(self):
-            super().__post_init__()
-            self._n_gpu = 2
-
-    monkeypatch.setattr("dpo.training.train.TrainingArguments", TwoGpus)
-    monkeypatch.setattr(torch.nn.DataParallel, "__init__", None)
-    log, _ = run_dpo(tiny_model_dir, rows, reference)
-    assert log == expected
-
-
-def test_a_loss_that_is_not_finite_stops_the_training_with_step_and_pairs(tiny_model_dir, rows, reference):
+def test_a_non_finite_loss_stops_training_with_step_and_pairs(tiny_model_dir, rows, reference):
     broken = reference | {"pair 5": (math.nan, 0.0)}
     with pytest.raises(FloatingPointError, match=r"step \d: the loss is nan, .*pair 5\b"):
         run_dpo(tiny_model_dir, rows, broken)
 
 
-@pytest.mark.parametrize("loss", LOSS_NAMES)
+@pytest.mark.parametrize("loss", LOSSES)
 def test_every_loss_trains_to_margins_above_zero(tiny_model_dir, rows, reference, loss):
     log, _ = run_dpo(tiny_model_dir, rows, reference, loss=loss, learning_rate=3e-3, epochs=3)
     assert log[0]["rewards/margins"] == 0.0

@@ -1,0 +1,90 @@
+"""Callbacks of the training loop, and early stopping."""
+
+import logging
+import math
+import statistics
+from collections import deque
+from typing import Protocol
+
+from torch import Tensor
+
+from dpo.training.settings import EarlyStopSettings
+
+ALARM_NATS = 100.0
+"""Mean change of a completion's log-prob that raises an alarm: a factor of e^100 in its probability."""
+
+ALARM_GRADIENT = 100.0
+"""Ratio of a gradient norm to the median of the `ALARM_STEPS` before it that raises an alarm."""
+
+ALARM_STEPS = 100
+"""Number of earlier steps whose gradient norms a step is compared with."""
+
+log = logging.getLogger(__name__)
+
+
+class Callback(Protocol):
+    """An observer of the training loop. Subclasses override the methods that they need."""
+
+    def on_start(self, resumed_step: int, history: list[dict[str, float]]) -> None:
+        """Handle the start of training. If it resumes, `history` has the entries of the steps up to then."""
+        return
+
+    def on_log(self, entry: dict[str, float]) -> None:
+        """Handle the log entry of a step. `step` is its number; the last entry has only `train_runtime`."""
+        return
+
+    def on_end(self) -> None:
+        """Handle the end of training."""
+        return
+
+
+class DivergenceAlarm(Callback):
+    """Warns if the policy diverges from its reference. The loss alone does not show this: it may be near 0."""
+
+    def __init__(self) -> None:
+        self.norms: deque[float] = deque(maxlen=ALARM_STEPS)
+
+    def on_start(self, resumed_step: int, history: list[dict[str, float]]) -> None:
+        """Recall the gradient norms of earlier steps."""
+        self.norms.extend(entry["grad_norm"] for entry in history)
+
+    def on_log(self, entry: dict[str, float]) -> None:
+        """Compare the mean log-ratios of a step with `ALARM_NATS`, and its gradient norm with earlier ones."""
+        moved = [abs(entry.get(name, 0.0)) for name in ("logratios/chosen", "logratios/rejected")]
+        if max(moved) > ALARM_NATS:
+            log.warning(
+                "step %d: the policy diverges from its reference: log-probs of chosen moved by %.0f nats, "
+                "of rejected by %.0f, margin %.3g, loss %.3g; lower the learning rate or raise beta",
+                *(entry["step"], *moved, entry["rewards/margins"], entry["loss"]),
+            )
+        if "grad_norm" not in entry:
+            return
+        norm, median = entry["grad_norm"], statistics.median(self.norms) if len(self.norms) >= 5 else math.inf
+        self.norms.append(norm)
+        if norm > ALARM_GRADIENT * median:
+            log.warning(
+                "step %d: the gradient norm is %.3g, %.0f times the median of the steps before; check the pairs "
+                "of this step, or lower the learning rate or max_grad_norm",
+                *(entry["step"], norm, norm / median),
+            )
+
+
+class EarlyStop:
+    """Ends training after some validations without a new best loss, and keeps the best weights in `best`."""
+
+    def __init__(self, settings: EarlyStopSettings, weights: dict[str, Tensor]) -> None:
+        self.settings, self.weights = settings, weights
+        self.best_loss, self.waited = math.inf, 0
+        self.best: dict[str, Tensor] = {}
+
+    @property
+    def finished(self) -> bool:
+        """Whether training must stop."""
+        return self.waited >= self.settings.patience
+
+    def update(self, loss: float) -> None:
+        """Copy the weights if the validation loss is the best so far."""
+        self.waited += 1
+        if loss < self.best_loss:
+            self.best_loss, self.waited = loss, 0
+            self.best = {name: weight.detach().clone() for name, weight in self.weights.items()}

@@ -1,0 +1,101 @@
+"""What a training step minimizes, and what it logs."""
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+
+from dpo.engine.packing import PackedBatch, TokenRow
+from dpo.training.losses import Loss, PairBatch, nll_loss
+
+Reference = Callable[[PackedBatch], Tensor]
+"""Returns the reference log-probs [2P] of the completions of P pairs, chosen first."""
+
+
+class SftObjective:
+    """Negative log-likelihood of the completions in nats. The loss of a step is the mean over their tokens."""
+
+    def units(self, row: TokenRow) -> int:
+        """Return the number of completion tokens."""
+        return row.completion_tokens
+
+    def begin_step(self, model: nn.Module, batches: Sequence[PackedBatch], weights: Sequence[int]) -> None:
+        """Do nothing."""
+
+    def __call__(self, model: nn.Module, batch: PackedBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the summed loss and no metrics."""
+        return nll_loss(model(batch)), {}
+
+
+class DpoObjective:
+    """A preference loss, and metrics under the names that TRL uses. The loss of a step is the mean over pairs."""
+
+    def __init__(self, loss: Loss, beta: float, reference: Reference) -> None:
+        self.loss, self.beta, self.reference = loss, beta, reference
+        self.statistics: Mapping[str, Tensor] | None = None
+
+    def units(self, row: TokenRow) -> int:
+        """Return 1."""
+        return 1
+
+    @torch.no_grad()
+    def begin_step(self, model: nn.Module, batches: Sequence[PackedBatch], weights: Sequence[int]) -> None:
+        """Compute the statistics of all pairs of the step, in all processes, if the loss needs them.
+
+        `batches` are all micro-batches of this process. Those with weight 0 are placeholders and do not count.
+        """
+        if not self.loss.needs_statistics:
+            return
+        pairs = [vars(self._pairs(model, batch)) for batch in batches]
+        tensors = [{name: t.cpu() for name, t in each.items() if isinstance(t, Tensor)} for each in pairs]
+        parts = gather_object(list(itertools.compress(tensors, weights)))
+        step: dict[str, Any] = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        statistics = self.loss.statistics(PairBatch(**step), self.beta)
+        self.statistics = {name: value.to(batches[0].input_ids.device) for name, value in statistics.items()}
+
+    def __call__(self, model: nn.Module, batch: PackedBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the summed loss, and sums of rewards, log-probs and log-ratios."""
+        pairs = self._pairs(model, batch)
+        losses = self.loss(pairs, self.beta)
+        policy, reference = pairs.policy.detach(), pairs.reference
+        chosen, rejected = self.loss.rewards(policy, reference, pairs.lengths, self.beta).unbind(1)
+        margins = chosen - rejected
+        sums = {
+            "rewards/chosen": chosen.sum(),
+            "rewards/rejected": rejected.sum(),
+            "rewards/margins": margins.sum(),
+            "rewards/accuracies": ((margins.sign() + 1) / 2).sum(),  # ties count one half
+        }
+        sums["logps/chosen"], sums["logps/rejected"] = policy.sum(0)
+        if self.loss.needs_reference:
+            sums["logratios/chosen"], sums["logratios/rejected"] = (policy - reference).sum(0)
+        return losses.sum(), sums
+
+    def _pairs(self, model: nn.Module, batch: PackedBatch) -> PairBatch:
+        tokens = model(batch, per_token=True) if self.loss.needs_token_logps else None
+        logps = model(batch) if tokens is None else batch.sum_per_completion(tokens)
+        policy = logps.view(-1, 2)
+        lengths = torch.tensor([lengths for _, lengths in batch.layout], device=policy.device)
+        if self.loss.needs_reference:
+            reference = self.reference(batch).to(policy.device).view(-1, 2)
+        else:
+            reference = torch.zeros_like(policy)
+        return PairBatch(policy, reference, lengths, tokens, self.statistics)
+
+
+Objective = SftObjective | DpoObjective
+
+
+def cached_reference(table: Mapping[str, tuple[float, float]], rows: Sequence[TokenRow]) -> Reference:
+    """Return a function that looks reference log-probs up by pair id.
+
+    Raises:
+        KeyError: a row has no reference log-probs.
+    """
+    missing = [row.id for row in rows if row.id not in table]
+    if missing:
+        raise KeyError(f"no reference log-probs for {len(missing)} pairs, the first is {missing[0]!r}")
+    return lambda batch: torch.tensor([table[i] for i in batch.ids], dtype=torch.float32).flatten()
