@@ -1,4 +1,4 @@
-# What the stages and flows need, without weights and without data: those are in DVC's cache and remote.
+# Dependencies of the stages and flows. Weights and data are in DVC's cache and remote.
 FROM python:3.11-slim
 
 RUN apt-get update \
@@ -27,7 +27,7 @@ ENV DO_NOT_TRACK=true \
     DPO_WORKSPACE=/workspace \
     PYTHONPATH=/workspace
 
-# A clone of the repository is mounted here, and its code is what runs; what was installed above brings the dependencies.
+# A clone of the repository is mounted here. Its code is executed; the installation above provides the dependencies.
 USER dpo
 WORKDIR /workspace
 CMD ["python", "-m", "flows.pipeline"]

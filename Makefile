@@ -28,20 +28,19 @@ INSTALL := $(ENV)/python -m pip install --quiet --no-deps --no-build-isolation
 	$(ENV)/python -m pip check
 	touch $@
 
-# After a change of the dependencies in pyproject.toml; UPGRADE=1 takes the newest versions that it allows.
+# Run after a change of the dependencies in pyproject.toml. UPGRADE=1 takes the newest versions that it allows.
 lock: setup
 	python -m tools.lock $(if $(UPGRADE),--upgrade)
 
-# Our own code, the licences of all dependencies, and their versions against known vulnerabilities; for the last, a
-# vulnerability service must be reached.
+# Scan the code, check the licences of all dependencies, and query known vulnerabilities of their versions.
 audit: setup
 	bandit --quiet --recursive --configfile pyproject.toml dpo tasks flows tools
 	python -m tools.licences
 	@pip-audit --strict --progress-spinner off --require-hashes --disable-pip \
 		$(patsubst %,--requirement %,$(filter-out %/torch-cpu.txt,$(wildcard requirements/*.txt))) \
-		|| (echo "audit: FAILED. Unless vulnerabilities are listed above, no service told of any: nothing was checked."; exit 1)
+		|| (echo "audit: FAILED. If no vulnerabilities are listed above, the vulnerability service was unreachable."; exit 1)
 
-# `make repro SET="-S dpo.epochs=2"` changes parameters on the way.
+# `make repro SET="-S dpo.epochs=2"` runs with other settings.
 repro: setup
 	$(if $(SET),dvc exp run $(SET),dvc repro)
 	@dpo results
@@ -67,24 +66,24 @@ check: setup
 	ruff format --check .
 	mypy
 
-# The engine against TRL, its profile, validation up to a million pairs; needs an idle machine, half an hour. Writes
-# benchmarks/results and the tables of docs/benchmarks.md and docs/data.md.
+# Compare the engine with TRL, profile it, and time validation of up to a million pairs. Needs an idle machine; takes half
+# an hour. Writes benchmarks/results and the tables of docs/internals/benchmarks.md and docs/guides/data.md.
 bench: setup
 	python -m benchmarks.engine
 	python -m benchmarks.profile
 	python -m benchmarks.validate
 
-# Kills, full disks, dead servers and more, done to a tiny project: about half an hour. Writes benchmarks/results/faults.json
-# and the table of docs/faults.md. Disks are made full and read-only only for root on Linux.
+# Inject faults into a tiny project: kills, full disks, unreachable servers. Takes half an hour. Full and read-only disks need
+# root on Linux. Writes benchmarks/results/faults.json and the table of docs/operations/faults.md.
 faults: setup
 	python -m tests.support.faults
 
-# The pictures of the README, needs graphviz and Chromium.
+# Draw the images of the README. Needs graphviz and Chromium.
 images: setup
 	python -m tools.images
 
-# Prefect, MLflow and a worker in the background, with the deployments of prefect.yaml; logs are in .servers/. Ports of
-# your own: make up PREFECT_PORT=4300 MLFLOW_PORT=5100
+# Start Prefect, MLflow and a worker in the background and register the deployments of prefect.yaml. Logs are in .servers/.
+# Other ports: make up PREFECT_PORT=4300 MLFLOW_PORT=5100
 up: setup
 	python -m flows.servers up
 

@@ -1,4 +1,4 @@
-"""What is compared with TRL: the cases, their targets and their pairs."""
+"""Cases of the comparison with TRL: settings, targets and pairs."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ TRAINING = {"optim": "adamw_torch_fused", "learning_rate": 2e-5, "lr_scheduler_t
 
 @dataclass(frozen=True)
 class Case:
-    """One comparison. Targets: `speed` ratio at least, `memory` ratio at most."""
+    """One comparison. `speed` is the minimum speed ratio, `memory` the maximum memory ratio; both are targets."""
 
     name: str
     speed: float | None
@@ -30,14 +30,14 @@ class Case:
     micro_batch: int = PAIRS_PER_STEP
     by_length: bool = False
     checkpointing: bool = False
-    """Of TRL, whose default it is."""
+    """Gradient checkpointing of TRL, which is its default."""
     ours_checkpointing: bool = False
     dtype: Precision = "fp32"
     lora: bool = False
     train: bool = True
     pairs_per_step: int = PAIRS_PER_STEP
     gpu: bool = False
-    """On a GPU: ours compiled, TRL with Liger's kernels."""
+    """Run on a GPU: our side compiled, TRL with Liger's kernels."""
 
 
 CASES = [
@@ -53,7 +53,7 @@ CASES = [
 
 
 def arguments(case: Case) -> dict[str, Any]:
-    """Trainer arguments that both sides share."""
+    """Return the trainer arguments that both sides share."""
     return {
         "per_device_train_batch_size": case.micro_batch,
         "gradient_accumulation_steps": case.pairs_per_step // case.micro_batch,
@@ -64,20 +64,20 @@ def arguments(case: Case) -> dict[str, Any]:
 
 
 def _pairs() -> Any:
-    import pandas as pd  # here, since no side that is measured needs it
+    import pandas as pd  # not at the top: it would add to the memory of the measured processes
 
     return pd.read_parquet(TRAIN)
 
 
 def short_rows(tokenizer: PreTrainedTokenizerBase, count: int) -> list[TokenRow]:
-    """Film-review pairs of the default data, drawn at random: about 134 tokens each as TRL pads them."""
+    """Return random film-review pairs of the default data, about 134 tokens each when TRL pads them."""
     table = _pairs()
     films = table[table["source"] == "film review"].sample(count, random_state=SEED)
     return encode_pairs(films.to_dict("records"), tokenizer, 1024)
 
 
 def long_rows(tokenizer: PreTrainedTokenizerBase, count: int) -> list[TokenRow]:
-    """Pairs of about 300 prompt and twice 60 completion tokens: sentences of the default data in random order."""
+    """Return pairs of about 300 prompt and two times 60 completion tokens, joined from sentences of the data."""
     table = _pairs()
     sentences = [*table["chosen"], *table["rejected"]]
     draw = np.random.default_rng(SEED)
@@ -94,9 +94,9 @@ def long_rows(tokenizer: PreTrainedTokenizerBase, count: int) -> list[TokenRow]:
 
 
 def case_rows(case: Case, tokenizer: PreTrainedTokenizerBase, steps: int) -> list[TokenRow]:
-    """A warm-up step of short pairs, then `steps` steps of the case's pairs.
+    """Return a warm-up step of short pairs, then `steps` steps of the case's pairs.
 
-    By length: as TRL's `group_by_length` orders them at best, the longest first.
+    `by_length` sorts the pairs from longest to shortest, the best order that TRL's `group_by_length` can reach.
     """
     timed = steps * PAIRS_PER_STEP
     rows = short_rows(tokenizer, PAIRS_PER_STEP + (0 if case.long else timed))
@@ -105,11 +105,11 @@ def case_rows(case: Case, tokenizer: PreTrainedTokenizerBase, steps: int) -> lis
 
 
 def padded_length(row: TokenRow) -> int:
-    """Tokens of the prompt and the longer completion."""
+    """Return the tokens of the prompt and the longer completion."""
     return len(row.prompt) + max(map(len, row.completions))
 
 
 def padded_batches(case: Case, rows: Sequence[TokenRow]) -> list[tuple[int, int]]:
-    """(sequences, length) of TRL's batches: both sides of each pair, padded to the longest of its micro-batch."""
+    """Return (sequences, length) of TRL's batches: two per pair, padded to the longest of the micro-batch."""
     batches = [rows[i : i + case.micro_batch] for i in range(0, len(rows), case.micro_batch)]
     return [(2 * len(batch), max(map(padded_length, batch))) for batch in batches]

@@ -1,16 +1,14 @@
-"""Speed and memory of the engine in `dpo`, side by side with TRL's `DPOTrainer`: `python -m benchmarks.engine`.
+"""Compare speed and memory of the engine with TRL's `DPOTrainer`: `python -m benchmarks.engine`.
 
-Both sides get the same model, the same tokens in the same steps, the same reference log-probs, optimizer, dtype
-and micro-batch. Runs alternate, each in a process of its own, so that its peak resident memory is its own. The
-first step of every run warms up and is not timed.
+Both sides use the same model, tokens, steps, reference log-probs, optimizer, dtype and micro-batches. Runs of the
+two sides alternate, each in its own process, so that peak resident memory is that of one run. The first step of
+each run is a warm-up and is not timed.
 
-A `default` case has TRL's default settings, gradient checkpointing among them, and pairs in random order; of long
-pairs, where activations are most of the memory, ours has it, too. A `tuned` case has the fastest settings of TRL
-that were found: pairs grouped by length, smaller micro-batches, no gradient checkpointing. Ours runs on the same
-micro-batches each time, so memory ratios compare like with like.
+`default` cases use TRL's defaults, which include gradient checkpointing, and pairs in random order. With long
+pairs our side uses gradient checkpointing too, because activations are most of the memory. `tuned` cases use the
+fastest settings of TRL that we found: pairs sorted by length, smaller micro-batches, no gradient checkpointing.
 
-Ours runs with the settings of the allocator that `dvc.yaml` has for the stages, TRL as it comes and once more with
-them.
+Our side runs with the allocator settings of the stages. TRL runs without them, and a second time with them.
 """
 
 import argparse
@@ -38,13 +36,14 @@ from dpo.planner import shape_of, trained_parameters
 from tasks.common.allocator import SCORING, TRAINING
 
 MODEL = Path("models/base")
-RESULTS, PAGE = Path("benchmarks/results/engine.json"), Path("docs/benchmarks.md")
+RESULTS, PAGE = Path("benchmarks/results/engine.json"), Path("docs/internals/benchmarks.md")
+SIDES = ("ours", "peer")
 LOSS_TOLERANCE, LOGP_TOLERANCE = 1e-3, 1e-5
-"""Largest differences in fp32 between the two sides: of a step's loss, and, relative, of a summed log-prob."""
+"""Maximum differences of the two sides in fp32: absolute for a step's loss, relative for a summed log-prob."""
 
 
 def score_ours(case: Case, model: Path, rows: Sequence[TokenRow]) -> Run:
-    """The reference pass, in batches of at least as many pairs as the peer's."""
+    """Time our reference pass, in batches of at least as many pairs as the peer's."""
     bare = resident()
     policy = load_model(model, case.dtype, compiled=case.gpu).to("cuda" if case.gpu else "cpu")
     budget = case.micro_batch * max(row.tokens for row in rows)
@@ -58,7 +57,7 @@ def score_ours(case: Case, model: Path, rows: Sequence[TokenRow]) -> Run:
 def sides_of(
     case: Case, model: Path, rows: Sequence[TokenRow]
 ) -> tuple[Callable[..., Run], Callable[..., Run], list[Any]]:
-    """Ours, the peer, and what both take: training besides the rows their reference log-probs, by ours."""
+    """Return the functions of both sides and their arguments; training also gets our reference log-probs."""
     from benchmarks.trainers import score_peer, train_ours, train_peer
 
     args: list[Any] = [case, model, rows]
@@ -70,15 +69,15 @@ def sides_of(
 
 
 def compare(case: Case, model: Path, steps: int, repeats: int) -> dict[str, Any]:
-    """Measure one case: ours, the peer, the peer with the stages' allocator, and so on."""
+    """Measure one case: our side, the peer, and the peer with the stages' allocator settings, repeatedly."""
     rows = case_rows(case, AutoTokenizer.from_pretrained(model), steps)
     stage = TRAINING if case.train else SCORING
     ours, peer, args = sides_of(case, model, rows)
 
     def measure(side: Callable[..., Run], environment: Mapping[str, str]) -> Run:
         run = alone(side, *args, **environment)
-        told = f"{case.name}: {side.__name__} {run.pairs_per_second:.3f} pairs/s, {run.peak_gib:.2f} GiB"
-        say(told + (" with the stages' allocator" if environment else ""))
+        line = f"{case.name}: {side.__name__} {run.pairs_per_second:.3f} pairs/s, {run.peak_gib:.2f} GiB"
+        say(line + (" with the stages' allocator settings" if environment else ""))
         return run
 
     sides = ((ours, stage), (peer, {}), (peer, stage))
@@ -99,7 +98,7 @@ def record(
     peer: Sequence[Run],
     tuned_peer: Sequence[Run],
 ) -> dict[str, Any]:
-    """The entry of one case in the results; `tuned_peer` are runs of the peer with the stages' allocator."""
+    """Return the results entry of one case; `tuned_peer` ran with the stages' allocator settings."""
     timed = rows[PAIRS_PER_STEP:]
     padded = sum(count * length for count, length in padded_batches(case, timed))
     work = flops(case, timed, config) / len(timed)
@@ -148,7 +147,7 @@ def record(
 
 
 def update_flop_ratios(results: list[dict[str, Any]], model: Path) -> list[dict[str, Any]]:
-    """Return results whose FLOP ratios are those of `benchmarks.flops` now."""
+    """Return the results with FLOP ratios recomputed by `benchmarks.flops`."""
     cases, config = {case.name: case for case in CASES}, AutoConfig.from_pretrained(model)
     tokenizer = AutoTokenizer.from_pretrained(model)
     updated = []
@@ -160,7 +159,7 @@ def update_flop_ratios(results: list[dict[str, Any]], model: Path) -> list[dict[
 
 
 def state_bytes(case: Case, config: Any) -> int:
-    """Bytes that nobody does without: the weights, and of trained ones gradients and AdamW's two states."""
+    """Return the bytes every implementation needs: weights, and gradients and AdamW states of trained ones."""
     shape, rank = shape_of(config), LORA["r"] if case.lora else None
     trained = trained_parameters(shape, rank)
     return 4 * (shape.parameters + case.lora * trained) + 12 * case.train * trained
@@ -175,61 +174,63 @@ def _cpuinfo() -> list[str]:
 
 
 def table(results: Sequence[Mapping[str, Any]]) -> str:
-    """Results as Markdown: where they were measured, then one line a case."""
+    """Return results as Markdown: the machine, the agreement of both sides, one line per case."""
     machine, versions = results[0]["machine"], results[0]["versions"]
     packages = ", ".join(f"{name} {version}" for name, version in versions.items())
+    status = [entry["status"] for entry in results if entry["dtype"] == "fp32"]
     lines = [
         f"{machine['cpu']}, {machine['threads']} threads, {machine['memory_gib']} GiB; {packages}.",
-        "Of two figures in a cell, the first is ours, the second TRL's; `same allocator` has the ratios of speed",
-        "and memory where TRL gets the settings of our stages.",
+        f"The numbers of both sides agree in {status.count('same')} of {len(status)} fp32 cases.",
         "",
+        *comparison_rows(results, digits=2),
     ]
-    for entry in results:
-        us, them, goal, same = (entry[name] for name in ("ours", "peer", "targets", "same_allocator"))
-        settings = them["settings"]
-        cells = {
-            "case": entry["case"],
-            "dtype": entry["dtype"],
-            "speed ratio": f"{entry['speed_ratio']:.2f}",
-            "speed target": f"at least {goal['speed_ratio']}" if goal["speed_ratio"] else "none",
-            "FLOP ratio": f"{entry['flop_ratio']:.2f}",
-            "memory ratio": f"{entry['memory_ratio']:.2f}",
-            "memory floor": f"{entry['memory_floor']:.2f}",
-            "memory target": f"at most {goal['memory_ratio']}" if goal["memory_ratio"] else "none",
-            "same allocator": f"{same['speed_ratio']:.2f}, {same['memory_ratio']:.2f}",
-            "utilisation": f"{us['utilisation']:.0%}, {them['utilisation']:.0%}",
-            "pairs/s": f"{us['pairs_per_second']:.2f}, {them['pairs_per_second']:.2f}",
-            "peak GiB": f"{us['peak_gib']:.2f}, {them['peak_gib']:.2f}",
-            "tokens a pair": f"{us['tokens_per_pair']:.0f}, {them['tokens_per_pair']:.0f}",
-            "pairs a micro-batch": settings["per_device_train_batch_size"],
-            "order": settings["order"],
-            "checkpointing": ", ".join(
-                "on" if side["settings"]["gradient_checkpointing"] else "off" for side in (us, them)
-            ),
-            "numbers": f"{entry['status']}, {entry['difference']:.0e}",
-        }
-        if entry is results[0]:
-            lines += ["| " + " | ".join(cells) + " |", "|" + " --- |" * len(cells)]
-        lines.append("| " + " | ".join(map(str, cells.values())) + " |")
     return "\n".join(lines)
 
 
+def comparison_rows(results: Sequence[Mapping[str, Any]], digits: int) -> list[str]:
+    """Return the lines of a Markdown table; throughput and memory have this many decimals."""
+    rows = [
+        {
+            "case": entry["case"],
+            "speed ratio (target)": f"{entry['speed_ratio']:.2f}{_target('at least', entry, 'speed_ratio')}",
+            "FLOP ratio": f"{entry['flop_ratio']:.2f}",
+            "memory ratio (target)": f"{entry['memory_ratio']:.2f}{_target('at most', entry, 'memory_ratio')}",
+            "memory floor": f"{entry['memory_floor']:.2f}",
+            "utilisation, %": " / ".join(f"{100 * entry[s]['utilisation']:.0f}" for s in SIDES),
+            "throughput, pairs/s": " / ".join(f"{entry[s]['pairs_per_second']:.{digits}f}" for s in SIDES),
+            "peak memory, GiB": " / ".join(f"{entry[s]['peak_gib']:.{digits}f}" for s in SIDES),
+        }
+        for entry in results
+    ]
+    head = ["| " + " | ".join(rows[0]) + " |", "| --- |" + " ---: |" * (len(rows[0]) - 1)]
+    return head + ["| " + " | ".join(row.values()) + " |" for row in rows]
+
+
+def _target(word: str, entry: Mapping[str, Any], name: str) -> str:
+    goal = entry["targets"][name]
+    return f" ({word} {goal})" if goal else ""
+
+
 def say(text: str) -> None:
-    """Print a line at once."""
+    """Print a line and flush."""
     sys.stdout.write(text + "\n")
     sys.stdout.flush()
 
 
 def main() -> int:
-    """Measure, write results and page, print the table; 1 if the two sides' numbers differ in a case."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.engine", description="Measure ours against TRL.")
+    """Measure, write results and page, print the table; return 1 if the two sides differ in a case."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.engine", description="Compare the engine with TRL."
+    )
     parser.add_argument("--cases", nargs="+", choices=[case.name for case in CASES], help="default: all")
-    parser.add_argument("--steps", type=int, default=4, help="timed steps; cases of long pairs take a quarter")
-    parser.add_argument("--repeats", type=int, default=2, help="runs of each side")
+    parser.add_argument("--steps", type=int, default=4, help="timed steps; cases with long pairs run a quarter")
+    parser.add_argument("--repeats", type=int, default=2, help="runs per side")
     parser.add_argument("--model", type=Path, default=MODEL)
-    parser.add_argument("--output", type=Path, default=RESULTS, help="results; the page shows the default file")
     parser.add_argument(
-        "--table", action="store_true", help="measure nothing; compute FLOP ratios, write the page"
+        "--output", type=Path, default=RESULTS, help="results file; only the default file updates the page"
+    )
+    parser.add_argument(
+        "--table", action="store_true", help="do not measure; recompute FLOP ratios and write the page"
     )
     options = parser.parse_args()
     results: list[dict[str, Any]] = []

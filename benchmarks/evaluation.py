@@ -20,7 +20,7 @@ from dpo.config import load_params
 from dpo.training.settings import Trial
 
 RESULTS = Path("benchmarks/results/evaluation.json")
-PAGE = Path("docs/evaluation.md")
+PAGE = Path("docs/guides/evaluation.md")
 RESPONSES, NEW_TOKENS = 256, 32
 NEEDED = ("params.yaml", "dpo", "tasks", "data", "models/base", "models/reference", "reference")
 

@@ -1,4 +1,4 @@
-"""Floating-point operations that a case needs, and what TRL's layout makes of them."""
+"""FLOPs that a case requires, and how many TRL's layout computes."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,25 +10,25 @@ from dpo.planner import forward_flops, shape_of
 
 
 def flops(case: Case, rows: Sequence[TokenRow], config: Any) -> float:
-    """Floating-point operations that `rows` need in a Llama, whatever an implementation does on top.
+    """Return the FLOPs that `rows` require in a Llama, independent of the implementation.
 
-    The layers run each prompt once and both completions, the vocabulary projection the completion tokens alone,
-    and attention the (query, key) pairs that see each other. Training needs three times the forward pass: itself,
-    the gradient of activations, that of weights; LoRA needs the last for attention's products alone.
-    Recomputation counts as nothing.
+    The layers process each prompt once and both completions, the vocabulary projection processes completion tokens
+    only, and attention processes the unmasked (query, key) pairs. Training takes three times the forward pass: the
+    pass itself, the gradient of the activations and the gradient of the weights. LoRA needs the last for attention
+    only. Recomputation is not counted.
     """
     tokens, scored = sum(row.tokens for row in rows), sum(row.completion_tokens for row in rows)
     return _passes(case, *forward_flops(shape_of(config), tokens, scored, _seen(rows)))
 
 
 def flop_ratio(case: Case, rows: Sequence[TokenRow], config: Any) -> float:
-    """What TRL's layout computes over what ours computes: the speed ratio of two equally efficient programs.
+    """Return TRL's FLOPs divided by ours: the speed ratio of two equally efficient programs.
 
-    TRL runs prompt and completion of both sides of a pair, padded to the longest of a micro-batch, through the
-    layers. It projects the completion tokens to the vocabulary on a GPU, every padded position elsewhere, and its
-    backward pass repeats that projection (TRL 1.16, `add_fused_lm_head` and `ChunkedLogProbFunction`). Ours runs
-    `flops`; if the head is trained, it repeats the projection of all chunks of a micro-batch except the last.
-    Gradient checkpointing runs the layers of a side a second time.
+    TRL processes the prompt with each completion of a pair, padded to the longest of the micro-batch. On a GPU it
+    projects completion tokens to the vocabulary, on a CPU every padded position. Its backward pass repeats that
+    projection (TRL 1.16, `add_fused_lm_head` and `ChunkedLogProbFunction`). Our side computes `flops`; if the head
+    is trained, it repeats the projection of all chunks of a micro-batch except the last. Gradient checkpointing
+    processes the layers a second time.
     """
     shape, sizes = shape_of(config), padded_batches(case, rows)
     padded = sum(count * length for count, length in sizes)
@@ -51,7 +51,7 @@ def flop_ratio(case: Case, rows: Sequence[TokenRow], config: Any) -> float:
 
 
 def _seen(rows: Sequence[TokenRow]) -> int:
-    """(query, key) pairs that see each other."""
+    """Return the number of unmasked (query, key) pairs."""
     seen = 0
     for row in rows:
         prompt, *completions = len(row.prompt), *map(len, row.completions)

@@ -1,10 +1,10 @@
-"""Speed and memory on one GPU, side by side with TRL's `DPOTrainer`: `python -m benchmarks.gpu`.
+"""Compare speed and memory on one GPU with TRL's `DPOTrainer`: `python -m benchmarks.gpu`.
 
-A Llama of 1.24 billion random weights on pairs of random tokens, since only shapes decide what is measured; bf16
-autocast over fp32 weights, fused AdamW, cached reference log-probs on both sides. TRL has its fastest settings of
-those that its own extras bring: Liger's kernels, pairs grouped by length, no gradient checkpointing; it has no
-padding-free mode in this version. Ours has `engine.precision: bf16` and `engine.compile: true`. Both get the same
-pairs in the same micro-batches, runs alternate, each in a process of its own; the first step warms up untimed.
+The model is a Llama with 1.24 billion random weights and pairs are random tokens, because only shapes affect the
+measurement. Both sides use bf16 autocast over fp32 weights, fused AdamW, cached reference log-probs, the same
+pairs and the same micro-batches. TRL uses Liger's kernels, pairs sorted by length and no gradient checkpointing:
+its fastest settings in this version, which has no padding-free mode. Our side uses `engine.precision: bf16` and
+`engine.compile: true`. Runs alternate, each in its own process; the first step is a warm-up and is not timed.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 from benchmarks.cases import SEED, Case, padded_batches, padded_length
-from benchmarks.engine import say, sides_of, state_bytes
+from benchmarks.engine import comparison_rows, say, sides_of, state_bytes
 from benchmarks.flops import flop_ratio, flops
 from benchmarks.measure import Run, alone, summary
 from benchmarks.page import put_table
@@ -32,9 +32,9 @@ from dpo.engine.head import GPU_HEAD_CHUNK
 from dpo.engine.packing import TokenRow
 from dpo.planner import Pair, Setup, reference_memory, shape_of, training_memory
 
-RESULTS, PAGE = Path("benchmarks/results/gpu.json"), Path("docs/benchmarks.md")
+RESULTS, PAGE = Path("benchmarks/results/gpu.json"), Path("docs/internals/benchmarks.md")
 UTILISATION = 0.45
-"""Target: least share of the matrix product's peak."""
+"""Target: minimum share of the measured matrix product's speed."""
 
 LLAMA_1B = LlamaConfig(
     vocab_size=128_256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
@@ -44,8 +44,8 @@ LLAMA_1B = LlamaConfig(
 """The shape of Llama 3.2 1B."""
 
 LONG, EVEN, SHORT = (1464, 292), (1024, 512), (40, 47)
-"""Mean tokens of a prompt and of each completion: 2,048 in a pair, divided as the CPU benchmark's long pairs are
-or half and half; and short pairs of 134."""
+"""Mean tokens of a prompt and of each completion. `LONG` and `EVEN` have 2,048 tokens per pair, in the proportions
+of the CPU benchmark's long pairs and half and half; `SHORT` has 134."""
 
 SHAPES = {"gpu_long": LONG, "gpu_even": EVEN, "gpu_short": SHORT, "gpu_reference": LONG}
 COMMON: dict[str, Any] = {"gpu": True, "by_length": True, "dtype": "bf16"}
@@ -58,7 +58,7 @@ CASES = [
 
 
 def random_rows(case: Case, steps: int) -> list[TokenRow]:
-    """Pairs of random tokens, lengths a quarter about the mean; a step to warm up, then the rest by length."""
+    """Return random pairs, within a quarter of the mean lengths: a warm-up step, then the rest by length."""
     draw = np.random.default_rng(SEED)
     prompt, completion = SHAPES[case.name]
 
@@ -75,7 +75,7 @@ def random_rows(case: Case, steps: int) -> list[TokenRow]:
 
 
 def save_model(folder: Path) -> None:
-    """Random weights, and a tokenizer that TRL asks for its end token alone."""
+    """Save a model with random weights and a minimal tokenizer; TRL only reads its end token."""
     torch.manual_seed(SEED)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         model = AutoModelForCausalLM.from_config(LLAMA_1B, dtype=torch.float32)
@@ -85,7 +85,7 @@ def save_model(folder: Path) -> None:
 
 
 def planned_bytes(case: Case, rows: Sequence[TokenRow]) -> float:
-    """The planner's peak for this training, which knows of no compiling; the process's own part aside."""
+    """Return the planned peak of this training without process overhead and without `engine.compile`."""
     prompt = sum(len(row.prompt) for row in rows) / len(rows)
     pair = Pair(round(prompt), round(sum(row.completion_tokens for row in rows) / len(rows) / 2))
     tokens = case.micro_batch * pair.tokens
@@ -96,7 +96,7 @@ def planned_bytes(case: Case, rows: Sequence[TokenRow]) -> float:
 
 
 def compare(case: Case, model: Path, steps: int, repeats: int) -> dict[str, Any]:
-    """Measure one case: ours, the peer, and so on."""
+    """Measure one case; the two sides alternate."""
     rows = random_rows(case, steps)
     ours, peer, args = sides_of(case, model, rows)
 
@@ -110,7 +110,7 @@ def compare(case: Case, model: Path, steps: int, repeats: int) -> dict[str, Any]
 
 
 def record(case: Case, rows: Sequence[TokenRow], ours: Sequence[Run], peer: Sequence[Run]) -> dict[str, Any]:
-    """The entry of one case in the results."""
+    """Return the results entry of one case."""
     timed = rows[case.pairs_per_step :]
     work = flops(case, timed, LLAMA_1B) / len(timed)
     matmul = max(run.matmul_flops for run in (*ours, *peer))
@@ -144,7 +144,7 @@ def record(case: Case, rows: Sequence[TokenRow], ours: Sequence[Run], peer: Sequ
 
 
 def update_flop_ratios(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return results whose FLOP ratios are those of `benchmarks.flops` now."""
+    """Return the results with FLOP ratios recomputed by `benchmarks.flops`."""
     cases, updated = {case.name: case for case in CASES}, []
     for entry in results:
         case = cases[entry["case"]]
@@ -155,38 +155,21 @@ def update_flop_ratios(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def table(results: Sequence[dict[str, Any]]) -> str:
-    """Results as Markdown: where they were measured, then one line a case."""
+    """Return results as Markdown: the machine, the planner's memory, one line per case."""
     packages = ", ".join(f"{name} {version}" for name, version in results[0]["versions"].items())
     peak = max(entry["matmul_gflops"] for entry in results) / 1e3
+    planned = ", ".join(f"{entry['case']} {entry['planned_gib']:.1f} GiB" for entry in results)
     lines = [
         f"{results[0]['machine']['gpu']}, {peak:.0f} TFLOP/s in a bf16 matrix product; {packages}.",
-        "Of two figures in a cell, the first is ours, the second TRL's; the planner's is for ours.",
+        f"Planned peak memory of our side: {planned}.",
         "",
+        *comparison_rows(results, digits=1),
     ]
-    for entry in results:
-        us, them = entry["ours"], entry["peer"]
-        cells = {
-            "case": entry["case"],
-            "speed ratio": f"{entry['speed_ratio']:.2f}",
-            "FLOP ratio": f"{entry['flop_ratio']:.2f}",
-            "memory ratio": f"{entry['memory_ratio']:.2f}",
-            "memory floor": f"{entry['memory_floor']:.2f}",
-            "utilisation": f"{us['utilisation']:.0%}, {them['utilisation']:.0%}",
-            "pairs/s": f"{us['pairs_per_second']:.1f}, {them['pairs_per_second']:.1f}",
-            "peak GiB": f"{us['peak_gib']:.1f}, {them['peak_gib']:.1f}",
-            "planned GiB": f"{entry['planned_gib']:.1f}",
-            "tokens a pair": f"{us['tokens_per_pair']:.0f}, {them['tokens_per_pair']:.0f}",
-            "pairs a micro-batch": entry["pairs_per_micro_batch"],
-            "largest difference": f"{entry['difference']:.2g}",
-        }
-        if entry is results[0]:
-            lines += ["| " + " | ".join(cells) + " |", "|" + " --- |" * len(cells)]
-        lines.append("| " + " | ".join(map(str, cells.values())) + " |")
     return "\n".join(lines)
 
 
 def measure_all(cases: Sequence[Case], steps: int, repeats: int) -> None:
-    """Write the results after each case."""
+    """Measure the cases and write the results after each."""
     with tempfile.TemporaryDirectory() as folder:
         alone(save_model, Path(folder))
         results = []
@@ -197,17 +180,19 @@ def measure_all(cases: Sequence[Case], steps: int, repeats: int) -> None:
 
 def main() -> int:
     """Measure, write results and page, print the table."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description="Measure ours against TRL.")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu", description="Compare the engine with TRL on a GPU."
+    )
     parser.add_argument("--cases", nargs="+", choices=[case.name for case in CASES], help="default: all")
     parser.add_argument("--steps", type=int, default=4, help="timed steps")
-    parser.add_argument("--repeats", type=int, default=2, help="runs of each side")
+    parser.add_argument("--repeats", type=int, default=2, help="runs per side")
     parser.add_argument(
-        "--table", action="store_true", help="measure nothing; compute FLOP ratios, write the page"
+        "--table", action="store_true", help="do not measure; recompute FLOP ratios and write the page"
     )
     options = parser.parse_args()
     if not options.table:
-        asked = [case for case in CASES if case.name in (options.cases or [case.name])]
-        measure_all(asked, options.steps, options.repeats)
+        selected = [case for case in CASES if case.name in (options.cases or [case.name])]
+        measure_all(selected, options.steps, options.repeats)
     results = update_flop_ratios(json.loads(RESULTS.read_text()))
     write_json(RESULTS, results)
     put_table(PAGE, "gpu", table(results))

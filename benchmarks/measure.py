@@ -1,4 +1,4 @@
-"""What a run of either side of a benchmark is, and how one is measured in a process of its own."""
+"""Measure one run of either side of a benchmark in its own process."""
 
 import math
 import os
@@ -24,9 +24,9 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Run:
-    """What one run of one side gave; `values` are losses by step or log-probs by completion, warm-up included.
+    """One run of one side. `values` are losses per step or log-probs per completion, including the warm-up.
 
-    `bare_gib` is resident before there is a model; of TRL, which loads it in its constructor, it is not known.
+    `bare_gib` is resident before the model is loaded; it is NaN for TRL, whose constructor loads the model.
     """
 
     pairs_per_second: float
@@ -39,18 +39,23 @@ class Run:
 def close(
     case: Case, rows: Sequence[TokenRow], ends: Sequence[float], values: list[float], bare: float = math.nan
 ) -> Run:
-    """Sum a run up.
+    """Return the measurements of a run.
 
-    `ends` are times, the first at the end of the warm-up, the last at the end of the run; `bare` are bytes.
+    Args:
+        case: the case.
+        rows: all pairs, including the warm-up.
+        ends: times in seconds; the first is the end of the warm-up, the last the end of the run.
+        values: losses per step or log-probs per completion.
+        bare: bytes resident before the model was loaded.
     """
     speed = (len(rows) - case.pairs_per_step) / (ends[-1] - ends[0])
-    most = torch.cuda.max_memory_allocated() if case.gpu else peak()
+    memory = torch.cuda.max_memory_allocated() if case.gpu else peak()
     flops = matmul_flops(torch.bfloat16 if case.dtype == "bf16" else torch.float32, case.gpu)
-    return Run(speed, most / 2**30, bare / 2**30, flops, values)
+    return Run(speed, memory / 2**30, bare / 2**30, flops, values)
 
 
 def summary(runs: Sequence[Run], tokens_per_pair: float, work: float, matmul: float) -> dict[str, Any]:
-    """Medians of one side's repeats; `work` are operations a pair, `matmul` those a second of a matrix product."""
+    """Return the medians of one side's runs; `work` is FLOPs per pair, `matmul` the FLOP/s of a matrix product."""
     speed = statistics.median(run.pairs_per_second for run in runs)
     return {
         "pairs_per_second": speed,
@@ -62,17 +67,17 @@ def summary(runs: Sequence[Run], tokens_per_pair: float, work: float, matmul: fl
 
 
 def resident() -> int:
-    """Bytes of this process that are in memory now."""
+    """Return the resident bytes of this process."""
     return int(psutil.Process().memory_info().rss)
 
 
 def peak() -> int:
-    """Most bytes of this process that were in memory at once."""
+    """Return the peak resident bytes of this process."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def matmul_flops(dtype: torch.dtype, gpu: bool = False) -> float:
-    """FLOP/s of the fastest of some square matrix products, of a size that keeps the device busy."""
+    """Return the FLOP/s of the fastest of eight square matrix products that are large enough for the device."""
     size, device = (8192, "cuda") if gpu else (2048, "cpu")
     left, right = torch.randn(2, size, size, device=device).to(dtype)
     times = []
@@ -84,13 +89,13 @@ def matmul_flops(dtype: torch.dtype, gpu: bool = False) -> float:
 
 
 def now() -> float:
-    """Seconds, read when a GPU has done what it was given."""
+    """Return a time in seconds, after the GPU has finished its work."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
 def alone(function: Callable[..., T], *args: Any, **environment: str) -> T:
-    """`function(*args)` in a fresh process, with more in its environment than this one has."""
+    """Return `function(*args)` from a new process with these variables added to its environment."""
     with patch.dict(os.environ, environment), ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(function, *args).result()

@@ -2,7 +2,7 @@
 
 A chain of twenty stages, each of which copies a file, is brought up to date once. Then the check that nothing
 changed is timed: with `dvc repro`, with the flow on a running Prefect server, and with the flow on a temporary
-server. Writes `benchmarks/results/orchestration.json` and the table of `docs/operations.md`.
+server. Writes `benchmarks/results/orchestration.json` and the table of `docs/operations/servers.md`.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from dpo.common.files import write_json
 from flows.servers import is_healthy
 
 ROOT = Path(__file__).parent.parent
-RESULTS, PAGE = Path("benchmarks/results/orchestration.json"), Path("docs/operations.md")
+RESULTS, PAGE = Path("benchmarks/results/orchestration.json"), Path("docs/operations/servers.md")
 STAGES, REPEATS = 20, 3
 TARGETS = {"dvc_repro": 30.0, "flow_running_server": 30.0, "flow_own_server": 45.0}
 """Maximum seconds per method."""

@@ -1,4 +1,4 @@
-"""Tables in pages: what a benchmark measured, between two markers of a page that people wrote."""
+"""Write the tables of benchmarks between two markers of a Markdown page."""
 
 from pathlib import Path
 
@@ -6,10 +6,10 @@ from dpo.common.files import atomic_write
 
 
 def put_table(page: Path, name: str, table: str) -> None:
-    """Put a table between its markers in a page, in the place of the one there.
+    """Replace the table between its markers in a page.
 
     Raises:
-        ValueError: the page has no such markers.
+        ValueError: the page does not have these markers.
     """
     start, end = markers(name)
     head, table_then_tail = page.read_text().split(start)
@@ -19,5 +19,5 @@ def put_table(page: Path, name: str, table: str) -> None:
 
 
 def markers(name: str) -> tuple[str, str]:
-    """What stands before and after the table of this name."""
+    """Return the lines before and after the table of this name."""
     return f"<!-- table {name}, written by a benchmark -->", f"<!-- end of table {name} -->"

@@ -1,11 +1,10 @@
-"""The planner's predictions against measured memory and time, on this machine: `python -m benchmarks.planner`.
+"""Compare the planner's predictions with measured memory and time on this machine: `python -m benchmarks.planner`.
 
-Every case trains the base model on micro-batches, two a step, with `dpo.training.train`, in a process of its own.
-
-Memory is the peak resident memory, with the allocator that `dvc.yaml` sets for training; its overhead is what is
-resident once a model of one narrow layer has been trained the same way. Time is the median of four steps after the
-first; the operations a second of the first case predict the others.
-Writes `benchmarks/results/planner.json` and the tables of `docs/scale.md`.
+Each case trains the base model with `dpo.training.train` in its own process, with two micro-batches per step and
+the allocator settings of the stages. Memory is peak resident memory. The planner's overhead is what is resident
+after a model with one narrow layer was trained in the same process. Time is the median of the four steps after
+the first; the FLOP/s of the first case predict the others. Writes `benchmarks/results/planner.json` and the
+tables of `docs/guides/larger-models.md`.
 """
 
 import argparse
@@ -36,7 +35,7 @@ from tasks.commands.plan import GPU_OVERHEAD, TFLOPS, UTILISATION, candidate_set
 from tasks.common.allocator import TRAINING
 from tasks.common.paths import BASE
 
-RESULTS, PAGE = Path("benchmarks/results/planner.json"), Path("docs/scale.md")
+RESULTS, PAGE = Path("benchmarks/results/planner.json"), Path("docs/guides/larger-models.md")
 PAIR = Pair(prompt=32, completion=24)
 MICRO_BATCHES, STEPS, SEED = 2, 5, 17
 CASES = [
@@ -44,17 +43,17 @@ CASES = [
     for rank in (None, 16)
     for pairs, checkpointing in ((4, False), (8, False), (8, True))
 ]
-"""(LoRA's rank, pairs in a micro-batch, gradient checkpointing)"""
+"""(LoRA rank, pairs per micro-batch, gradient checkpointing)"""
 NARROW = {"num_hidden_layers": 1, "hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2,
           "num_key_value_heads": 1, "head_dim": 32, "vocab_size": 300}  # fmt: skip
-"""Sizes of a model that takes next to no memory, while the libraries that train it are all loaded."""
+"""Sizes of a model that needs almost no memory but loads all libraries."""
 LARGE, TOKENS, GPUS = Pair(prompt=256, completion=256), 8192, (1, 8, 64)
-"""Of the table of large models: lengths of a pair, tokens in a micro-batch, numbers of GPUs."""
+"""For the table of large models: lengths of a pair, tokens per micro-batch, numbers of GPUs."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """What one training took: bytes of the process without the model and at the peak, seconds of a step."""
+    """One training: bytes of the process without the model and at the peak, and seconds per step."""
 
     overhead: int
     peak: int
@@ -62,7 +61,7 @@ class Run:
 
 
 def measure(model: Path, rank: int | None, pairs: int, checkpointing: bool) -> Run:
-    """Train on random tokens, pairs of the lengths of `PAIR`; a narrow model first, for the overhead."""
+    """Train a narrow model, whose memory is the overhead, then `model`, on random tokens."""
     params = load_params()
     draw = np.random.default_rng(SEED)
     lengths = (PAIR.prompt, PAIR.completion, PAIR.completion)
@@ -71,7 +70,7 @@ def measure(model: Path, rank: int | None, pairs: int, checkpointing: bool) -> R
     for number in range(count):
         prompt, *completions = (tuple(draw.integers(4, 300, length).tolist()) for length in lengths)
         rows.append(TokenRow(str(number), prompt, tuple(completions)))
-    asked = dataclasses.replace(
+    training = dataclasses.replace(
         params.dpo,
         epochs=1,
         pairs_per_step=pairs * MICRO_BATCHES,
@@ -81,26 +80,26 @@ def measure(model: Path, rank: int | None, pairs: int, checkpointing: bool) -> R
         early_stop=None,
     )
 
-    def seconds_a_step(path: Path) -> float:
+    def seconds_per_step(path: Path) -> float:
         clock = Clock()
         train_dpo(
-            load_model(path), rows, {row.id: (-100.0, -100.0) for row in rows}, asked, params.trials()[0],
+            load_model(path), rows, {row.id: (-100.0, -100.0) for row in rows}, training, params.trials()[0],
             max_tokens_per_microbatch=pairs * PAIR.tokens, callbacks=[clock],
         )  # fmt: skip
         return statistics.median(np.diff(clock.ends))
 
     with TemporaryDirectory() as folder:
         AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model, **NARROW)).save_pretrained(folder)
-        seconds_a_step(Path(folder))
-    overhead, step = resident(), seconds_a_step(model)
+        seconds_per_step(Path(folder))
+    overhead, step = resident(), seconds_per_step(model)
     return Run(overhead, peak(), step)
 
 
 def main() -> None:
-    """Measure, compare, write."""
+    """Measure, compare and write the results."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.planner", description=__doc__)
     parser.add_argument("--model", type=Path, default=BASE)
-    parser.add_argument("--table", action="store_true", help="measure nothing, only write the page")
+    parser.add_argument("--table", action="store_true", help="do not measure; write the page")
     options = parser.parse_args()
     if options.table:
         results = json.loads(RESULTS.read_text())
@@ -136,37 +135,37 @@ def main() -> None:
 
 
 def measured(results: list[dict[str, Any]]) -> str:
-    """Predictions beside measurements."""
+    """Return predictions and measurements as a Markdown table."""
     lines = [
-        "| training | checkpointing | tokens | peak GiB | planned | ratio | s a step | planned | ratio |",
-        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| training | checkpointing | tokens per micro-batch | peak, GiB | planned, GiB (ratio) | step, s "
+        "| planned, s (ratio) |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     for r in results:
+        time = f"{r['predicted_seconds']:.1f} ({r['predicted_seconds'] / r['seconds']:.2f})"
         cells = [
             "all weights" if r["lora_rank"] is None else f"LoRA, rank {r['lora_rank']}",
             "on" if r["gradient_checkpointing"] else "off",
             f"{r['tokens']:,}",
             f"{r['peak'] / 2**30:.2f}",
-            f"{r['predicted_peak'] / 2**30:.2f}",
-            f"{r['predicted_peak'] / r['peak']:.2f}",
+            f"{r['predicted_peak'] / 2**30:.2f} ({r['predicted_peak'] / r['peak']:.2f})",
             f"{r['seconds']:.1f}",
-            f"{r['predicted_seconds']:.1f}" if r is not results[0] else "",
-            f"{r['predicted_seconds'] / r['seconds']:.2f}" if r is not results[0] else "",
+            "" if r is results[0] else time,
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def shapes() -> str:
-    """Llamas of three sizes in bf16: GiB of a GPU for each number of GPUs, with FSDP on more than one."""
+    """Return a Markdown table of three Llamas in bf16: GiB per GPU by number of GPUs, with FSDP on several."""
     params = load_params()
     engine = dataclasses.replace(params.engine, precision="bf16", max_tokens_per_microbatch=TOKENS)
-    asked = dataclasses.replace(params.dpo, optimizer="adamw", pairs_per_step=64, lora=None)
-    params = dataclasses.replace(params, engine=engine, dpo=asked)
+    dpo = dataclasses.replace(params.dpo, optimizer="adamw", pairs_per_step=64, lora=None)
+    params = dataclasses.replace(params, engine=engine, dpo=dpo)
     lines = [
         "| model | training | checkpointing | "
-        + " | ".join(f"GiB, GPUs: {gpus}" for gpus in GPUS)
-        + " | GPU-hours for 100,000 pairs |",
+        + " | ".join(f"GiB per GPU, {gpus} GPU{'s' * (gpus > 1)}" for gpus in GPUS)
+        + " | GPU-hours per 100,000 pairs |",
         "| --- | --- | --- |" + " ---: |" * (len(GPUS) + 1),
     ]
     for name, shape in LLAMAS.items():

@@ -1,7 +1,7 @@
-"""Where a training step's time goes: `python -m benchmarks.profile`, writes a table of `docs/benchmarks.md`.
+"""Profile a training step: `python -m benchmarks.profile`, writes a table of `docs/internals/benchmarks.md`.
 
-One DPO step of 8 pairs with AdamW on the CPU, as in the engine's cases, with the allocator that `dvc.yaml` sets
-for training, under the profiler of torch, which slows small operations down more than large ones.
+The step is a DPO step of 8 pairs with AdamW on the CPU, as in the cases of the engine, with the allocator
+settings of training. torch's profiler slows small operations down more than large ones.
 """
 
 import sys
@@ -21,7 +21,7 @@ from dpo.training.losses import Sigmoid
 from dpo.training.objectives import DpoObjective
 from tasks.common.allocator import TRAINING
 
-PAGE, MODEL = Path("docs/benchmarks.md"), Path("models/base")
+PAGE, MODEL = Path("docs/internals/benchmarks.md"), Path("models/base")
 GROUPS = {
     "matrix products": ("mm", "addmm", "bmm", "linear"),
     "attention": ("scaled_dot_product",),
@@ -30,7 +30,7 @@ GROUPS = {
     "fills and copies": ("fill_", "zero_", "copy_", "cat", "index", "embedding"),
     "elementwise": ("mul", "add", "silu", "pow", "mean", "rsqrt", "neg", "div", "sum"),
 }
-"""Names of operations, or what they hold, in the order in which they are looked for."""
+"""Names of operations, or parts of names. The first match counts."""
 
 
 def step(model: torch.nn.Module, rows: list[TokenRow], micro_batch: int, optimizer: torch.optim.Optimizer) -> None:
@@ -46,7 +46,7 @@ def step(model: torch.nn.Module, rows: list[TokenRow], micro_batch: int, optimiz
 
 
 def shares(rows: list[TokenRow], micro_batch: int) -> dict[str, float]:
-    """Each group's share of the time that operations take by themselves."""
+    """Return each group's share of the self time of all operations."""
     model = load_model(MODEL).train()
     model.accumulate_in_place = True  # as in training with one process
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
@@ -56,29 +56,29 @@ def shares(rows: list[TokenRow], micro_batch: int) -> dict[str, float]:
     times: dict[str, float] = defaultdict(float)
     for operation in recorded.key_averages():
         times[group(operation.key)] += operation.self_cpu_time_total
-    return {name: times[name] / sum(times.values()) for name in (*GROUPS, "all else")}
+    return {name: times[name] / sum(times.values()) for name in (*GROUPS, "other")}
 
 
 def group(operation: str) -> str:
-    """The group of an operation: by its exact name, else by a part of it."""
+    """Return the group of an operation, by exact name, else by part of the name."""
     name = operation.removeprefix("aten::")
     exact = [label for label, names in GROUPS.items() if name.strip("_") in {n.strip("_") for n in names}]
     partly = [label for label, names in GROUPS.items() if any(len(n) > 4 and n in name for n in names)]
-    return next(iter(exact + partly), "all else")
+    return next(iter(exact + partly), "other")
 
 
 def main() -> None:
-    """Profile short and long pairs in one micro-batch and in small ones."""
+    """Profile short pairs in one micro-batch and in small ones, and long pairs in small ones."""
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     short, long = short_rows(tokenizer, PAIRS_PER_STEP), long_rows(tokenizer, PAIRS_PER_STEP)
     cases = {
-        "short, 8 pairs at once": (short, 8),
-        "short, 2 at once": (short, 2),
-        "long, 1 at once": (long, 1),
+        "short, 8 pairs per micro-batch": (short, 8),
+        "short, 2 pairs": (short, 2),
+        "long, 1 pair": (long, 1),
     }
     results = {name: alone(shares, *case, **TRAINING) for name, case in cases.items()}
     lines = ["| share of time | " + " | ".join(cases) + " |", "| --- |" + " ---: |" * len(cases)]
-    for label in (*GROUPS, "all else"):
+    for label in (*GROUPS, "other"):
         lines.append(f"| {label} | " + " | ".join(f"{result[label]:.0%}" for result in results.values()) + " |")
     put_table(PAGE, "profile", "\n".join(lines))
     sys.stdout.write("\n".join(lines) + "\n")

@@ -1,8 +1,8 @@
-"""How the reference pass grows with the data: `python -m benchmarks.reference [--rows N ...]`.
+"""Measure how the reference pass scales with the data: `python -m benchmarks.reference [--rows N ...]`.
 
-Pairs of two sentences each are scored by a random model of two layers, each size in a process of its own. The
-model is small so that reading, encoding, hashing and writing are most of the work. Writes
-`benchmarks/results/reference.json` and a table of `docs/scale.md`.
+A random model with two layers scores pairs of two sentences, each size in its own process. The model is small so
+that reading, encoding, hashing and writing are most of the work. Writes `benchmarks/results/reference.json` and a
+table of `docs/guides/larger-models.md`.
 """
 
 import argparse
@@ -30,14 +30,14 @@ from dpo.engine.reference_cache import compute_reference, policy_key
 from dpo.engine.settings import EngineSettings
 from tasks.common.paths import BASE, TRAIN
 
-RESULTS, PAGE = Path("benchmarks/results/reference.json"), Path("docs/scale.md")
+RESULTS, PAGE = Path("benchmarks/results/reference.json"), Path("docs/guides/larger-models.md")
 ENGINE = EngineSettings(max_length=512, max_tokens_per_microbatch=8192, precision="fp32", compile=False)
 SEED, VOCABULARY, ROWS_AT_ONCE = 17, 512, 10_000
 
 
 @dataclass(frozen=True)
 class Run:
-    """What one size took: seconds, and bytes resident before the pass and at the peak."""
+    """One size: seconds, and bytes resident before the pass and at the peak."""
 
     rows: int
     seconds: float
@@ -46,7 +46,7 @@ class Run:
 
 
 def make_model(folder: Path, sentences: list[str]) -> None:
-    """A random Llama of two layers with a small tokenizer of the base model's kind and template."""
+    """Save a random Llama with two layers and a small tokenizer with the base model's template."""
     tokenizer = AutoTokenizer.from_pretrained(BASE).train_new_from_iterator(sentences, VOCABULARY)
     torch.manual_seed(SEED)
     config = LlamaConfig(
@@ -57,7 +57,7 @@ def make_model(folder: Path, sentences: list[str]) -> None:
 
 
 def write_pairs(path: Path, rows: int, sentences: list[str]) -> None:
-    """Pairs of sentences drawn at random."""
+    """Write pairs of random sentences."""
     draw, writer = np.random.default_rng(SEED), None
     for start in range(0, rows, ROWS_AT_ONCE):
         count = min(ROWS_AT_ONCE, rows - start)
@@ -77,7 +77,7 @@ def write_pairs(path: Path, rows: int, sentences: list[str]) -> None:
 
 
 def measure(folder: Path, rows: int) -> Run:
-    """Score a table in this process."""
+    """Score one table in this process."""
     model, tokenizer = load_model(folder / "model"), AutoTokenizer.from_pretrained(folder / "model")
     key = policy_key(folder / "model", tokenizer, ENGINE)
     before, start = resident(), time.perf_counter()
@@ -89,30 +89,30 @@ def measure(folder: Path, rows: int) -> Run:
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """Results for people."""
+    """Return results as a Markdown table."""
     lines = [
-        "| pairs | seconds | pairs/s | peak GiB | of it by the pass |",
+        "| pairs | time, s | throughput, pairs/s | peak memory, GiB | memory of the pass, GiB |",
         "| ---: | ---: | ---: | ---: | ---: |",
     ]
     for r in results:
-        trials = [
+        cells = [
             f"{r['rows']:,}",
             f"{r['seconds']:.0f}",
             f"{r['rows'] / r['seconds']:,.0f}",
             f"{r['peak'] / 2**30:.2f}",
             f"{(r['peak'] - r['before']) / 2**30:.2f}",
         ]
-        lines.append("| " + " | ".join(trials) + " |")
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def main() -> None:
-    """Measure each size."""
+    """Measure each size and write the results."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.reference", description=__doc__)
     parser.add_argument("--rows", type=int, nargs="*", default=[1_000, 10_000, 100_000])
     rows = parser.parse_args().rows
     if not BASE.is_dir() or not TRAIN.is_file():
-        sys.exit("run `dvc repro validate` first: the tokenizer and the sentences come from there")
+        sys.exit(f"{BASE} or {TRAIN} is missing; run `dvc repro validate` first")
     texts = pd.read_parquet(TRAIN)
     sentences = [*texts["chosen"], *texts["rejected"]]
     results = []

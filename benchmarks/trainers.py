@@ -24,7 +24,7 @@ from dpo.training.train import add_lora
 QUIET = {"save_strategy": "no", "logging_steps": 1, "report_to": "none", "disable_tqdm": True,
          "dataloader_pin_memory": False}  # fmt: skip
 Reference = Mapping[str, tuple[float, float]]
-"""(chosen, rejected) reference log-probs by row id."""
+"""Reference log-probs (chosen, rejected) by row id."""
 
 
 class Clock(Callback):

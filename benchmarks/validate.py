@@ -1,7 +1,7 @@
-"""Measure time and memory of the validation by number of pairs: `python -m benchmarks.validate [--rows N ...]`.
+"""Measure how validation scales with the data: `python -m benchmarks.validate [--rows N ...]`.
 
-Write JSONL files of pairs of about one kilobyte. Check each with `dpo validate FILE` and the
-tokenizer of the base model. Write `benchmarks/results/validate.json` and the table in `docs/data.md`.
+Writes JSONL files of about one kilobyte per pair and checks each with `dpo validate FILE`, including the
+tokenizer. Writes `benchmarks/results/validate.json` and the table of `docs/guides/data.md`.
 """
 
 import argparse
@@ -20,13 +20,13 @@ from benchmarks.page import put_table
 from dpo.common.files import write_json
 from tasks.common.paths import BASE, TRAIN
 
-RESULTS, PAGE = Path("benchmarks/results/validate.json"), Path("docs/data.md")
+RESULTS, PAGE = Path("benchmarks/results/validate.json"), Path("docs/guides/data.md")
 SEED = 17
 POLL_SECONDS = 0.2
 
 
 def write_pairs(path: Path, rows: int, sentences: list[str]) -> None:
-    """Write pairs made of random sentences. One in a hundred breaks a rule."""
+    """Write pairs joined from sentences; one in a hundred breaks a rule."""
     draw = np.random.default_rng(SEED)
 
     def text(count: int) -> str:
@@ -41,7 +41,7 @@ def write_pairs(path: Path, rows: int, sentences: list[str]) -> None:
 
 
 def measure(path: Path, output: Path) -> tuple[float, float]:
-    """Return seconds and peak resident memory (GiB, all processes together) of one check."""
+    """Return seconds and peak memory (GiB resident, all processes together) of one check."""
     command = [sys.executable, "-m", "tasks.commands.cli", "validate", str(path), "--output", str(output)]
     start, peak = time.perf_counter(), 0
     process = psutil.Popen(command, stdout=subprocess.DEVNULL)
@@ -49,7 +49,7 @@ def measure(path: Path, output: Path) -> tuple[float, float]:
         peak = max(peak, sum(map(_resident, [process, *_children(process)])))
         time.sleep(POLL_SECONDS)
     if process.returncode:
-        sys.exit(f"the check of {path} failed with exit code {process.returncode}")
+        sys.exit(f"{' '.join(command)}: exit code {process.returncode}")
     return time.perf_counter() - start, peak / 2**30
 
 
@@ -68,13 +68,13 @@ def _resident(process: psutil.Process) -> int:
 
 
 def main() -> None:
-    """Measure each size."""
+    """Measure each size and write the results."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.validate", description=__doc__)
     parser.add_argument("--rows", type=int, nargs="*", default=[10_000, 100_000, 1_000_000])
     parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     if not BASE.is_dir() or not TRAIN.is_file():
-        sys.exit("no tokenizer or sentences; run `dvc repro validate` first")
+        sys.exit(f"{BASE} or {TRAIN} is missing; run `dvc repro validate` first")
     texts = pd.read_parquet(TRAIN)
     sentences = [*texts["chosen"], *texts["rejected"]]
     results = []
@@ -92,8 +92,8 @@ def main() -> None:
 
 
 def table(results: list[dict[str, float]]) -> str:
-    """Return the results as a Markdown table."""
-    lines = ["| pairs | GB of JSONL | seconds | pairs/s | peak GiB |", "| ---: | ---: | ---: | ---: | ---: |"]
+    """Return results as a Markdown table."""
+    lines = ["| pairs | JSONL, GB | time, s | throughput, pairs/s | peak memory, GiB |", "| ---: " * 5 + "|"]
     for r in results:
         cells = (
             f"{r['gigabytes']:.3f} | {r['seconds']:.1f} | {r['rows'] / r['seconds']:,.0f} | {r['peak_gib']:.2f}"

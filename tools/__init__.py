@@ -1,1 +1,1 @@
-"""What maintainers run: the lock of the dependencies and their audit."""
+"""Commands for maintainers: locks, licences, screenshots and generated pages."""

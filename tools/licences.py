@@ -1,6 +1,6 @@
-"""Licences of all dependencies: `python -m tools.licences` checks them and writes docs/licences.md.
+"""Check the licences of all dependencies and write docs/reference/licences.md: `python -m tools.licences`.
 
-They are read from the metadata of what is installed, for every package that `requirements/` locks.
+Licences come from the metadata of the installed packages that `requirements/` locks.
 """
 
 import re
@@ -12,60 +12,66 @@ from dpo.common.files import atomic_write
 from tasks.common.runner import run
 
 LOCKS = Path("requirements")
-PAGE = Path("docs/licences.md")
+PAGE = Path("docs/reference/licences.md")
 HEAD = """# Licences of the dependencies
 
-Written by `python -m tools.licences`, which `make audit` runs: the licence that each package of `requirements/`
-states, and why one may be used whose licence is none of the permissive ones. Without a reason such a package stops
-the command.
+Written by `python -m tools.licences`, which `make audit` runs. The table has the licence from the metadata of each
+package in `requirements/`. A package without a permissive licence needs a reason in `tools/licences.py`; without
+one the command fails.
 """
 
-FREE = re.compile(r"\b(MIT|\d?BSD|Apache|ISC|PSF|Python|CNRI|Unlicense|HPND|MPL|Mozilla|Zope)\b", re.IGNORECASE)
-"""Licences that ask for their text, or like the MPL for their own files, and nothing of what is built on them."""
+PERMISSIVE = re.compile(
+    r"\b(MIT|\d?BSD|Apache|ISC|PSF|Python|CNRI|Unlicense|HPND|MPL|Mozilla|Zope)\b", re.IGNORECASE
+)
+"""Permissive licences, and licences that, like the MPL, cover their own files only."""
 
-BOUND = re.compile(r"GPL|GNU|SSPL|BUSL|Proprietary|Commercial", re.IGNORECASE)
-"""Licences that may ask for more."""
+RESTRICTIVE = re.compile(r"GPL|GNU|SSPL|BUSL|Proprietary|Commercial", re.IGNORECASE)
+"""Licences that may restrict programs that use the package."""
 
 REASONS = {
-    "asyncssh": "EPL-2.0 is chosen; used as it is",
-    "dulwich": "Apache-2.0 is chosen",
-    "grandalf": "EPL-1.0 is chosen; used as it is",
-    "huey": "its LICENSE file is the MIT licence; the metadata states none",
-    "pygit2": "its linking exception lets programs of any licence use it",
-    "skops": "its LICENSE file is the MIT licence; the metadata names none",
-    "text-unidecode": "the Artistic License is chosen",
+    "asyncssh": "used under EPL-2.0, unmodified",
+    "dulwich": "used under Apache-2.0",
+    "grandalf": "used under EPL-1.0, unmodified",
+    "huey": "MIT in its LICENSE file; no licence in the metadata",
+    "pygit2": "its linking exception permits use by programs of any licence",
+    "skops": "MIT in its LICENSE file; no licence in the metadata",
+    "text-unidecode": "used under the Artistic License",
 }
-"""Why packages may be used whose metadata alone does not tell."""
+"""Why a package may be used if its metadata is not sufficient."""
 
 
 def main() -> None:
-    """Read, check, write."""
-    lines, faults, absent = [], [], []
+    """Check the licences and write the page."""
+    lines, errors, missing = [], [], []
     for name in locked():
         try:
             found = metadata(name)
         except PackageNotFoundError:
-            absent.append(name)
+            missing.append(name)
             continue
         stated = licence(found)
         if not permitted(name, stated):
-            faults.append(f"{name}: licence '{stated}'; look at it, then give a reason in tools/licences.py")
+            errors.append(
+                f"{name}: licence '{stated}' is not permissive; review it and add a reason in tools/licences.py"
+            )
         lines.append(f"| {name} | {found['Version']} | {stated or 'none'} | {REASONS.get(name, '')} |\n")
-    if faults:
-        raise InputError("\n".join(faults))
+    if errors:
+        raise InputError("\n".join(errors))
     with atomic_write(PAGE) as tmp:
-        table = "| package | version | licence | why |\n| --- | --- | --- | --- |\n" + "".join(lines)
-        tmp.write_text(f"{HEAD}\n{table}\nNot installed on this machine, so not checked: {', '.join(absent)}.\n")
+        table = "| package | version | licence | reason |\n| --- | --- | --- | --- |\n" + "".join(lines)
+        tmp.write_text(
+            f"{HEAD}\n{table}\nNot checked, because not installed on this machine: {', '.join(missing)}.\n"
+        )
 
 
 def locked() -> list[str]:
-    """Names of the packages that `requirements/` locks."""
+    """Return the names of the packages that `requirements/` locks."""
     text = "".join(path.read_text() for path in LOCKS.glob("*.txt"))
     return sorted(set(re.findall(r"^([\w.-]+)==", text, re.MULTILINE)))
 
 
 def licence(found: PackageMetadata) -> str:
-    """What a package's metadata states: an SPDX expression, else classifiers, else the first line of free text."""
+    """Return a package's licence: its SPDX expression, else its classifiers, else the first line of free text."""
 
     def lines(field: str) -> list[str]:
         return found.get_all(field) or []
@@ -77,8 +83,8 @@ def licence(found: PackageMetadata) -> str:
 
 
 def permitted(name: str, stated: str) -> bool:
-    """Whether a package may be used without anybody looking at it."""
-    return name in REASONS or bool(FREE.search(stated) and not BOUND.search(stated))
+    """Return whether a package may be used without a review."""
+    return name in REASONS or bool(PERMISSIVE.search(stated) and not RESTRICTIVE.search(stated))
 
 
 if __name__ == "__main__":

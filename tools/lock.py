@@ -1,7 +1,7 @@
-"""Lock the dependencies of `pyproject.toml` by version and SHA-256: `make lock`, with UPGRADE=1 to newer versions.
+"""Lock the dependencies of `pyproject.toml` by version and SHA-256: `make lock`; UPGRADE=1 takes newer versions.
 
-Writes `requirements/build.txt`, `torch.txt`, `runtime.txt` and `dev.txt`. Together they hold everything, for
-Python 3.11 to 3.13 on Linux and macOS; a package stands in one of them only. `torch-cpu.txt` is written by hand.
+Writes `requirements/build.txt`, `torch.txt`, `runtime.txt` and `dev.txt` for Python 3.11 to 3.13 on Linux and
+macOS. Each package is in one of these files. `torch-cpu.txt` is maintained by hand.
 """
 
 import argparse
@@ -14,16 +14,18 @@ FOLDER = Path("requirements")
 KINDS = ("build", "torch", "runtime", "dev")
 HEADER = "# Written by `make lock`.\n"
 BUILD = ("setuptools",)
-"""What builds this project and the source distributions among the dependencies."""
+"""Packages that build this project and the dependencies without a wheel."""
 
 TORCH = ("torch", "triton", "nvidia-", "cuda-")
-"""torch as the index has it, with the CUDA runtime that it needs on Linux."""
+"""Prefixes of torch and the CUDA runtime that it needs on Linux."""
 
 
 def main() -> None:
-    """Resolve with and without the development tools, sort, write."""
+    """Resolve with and without the development tools and write the files."""
     parser = argparse.ArgumentParser(prog="python -m tools.lock", description="Lock the dependencies.")
-    parser.add_argument("--upgrade", action="store_true", help="to the newest versions that pyproject.toml allows")
+    parser.add_argument(
+        "--upgrade", action="store_true", help="take the newest versions that pyproject.toml allows"
+    )
     held = "" if parser.parse_args().upgrade else "".join((FOLDER / f"{kind}.txt").read_text() for kind in KINDS)
     everything = resolve(held, "--all-extras")
     runtime = resolve("".join(everything.values()))
@@ -37,11 +39,11 @@ def main() -> None:
 
 
 def resolve(held: str, *options: str) -> dict[str, str]:
-    """The lock's entries by package: version, marker, one line for each hash.
+    """Return the entries of the lock by package: version, marker, one line per hash.
 
     Args:
         held: entries whose versions are kept.
-        options: of uv.
+        options: options of uv.
     """
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as pins:
         pins.write(held)

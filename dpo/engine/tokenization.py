@@ -6,10 +6,10 @@ from os.path import commonprefix
 from typing import Any
 
 from jinja2 import TemplateError
-from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from dpo.common.errors import InputError
+from dpo.common.progress import progress
 from dpo.engine.packing import TokenRow
 
 PAIRS_AT_ONCE = 1000
@@ -186,7 +186,7 @@ def encode_pairs(
         InputError: a completion leaves no room for a prompt token.
     """
     rows = []
-    with tqdm(total=len(pairs), desc="tokens", unit="pair", mininterval=2, delay=2) as bar:
+    with progress(total=len(pairs), desc="tokens", unit="pair", mininterval=2, delay=2) as bar:
         for start in range(0, len(pairs), PAIRS_AT_ONCE):
             part = pairs[start : start + PAIRS_AT_ONCE]
             for pair, (prompt, *completions) in zip(part, pair_ids(tokenizer, part), strict=True):

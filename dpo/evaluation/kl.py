@@ -7,8 +7,8 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
+from dpo.common.progress import progress
 from dpo.engine.logprobs import LogProbModel, packed_batches
 from dpo.engine.packing import TokenRow
 
@@ -42,7 +42,7 @@ def divergence(
     rows, order = _by_prompt(prompts, responses, max_tokens_per_microbatch)
     columns = ("policy_logp", "reference_logp", "kl", "entropy")
     parts = []
-    with tqdm(total=len(rows), desc="KL to the reference", unit="row", mininterval=2) as bar:
+    with progress(total=len(rows), desc="KL to the reference", unit="row", mininterval=2) as bar:
         for batch in packed_batches(rows, max_tokens_per_microbatch, policy.device):
             sums = torch.zeros(batch.completions, len(columns), dtype=torch.float64)
             start = 0

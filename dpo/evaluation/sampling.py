@@ -9,10 +9,10 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
 from dpo.common.distributed import share, this_process
+from dpo.common.progress import progress
 from dpo.engine.logprobs import LogProbModel
 from dpo.engine.tokenization import Prompt, prompt_ids
 
@@ -47,7 +47,7 @@ def sample(
     end = tokenizer.eos_token_id
     responses: list[list[int]] = [[] for _ in rows]
     torch.manual_seed(seed)
-    bar = tqdm(total=len(rows), desc="responses", unit="response", disable=len(rows) == 1)
+    bar = progress(total=len(rows), desc="responses", unit="response", disable=len(rows) == 1)
     with model.generation() as generator, bar:
         generate = functools.partial(
             generator.generate,

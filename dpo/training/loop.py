@@ -22,10 +22,10 @@ from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from dpo.common.errors import InputError, Stopped
 from dpo.common.files import write_json
+from dpo.common.progress import progress
 from dpo.engine.logprobs import LogProbModel, packed_batches
 from dpo.engine.packing import TokenRow, pack
 from dpo.training.callbacks import Callback, EarlyStop
@@ -109,7 +109,7 @@ class TrainingLoop:
             callback.on_start(self.step, self.history)
         started = saved = time.monotonic()
         self.model.train()
-        bar = tqdm(
+        bar = progress(
             total=self.steps, initial=self.step, desc="training", unit="step",
             disable=not self.accelerator.is_main_process,
         )  # fmt: skip

@@ -3,7 +3,7 @@
 Each fault is one function. It injects the fault once and asserts that the project recovers: all results equal
 those of an uninterrupted run byte for byte, and no partial file is used. `test_faults.py` runs the quick faults
 once. This module runs all faults, as often as `FAULTS` says, and writes `benchmarks/results/faults.json` and the
-table of `docs/faults.md`.
+table of `docs/operations/faults.md`.
 """
 
 import argparse
@@ -40,7 +40,7 @@ from tests.support.mlflow_server import Server
 from tests.support.models import chat_tokenizer, free_ports, make_model
 from tests.support.project import ENV, ROOT, TRIAL, change, make_project
 
-RESULTS, PAGE = ROOT / "benchmarks/results/faults.json", ROOT / "docs/faults.md"
+RESULTS, PAGE = ROOT / "benchmarks/results/faults.json", ROOT / "docs/operations/faults.md"
 RESULT_FILES = (
     "data/*.parquet",
     "models/*/*.safetensors",

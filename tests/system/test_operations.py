@@ -49,7 +49,9 @@ stages:
     metrics: [{metrics/comparison.json: {cache: false}}]
 """
 COMPARISON = {"selected": None, "reason": "No policy shows more than its reference.", "policies": {}}
-FIVE_LINES = re.search(r"## Retrain every night\n\n```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+FIVE_LINES = re.search(
+    r"## Nightly retraining\n\n```sh\n(.*?)```", (ROOT / "docs/operations/retraining.md").read_text(), re.DOTALL
+)
 
 
 class Project:
@@ -503,7 +505,7 @@ def test_garbage_collection_keeps_champions(tmp_path):
         subprocess.run(words, cwd=tmp_path, check=True, capture_output=True)
 
     def left_by(option: str) -> set[str]:
-        page = (ROOT / "docs/operations.md").read_text()
+        page = (ROOT / "docs/operations/storage.md").read_text()
         (block,) = [
             each for each in re.findall(r"```sh\n(.*?)```", page, re.DOTALL) if f"--workspace {option}\n" in each
         ]
@@ -541,7 +543,7 @@ def test_a_clone_pulls_all_results_from_s3(tmp_path, monkeypatch):
         pytest.importorskip(package, reason=f"{package}: installed with the dev extra")
     (port,) = free_ports(1)
     store = f"http://127.0.0.1:{port}"
-    page = (ROOT / "docs/operations.md").read_text()
+    page = (ROOT / "docs/operations/storage.md").read_text()
     lines = [line.partition("#")[0].split() for line in page.splitlines() if line.startswith("dvc remote ")]
     setting = [words for words in lines if "--local" not in words]
     mine = {"s3://bucket/dpo": "s3://results/dpo", "https://s3.example.org": store}

@@ -22,9 +22,9 @@ from typing import Any
 import httpx
 import pandas as pd
 from numpy.typing import ArrayLike
-from tqdm.auto import tqdm
 
 from dpo.common.errors import InputError, TransientError
+from dpo.common.progress import progress
 from dpo.engine.tokenization import Prompt, turns_of
 from dpo.evaluation.judges.reply_cache import Reply, read_reply, write_reply
 from dpo.evaluation.settings import LlmSettings
@@ -171,7 +171,7 @@ class LlmJudge:
         with (
             httpx.Client(headers=headers, timeout=TIMEOUT) as client,
             ThreadPoolExecutor(self.settings.parallel) as pool,
-            tqdm(total=len(questions), desc="verdicts", unit="question", mininterval=2) as bar,
+            progress(total=len(questions), desc="verdicts", unit="question", mininterval=2) as bar,
         ):
 
             def ask(question: str) -> None:

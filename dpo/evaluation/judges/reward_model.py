@@ -8,10 +8,10 @@ from os.path import commonprefix
 import torch
 from jinja2 import TemplateError
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 from dpo.common.errors import InputError
+from dpo.common.progress import progress
 from dpo.engine.base_model import check_place
 from dpo.engine.pretrained import load_tokenizer, load_weights
 from dpo.engine.tokenization import Prompt, turns_of
@@ -96,7 +96,7 @@ def reward_scores(
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]["input_ids"]))
     size = 1 if config.pad_token_id is None else BATCH_SIZE
     scores = [0.0] * len(rows)
-    with tqdm(total=len(rows), desc="scores", unit="response", mininterval=2) as bar:
+    with progress(total=len(rows), desc="scores", unit="response", mininterval=2) as bar:
         for start in range(0, len(order), size):
             batch = order[start : start + size]
             padded = _pad([rows[i] for i in batch], config.pad_token_id, model.device)
