@@ -2,7 +2,8 @@
 
 Without caches of small freed blocks, adjacent free blocks are merged, and the peak memory of a stage is up to 40%
 lower. Training also keeps its largest blocks for the next step, which reduces its time by 10% to 20%. Scoring does
-not become faster by this. Large blocks use huge pages if the system has them. `docs/internals/log.md` has the measurements.
+not become faster by this. Large blocks use huge pages if the system has them. The measurements are in
+`docs/internals/log.md`.
 """
 
 import os
