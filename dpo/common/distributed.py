@@ -9,19 +9,15 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
-LONGEST_WAIT = timedelta(days=1)
-"""Timeout of a process that waits for the others."""
-
 
 def this_process() -> PartialState:
     """Return the rank, the number of processes and the device. The first call initializes the process group."""
-    return PartialState(cpu=not torch.accelerator.is_available(), timeout=LONGEST_WAIT)
+    return PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=1))
 
 
 def share(count: int, work: Callable[[list[int]], list[Any]]) -> list[Any]:
     """Apply `work` to the items 0..count-1, divided among the processes. Each process gets all results."""
     state = this_process()
     mine = list(range(state.process_index, count, state.num_processes))
-    results = work(mine) if mine else []
-    parts = gather_object(list(zip(mine, results, strict=True)))
+    parts = gather_object(list(zip(mine, work(mine) if mine else [], strict=True)))
     return [result for _, result in sorted(parts, key=itemgetter(0))]

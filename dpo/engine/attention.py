@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,9 +16,6 @@ from dpo.engine.packing import Layout
 
 PACKED_ATTENTION = "dpo_packed"
 """Name under which transformers finds this attention."""
-
-MAX_HEAD_DIM = 256
-"""Largest head dimension that variable-length attention supports. It must also be a multiple of 8."""
 
 variable_length_attention: Callable[..., Any] = varlen_attn
 if "enable_gqa" in inspect.signature(varlen_attn).parameters:  # torch 2.11 always supports grouped queries
@@ -44,30 +42,26 @@ def varlen_metadata(layout: Layout, device: torch.device) -> VarlenMetadata:
     """Convert a layout: prompt and first completion are one sequence, each further completion is another one."""
     queries: list[int] = []
     keys: list[int] = []
-    positions: list[Tensor] = []
+    positions: list[int] = []
     start = 0
     for prompt, (first, *others) in layout:
         end = start + prompt + first
-        queries.append(prompt + first)
-        keys.append(prompt + first)
-        positions.append(torch.arange(start, end))
+        queries += [prompt + first, *others]
+        keys += [prompt + first, *(prompt + length for length in others)]
+        positions += range(start, end)
         for length in others:
-            queries.append(length)
-            keys.append(prompt + length)
-            positions += [torch.arange(start, start + prompt), torch.arange(end, end + length)]
+            positions += [*range(start, start + prompt), *range(end, end + length)]
             end += length
         start = end
-    cu_seqlens_q, cu_seqlens_k = (
-        torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32).to(device) for lengths in (queries, keys)
-    )
-    return VarlenMetadata(cu_seqlens_q, cu_seqlens_k, torch.cat(positions).to(device), max(queries), max(keys))
+    q, k = (torch.tensor([0, *n]).cumsum(0, dtype=torch.int32).to(device) for n in (queries, keys))
+    return VarlenMetadata(q, k, torch.tensor(positions).to(device), max(queries), max(keys))
 
 
 def supports_varlen(model: PreTrainedModel) -> bool:
     """Return whether variable-length attention supports the head dimension of a model."""
     config = model.config.get_text_config()
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return head_dim % 8 == 0 and head_dim <= MAX_HEAD_DIM
+    return head_dim % 8 == 0 and head_dim <= 256
 
 
 def packed_attention(
@@ -89,48 +83,32 @@ def packed_attention(
     log-probs must be deterministic.
     """
     if isinstance(layout, VarlenMetadata):
-        return _varlen_attention(query, key, value, layout, scaling, sliding_window), None
+        # One bf16 kernel computes all rows and skips queries and keys that do not see each other.
+        query, key, value = (t[0].transpose(0, 1).to(torch.bfloat16) for t in (query, key, value))
+        key, value = (t.index_select(0, layout.key_positions) for t in (key, value))
+        window = (-1 if sliding_window is None else sliding_window - 1, 0)
+        lengths = (layout.cu_seqlens_q, layout.cu_seqlens_k, layout.max_seqlen_q, layout.max_seqlen_k)
+        output = variable_length_attention(query, key, value, *lengths, scale=scaling, window_size=window)
+        return output[None], None
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     # split, not slice: the backward pass of a slice writes zeros to a copy of the stream for each row.
-    lengths = [n for prompt, (first, *others) in layout for n in (prompt + first, *others)]
-    queries, keys, values = (iter(t.split(lengths, 2)) for t in (query, key, value))
-    attend = functools.partial(_causal_attention, scaling=scaling, window=sliding_window)
+    sizes = [n for prompt, (first, *others) in layout for n in (prompt + first, *others)]
+    parts = zip(*(t.split(sizes, 2) for t in (query, key, value)), strict=True)
     outputs = []
     for prompt, (_, *others) in layout:
-        first_key, first_value = next(keys), next(values)
-        outputs.append(attend(next(queries), first_key, first_value))
-        if others:
-            prompt_key, prompt_value = first_key[:, :, :prompt], first_value[:, :, :prompt]
-        for _ in others:
-            own_key = torch.cat([prompt_key, next(keys)], 2)
-            own_value = torch.cat([prompt_value, next(values)], 2)
-            outputs.append(attend(next(queries), own_key, own_value))
+        first_query, first_key, first_value = next(parts)
+        outputs.append(_causal_attention(first_query, first_key, first_value, scaling, sliding_window))
+        prompt_key, prompt_value = first_key[:, :, :prompt], first_value[:, :, :prompt]
+        for own_query, own_key, own_value in itertools.islice(parts, len(others)):
+            keys, values = torch.cat([prompt_key, own_key], 2), torch.cat([prompt_value, own_value], 2)
+            outputs.append(_causal_attention(own_query, keys, values, scaling, sliding_window))
     return torch.cat(outputs, 2).transpose(1, 2), None
 
 
-def _varlen_attention(
-    query: Tensor, key: Tensor, value: Tensor, metadata: VarlenMetadata, scaling: float | None, window: int | None
-) -> Tensor:
-    """Compute all rows with one bf16 kernel, which skips queries and keys that do not see each other."""
-    flat_query, flat_key, flat_value = (t[0].transpose(0, 1).to(torch.bfloat16) for t in (query, key, value))
-    output: Tensor = variable_length_attention(
-        flat_query,
-        flat_key.index_select(0, metadata.key_positions),
-        flat_value.index_select(0, metadata.key_positions),
-        metadata.cu_seqlens_q,
-        metadata.cu_seqlens_k,
-        metadata.max_seqlen_q,
-        metadata.max_seqlen_k,
-        scale=scaling,
-        window_size=(-1 if window is None else window - 1, 0),
-    )
-    return output[None]
-
-
 def _causal_attention(
-    query: Tensor, key: Tensor, value: Tensor, *, scaling: float | None, window: int | None
+    query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None
 ) -> Tensor:
     """Compute causal attention of Q queries to K keys; the queries are the last Q of the K positions."""
     queries, keys = query.shape[2], key.shape[2]

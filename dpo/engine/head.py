@@ -13,13 +13,9 @@ vocabulary of 128,256, because every chunk reads and writes the gradient of the 
 
 
 def token_logps(hidden: Tensor, head: nn.Linear, targets: Tensor, *, accumulate_in_place: bool) -> Tensor:
-    """Return log softmax(head(hidden))[target] in fp32, shape [N].
+    """Return log softmax(head(hidden))[target] in fp32, shape [N], of hidden [N, width] and token ids [N].
 
-    Args:
-        hidden: [N, width].
-        head: linear layer from width to vocabulary.
-        targets: [N] token ids.
-        accumulate_in_place: add the gradient of a trained weight directly to `weight.grad` in the backward pass.
+    With `accumulate_in_place`, the backward pass adds the gradient of a trained weight directly to `weight.grad`.
     """
     if any(weight.requires_grad for weight in head.parameters()):
         return _TokenLogps.apply(hidden, head.weight, head.bias, targets, accumulate_in_place)
@@ -33,10 +29,7 @@ def chunked_logits(hidden: Tensor, head: nn.Linear) -> Iterator[Tensor]:
 
 
 class _TokenLogps(torch.autograd.Function):
-    """Log-probs of a trained head.
-
-    The backward pass recomputes every chunk except the last, whose exponentials are kept.
-    """
+    """Log-probs of a trained head. The backward pass recomputes all chunks except the last, which is kept."""
 
     @staticmethod
     def forward(
@@ -57,7 +50,7 @@ class _TokenLogps(torch.autograd.Function):
         grad_bias = torch.zeros_like(bias) if bias is not None and ctx.needs_input_grad[2] else None
         for part in reversed(_chunks(targets)):
             kept, ctx.kept = ctx.kept, None
-            exp_logits, sum_exp = kept or _exp_logits(hidden[part], weight, bias, targets[part])[:2]
+            exp_logits, sum_exp, *_ = kept or _exp_logits(hidden[part], weight, bias, targets[part])
             grad_logits = _grad_logits(exp_logits, sum_exp, targets[part], grads[0][part]).to(hidden.dtype)
             grad_hidden[part] = grad_logits @ weight
             if ctx.needs_input_grad[1]:
@@ -83,8 +76,7 @@ class _FrozenHeadLogps(torch.autograd.Function):
         for part in _chunks(targets):
             exp_logits, sum_exp, logps[part] = _exp_logits(hidden[part], weight, bias, targets[part])
             if grad_hidden is not None:
-                ones = torch.ones_like(logps[part])
-                grad_logits = _grad_logits(exp_logits, sum_exp, targets[part], ones)
+                grad_logits = _grad_logits(exp_logits, sum_exp, targets[part], torch.ones_like(logps[part]))
                 grad_hidden[part] = grad_logits.to(hidden.dtype) @ weight
                 del grad_logits
             del exp_logits  # free memory before the next chunk
@@ -118,13 +110,8 @@ class FusedEmbedding(torch.autograd.Function):
         return None, None, None
 
 
-def _exp_logits(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return exp(logits - max) [n, vocabulary], its sums [n] and the log-probs of the targets [n], in fp32.
-
-    Works in place: the peak is one matrix of logits.
-    """
+def _exp_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> tuple[Tensor, ...]:
+    """Return exp(logits - max) [n, vocabulary], its sums [n] and the targets' log-probs [n], in fp32, in place."""
     logits = F.linear(hidden, weight, bias).float()
     target_logits = logits.gather(1, targets[:, None])[:, 0]
     max_logits = logits.max(1).values

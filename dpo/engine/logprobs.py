@@ -103,10 +103,9 @@ class LogProbModel(nn.Module):
         if attention == PACKED_ATTENTION:
             model.set_attn_implementation("sdpa")
         model.generation_config = GenerationConfig()
-        on_gpu = model.device.type == "cuda"
         try:
             # Blocks are compiled only for the packed stream.
-            with torch.compiler.set_stance("force_eager") if on_gpu else nullcontext():
+            with torch.compiler.set_stance("force_eager") if self.device.type == "cuda" else nullcontext():
                 yield model
         finally:
             model.set_attn_implementation(attention)
@@ -115,10 +114,8 @@ class LogProbModel(nn.Module):
     def _token_logps(self, batch: PackedBatch) -> Tensor:
         """Return log-probs [N] of the completion tokens."""
         if self.in_stream:
-            in_place = self.accumulate_in_place
-            return token_logps(
-                self._hidden(batch), self.get_output_embeddings(), batch.targets, accumulate_in_place=in_place
-            )
+            head, in_place = self.get_output_embeddings(), self.accumulate_in_place
+            return token_logps(self._hidden(batch), head, batch.targets, accumulate_in_place=in_place)
         lengths = [length for _, completions in batch.layout for length in completions]
         parts = zip(self._plain_logits(batch), batch.targets.split(lengths), strict=True)
         return torch.cat([logits.log_softmax(1).gather(1, targets[:, None])[:, 0] for logits, targets in parts])
@@ -151,24 +148,17 @@ class LogProbModel(nn.Module):
             start = end
 
     def _autocast(self) -> torch.autocast:
-        """Multiply matrices in bf16 if the precision is `bf16`.
-
-        The weight cache is off: it would keep a bf16 copy of every trained weight until the pass ends. Each weight
-        is used once per pass, so the cache saves nothing.
-        """
+        """Multiply matrices in bf16 if the precision is `bf16`."""
         enabled = self.precision == "bf16"
+        # The weight cache would keep bf16 copies of trained weights until the pass ends, but each is used once.
         return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled, cache_enabled=False)
 
 
 def load_model(path: Path, precision: Precision = "fp32", compiled: bool = False) -> LogProbModel:
     """Load a causal language model with fp32 weights, without dropout, in eval mode.
 
-    On a GPU, `bf16` also enables TF32 for fp32 matrix products in this process.
-
-    Args:
-        path: a local folder with safetensors weights, or with a LoRA adapter that names its base model.
-        precision: precision of matrix products when this model computes log-probs.
-        compiled: fuse the operations of each block with `torch.compile`.
+    `path` is a folder with safetensors weights, or with a LoRA adapter that names its base model. On a GPU, `bf16`
+    also enables TF32 for fp32 matrix products in this process. `compiled` fuses the operations of each block.
 
     Raises:
         InputError: `compiled` is set without a GPU or without `bf16`.
@@ -177,7 +167,10 @@ def load_model(path: Path, precision: Precision = "fp32", compiled: bool = False
         raise InputError("params.yaml: engine.compile: true needs a CUDA GPU and precision: bf16; set it to false")
     torch.backends.cuda.matmul.allow_tf32 = precision == "bf16"
     model = load_weights(AutoModelForCausalLM, path).eval()
-    _disable_dropout(model)
+    for module in model.modules():
+        rates = [name for name, value in vars(module).items() if "drop" in name and isinstance(value, float)]
+        for name in ["p"] if isinstance(module, nn.Dropout) else rates:
+            setattr(module, name, 0.0)
     fault = _self_check(model)
     if fault:
         log.warning("%s: %s; log-probs are computed row by row, which is slower", type(model).__name__, fault)
@@ -188,13 +181,6 @@ def load_model(path: Path, precision: Precision = "fp32", compiled: bool = False
             if type(block).__name__ in (model._no_split_modules or ()):
                 block.compile(dynamic=True)
     return LogProbModel(model, precision, in_stream=not fault).eval()
-
-
-def _disable_dropout(model: nn.Module) -> None:
-    for module in model.modules():
-        rates = [name for name, value in vars(module).items() if "drop" in name and isinstance(value, float)]
-        for name in ["p"] if isinstance(module, nn.Dropout) else rates:
-            setattr(module, name, 0.0)
 
 
 @torch.no_grad()
@@ -234,16 +220,9 @@ def packed_batches(
 def sequence_logps(
     model: LogProbModel, rows: Sequence[TokenRow], max_tokens_per_microbatch: int, title: str = "log-probs"
 ) -> Tensor:
-    """Return log pi(y|x) of every completion, summed over its tokens, in nats.
+    """Return log pi(y|x) of R rows with K completions each, in nats, summed over tokens: fp32 [R, K] on the CPU.
 
-    Args:
-        model: the policy or the reference.
-        rows: R rows with the same number of completions K.
-        max_tokens_per_microbatch: maximum number of tokens in one forward pass.
-        title: label of the progress bar.
-
-    Returns:
-        fp32 on the CPU, shape [R, K].
+    A forward pass has at most `max_tokens_per_microbatch` tokens. `title` is the label of the progress bar.
     """
     parts = []
     with progress(total=len(rows), desc=title, unit="row", mininterval=2) as bar:

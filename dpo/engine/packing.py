@@ -34,7 +34,7 @@ class TokenRow:
     @property
     def tokens(self) -> int:
         """Number of stream positions."""
-        return len(self.prompt) + sum(map(len, self.completions))
+        return len(self.prompt) + self.completion_tokens
 
     @property
     def completion_tokens(self) -> int:
@@ -76,9 +76,7 @@ class PackedBatch:
 
     def to(self, device: torch.device) -> "PackedBatch":
         """Return a copy with all tensors on `device`."""
-        tensors: dict[str, Any] = {
-            name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)
-        }
+        tensors: dict[str, Any] = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
         return dataclasses.replace(self, **tensors)
 
 
@@ -86,15 +84,11 @@ def pack(rows: Sequence[TokenRow]) -> PackedBatch:
     """Lay rows out in one stream.
 
     Raises:
-        ValueError: a prompt or a completion is empty. The first completion token is predicted from the last prompt
-            token.
+        ValueError: a prompt or a completion is empty. The last prompt token predicts the first completion token.
     """
     input_ids: list[int] = []
     position_ids: list[int] = []
     logit_positions: list[int] = []
-    targets: list[int] = []
-    completion_index: list[int] = []
-    completions = 0
     for row in rows:
         start, length = len(input_ids), len(row.prompt)
         if not length or not all(row.completions):
@@ -104,19 +98,17 @@ def pack(rows: Sequence[TokenRow]) -> PackedBatch:
         for completion in row.completions:
             first = len(input_ids)
             logit_positions += [start + length - 1, *range(first, first + len(completion) - 1)]
-            targets += completion
-            completion_index += [completions] * len(completion)
             input_ids += completion
             position_ids += range(length, length + len(completion))
-            completions += 1
+    completions = [completion for row in rows for completion in row.completions]
     return PackedBatch(
-        torch.tensor([input_ids]),
-        torch.tensor([position_ids]),
-        tuple((len(row.prompt), tuple(map(len, row.completions))) for row in rows),
-        torch.tensor(logit_positions),
-        torch.tensor(targets),
-        torch.tensor(completion_index),
-        tuple(row.id for row in rows),
+        input_ids=torch.tensor([input_ids]),
+        position_ids=torch.tensor([position_ids]),
+        layout=tuple((len(row.prompt), tuple(map(len, row.completions))) for row in rows),
+        logit_positions=torch.tensor(logit_positions),
+        targets=torch.tensor([token for completion in completions for token in completion]),
+        completion_index=torch.tensor([i for i, completion in enumerate(completions) for _ in completion]),
+        ids=tuple(row.id for row in rows),
     )
 
 

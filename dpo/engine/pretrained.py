@@ -11,8 +11,6 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from dpo.common.errors import InputError, TransientError
 
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
-
 
 def load_tokenizer(
     source: str | Path, revision: str | None = None, gguf_file: str | None = None
@@ -24,9 +22,8 @@ def load_tokenizer(
         TransientError: the hub is unreachable.
     """
     try:
-        return AutoTokenizer.from_pretrained(
-            source, revision=revision or "main", gguf_file=gguf_file, trust_remote_code=False
-        )
+        options = {"revision": revision or "main", "gguf_file": gguf_file, "trust_remote_code": False}
+        return AutoTokenizer.from_pretrained(source, **options)
     except (OSError, ValueError) as error:
         raise _load_error(source, error) from error
 
@@ -34,11 +31,7 @@ def load_tokenizer(
 def load_weights(kind: Any, source: str | Path, revision: str | None = None, **options: Any) -> Any:
     """Return `kind.from_pretrained(source)` in fp32, unless `options` sets another `dtype`.
 
-    Args:
-        kind: an Auto class of transformers or peft.
-        source: a folder, or a hub id with a revision.
-        revision: commit, tag or branch of a hub id.
-        options: passed to `from_pretrained`.
+    `kind` is an Auto class of transformers or peft, `source` a folder or a hub id with a revision.
 
     Raises:
         InputError: the model is missing, unreadable, has no safetensors, or needs its own code.
@@ -59,7 +52,9 @@ def _load_error(source: str | Path, error: Exception) -> Exception:
     reason = str(error)
     if isinstance(error.__cause__, LocalEntryNotFoundError) and not constants.HF_HUB_OFFLINE:
         return TransientError(f"cannot load '{source}': {reason}")
-    pickles = sorted(file.name for kind in PICKLES for file in Path(source).glob(kind))
+    pickles = sorted(
+        f.name for f in Path(source).glob("*") if f.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+    )
     if "trust_remote_code" in reason:
         reason = (
             "it needs its own code, which is never run; use a model whose architecture is part of transformers"

@@ -28,7 +28,6 @@ from dpo.engine.settings import EngineSettings
 from dpo.engine.tokenization import encode_pairs
 
 SHARD_ROWS = 256
-"""Rows per shard."""
 
 JOINED_SHARDS = 256
 """Shards per row group of the finished file: 1.5 MB, which keeps the footer small."""
@@ -59,9 +58,7 @@ def cache_key(
     model: Path, tokenizer: PreTrainedTokenizerBase, rows: Iterable[TokenRow], engine: EngineSettings
 ) -> dict[str, object]:
     """Return `policy_key` with the hash of ids, tokens and order of the rows."""
-    digest = hashlib.sha256()
-    for row in rows:
-        digest.update(row.digest)
+    digest = hashlib.sha256(b"".join(row.digest for row in rows))
     return {**policy_key(model, tokenizer, engine), "rows": digest.hexdigest()}
 
 
@@ -75,19 +72,10 @@ def compute_reference(
     progress: Path,
     state: PartialState,
 ) -> None:
-    """Compute the log-probs of a table of pairs and write them with their manifest.
+    """Compute the log-probs of canonical pairs in a Parquet file and write the cache `folder` atomically.
 
-    Process r of N computes the shards r, r + N, ... The main process waits for the others and joins all shards.
-
-    Args:
-        folder: the cache, written atomically.
-        key: from `policy_key`.
-        pairs: Parquet file with canonical pairs.
-        model: the reference policy.
-        tokenizer: tokenizer of the model.
-        engine: settings of the log-probs.
-        progress: folder of finished shards, the same for all processes.
-        state: rank and number of processes.
+    Process r of N computes the shards r, r + N, ... and writes them to the folder `progress`, which all processes
+    share. The main process waits for the others and joins all shards. `key` is from `policy_key`.
 
     Raises:
         InputError: a pair cannot be encoded.
@@ -101,28 +89,19 @@ def compute_reference(
             shards += 1
             if number % state.num_processes == state.process_index:
                 rows = encode_pairs(batch.to_pylist(), tokenizer, engine.max_length)
-                start = number * SHARD_ROWS
+                path, start = finished / f"{number}.parquet", number * SHARD_ROWS
+                if path.is_file() and pq.read_table(path)["row"].to_pylist() == [row.digest for row in rows]:
+                    continue
                 title = f"{folder.name} pairs {start + 1} to {start + len(rows)} of {file.metadata.num_rows}"
-                _compute_shard(
-                    finished / f"{number}.parquet", model, rows, engine.max_tokens_per_microbatch, title
-                )
+                logps = sequence_logps(model, rows, engine.max_tokens_per_microbatch, title)
+                with atomic_write(path) as tmp:
+                    pq.write_table(shard_table(rows, logps), tmp)
     state.wait_for_everyone()
     if state.is_main_process:
         numbers = (range(shards)[start : start + JOINED_SHARDS] for start in range(0, shards, JOINED_SHARDS))
         parts = ([pq.read_table(finished / f"{number}.parquet") for number in part] for part in numbers)
         write_cache(folder, key, map(pa.concat_tables, parts))
         shutil.rmtree(finished)
-
-
-def _compute_shard(
-    path: Path, model: LogProbModel, rows: Sequence[TokenRow], max_tokens_per_microbatch: int, title: str
-) -> None:
-    """Compute a shard unless its file contains these rows."""
-    if path.is_file() and pq.read_table(path)["row"].to_pylist() == [row.digest for row in rows]:
-        return
-    logps = sequence_logps(model, rows, max_tokens_per_microbatch, title)
-    with atomic_write(path) as tmp:
-        pq.write_table(shard_table(rows, logps), tmp)
 
 
 def shard_table(rows: Sequence[TokenRow], logps: Tensor) -> pa.Table:
@@ -148,20 +127,15 @@ def write_cache(folder: Path, key: dict[str, object], parts: Iterable[pa.Table])
 def load_reference(folder: Path, key: dict[str, object]) -> dict[str, tuple[float, float]]:
     """Return (chosen, rejected) reference log-probs in nats by pair id.
 
-    Args:
-        folder: the cache.
-        key: expected manifest, from `cache_key`.
-
     Raises:
-        InputError: the cache is missing, incomplete, altered, or was computed from other inputs than `key`.
+        InputError: the cache is missing, incomplete or altered, or its manifest differs from `key` (`cache_key`).
     """
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
         logps = sha256(folder / "logps.parquet")
     except (OSError, ValueError) as error:
-        raise InputError(
-            f"{folder}: no complete reference cache ({error}); run the stage `reference_logprobs`"
-        ) from error
+        reason = f"{folder}: no complete reference cache ({error}); run the stage `reference_logprobs`"
+        raise InputError(reason) from error
     differing = [name for name, value in {**key, "logps": logps}.items() if manifest.get(name) != value]
     if differing:
         raise InputError(

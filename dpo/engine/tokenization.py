@@ -68,11 +68,9 @@ def pair_ids(
     """
     prompts = [prompt_of(pair, tokenizer) for pair in pairs]
     texts = _prompt_texts(tokenizer, prompts)
-    chosen, rejected = (
-        _completion_ids(tokenizer, prompts, texts, [pair[field] for pair in pairs])
-        for field in ("chosen", "rejected")
-    )
-    return list(zip(_prompt_ids(tokenizer, texts), chosen, rejected, strict=True))
+    chosen, rejected = ([pair[field] for pair in pairs] for field in ("chosen", "rejected"))
+    completions = [_completion_ids(tokenizer, prompts, texts, part) for part in (chosen, rejected)]
+    return list(zip(_prompt_ids(tokenizer, texts), *completions, strict=True))
 
 
 def _completion_ids(
@@ -124,9 +122,8 @@ def _render(
     try:
         return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=add_generation_prompt)
     except (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        raise InputError(
-            f"the tokenizer's chat template fails: {error}; fix the model's chat_template.jinja, or the turns"
-        ) from error
+        fix = "fix the model's chat_template.jinja, or the turns"
+        raise InputError(f"the tokenizer's chat template fails: {error}; {fix}") from error
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
@@ -153,9 +150,8 @@ def without_end(completion: str, end: str | None) -> str:
     """Return a completion without trailing end tokens and the whitespace around them."""
     if not end:
         return completion
-    completion = completion.rstrip()
-    while completion.endswith(end):
-        completion = completion.removesuffix(end).rstrip()
+    while (completion := completion.rstrip()).endswith(end):
+        completion = completion.removesuffix(end)
     return completion
 
 
