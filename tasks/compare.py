@@ -8,18 +8,9 @@ from dpo.common.files import atomic_write, write_json
 from dpo.config import Params, load_params
 from dpo.evaluation.pair_metrics import reliability, slices
 from dpo.evaluation.selection import compare_policies, failure_modes, select
-from tasks.common.paths import (
-    COMPARISON,
-    METRICS,
-    REFERENCE,
-    evaluation,
-    policy_folder,
-    policy_margins,
-    policy_samples,
-    train_log,
-)
+from tasks.common import paths
 from tasks.common.runner import run
-from tasks.report.comparison import Results, Tables, concatenate, draw_figures, write_report
+from tasks.report.comparison import Results, concatenate, draw_figures, write_report
 from tasks.report.figures import labels, reward_metric
 from tasks.tracking.models import log_models
 from tasks.tracking.runs import log_comparison
@@ -33,18 +24,20 @@ def main() -> None:
     figures = draw_figures(results)
     write_report(params, results, figures)
     log_comparison(params, results.policies, results.selected, results.reason, figures)
-    selected = [policy_folder(trial) for trial in results.trials if trial.name == results.selected]
-    log_models(params, [REFERENCE, *selected])
+    selected = [paths.policy_folder(trial) for trial in results.trials if trial.name == results.selected]
+    log_models(params, [paths.REFERENCE, *selected])
 
 
 def compare(params: Params) -> Results:
     """Read the results of all trials, test their differences and select a policy."""
     trials = params.trials()
     names = labels(trials)
-    policies = {trial.name: json.loads(evaluation(trial).read_text()) for trial in trials}
-    pairs = {trial.name: pd.read_parquet(policy_margins(trial)) for trial in trials}
-    samples = {trial.name: pd.read_parquet(policy_samples(trial)) for trial in trials}
-    comparisons = compare_policies(*_outcomes(params, pairs, samples), params.seed)
+    policies = {trial.name: json.loads(paths.evaluation(trial).read_text()) for trial in trials}
+    pairs = {trial.name: pd.read_parquet(paths.policy_margins(trial)) for trial in trials}
+    samples = {trial.name: pd.read_parquet(paths.policy_samples(trial)) for trial in trials}
+    column, tables = ("win", samples) if "win_rate" in params.compare.select else ("correct", pairs)
+    outcomes = {name: table[column].tolist() for name, table in tables.items()}
+    comparisons = compare_policies(outcomes, tables[trials[0].name]["prompt"].tolist(), params.seed)
     selected, reason = select(policies, comparisons, params.compare)
     return Results(
         trials=trials,
@@ -56,17 +49,10 @@ def compare(params: Params) -> Results:
         tests=pd.DataFrame([vars(each) | {"verdict": each.verdict} for each in comparisons]),
         pairs=concatenate(pairs, names),
         samples=samples,
-        train_logs=concatenate({trial.name: pd.read_csv(train_log(trial)) for trial in trials}, names),
+        train_logs=concatenate({trial.name: pd.read_csv(paths.train_log(trial)) for trial in trials}, names),
         calibration=concatenate({name: reliability(table) for name, table in pairs.items()}, names),
         slices=concatenate({name: slices(table, params.seed) for name, table in pairs.items()}, names),
     )
-
-
-def _outcomes(params: Params, pairs: Tables, samples: Tables) -> tuple[dict[str, list[float]], list[str]]:
-    """Return the outcomes for the paired test, wins or else ranked pairs, and the prompt of each outcome."""
-    column, tables = ("win", samples) if "win_rate" in params.compare.select else ("correct", pairs)
-    prompts = next(iter(tables.values()))["prompt"].tolist()
-    return {name: table[column].tolist() for name, table in tables.items()}, prompts
 
 
 def write_metrics(results: Results) -> None:
@@ -75,20 +61,15 @@ def write_metrics(results: Results) -> None:
         name: metrics | {"failure_modes": [mode.name for mode in results.failure_modes[name] if mode.detected]}
         for name, metrics in results.policies.items()
     }
-    write_json(COMPARISON, {"selected": results.selected, "reason": results.reason, "policies": policies})
+    write_json(paths.COMPARISON, {"selected": results.selected, "reason": results.reason, "policies": policies})
     reward = reward_metric(results.policies)
     frontier = pd.DataFrame(
         {"policy": name, "beta": metrics["trial"]["beta"], "kl": metrics["kl"], "reward": metrics[reward]}
         for name, metrics in results.policies.items()
     )
-    tables = {
-        "frontier": frontier,
-        "calibration": results.calibration,
-        "slices": results.slices,
-        "tests": results.tests,
-    }
-    for name, table in tables.items():
-        with atomic_write(METRICS / f"{name}.csv") as tmp:
+    tables = {"calibration": results.calibration, "slices": results.slices, "tests": results.tests}
+    for name, table in {"frontier": frontier, **tables}.items():
+        with atomic_write(paths.METRICS / f"{name}.csv") as tmp:
             table.to_csv(tmp, index=False)
 
 

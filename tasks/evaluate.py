@@ -20,16 +20,7 @@ from dpo.evaluation.pair_metrics import pair_table, preference_metrics
 from dpo.evaluation.response_metrics import response_metrics
 from dpo.evaluation.sampling import response_table
 from dpo.training.settings import Trial
-from tasks.common.paths import (
-    EVAL,
-    REFERENCE,
-    REFERENCE_EVAL,
-    REFERENCE_SAMPLES,
-    evaluation,
-    policy_folder,
-    policy_margins,
-    policy_samples,
-)
+from tasks.common import paths
 from tasks.common.runner import run_launched, trial_argument
 from tasks.report.card import write_card
 from tasks.tracking.provenance import weights
@@ -41,12 +32,12 @@ def main() -> None:
     params = load_params()
     trial = trial_argument(params)
     judges = load_judges(params.evaluate.judges)
-    tokenizer = load_tokenizer(REFERENCE)
-    held_out = pd.read_parquet(EVAL)
-    reference = pd.read_parquet(REFERENCE_SAMPLES)
+    tokenizer = load_tokenizer(paths.REFERENCE)
+    held_out = pd.read_parquet(paths.EVAL)
+    reference = pd.read_parquet(paths.REFERENCE_SAMPLES)
     prompts = [prompt_of(pair, tokenizer) for pair in reference.to_dict("records")]
-    state = this_process()
-    policy = load_model(policy_folder(trial), params.engine.precision, params.engine.compile).to(state.device)
+    state, folder = this_process(), paths.policy_folder(trial)
+    policy = load_model(folder, params.engine.precision, params.engine.compile).to(state.device)
 
     pairs = evaluate_pairs(params, trial, policy, tokenizer, held_out)
     samples = sample_responses(params, trial, policy, tokenizer, prompts)
@@ -55,14 +46,14 @@ def main() -> None:
     samples = compare_responses(judges, prompts, samples, reference)
     metrics = {
         "trial": trial.settings,
-        "weights": weights(policy_folder(trial))[:16],
+        "weights": weights(folder)[:16],
         **preference_metrics(pairs, params.seed, completions=params.sft.completions),
         **response_metrics(samples, params.seed),
     }
-    for path, table in ((policy_margins(trial), pairs), (policy_samples(trial), samples)):
+    for path, table in ((paths.policy_margins(trial), pairs), (paths.policy_samples(trial), samples)):
         with atomic_write(path) as tmp:
             table.to_parquet(tmp, index=False)
-    write_json(evaluation(trial), metrics)
+    write_json(paths.evaluation(trial), metrics)
     write_card(params, trial, metrics)
     log_evaluation(params, trial, held_out, metrics, samples.drop(columns=["ids", "reference_ids"]))
 
@@ -70,24 +61,17 @@ def main() -> None:
 def evaluate_pairs(
     params: Params, trial: Trial, policy: LogProbModel, tokenizer: PreTrainedTokenizerBase, held_out: pd.DataFrame
 ) -> pd.DataFrame:
-    """Return rewards, margin and loss of each held-out pair; the processes of a launch share the pairs.
-
-    Raises:
-        InputError: the cached reference log-probs are stale, or a log-prob is not finite.
-    """
+    """Return rewards, margin and loss of each held-out pair; the processes of a launch share the pairs."""
     max_tokens = params.engine.max_tokens_per_microbatch
     rows = encode_pairs(held_out.to_dict("records"), tokenizer, params.engine.max_length)
-    cached = load_reference(REFERENCE_EVAL, cache_key(REFERENCE, tokenizer, rows, params.engine))
-
-    def policy_logps(indices: list[int]) -> list[Any]:
-        return sequence_logps(policy, [rows[i] for i in indices], max_tokens, "policy log-probs").tolist()
-
+    cached = load_reference(paths.REFERENCE_EVAL, cache_key(paths.REFERENCE, tokenizer, rows, params.engine))
+    logps = share(
+        len(rows),
+        lambda mine: sequence_logps(policy, [rows[i] for i in mine], max_tokens, "policy log-probs").tolist(),
+    )
+    lengths = torch.tensor([[len(ids) for ids in row.completions] for row in rows])
     return pair_table(
-        held_out,
-        torch.tensor(share(len(rows), policy_logps)),
-        torch.tensor([cached[row.id] for row in rows]),
-        torch.tensor([[len(ids) for ids in row.completions] for row in rows]),
-        trial,
+        held_out, torch.tensor(logps), torch.tensor([cached[row.id] for row in rows]), lengths, trial
     )
 
 
@@ -98,12 +82,12 @@ def sample_responses(
     samples = response_table(policy, tokenizer, prompts, **params.sampling)
     responses = samples["ids"].tolist()
 
-    def kl_to_reference(indices: list[int]) -> list[Any]:
-        reference = load_model(REFERENCE, params.engine.precision, params.engine.compile).to(policy.device)
-        prompt_tokens = prompt_ids(tokenizer, [prompts[i] for i in indices], params.max_prompt_tokens)
-        chosen = [responses[i] for i in indices]
+    def kl_to_reference(mine: list[int]) -> list[Any]:
+        reference = load_model(paths.REFERENCE, params.engine.precision, params.engine.compile).to(policy.device)
+        prompt_tokens = prompt_ids(tokenizer, [prompts[i] for i in mine], params.max_prompt_tokens)
         max_tokens = params.engine.max_tokens_per_microbatch
-        return divergence(policy, reference, prompt_tokens, chosen, max_tokens).to_dict("records")
+        table = divergence(policy, reference, prompt_tokens, [responses[i] for i in mine], max_tokens)
+        return table.to_dict("records")
 
     kl = pd.DataFrame(share(len(prompts), kl_to_reference))
     logps, reference_logps = (torch.tensor(kl[name].to_numpy()) for name in ("policy_logp", "reference_logp"))
@@ -113,22 +97,14 @@ def sample_responses(
 
 
 def compare_responses(
-    judges: Sequence[Judge], prompts: Sequence[Prompt], samples: pd.DataFrame, reference: pd.DataFrame
+    judges: Sequence[Judge], prompts: list[Prompt], samples: pd.DataFrame, reference: pd.DataFrame
 ) -> pd.DataFrame:
-    """Add the reference's responses and the verdicts of the judges to the samples.
-
-    The first judge adds `win` and, if it scores, `score` and `reference_score`. Further judges add the same
-    columns with the suffix `/NAME`.
-    """
+    """Add the reference's responses and each judge's columns; those of further judges end in `/NAME`."""
     columns = reference[["prompt", "response", "ids", "finished"]].add_prefix("reference_")
     samples = columns.rename(columns={"reference_prompt": "prompt"}).join(samples)
+    responses, others = samples["response"].tolist(), samples["reference_response"].tolist()
     for number, judge in enumerate(judges):
-        verdicts = judge.compare(
-            prompts,
-            samples["response"].tolist(),
-            samples["reference_response"].tolist(),
-            reference.get(f"score/{judge.name}"),
-        )
+        verdicts = judge.compare(prompts, responses, others, reference.get(f"score/{judge.name}"))
         verdicts = verdicts.rename(columns={"other_score": "reference_score"})
         samples = samples.join(verdicts.add_suffix(f"/{judge.name}" if number else ""))
     return samples

@@ -19,14 +19,13 @@ def main() -> None:
     params = load_params()
     judges = load_judges(params.evaluate.judges)
     tokenizer = load_tokenizer(REFERENCE)
-    state = this_process()
-    model = load_model(REFERENCE, params.engine.precision, params.engine.compile).to(state.device)
+    model = load_model(REFERENCE, params.engine.precision, params.engine.compile).to(this_process().device)
     pairs, count = pd.read_parquet(EVAL), params.evaluate.samples
     table = pairs.sample(count, replace=len(pairs) < count, random_state=params.seed)
     table = table[["prompt", "turns"]].reset_index(drop=True)
     prompts = [prompt_of(pair, tokenizer) for pair in table.to_dict("records")]
     table = table.join(response_table(model, tokenizer, prompts, **params.sampling))
-    if not state.is_main_process:
+    if not this_process().is_main_process:
         return
     for judge in judges:
         scores = judge.score(prompts, table["response"].tolist())

@@ -14,8 +14,7 @@ from scipy.special import ndtr, stdtrit
 
 RESAMPLES = 2000
 FLIPS = 9999
-CHUNK_SIZE = 2**22
-"""Maximum number of weights or signs in memory: 32 MB. The statistics use a few times that."""
+CHUNK_SIZE = 2**22  # weights or signs in memory: 32 MB. The statistics use a few times that.
 
 Numbers = NDArray[np.float64]
 Statistic = Callable[[Numbers], Numbers]
@@ -74,12 +73,7 @@ def bootstrap(
     97.5% quantile of Student's t with C - 1 degrees of freedom, because plain percentiles are too narrow for few
     clusters (Hesterberg 2015, "What Teachers Should Know About the Bootstrap", expanded percentile interval). In
     simulations they cover the true value in 93% to 95% of cases with nine clusters, in 92% if a few of these
-    contain most items, and in 88% with four.
-
-    Args:
-        statistics: by name.
-        clusters: the prompt of each of N items. If there is only one prompt, each item is its own cluster.
-        seed: of the resamples.
+    contain most items, and in 88% with four. If all N items have one cluster, each is its own cluster.
 
     Returns:
         `name` and `name_ci`, [low, high], for each statistic. The interval leaves out resamples in which the
@@ -90,20 +84,19 @@ def bootstrap(
     count = int(codes.max()) + 1
     rng = np.random.default_rng(seed)
     values = {name: float(statistic(np.ones((1, len(codes))))[0]) for name, statistic in statistics.items()}
-    defined = [name for name, value in values.items() if not np.isnan(value)]
-    parts: dict[str, list[Numbers]] = {name: [] for name in defined}
+    parts: dict[str, list[Numbers]] = {name: [] for name, value in values.items() if not np.isnan(value)}
     for rows in _chunks(RESAMPLES, len(codes)):
         drawn = rng.integers(count, size=(rows, count)) + count * np.arange(rows)[:, None]
         times = np.bincount(drawn.ravel(), minlength=rows * count).reshape(rows, count)
         weights = times[:, codes].astype(float)
-        for name in defined:
-            parts[name].append(statistics[name](weights))
+        for name, part in parts.items():
+            part.append(statistics[name](weights))
     others = max(count - 1, 1)
     tail = ndtr(-np.sqrt(count / others) * stdtrit(others, 0.975))
     metrics: dict[str, float | list[float]] = {}
-    for name in defined:
-        metrics[name] = values[name]
-        metrics[f"{name}_ci"] = np.nanquantile(np.concatenate(parts[name]), [tail, 1 - tail]).tolist()
+    for name, part in parts.items():
+        interval = np.nanquantile(np.concatenate(part), [tail, 1 - tail]).tolist()
+        metrics |= {name: values[name], f"{name}_ci": interval}
     return metrics
 
 
@@ -113,10 +106,7 @@ def paired_test(differences: Sequence[float], clusters: Sequence[Hashable], seed
     The null hypothesis: the difference of each cluster is symmetric around 0. Up to 13 clusters are tested with
     all flips, so p is exact and at least 2 / 2^clusters; more clusters are tested with 9999 random flips.
 
-    Args:
-        differences: of two policies on the same N items, in the same order.
-        clusters: the prompt of each item. If there is only one prompt, each item is its own cluster.
-        seed: of the random flips.
+    The differences are of two policies on the same N items. If all have one cluster, each is its own cluster.
     """
     sums = np.bincount(_codes(clusters), weights=differences)
     sums = sums[sums != 0]  # flipping 0 has no effect
@@ -136,9 +126,8 @@ def holm(p_values: Sequence[float]) -> list[float]:
     """Adjust the p-values of one family of tests for multiple comparisons (Holm 1979)."""
     p = np.asarray(p_values, float)
     order = np.argsort(p)
-    adjusted = np.empty_like(p)
-    adjusted[order] = np.minimum(1, np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)))
-    return adjusted.tolist()
+    adjusted = np.minimum(1, np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)))
+    return adjusted[np.argsort(order)].tolist()
 
 
 def _codes(clusters: Sequence[Hashable]) -> NDArray[np.int64]:
@@ -150,4 +139,4 @@ def _codes(clusters: Sequence[Hashable]) -> NDArray[np.int64]:
 def _chunks(rows: int, width: int) -> Iterator[int]:
     """Split a number of rows so that a chunk has at most `CHUNK_SIZE` values."""
     size = max(1, CHUNK_SIZE // width)
-    yield from (min(size, rows - start) for start in range(0, rows, size))
+    return (min(size, rows - start) for start in range(0, rows, size))

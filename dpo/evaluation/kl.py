@@ -12,14 +12,12 @@ from dpo.common.progress import progress
 from dpo.engine.logprobs import LogProbModel, packed_batches
 from dpo.engine.packing import TokenRow
 
+Rows = Sequence[Sequence[int]]
+
 
 @torch.no_grad()
 def divergence(
-    policy: LogProbModel,
-    reference: LogProbModel,
-    prompts: Sequence[Sequence[int]],
-    responses: Sequence[Sequence[int]],
-    max_tokens_per_microbatch: int,
+    policy: LogProbModel, reference: LogProbModel, prompts: Rows, responses: Rows, max_tokens_per_microbatch: int
 ) -> pd.DataFrame:
     """Estimate KL(pi || pi_ref) on responses y ~ pi, as a sum over the tokens of each response.
 
@@ -28,12 +26,8 @@ def divergence(
     plain estimate log(pi(y|x) / pi_ref(y|x)) and at most its variance (Rao-Blackwell; Amini et al. 2025, "Better
     Estimation of the KL Divergence Between Language Models"), and no response has a negative value.
 
-    Args:
-        policy: from `dpo.engine.logprobs.load_model`; it sampled the responses.
-        reference: from `dpo.engine.logprobs.load_model`, of the same architecture. Both models are in memory.
-        prompts: token ids, one prompt per response. Equal prompts are computed once.
-        responses: token ids, at least one per response.
-        max_tokens_per_microbatch: maximum number of tokens in one forward pass.
+    Prompts and responses are N rows of token ids; no response is empty. Equal prompts are computed once. One
+    forward pass has at most `max_tokens_per_microbatch` tokens.
 
     Returns:
         One row per response: `policy_logp`, `reference_logp`, `kl` and `entropy` in nats, summed over its tokens.
@@ -53,8 +47,7 @@ def divergence(
                 sums.index_add_(0, batch.completion_index[part].cpu(), tokens.double().cpu())
             parts.append(sums)
             bar.update(len(batch.ids))
-    table = pd.DataFrame(torch.cat(parts).numpy(), columns=columns)
-    return table.set_axis(order).sort_index()
+    return pd.DataFrame(torch.cat(parts).numpy(), columns=columns, index=order).sort_index()
 
 
 def _compare(policy: Tensor, reference: Tensor, targets: Tensor) -> Tensor:
@@ -66,15 +59,13 @@ def _compare(policy: Tensor, reference: Tensor, targets: Tensor) -> Tensor:
     return torch.stack([*chosen, kl, entropy], 1)
 
 
-def _by_prompt(
-    prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], max_tokens_per_microbatch: int
-) -> tuple[list[TokenRow], np.ndarray]:
+def _by_prompt(prompts: Rows, responses: Rows, max_tokens: int) -> tuple[list[TokenRow], np.ndarray]:
     """Return rows of one prompt with its responses, within the token budget, and the responses' order in them."""
     open_groups: dict[tuple[int, ...], list[int]] = defaultdict(list)
     groups: list[list[int]] = []
     for index, prompt in enumerate(map(tuple, prompts)):
         group = open_groups[prompt]
-        if group and len(prompt) + sum(len(responses[i]) for i in [*group, index]) > max_tokens_per_microbatch:
+        if group and len(prompt) + sum(len(responses[i]) for i in [*group, index]) > max_tokens:
             groups.append(group)
             group = open_groups[prompt] = []
         group.append(index)

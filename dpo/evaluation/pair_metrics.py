@@ -9,15 +9,12 @@ from scipy.special import expit
 from torch import Tensor
 
 from dpo.common.errors import InputError
-from dpo.evaluation.bootstrap import Numbers, Statistic, bootstrap, mean, quantile, ratio
+from dpo.evaluation.bootstrap import Statistic, bootstrap, mean, quantile, ratio
 from dpo.training.losses import PairBatch
 from dpo.training.settings import Trial
 
-BINS = 10
-"""Number of bins of equal width for confidences from 0.5 to 1."""
-
-MAX_PROMPT_SLICES, MIN_PAIRS_PER_PROMPT = 20, 5
-"""The most frequent prompts are slices, if they have enough pairs."""
+BINS = 10  # of equal width, for confidences from 0.5 to 1
+MAX_PROMPT_SLICES, MIN_PAIRS_PER_PROMPT = 20, 5  # the most frequent prompts are slices
 
 
 def pair_table(
@@ -75,17 +72,13 @@ def preference_metrics(
     - `reward_accuracy`, `margin`, `chosen_reward`, `rejected_reward`, `loss`, `chosen_logp_change`: means.
       `margin_p05` to `margin_p95`: quantiles. `chosen_logp_fell_share`: share of pairs whose chosen completion
       is less likely than under the reference.
-    - `perplexity`, `reference_perplexity`, per token of `completions`, and their quotient `perplexity_ratio`.
+    - `perplexity`, `reference_perplexity`, per token of the `completions` that supervised fine-tuning imitated;
+      `perplexity_ratio`, their quotient.
     - If the data has human agreement: `human_ceiling`, its mean, which is the accuracy of one person against
       another; `ece`, the expected calibration error over ten bins of confidence (Guo et al. 2017, "On Calibration
       of Modern Neural Networks"), see `calibration`; `brier`, E (p - Y)^2 with p = sigmoid(margin), the policy's
       probability that chosen is preferred, and Y ~ Bernoulli(agreement), whether a person prefers chosen.
       Resampling adds noise within the bins, so the interval of `ece` is biased upwards.
-
-    Args:
-        table: from `pair_table`.
-        seed: of the bootstrap.
-        completions: the completions that supervised fine-tuning imitated; perplexity is measured on them.
     """
     sides = ("chosen", "rejected") if completions == "both" else ("chosen",)
     policy, reference, tokens = (
@@ -95,10 +88,7 @@ def preference_metrics(
         "reward_accuracy": mean(table["correct"]),
         "margin": mean(table["margin"]),
         **{f"margin_p{percent:02}": quantile(table["margin"], percent / 100) for percent in (5, 25, 50, 75, 95)},
-        "chosen_reward": mean(table["chosen_reward"]),
-        "rejected_reward": mean(table["rejected_reward"]),
-        "loss": mean(table["loss"]),
-        "chosen_logp_change": mean(table["chosen_logp_change"]),
+        **{name: mean(table[name]) for name in ("chosen_reward", "rejected_reward", "loss", "chosen_logp_change")},
         "chosen_logp_fell_share": mean(table["chosen_logp_change"] < 0),
         "perplexity": _exp(ratio(-policy, tokens)),
         "reference_perplexity": _exp(ratio(-reference, tokens)),
@@ -120,21 +110,18 @@ def _human_agreement(table: pd.DataFrame) -> dict[str, Statistic]:
     bins = calibration(table).reindex(table.index)
     gap = (bins["confidence"] - bins["agreement"]).fillna(0)
     gaps = [ratio(gap.where(bins["bin"] == number, 0), known) for number in range(BINS)]
-
-    def ece(weights: Numbers) -> Numbers:
-        return np.sum([np.abs(statistic(weights)) for statistic in gaps], axis=0)
-
-    return {"human_ceiling": ratio(agreement, known), "ece": ece, "brier": ratio(brier, known)}
+    return {
+        "human_ceiling": ratio(agreement, known),
+        "ece": lambda weights: np.sum([np.abs(gap(weights)) for gap in gaps], axis=0),
+        "brier": ratio(brier, known),
+    }
 
 
 def calibration(table: pd.DataFrame) -> pd.DataFrame:
     """Return the policy's confidence in the completion that it prefers, and the share of people who agree.
 
-    The result does not depend on which completion is called chosen.
-
-    Returns:
-        `bin` from 0, `confidence` max(p, 1 - p) with p = sigmoid(margin), and `agreement`, the share of people who
-        prefer the same completion, 0.5 at a margin of 0. Pairs without agreement are left out; the index is kept.
+    `bin` from 0, `confidence` max(p, 1 - p) with p = sigmoid(margin), and `agreement`, the share of people who
+    prefer the same completion, 0.5 at a margin of 0. Pairs without agreement are left out; the index is kept.
     """
     table = table[table["agreement"].notna()]
     p = expit(table["margin"])
@@ -145,11 +132,9 @@ def calibration(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def reliability(table: pd.DataFrame) -> pd.DataFrame:
-    """Return the calibration curve of a `pair_table`.
+    """Return the calibration curve of a `pair_table`, without rows if the data has no agreement.
 
-    Returns:
-        One row per non-empty bin: its limits `low` and `high`, `pairs`, mean `confidence` and mean `agreement`.
-        There are no rows if the data has no agreement.
+    One row per non-empty bin: its limits `low` and `high`, `pairs`, mean `confidence` and mean `agreement`.
     """
     bins = calibration(table).groupby("bin")
     curve = bins.agg(pairs=("bin", "size"), confidence=("confidence", "mean"), agreement=("agreement", "mean"))
@@ -160,17 +145,12 @@ def reliability(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def slices(table: pd.DataFrame, seed: int) -> pd.DataFrame:
-    """Return the main metrics by source, by quartile of length, and by prompt.
+    """Return the main metrics of a `pair_table` by source, by quartile of length, and by prompt.
 
-    Args:
-        table: from `pair_table`.
-        seed: of the bootstraps.
-
-    Returns:
-        One row per slice: `slice` (`source`, `length` or `prompt`), `value`, `pairs`; `reward_accuracy`, `margin`
-        and `chosen_logp_change` with the limits `_low` and `_high` of their 95% intervals. Lengths are tokens of
-        both completions. Prompts are the 20 most frequent ones with at least five pairs. Intervals are resampled
-        by prompt, and in a slice of one prompt by pair.
+    One row per slice: `slice` (`source`, `length` or `prompt`), `value`, `pairs`; `reward_accuracy`, `margin` and
+    `chosen_logp_change` with the limits `_low` and `_high` of their 95% intervals. Lengths are tokens of both
+    completions. Prompts are the 20 most frequent ones with at least five pairs. Intervals are resampled by prompt,
+    and in a slice of one prompt by pair.
     """
     columns = {"reward_accuracy": "correct", "margin": "margin", "chosen_logp_change": "chosen_logp_change"}
     rows = []

@@ -10,12 +10,8 @@ from scipy.special import expit
 
 from dpo.evaluation.bootstrap import Numbers, Statistic, bootstrap, mean, over, ratio
 
-RIDGE = 0.01
-"""Weight of half the squared coefficients in `length_controlled`. It keeps the fit finite if all responses win."""
-
-MAX_NEWTON_STEPS, TOLERANCE = 25, 1e-9
-"""About 6 steps are usual, and 20 if all of 100,000 responses win."""
-
+RIDGE = 0.01  # weight of half the squared coefficients; it keeps the fit finite if all responses win
+MAX_NEWTON_STEPS, TOLERANCE = 25, 1e-9  # about 6 steps are usual, and 20 if all of 100,000 responses win
 Ids = Sequence[int]
 
 
@@ -39,15 +35,12 @@ def response_metrics(table: pd.DataFrame, seed: int) -> dict[str, float | list[f
       0.5; with scores `reward` and `reference_reward`, their means. `failed_verdicts` counts the responses whose
       `win` is NaN, which are left out. Each further judge adds `win_rate/NAME` and `failed_verdicts/NAME`.
 
-    Args:
-        table: one row per response: `prompt`; `response`, text; `ids` and `reference_ids`, tokens; `finished` and
-            `reference_finished`; `kl` and `entropy`, nats summed over the response's tokens; `implicit_reward`.
-            From the first judge `win`, from 0 to 1 or NaN for a failed verdict, and if it scores `score` and
-            `reference_score`; from a further judge `win/NAME`.
-        seed: of the bootstrap.
+    - `samples`, the number of responses. A ratio with denominator 0 is left out.
 
-    Returns:
-        The metrics and `samples`, the number of responses. A ratio with denominator 0 is left out.
+    The table has one row per response: `prompt`; `response`, text; `ids` and `reference_ids`, tokens; `finished`
+    and `reference_finished`; `kl` and `entropy`, nats summed over the response's tokens; `implicit_reward`. From
+    the first judge it has `win`, from 0 to 1 or NaN for a failed verdict, and if that judge scores `score` and
+    `reference_score`; from a further judge `win/NAME`.
     """
     tokens, reference_tokens = table["ids"].map(len), table["reference_ids"].map(len)
     responses, reference_responses = _without_end(table, ""), _without_end(table, "reference_")
@@ -55,7 +48,7 @@ def response_metrics(table: pd.DataFrame, seed: int) -> dict[str, float | list[f
         np.array([_repetition(ids) for ids in side]) for side in (responses, reference_responses)
     )
     distinct, reference_distinct = _distinct(responses, 2), _distinct(reference_responses, 2)
-    unfinished, reference_unfinished = 1.0 - table["finished"], 1.0 - table["reference_finished"]
+    unfinished = 1.0 - table["finished"]
     statistics = {
         "kl": mean(table["kl"]),
         "kl_per_token": ratio(table["kl"], tokens),
@@ -71,16 +64,14 @@ def response_metrics(table: pd.DataFrame, seed: int) -> dict[str, float | list[f
         "distinct_2_ratio": over(distinct, reference_distinct),
         "empty": mean([not _has_visible_character(text) for text in table["response"]]),
         "unfinished": mean(unfinished),
-        "unfinished_rise": mean(unfinished - reference_unfinished),
+        "unfinished_rise": mean(unfinished - (1.0 - table["reference_finished"])),
         "implicit_reward": mean(table["implicit_reward"]),
     }
     counts: dict[str, float | list[float]] = {"samples": len(table)}
-    for column in table:
-        kind, *judge = str(column).split("/", 1)
-        if kind == "win":
-            judged, win = table[column].notna(), table[column].fillna(0.5)
-            counts["/".join(["failed_verdicts", *judge])] = int((~judged).sum())
-            statistics["/".join(["win_rate", *judge])] = ratio(win * judged, judged)
+    for column, wins in table.filter(regex="^win(/|$)").items():
+        judge = str(column).removeprefix("win")
+        counts[f"failed_verdicts{judge}"] = int(wins.isna().sum())
+        statistics[f"win_rate{judge}"] = ratio(wins.fillna(0), wins.notna())
     if "win" in table:
         statistics |= _judge_statistics(table, tokens - reference_tokens)
     return counts | bootstrap(statistics, table["prompt"].tolist(), seed)
@@ -89,11 +80,11 @@ def response_metrics(table: pd.DataFrame, seed: int) -> dict[str, float | list[f
 def _judge_statistics(table: pd.DataFrame, extra_tokens: pd.Series) -> dict[str, Statistic]:
     judged, win = table["win"].notna(), table["win"].fillna(0.5)
     statistics = {
-        "tie_rate": ratio(judged & (win == 0.5), judged),
+        "tie_rate": ratio(table["win"] == 0.5, judged),
         "length_controlled_win_rate": length_controlled(win, extra_tokens, judged),
     }
     if "score" not in table:
-        return statistics | {"judged_gain": ratio((win - 0.5) * judged, judged)}
+        return statistics | {"judged_gain": ratio(win - 0.5, judged)}
     return statistics | {
         "reward": mean(table["score"]),
         "reference_reward": mean(table["reference_score"]),
@@ -107,10 +98,8 @@ def length_controlled(wins: ArrayLike, extra_tokens: ArrayLike, judged: ArrayLik
     After Dubois et al. 2024, "Length-Controlled AlpacaEval", with length as the only term: sigmoid(a) of the
     logistic regression of wins on a + b tanh(extra / std(extra)), fitted by Newton's method in each resample.
 
-    Args:
-        wins: N outcomes from 0 to 1.
-        extra_tokens: tokens of each response minus those of the reference's response.
-        judged: 1 for outcomes that count, 0 for others.
+    The N wins are from 0 to 1. `extra_tokens` are the tokens of each response minus those of the reference's
+    response. `judged` is 1 for outcomes that count, 0 for others.
     """
     won, extra = np.asarray(wins, float), np.asarray(extra_tokens, float)
     x = np.tanh(extra / (extra.std() or 1))

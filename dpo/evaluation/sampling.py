@@ -9,6 +9,7 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
 from dpo.common.distributed import share, this_process
@@ -16,11 +17,9 @@ from dpo.common.progress import progress
 from dpo.engine.logprobs import LogProbModel
 from dpo.engine.tokenization import Prompt, prompt_ids
 
-BATCH_SIZE = 128
-"""Responses generated together. Each one needs memory for its keys and values."""
-
-TOKENS_PER_ROUND = 8
-"""Number of tokens sampled before finished responses leave the batch."""
+BATCH_SIZE = 128  # responses generated together; each one needs memory for its keys and values
+TOKENS_PER_ROUND = 8  # sampled before finished responses leave the batch
+Generate = Callable[..., Any]
 
 
 def sample(
@@ -45,7 +44,8 @@ def sample(
     rows = prompt_ids(tokenizer, prompts, max_prompt_tokens)
     order = sorted(range(len(rows)), key=lambda number: (len(rows[number]), rows[number]))
     end = tokenizer.eos_token_id
-    responses: list[list[int]] = [[] for _ in rows]
+    responses: dict[int, list[int]] = {}
+    left_pad = functools.partial(pad_sequence, batch_first=True, padding_side="left")
     torch.manual_seed(seed)
     bar = progress(total=len(rows), desc="responses", unit="response", disable=len(rows) == 1)
     with model.generation() as generator, bar:
@@ -62,24 +62,15 @@ def sample(
         takes_cache = "past_key_values" in inspect.signature(generator.forward).parameters
         for first in range(0, len(rows), BATCH_SIZE):
             batch = order[first : first + BATCH_SIZE]
-            ids, mask = (t.to(model.device) for t in _left_padded([rows[number] for number in batch]))
+            prompt_tokens = [torch.LongTensor(rows[number]).to(model.device) for number in batch]
+            ids, mask = left_pad(prompt_tokens), left_pad([torch.ones_like(row) for row in prompt_tokens])
             cache = _shared_cache(generate, ids, mask) if takes_cache else None
-            sampled = _continue(generate, ids, mask, cache, max_new_tokens, end)
-            for number, response in zip(batch, sampled, strict=True):
-                responses[number] = response
+            responses |= zip(batch, _continue(generate, ids, mask, cache, max_new_tokens, end), strict=True)
             bar.update(len(batch))
-    return responses
+    return [responses[number] for number in range(len(rows))]
 
 
-def _left_padded(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """Return token ids and mask, both [R, T], of R rows. The longest row has T tokens."""
-    width = max(map(len, rows))
-    ids = torch.tensor([[0] * (width - len(row)) + list(row) for row in rows])
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
-    return ids, mask
-
-
-def _shared_cache(generate: Callable[..., Any], ids: Tensor, mask: Tensor) -> DynamicCache | None:
+def _shared_cache(generate: Generate, ids: Tensor, mask: Tensor) -> DynamicCache | None:
     """Return keys and values of left-padded prompts [R, T] without their last token. Equal prompts share a pass.
 
     Return None if all prompts have one token, or if the model uses another kind of cache.
@@ -96,12 +87,7 @@ def _shared_cache(generate: Callable[..., Any], ids: Tensor, mask: Tensor) -> Dy
 
 
 def _continue(
-    generate: Callable[..., Any],
-    ids: Tensor,
-    mask: Tensor,
-    cache: DynamicCache | None,
-    max_new_tokens: int,
-    end: int | None,
+    generate: Generate, ids: Tensor, mask: Tensor, cache: DynamicCache | None, max_new_tokens: int, end: int | None
 ) -> list[list[int]]:
     """Return responses to left-padded prompts [R, T], sampled in rounds if there is a cache to continue from."""
     if cache is None:
@@ -127,36 +113,20 @@ def _continue(
 
 
 def response_table(
-    model: LogProbModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Prompt],
-    *,
-    max_new_tokens: int,
-    max_prompt_tokens: int,
-    seed: int,
+    model: LogProbModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], *, seed: int, **limits: int
 ) -> pd.DataFrame:
-    """Sample one response per prompt at temperature 1. The processes of a launch share the prompts.
+    """Sample one response per prompt at temperature 1, with the limits `max_new_tokens` and `max_prompt_tokens`.
+
+    The processes of a launch share the prompts.
 
     Returns:
         One row per prompt: `response`, text; `ids`, tokens; `finished`, whether it ends with the end token.
     """
-
-    def sample_share(mine: list[int]) -> list[list[int]]:
-        return sample(
-            model,
-            tokenizer,
-            [prompts[number] for number in mine],
-            max_new_tokens=max_new_tokens,
-            temperature=1.0,
-            seed=seed + this_process().process_index,
-            max_prompt_tokens=max_prompt_tokens,
-        )
-
-    responses = share(len(prompts), sample_share)
-    return pd.DataFrame(
-        {
-            "response": tokenizer.batch_decode(responses, skip_special_tokens=True),
-            "ids": responses,
-            "finished": [ids[-1] == tokenizer.eos_token_id for ids in responses],
-        }
+    seed += this_process().process_index
+    responses = share(
+        len(prompts),
+        lambda mine: sample(model, tokenizer, [prompts[i] for i in mine], temperature=1.0, seed=seed, **limits),
     )
+    texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
+    finished = [ids[-1] == tokenizer.eos_token_id for ids in responses]
+    return pd.DataFrame({"response": texts, "ids": responses, "finished": finished})

@@ -12,9 +12,7 @@ from dpo.evaluation.settings import CompareSettings
 
 REFERENCE = "reference"
 SIGNIFICANCE_LEVEL = 0.05
-LOWER_LIMITS = {"chosen_logp_change", "distinct_2_ratio"}
-"""Metrics whose limit is a minimum. The other limits are maxima."""
-
+LOWER_LIMITS = {"chosen_logp_change", "distinct_2_ratio"}  # minima; the other limits are maxima
 Metrics = Mapping[str, Any]
 
 
@@ -31,15 +29,7 @@ class FailureMode:
 
 
 def failure_modes(metrics: Metrics, settings: CompareSettings) -> list[FailureMode]:
-    """Check a policy against every guardrail.
-
-    Args:
-        metrics: of one policy, from `preference_metrics` and `response_metrics`.
-        settings: the guardrails and the KL budget.
-
-    Returns:
-        One failure mode per guardrail whose metric is in `metrics`, detected or not.
-    """
+    """Return one failure mode per guardrail whose metric is in `metrics`, detected or not."""
     limits = settings.guardrails
     checks = [
         ("likelihood displacement", "chosen_logp_change", -limits.max_displacement,
@@ -59,8 +49,7 @@ def failure_modes(metrics: Metrics, settings: CompareSettings) -> list[FailureMo
     ]  # fmt: skip
     modes = []
     for name, metric, limit, meaning in checks:
-        if metric in metrics:
-            value = metrics[metric]
+        if (value := metrics.get(metric)) is not None:
             detected = value < limit if metric in LOWER_LIMITS else value > limit
             modes.append(FailureMode(name, metric, value, limit, detected, meaning))
     if "judged_gain" in metrics:
@@ -95,11 +84,8 @@ def compare_policies(
 ) -> list[Comparison]:
     """Compare each policy with the reference and with each other policy, paired by item.
 
-    Args:
-        outcomes: for each policy, N outcomes against the reference on the same N items in the same order: 1 for
-            better, 0 for worse, 0.5 for equal, NaN for unknown, which counts as no difference.
-        clusters: the prompt of each item.
-        seed: of the bootstrap and of the permutations.
+    Each policy has N outcomes against the reference on the same N items in the same order: 1 for better, 0 for
+    worse, 0.5 for equal, NaN for unknown, which counts as no difference. The clusters are the items' prompts.
     """
     contestants = {REFERENCE: np.full(len(clusters), 0.5)} | {k: np.asarray(v, float) for k, v in outcomes.items()}
     pairs = [(second, first) for first, second in itertools.combinations(contestants, 2)]
@@ -116,12 +102,10 @@ def compare_policies(
 def select(
     policies: Mapping[str, Metrics], comparisons: Sequence[Comparison], settings: CompareSettings
 ) -> tuple[str | None, str]:
-    """Select the policy with the highest `settings.select` among those without a detected failure mode.
+    """Return the name of the selected policy or None, and the reason in words.
 
-    If several have the same value, the one with the lowest KL is selected.
-
-    Returns:
-        The name of the policy or None, and the reason in words.
+    The policy with the highest `settings.select` among those without a detected failure mode is selected. If
+    several have the same value, the one with the lowest KL is selected.
     """
     metric = settings.select
     passed, failed = [], []
@@ -143,16 +127,11 @@ def select(
     )
     if failed:
         reason += f" Excluded: {', '.join(failed)}."
-    ties = [
-        c.second if c.first == best else c.first
-        for c in comparisons
-        if best in (c.first, c.second) and c.verdict == "tie"
-    ]
+    tests = [{c.first, c.second} - {best} for c in comparisons if c.verdict == "tie"]
+    ties = [name for others in tests if len(others) == 1 for name in others]
     similar = [name for name in ties if name in passed] + ["the reference"] * (REFERENCE in ties)
     if similar:
         tested = "win rate" if "win_rate" in metric else "reward accuracy"
-        reason += (
-            f" Its {tested} is not significantly different from that of {', '.join(similar)} (paired test, "
-            f"p ≥ {SIGNIFICANCE_LEVEL})."
-        )
+        reason += f" Its {tested} is not significantly different from that of {', '.join(similar)}"
+        reason += f" (paired test, p ≥ {SIGNIFICANCE_LEVEL})."
     return best, reason

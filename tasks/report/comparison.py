@@ -18,11 +18,8 @@ from tasks.report.figures import calibration, curve, frontier, margins
 from tasks.tracking.provenance import provenance
 from tasks.tracking.runs import training_times
 
-MAX_RESPONSES = 100
-"""Responses of each policy on the page."""
-
-Tables = dict[str, pd.DataFrame]
-"""One table per trial, by its name."""
+MAX_RESPONSES = 100  # of each policy on the page
+FIGURE_CONFIG = {"responsive": True, "displayModeBar": False}
 
 
 @dataclass(frozen=True)
@@ -30,24 +27,20 @@ class Results:
     """Results of all trials. The dicts have the trials' names as keys."""
 
     trials: list[Trial]
-    names: dict[str, str]
-    """Short names for figures and tables."""
-    policies: dict[str, dict[str, Any]]
-    """Metrics."""
+    names: dict[str, str]  # short names for figures and tables
+    policies: dict[str, dict[str, Any]]  # metrics
     selected: str | None
     reason: str
     failure_modes: dict[str, list[FailureMode]]
-    tests: pd.DataFrame
-    """Paired tests of all policies and the reference."""
-    samples: Tables
-    pairs: pd.DataFrame
-    """Of all trials, as the following tables, with the short name in the column `policy`."""
+    tests: pd.DataFrame  # of all policies and the reference
+    samples: dict[str, pd.DataFrame]
+    pairs: pd.DataFrame  # of all trials, with the short name in the column `policy`, as the next three tables
     train_logs: pd.DataFrame
     calibration: pd.DataFrame
     slices: pd.DataFrame
 
 
-def concatenate(tables: Tables, names: dict[str, str]) -> pd.DataFrame:
+def concatenate(tables: dict[str, pd.DataFrame], names: dict[str, str]) -> pd.DataFrame:
     """Concatenate tables and add the policy's short name as the column `policy`."""
     return pd.concat([table.assign(policy=names[key]) for key, table in tables.items()], ignore_index=True)
 
@@ -89,12 +82,7 @@ def write_report(params: Params, results: Results, figures: list[go.Figure]) -> 
         provenance=provenance(checkpoints) | {"training took": training_times(checkpoints)},
         plotly=get_plotlyjs(),
         figures=[
-            figure.to_html(
-                full_html=False,
-                include_plotlyjs=False,
-                config={"responsive": True, "displayModeBar": False},
-                div_id=f"figure-{number}",
-            )
+            figure.to_html(FIGURE_CONFIG, full_html=False, include_plotlyjs=False, div_id=f"figure-{number}")
             for number, figure in enumerate(figures)
         ],
     )

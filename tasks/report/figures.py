@@ -14,8 +14,7 @@ REWARD_METRICS = {
     "reward": "judge's score of the policy's responses",
     "win_rate": "win rate against the reference",
     "reward_accuracy": "reward accuracy",
-}
-"""Metrics for the reward axis. The first one that the policies have is used."""
+}  # for the reward axis; the first one that the policies have is used
 
 
 def labels(trials: Sequence[Trial], *, beta: bool = True) -> dict[str, str]:
@@ -41,10 +40,7 @@ def reward_metric(policies: Mapping[str, dict[str, Any]]) -> str:
 
 
 def frontier(trials: Sequence[Trial], policies: Mapping[str, dict[str, Any]]) -> go.Figure:
-    """Plot reward against KL to the reference with 95% intervals (Rafailov et al. 2023, fig. 2).
-
-    There is one line per loss (and per learning rate and seed, if they vary) and one point per beta.
-    """
+    """Plot reward against KL, one point per beta, with 95% intervals (Rafailov et al. 2023, fig. 2)."""
     reward = reward_metric(policies)
     figure = go.Figure()
     lines = defaultdict(list)
@@ -64,7 +60,7 @@ def frontier(trials: Sequence[Trial], policies: Mapping[str, dict[str, Any]]) ->
             error_y=_error_bars(rows, reward),
             name=line,
         )
-    start = next(iter(policies.values())).get("reference_reward", 0.5)
+    start = policies[trials[0].name].get("reference_reward", 0.5)
     figure.add_scatter(
         x=[0], y=[start], text=["reference"], mode="markers+text", textposition="bottom right", name="reference"
     )

@@ -20,23 +20,13 @@ class Judge(Protocol):
     def name(self) -> str:
         """Name in metrics and reports."""
 
-    def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float] | None:
+    def score(self, prompts: list[Prompt], responses: list[str]) -> list[float] | None:
         """Return one score per response, higher is better. Return None if the judge can only compare."""
 
     def compare(
-        self,
-        prompts: Sequence[Prompt],
-        responses: Sequence[str],
-        others: Sequence[str],
-        other_scores: ArrayLike | None = None,
+        self, prompts: list[Prompt], responses: list[str], others: list[str], other_scores: ArrayLike | None = None
     ) -> pd.DataFrame:
-        """Compare each response with another response to the same prompt.
-
-        Args:
-            prompts: N prompts.
-            responses: N responses.
-            others: N other responses.
-            other_scores: scores of `others`, if `score` computed them before; they are not computed again.
+        """Compare each response with another response to the same prompt, and reuse `other_scores` if given.
 
         Returns:
             One row per prompt. `win` is 1 if the response is better, 0.5 for a tie, 0 if it is worse, a value in

@@ -7,7 +7,7 @@ from os.path import commonprefix
 
 import torch
 from jinja2 import TemplateError
-from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 from dpo.common.errors import InputError
@@ -17,11 +17,8 @@ from dpo.engine.pretrained import load_tokenizer, load_weights
 from dpo.engine.tokenization import Prompt, turns_of
 from dpo.evaluation.settings import RewardModelSettings
 
-BATCH_SIZE = 16
-"""Rows, of similar length, in one forward pass."""
-
-Row = Mapping[str, list[int]]
-"""The tokenizer's output for a prompt with its response: `input_ids`, `attention_mask` and any further fields."""
+BATCH_SIZE = 16  # rows, of similar length, in one forward pass
+Row = Mapping[str, list[int]]  # `input_ids`, `attention_mask` and any further fields of the tokenizer's output
 
 
 class RewardModel:
@@ -73,14 +70,9 @@ def reward_scores(
 
     With a chat template the model reads the conversation with the response as the assistant's turn. Without one
     it reads prompt and response as a pair of texts. A sequence that exceeds the model's context is truncated at
-    the left of its prompt; a response is never truncated.
-
-    Args:
-        model: a sequence classifier with one output. Without a pad token it reads one row at a time, because a
-            decoder scores the last token that is not padding.
-        tokenizer: of the model, with `truncation_side` left.
-        prompts: N prompts.
-        responses: N responses, which may be empty.
+    the left of its prompt; a response is never truncated, and may be empty. A model without a pad token reads one
+    row at a time, because a decoder scores the last token that is not padding. The tokenizer's `truncation_side`
+    must be left.
 
     Raises:
         InputError: a response leaves no room for a prompt token, or the chat template rejects a conversation.
@@ -95,15 +87,18 @@ def reward_scores(
             raise InputError(f"response {number}: {error}") from error
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]["input_ids"]))
     size = 1 if config.pad_token_id is None else BATCH_SIZE
-    scores = [0.0] * len(rows)
+    scores: dict[int, float] = {}
     with progress(total=len(rows), desc="scores", unit="response", mininterval=2) as bar:
         for start in range(0, len(order), size):
             batch = order[start : start + size]
-            padded = _pad([rows[i] for i in batch], config.pad_token_id, model.device)
-            for i, score in zip(batch, model(**padded).logits[:, 0].tolist(), strict=True):
-                scores[i] = score
+            fields = {}
+            for name in rows[0]:
+                pad = (config.pad_token_id or 0) if name == "input_ids" else 0
+                values = [torch.LongTensor(rows[i][name]).to(model.device) for i in batch]
+                fields[name] = pad_sequence(values, batch_first=True, padding_value=pad)
+            scores |= zip(batch, model(**fields).logits[:, 0].tolist(), strict=True)
             bar.update(len(batch))
-    return scores
+    return [scores[i] for i in range(len(rows))]
 
 
 def _row(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, response: str, max_tokens: int) -> Row:
@@ -132,13 +127,3 @@ def _check_room(tokens: int, max_tokens: int) -> None:
             f"it has {tokens} tokens and the model reads at most {max_tokens}, so no token of the prompt fits; "
             "lower evaluate.max_new_tokens or use another model"
         )
-
-
-def _pad(rows: Sequence[Row], pad: int | None, device: torch.device) -> dict[str, Tensor]:
-    """Return tensors [rows, tokens of the longest row], padded on the right. A single row needs no pad token."""
-    width = max(len(row["input_ids"]) for row in rows)
-    fill = {"input_ids": pad}
-    return {
-        name: torch.tensor([row[name] + [fill.get(name, 0)] * (width - len(row[name])) for row in rows]).to(device)
-        for name in rows[0]
-    }

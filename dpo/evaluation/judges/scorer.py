@@ -23,10 +23,9 @@ class Scorer:
 
     name: str
     function: ScoreFunction
-    key: str
-    """Key in params.yaml, for errors."""
+    key: str  # in params.yaml, for errors
 
-    def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
+    def score(self, prompts: list[Prompt], responses: list[str]) -> list[float]:
         """Return one score per response.
 
         Raises:
@@ -37,31 +36,23 @@ class Scorer:
         try:
             scores = [float(value) for value in returned]
         except (TypeError, ValueError) as error:
-            raise InputError(
-                f"{where} did not return a list of numbers: {error}; return one number per response"
-            ) from error
+            fault = f"did not return a list of numbers: {error}; return one number per response"
+            raise InputError(f"{where} {fault}") from error
         if len(scores) != len(responses):
-            raise InputError(
-                f"{where} returned {len(scores)} scores for {len(responses)} responses; return one per response"
-            )
+            fault = f"returned {len(scores)} scores for {len(responses)} responses; return one per response"
+            raise InputError(f"{where} {fault}")
         for number, (value, response) in enumerate(zip(scores, responses, strict=True), 1):
             if not math.isfinite(value):
-                raise InputError(
-                    f"{where} returned {value} for response {number}, {response[:80]!r}; return finite scores"
-                )
+                fault = f"returned {value} for response {number}, {response[:80]!r}; return finite scores"
+                raise InputError(f"{where} {fault}")
         return scores
 
     def compare(
-        self,
-        prompts: Sequence[Prompt],
-        responses: Sequence[str],
-        others: Sequence[str],
-        other_scores: ArrayLike | None = None,
+        self, prompts: list[Prompt], responses: list[str], others: list[str], other_scores: ArrayLike | None = None
     ) -> pd.DataFrame:
         """Compare by score; see `dpo.evaluation.judges.Judge.compare`."""
         scores = self.score(prompts, responses)
-        if other_scores is None:
-            other_scores = self.score(prompts, others)
+        other_scores = self.score(prompts, others) if other_scores is None else other_scores
         win = (np.sign(np.subtract(scores, other_scores)) + 1) / 2
         return pd.DataFrame({"win": win, "score": scores, "other_score": np.asarray(other_scores)})
 

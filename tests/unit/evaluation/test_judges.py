@@ -285,10 +285,40 @@ def test_conversation_that_the_template_rejects_is_an_error(models):
 @pytest.mark.parametrize(
     ("model", "revision", "words"),
     [
-        ("someone/rewards", None, ["evaluate.judges.0.model: 'someone/rewards'", "evaluate.judges.0.revision"]),
-        ("models/own/absent", None, ["'models/own/absent' is no folder"]),
-        ("elsewhere", None, ["outside models/own", "copy the model"]),
-        ("models/own/empty", "main", ["evaluate.judges.0.revision has no effect"]),
+        (
+            "someone/rewards",
+            None,
+            [
+                "params.yaml: evaluate.judges.0.model: 'someone/rewards' is not an existing folder",
+                "it must be a hub id, without a revision",
+                "set evaluate.judges.0.revision to a commit",
+            ],
+        ),
+        (
+            "models/own/absent",
+            None,
+            [
+                "params.yaml: evaluate.judges.0.model: 'models/own/absent' is not an existing folder",
+                "set evaluate.judges.0.revision to a commit",
+            ],
+        ),
+        (
+            "elsewhere",
+            None,
+            [
+                "params.yaml: evaluate.judges.0.model: elsewhere is outside models/own/",
+                "copy the model to models/own/elsewhere and set evaluate.judges.0.model to that path",
+            ],
+        ),
+        (
+            "models/own/empty",
+            "main",
+            [
+                "params.yaml: evaluate.judges.0.revision has no effect",
+                "evaluate.judges.0.model is not a hub id",
+                "set it to null",
+            ],
+        ),
     ],
 )
 def test_reward_model_outside_models_own_or_without_revision_is_an_error_at_load_time(

@@ -109,7 +109,7 @@ def test_estimate_is_unbiased_and_has_lower_variance_than_the_plain_estimate():
 
 def test_responses_to_one_prompt_share_a_row_within_the_token_budget():
     prompts = [[1, 2, 3], [4], [1, 2, 3], [1, 2, 3]]
-    rows, order = module._by_prompt(prompts, [[5, 6], [7], [8, 9], [1, 1]], max_tokens_per_microbatch=7)
+    rows, order = module._by_prompt(prompts, [[5, 6], [7], [8, 9], [1, 1]], max_tokens=7)
     assert [(row.prompt, row.completions) for row in rows] == [
         ((1, 2, 3), ((5, 6), (8, 9))),
         ((1, 2, 3), ((1, 1),)),
