@@ -35,14 +35,10 @@ def main() -> None:
     main_process = this_process().is_main_process
     with reference_run(params, table) if main_process else nullcontext() as run_id:
         log = train_sft(
-            model,
-            rows,
-            params.sft,
+            model, rows, params.sft, seed=params.seed, store=store,
             max_tokens_per_microbatch=params.engine.max_tokens_per_microbatch,
-            seed=params.seed,
-            store=store,
             callbacks=[StepLog(run_id)] if run_id else [],
-        )
+        )  # fmt: skip
         save_checkpoint(model, tokenizer, REFERENCE, made_by(params, run_id))
         if run_id:
             tag_checkpoint(run_id, REFERENCE)

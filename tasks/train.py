@@ -13,14 +13,7 @@ from dpo.engine.reference_cache import cache_key, load_reference
 from dpo.engine.tokenization import encode_pairs
 from dpo.training.checkpoints import CheckpointStore
 from dpo.training.train import save_checkpoint, train_dpo
-from tasks.common.paths import (
-    REFERENCE,
-    REFERENCE_TRAIN,
-    TRAIN,
-    TRAINING_PROGRESS,
-    policy_folder,
-    train_log,
-)
+from tasks.common.paths import REFERENCE, REFERENCE_TRAIN, TRAIN, TRAINING_PROGRESS, policy_folder, train_log
 from tasks.common.runner import run_launched, trial_argument
 from tasks.tracking.provenance import made_by
 from tasks.tracking.runs import policy_run, tag_checkpoint
@@ -30,27 +23,20 @@ from tasks.tracking.steplog import StepLog
 def main() -> None:
     """Load, train, save."""
     params = load_params()
-    trial = trial_argument(params)
+    trial, engine = trial_argument(params), params.engine
     tokenizer = load_tokenizer(REFERENCE)
     table = pd.read_parquet(TRAIN)
-    engine = params.engine
     rows = encode_pairs(table.to_dict("records"), tokenizer, engine.max_length)
-    key = cache_key(REFERENCE, tokenizer, rows, engine)
-    reference = load_reference(REFERENCE_TRAIN, key)
+    reference = load_reference(REFERENCE_TRAIN, cache_key(REFERENCE, tokenizer, rows, engine))
     model = load_model(REFERENCE, engine.precision, engine.compile)
     store = CheckpointStore(TRAINING_PROGRESS / trial.name, params.run.checkpoint_minutes)
     main_process = this_process().is_main_process
     with policy_run(params, trial, table) if main_process else nullcontext() as run_id:
         log = train_dpo(
-            model,
-            rows,
-            reference,
-            params.dpo,
-            trial,
+            model, rows, reference, params.dpo, trial, store=store,
             max_tokens_per_microbatch=engine.max_tokens_per_microbatch,
-            store=store,
             callbacks=[StepLog(run_id)] if run_id else [],
-        )
+        )  # fmt: skip
         save_checkpoint(model, tokenizer, policy_folder(trial), made_by(params, run_id, trial))
         if run_id:
             tag_checkpoint(run_id, policy_folder(trial))

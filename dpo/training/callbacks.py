@@ -12,12 +12,8 @@ from dpo.training.settings import EarlyStopSettings
 
 ALARM_NATS = 100.0
 """Mean change of a completion's log-prob that raises an alarm: a factor of e^100 in its probability."""
-
-ALARM_GRADIENT = 100.0
-"""Ratio of a gradient norm to the median of the `ALARM_STEPS` before it that raises an alarm."""
-
-ALARM_STEPS = 100
-"""Number of earlier steps whose gradient norms a step is compared with."""
+ALARM_STEPS, ALARM_GRADIENT = 100, 100.0
+"""Number of earlier gradient norms, and the ratio of a gradient norm to their median that raises an alarm."""
 
 log = logging.getLogger(__name__)
 

@@ -36,10 +36,9 @@ def training_key(model: PreTrainedModel, rows: Sequence[TokenRow], settings: Map
         digest.update(weight.detach().cpu().contiguous().numpy().data)
     for row in rows:
         digest.update(row.digest)
-    versions = {"engine": ENGINE_VERSION} | {
-        name: version(name) for name in ("torch", "transformers", "accelerate")
-    }
-    digest.update(json.dumps({**versions, **settings}, sort_keys=True, default=dataclasses.asdict).encode())
+    versions = {name: version(name) for name in ("torch", "transformers", "accelerate")}
+    facts = {"engine": ENGINE_VERSION, **versions, **settings}
+    digest.update(json.dumps(facts, sort_keys=True, default=dataclasses.asdict).encode())
     return digest.hexdigest()
 
 
@@ -60,15 +59,12 @@ class CheckpointStore:
 
     def discard(self) -> None:
         """Remove all files except saved pairs of non-finite steps. Call this when the result is saved."""
-        for path in sorted(self.root.rglob("*"), reverse=True):
-            if not path.match(f"{NON_FINITE}*"):
-                path.unlink() if path.is_file() else _remove_empty(path)
-        _remove_empty(self.root)
-
-
-def _remove_empty(folder: Path) -> None:
-    with suppress(OSError):
-        folder.rmdir()
+        for path in [*sorted(self.root.rglob("*"), reverse=True), self.root]:
+            if path.is_dir():
+                with suppress(OSError):  # it has saved pairs
+                    path.rmdir()
+            elif not path.match(f"{NON_FINITE}*"):
+                path.unlink(missing_ok=True)
 
 
 def last_checkpoint(folder: Path) -> Path | None:

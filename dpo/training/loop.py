@@ -13,10 +13,11 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator
 from accelerate.utils import DistributedType, broadcast, gather_object
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from safetensors import SafetensorError
@@ -31,9 +32,8 @@ from dpo.engine.packing import TokenRow, pack
 from dpo.training.callbacks import Callback, EarlyStop
 from dpo.training.checkpoints import CHECKSUMS, NON_FINITE, last_checkpoint, write_checksums
 from dpo.training.objectives import Objective
-from dpo.training.optimizers import create_optimizer
+from dpo.training.optimizers import create_optimizer, schedule_factor
 from dpo.training.sampler import StepSampler, balance
-from dpo.training.schedule import Schedule
 from dpo.training.settings import EarlyStopSettings, OptimizerSettings
 
 WEIGHTS, BEST = "trained.safetensors", "best.safetensors"
@@ -51,6 +51,7 @@ def copy_into(weights: dict[str, Tensor], values: dict[str, Tensor]) -> None:
         weights[name].copy_(value)
 
 
+@dataclass(eq=False)
 class TrainingLoop:
     """Trains a model in place, in one process or in each of the processes of `accelerate launch`.
 
@@ -58,42 +59,36 @@ class TrainingLoop:
     writes one. `validation` has the rows for early stopping.
     """
 
-    def __init__(
-        self,
-        model: LogProbModel,
-        objective: Objective,
-        rows: Rows,
-        sampler: StepSampler,
-        settings: OptimizerSettings,
-        learning_rate: float,
-        folder: Path,
-        *,
-        checkpoint_minutes: float = math.inf,
-        early_stop: EarlyStopSettings | None = None,
-        validation: Rows = (),
-        callbacks: Sequence[Callback] = (),
-    ) -> None:
-        self.accelerator = Accelerator(
-            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=False)]
-        )
+    model: LogProbModel
+    objective: Objective
+    rows: Rows
+    sampler: StepSampler
+    settings: OptimizerSettings
+    learning_rate: float
+    folder: Path
+    _: KW_ONLY
+    checkpoint_minutes: float = math.inf
+    early_stop_settings: EarlyStopSettings | None = None
+    validation: Rows = ()
+    callbacks: Sequence[Callback] = ()
+
+    def __post_init__(self) -> None:
+        self.accelerator = Accelerator()
         if self.accelerator.mixed_precision != "no":
             raise InputError(
                 "run.launch: mixed_precision must be 'no' in this file; engine.precision in params.yaml sets it"
             )
         self.sharded = self.accelerator.distributed_type == DistributedType.FSDP
-        model.accumulate_in_place = self.accelerator.num_processes == 1 and not self.sharded
-        self.weights = {name: weight for name, weight in model.model.named_parameters() if weight.requires_grad}
+        model = self.model.model
+        self.model.accumulate_in_place = self.accelerator.num_processes == 1 and not self.sharded
+        self.weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
         if not self.sharded:
-            model.to(self.accelerator.device)
-        optimizer = create_optimizer(settings.optimizer, model)
-        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
-        self.objective, self.rows, self.sampler, self.settings = objective, rows, sampler, settings
-        self.learning_rate, self.schedule = learning_rate, Schedule(settings.schedule, settings.warmup_ratio)
-        self.folder, self.checkpoint_seconds = folder, 60 * checkpoint_minutes
-        self.early_stop = early_stop and EarlyStop(early_stop, self.weights)
-        self.validation, self.callbacks = validation, callbacks
+            self.model.to(self.accelerator.device)
+        optimizer = create_optimizer(self.settings.optimizer, self.model)
+        self.model, self.optimizer = self.accelerator.prepare(self.model, optimizer)
+        self.early_stop = self.early_stop_settings and EarlyStop(self.early_stop_settings, self.weights)
         self.history: list[dict[str, float]] = []
-        self.steps = sampler.epochs * -(-len(rows) // sampler.rows_per_step)
+        self.steps = self.sampler.epochs * -(-len(self.rows) // self.sampler.rows_per_step)
         self.parts = 1
         self.skipped = self.stop_requested = False
 
@@ -113,7 +108,8 @@ class TrainingLoop:
             total=self.steps, initial=self.step, desc="training", unit="step",
             disable=not self.accelerator.is_main_process,
         )  # fmt: skip
-        with self._stopping_on_sigterm(), bar:
+        # Several processes do not stop, because they would save at different micro-batches.
+        with bar, self._stopping_on_sigterm() if self.accelerator.num_processes == 1 else nullcontext():
             for groups, epoch in self._remaining_steps():
                 entry = {**self._train_step(groups), "epoch": epoch, "step": self.step + 1}
                 if self.early_stop and entry["step"] % self.early_stop.settings.every_steps == 0:
@@ -126,7 +122,7 @@ class TrainingLoop:
                 if self.step == self.steps or (self.early_stop and self.early_stop.finished):
                     break  # a checkpoint of the last step would not know that training has ended
                 due = torch.tensor(
-                    time.monotonic() - saved >= self.checkpoint_seconds, device=self.accelerator.device
+                    time.monotonic() - saved >= 60 * self.checkpoint_minutes, device=self.accelerator.device
                 )
                 if broadcast(due):  # the main process decides
                     self._save()
@@ -150,7 +146,8 @@ class TrainingLoop:
 
     def _train_step(self, groups: list[Rows]) -> dict[str, float]:
         """Change the weights by one optimizer step, and return its log entry."""
-        learning_rate = self.learning_rate * self.schedule.factor(self.step, self.steps)
+        decay, warmup_ratio = self.settings.schedule, self.settings.warmup_ratio
+        learning_rate = self.learning_rate * schedule_factor(decay, warmup_ratio, self.step, self.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self.skipped = False
@@ -176,7 +173,21 @@ class TrainingLoop:
             except RuntimeError as error:
                 if not should_reduce_batch_size(error) or self.accelerator.num_processes > 1:
                     raise
-            self._halve_micro_batches(max(map(len, groups)))
+            # Repeat the step outside of the handler, whose traceback would keep the tensors of the failed pass.
+            if self.parts >= max(map(len, groups)):
+                raise InputError(
+                    f"params.yaml: engine.max_length: step {self.step + 1}: not enough memory for one pair; lower "
+                    "it, set gradient_checkpointing: true, or train with dpo.lora"
+                )
+            self.parts *= 2
+            log.warning(
+                "step %d: out of memory; from now on each micro-batch is computed in %d parts, with the same "
+                "result; to start with smaller micro-batches, lower engine.max_tokens_per_microbatch in "
+                "params.yaml",
+                *(self.step + 1, self.parts),
+            )
+            self.model.zero_grad()  # the failed pass has left a partial gradient
+            clear_device_cache(garbage_collection=True)
 
     def _forward_backward(self, groups: list[Rows]) -> tuple[float, dict[str, float]]:
         """Return the mean loss of the step in this process, and the sums of its metrics."""
@@ -192,8 +203,7 @@ class TrainingLoop:
             if self.stop_requested:
                 self._save()
                 raise Stopped(f"stopped after step {self.step} of {self.steps}")
-            is_last = number == len(groups)
-            with nullcontext() if is_last else self.accelerator.no_sync(self.model):
+            with nullcontext() if number == len(groups) else self.accelerator.no_sync(self.model):
                 loss, metrics = self.objective(self.model, batch)
                 finite = bool(loss.isfinite())
                 if not finite:
@@ -207,27 +217,8 @@ class TrainingLoop:
         return total.item(), dict(sums)
 
     def _split(self, rows: Rows) -> list[Rows]:
-        if self.parts == 1:
-            return [rows]
-        return [
-            [rows[i] for i in part] for part in balance(range(len(rows)), [r.tokens for r in rows], self.parts)
-        ]
-
-    def _halve_micro_batches(self, most_rows: int) -> None:
-        """Prepare to repeat a step in smaller micro-batches. The failed pass has left a partial gradient."""
-        if self.parts >= most_rows:
-            raise InputError(
-                f"params.yaml: engine.max_length: step {self.step + 1}: not enough memory for one pair; lower it, "
-                "set gradient_checkpointing: true, or train with dpo.lora"
-            )
-        self.parts *= 2
-        log.warning(
-            "step %d: out of memory; from now on each micro-batch is computed in %d parts, with the same result; "
-            "to start with smaller micro-batches, lower engine.max_tokens_per_microbatch in params.yaml",
-            *(self.step + 1, self.parts),
-        )
-        self.model.zero_grad()
-        clear_device_cache(garbage_collection=True)
+        parts = balance(range(len(rows)), [row.tokens for row in rows], self.parts)
+        return [[rows[i] for i in part] for part in parts] or [rows]
 
     def _handle_non_finite(self, what: str, rows: Rows) -> None:
         """Save the rows of a step with a non-finite loss or gradient, then stop training or skip the step."""
@@ -300,9 +291,6 @@ class TrainingLoop:
     @contextmanager
     def _stopping_on_sigterm(self) -> Iterator[None]:
         """Inside the block, save a checkpoint and raise Stopped at the next micro-batch after SIGTERM."""
-        if self.accelerator.num_processes > 1:  # processes would save at different micro-batches
-            yield
-            return
 
         def request(*_: object) -> None:
             self.stop_requested = True

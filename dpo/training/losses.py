@@ -70,7 +70,6 @@ class Loss(Settings):
         return self._forward(pairs, beta)
 
     def _forward(self, pairs: PairBatch, beta: float) -> Tensor:
-        """Compute what `__call__` returns."""
         raise NotImplementedError
 
     def statistics(self, step: PairBatch, beta: float) -> Mapping[str, Tensor]:
@@ -99,10 +98,7 @@ class Loss(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class Sigmoid(Loss):
-    """DPO: -log s(beta h).
-
-    Rafailov et al. 2023, "Direct Preference Optimization", eq. 7.
-    """
+    """DPO: -log s(beta h). Rafailov et al. 2023, "Direct Preference Optimization", eq. 7."""
 
     name: ClassVar[str] = "sigmoid"
 
@@ -124,8 +120,7 @@ class Ipo(Loss):
     """Divide the log-ratio of each completion by its number of tokens."""
 
     def _log_ratios(self, policy: Tensor, reference: Tensor, lengths: Tensor) -> Tensor:
-        ratios = policy - reference
-        return ratios / lengths if self.average_over_tokens else ratios
+        return (policy - reference) / (lengths if self.average_over_tokens else 1)
 
     def _forward(self, pairs: PairBatch, beta: float) -> Tensor:
         return (self._h(pairs) - 1 / (2 * beta)) ** 2
@@ -240,15 +235,3 @@ def _log_sigmoid(x: Tensor) -> Tensor:
     from torch.nn.functional import logsigmoid
 
     return logsigmoid(x)
-
-
-def nll_loss(completion_logps: Tensor) -> Tensor:
-    """Return the negative log-likelihood of completions, the loss of supervised fine-tuning.
-
-    Args:
-        completion_logps: log pi(y|x) summed over completion tokens, any shape.
-
-    Returns:
-        The sum over all completions, a scalar in nats. The caller divides by the number of tokens.
-    """
-    return -completion_logps.sum()

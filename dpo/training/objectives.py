@@ -9,7 +9,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from dpo.engine.packing import PackedBatch, TokenRow
-from dpo.training.losses import Loss, PairBatch, nll_loss
+from dpo.training.losses import Loss, PairBatch
 
 Reference = Callable[[PackedBatch], Tensor]
 """Returns the reference log-probs [2P] of the completions of P pairs, chosen first."""
@@ -27,7 +27,7 @@ class SftObjective:
 
     def __call__(self, model: nn.Module, batch: PackedBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the summed loss and no metrics."""
-        return nll_loss(model(batch)), {}
+        return -model(batch).sum(), {}
 
 
 class DpoObjective:
@@ -59,7 +59,6 @@ class DpoObjective:
     def __call__(self, model: nn.Module, batch: PackedBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the summed loss, and sums of rewards, log-probs and log-ratios."""
         pairs = self._pairs(model, batch)
-        losses = self.loss(pairs, self.beta)
         policy, reference = pairs.policy.detach(), pairs.reference
         chosen, rejected = self.loss.rewards(policy, reference, pairs.lengths, self.beta).unbind(1)
         margins = chosen - rejected
@@ -72,17 +71,15 @@ class DpoObjective:
         sums["logps/chosen"], sums["logps/rejected"] = policy.sum(0)
         if self.loss.needs_reference:
             sums["logratios/chosen"], sums["logratios/rejected"] = (policy - reference).sum(0)
-        return losses.sum(), sums
+        return self.loss(pairs, self.beta).sum(), sums
 
     def _pairs(self, model: nn.Module, batch: PackedBatch) -> PairBatch:
         tokens = model(batch, per_token=True) if self.loss.needs_token_logps else None
-        logps = model(batch) if tokens is None else batch.sum_per_completion(tokens)
-        policy = logps.view(-1, 2)
+        policy = (model(batch) if tokens is None else batch.sum_per_completion(tokens)).view(-1, 2)
         lengths = torch.tensor([lengths for _, lengths in batch.layout], device=policy.device)
+        reference = torch.zeros_like(policy)
         if self.loss.needs_reference:
             reference = self.reference(batch).to(policy.device).view(-1, 2)
-        else:
-            reference = torch.zeros_like(policy)
         return PairBatch(policy, reference, lengths, tokens, self.statistics)
 
 

@@ -1,6 +1,7 @@
 """Optimizer steps with an exact number of rows, in micro-batches under a token budget."""
 
 from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass
 
 import numpy as np
 
@@ -19,6 +20,7 @@ def balance(indices: Sequence[int], lengths: Sequence[int], bins: int) -> list[l
     return groups
 
 
+@dataclass
 class StepSampler:
     """Sampler with an exact number of rows per step and micro-batches under a token budget.
 
@@ -29,30 +31,25 @@ class StepSampler:
     step leaves a process without rows, its micro-batch is empty.
     """
 
-    def __init__(
-        self,
-        lengths: Sequence[int],
-        *,
-        rows_per_step: int,
-        max_tokens_per_microbatch: int,
-        epochs: int,
-        seed: int,
-        processes: int = 1,
-        process: int = 0,
-    ) -> None:
-        if not lengths:
+    lengths: Sequence[int]
+    _: KW_ONLY
+    rows_per_step: int
+    max_tokens_per_microbatch: int
+    epochs: int
+    seed: int
+    processes: int = 1
+    process: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.lengths:
             raise ValueError("no rows to train on")
-        self.lengths = list(lengths)
-        self.rows_per_step = min(rows_per_step, len(self.lengths))
-        self.max_tokens_per_microbatch = max_tokens_per_microbatch
-        self.epochs, self.seed = epochs, seed
-        self.processes, self.process = processes, process
-        steps = [step for epoch in range(epochs) for step in self._steps(epoch)]
+        self.rows_per_step = min(self.rows_per_step, len(self.lengths))
+        steps = [step for epoch in range(self.epochs) for step in self._steps(epoch)]
         self.accumulation = 1
-        while self.accumulation * processes < self.rows_per_step and any(
-            sum(self.lengths[i] for i in group) > max_tokens_per_microbatch
+        while self.accumulation * self.processes < self.rows_per_step and any(
+            sum(self.lengths[i] for i in group) > self.max_tokens_per_microbatch
             for step in steps
-            for group in balance(step, self.lengths, self.accumulation * processes)
+            for group in balance(step, self.lengths, self.accumulation * self.processes)
         ):
             self.accumulation += 1
 

@@ -93,8 +93,7 @@ class Trial:
     @property
     def settings(self) -> dict[str, Any]:
         """The loss by name, beta, learning rate and seed, and the settings of the loss."""
-        point = {"beta": self.beta, "learning_rate": self.learning_rate, "seed": self.seed}
-        return {"loss": self.loss.name, **point, **asdict(self.loss)}
+        return {**vars(self), "loss": self.loss.name, **asdict(self.loss)}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,14 +22,7 @@ from dpo.training.checkpoints import CheckpointStore, training_key
 from dpo.training.loop import TrainingLoop
 from dpo.training.objectives import DpoObjective, Objective, SftObjective, cached_reference
 from dpo.training.sampler import StepSampler
-from dpo.training.settings import (
-    DpoSettings,
-    EarlyStopSettings,
-    LoraSettings,
-    OptimizerSettings,
-    SftSettings,
-    Trial,
-)
+from dpo.training.settings import DpoSettings, LoraSettings, SftSettings, Trial
 
 
 def add_lora(model: PreTrainedModel, params: LoraSettings) -> None:
@@ -37,12 +30,9 @@ def add_lora(model: PreTrainedModel, params: LoraSettings) -> None:
     from peft import LoraConfig
 
     config = LoraConfig(
-        r=params.rank,
-        lora_alpha=params.alpha,
-        target_modules="all-linear",
-        task_type="CAUSAL_LM",
+        r=params.rank, lora_alpha=params.alpha, target_modules="all-linear", task_type="CAUSAL_LM",
         base_model_name_or_path=model.name_or_path,
-    )
+    )  # fmt: skip
     model.add_adapter(config)
     config.target_modules = sorted(config.target_modules or ())  # the order of a set varies
 
@@ -81,17 +71,9 @@ def train_dpo(
     """Train `model` in place on preference pairs, and return one log entry per step.
 
     Under `torch.distributed` all processes call this with the same arguments and share the work of each step.
-
-    Args:
-        model: the reference policy. It gets adapters if `params.lora` is set.
-        rows: preference pairs, chosen first.
-        reference: (chosen, rejected) reference log-probs of every row id.
-        params: optimizer settings.
-        trial: loss, beta, learning rate, and the seed of the order of pairs.
-        max_tokens_per_microbatch: maximum number of tokens in one forward pass.
-        store: where to keep checkpoints, or None. Interrupted training resumes from the last one and reaches the
-            same weights and log, on a CPU bit for bit.
-        callbacks: observers.
+    `reference` has the (chosen, rejected) reference log-probs of every row id. The model gets adapters if
+    `params.lora` is set. If training with a `store` is interrupted, the next call resumes from its last checkpoint
+    and reaches the same weights and log, on a CPU bit for bit.
 
     Raises:
         KeyError: a row has no reference log-probs.
@@ -107,7 +89,7 @@ def train_dpo(
         add_lora(model.model, params.lora)
     return _train(
         model, rows, objective, params, trial.learning_rate, trial.seed, max_tokens_per_microbatch, store,
-        [DivergenceAlarm(), *callbacks], key=key, early_stop=params.early_stop,
+        [DivergenceAlarm(), *callbacks], key=key,
     )  # fmt: skip
 
 
@@ -115,20 +97,19 @@ def _train(
     model: LogProbModel,
     rows: Sequence[TokenRow],
     objective: Objective,
-    params: OptimizerSettings,
+    params: SftSettings | DpoSettings,
     learning_rate: float,
     seed: int,
     max_tokens_per_microbatch: int,
     store: CheckpointStore | None,
     callbacks: Sequence[Callback],
-    *,
     key: Mapping[str, object],
-    early_stop: EarlyStopSettings | None = None,
 ) -> list[dict[str, float]]:
     set_seed(seed)
     key = {**key, "params": params, "learning_rate": learning_rate, "seed": seed, "precision": model.precision}
     key["max_tokens_per_microbatch"] = max_tokens_per_microbatch
     validation: list[TokenRow] = []
+    early_stop = params.early_stop if isinstance(params, DpoSettings) else None
     if early_stop is not None:
         if os.environ.get("ACCELERATE_USE_FSDP") == "true":
             raise InputError(
@@ -139,22 +120,17 @@ def _train(
         model.model.gradient_checkpointing_enable({"use_reentrant": False})
     state = this_process()
     sampler = StepSampler(
-        [row.tokens for row in rows],
-        rows_per_step=params.pairs_per_step,
-        max_tokens_per_microbatch=max_tokens_per_microbatch,
-        epochs=params.epochs,
-        seed=seed,
-        processes=state.num_processes,
+        [row.tokens for row in rows], rows_per_step=params.pairs_per_step, epochs=params.epochs, seed=seed,
+        max_tokens_per_microbatch=max_tokens_per_microbatch, processes=state.num_processes,
         process=state.process_index,
-    )
+    )  # fmt: skip
     with tempfile.TemporaryDirectory() as scratch:
-        folder, minutes = Path(scratch), math.inf
-        if store is not None:
-            with state.main_process_first():
-                folder, minutes = store.folder(training_key(model.model, rows, key)), store.minutes
+        store = store or CheckpointStore(Path(scratch), math.inf)
+        with state.main_process_first():
+            folder = store.folder(training_key(model.model, rows, key))
         history = TrainingLoop(
-            model, objective, rows, sampler, params, learning_rate, folder, checkpoint_minutes=minutes,
-            early_stop=early_stop, validation=validation, callbacks=callbacks,
+            model, objective, rows, sampler, params, learning_rate, folder, checkpoint_minutes=store.minutes,
+            early_stop_settings=early_stop, validation=validation, callbacks=callbacks,
         ).run()  # fmt: skip
     model.eval()
     return history
@@ -191,6 +167,5 @@ def save_checkpoint(policy: LogProbModel, tokenizer: Any, folder: Path, facts: M
         with atomic_write(folder) as tmp:
             model.save_pretrained(tmp, state_dict=state)
             tokenizer.save_pretrained(tmp)
-            digest = sha256(*sorted(tmp.glob("*.safetensors")))
-            write_json(tmp / PROVENANCE, {**facts, "weights": digest})
+            write_json(tmp / PROVENANCE, {**facts, "weights": sha256(*sorted(tmp.glob("*.safetensors")))})
     this_process().wait_for_everyone()

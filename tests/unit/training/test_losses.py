@@ -20,7 +20,6 @@ from dpo.training.losses import (
     Robust,
     Rpo,
     Sigmoid,
-    nll_loss,
 )
 
 BETAS = [0.01, 0.1, 0.5, 2.0]
@@ -351,14 +350,6 @@ def test_shapes_that_would_broadcast_are_refused(position, shape):
 def test_shapes_that_hold_no_pairs_are_refused(shape):
     with pytest.raises(ValueError, match=r"one shape \[pairs, 2\]"):
         PairBatch(*[torch.ones(shape)] * 3)
-
-
-def test_nll_is_the_negative_sum():
-    logps = torch.tensor([[-1.5, -2.0], [-0.25, -4.0]], requires_grad=True)
-    loss = nll_loss(logps)
-    assert loss.item() == 7.75
-    loss.backward()
-    assert torch.equal(logps.grad, torch.full((2, 2), -1.0))
 
 
 @pytest.mark.parametrize("loss", CASES)

@@ -4,11 +4,11 @@ import math
 
 import pytest
 
-from dpo.training.schedule import Schedule
+from dpo.training.optimizers import schedule_factor
 
 
 def rates(decay, warmup_ratio, steps):
-    return [Schedule(decay, warmup_ratio).factor(step, steps) for step in range(steps)]
+    return [schedule_factor(decay, warmup_ratio, step, steps) for step in range(steps)]
 
 
 def test_rates_by_hand():
