@@ -5,14 +5,7 @@ from dpo.config import load_params
 from dpo.engine.logprobs import load_model
 from dpo.engine.pretrained import load_tokenizer
 from dpo.engine.reference_cache import compute_reference, policy_key
-from tasks.common.paths import (
-    EVAL,
-    REFERENCE,
-    REFERENCE_EVAL,
-    REFERENCE_PROGRESS,
-    REFERENCE_TRAIN,
-    TRAIN,
-)
+from tasks.common.paths import EVAL, REFERENCE, REFERENCE_EVAL, REFERENCE_PROGRESS, REFERENCE_TRAIN, TRAIN
 from tasks.common.runner import run_launched
 
 

@@ -12,15 +12,9 @@ from dpo.engine.logprobs import load_model
 from dpo.engine.pretrained import load_tokenizer
 from dpo.evaluation.sampling import sample
 
-HELP = "Type a prompt. /new starts a new conversation, /quit or Ctrl-D ends the chat."
-
 
 def chat(policy: Path, reference: Path, *, max_new_tokens: int, temperature: float, seed: int) -> None:
-    """Read prompts from the terminal and print the responses of both models until `/quit`.
-
-    Raises:
-        InputError: a folder has no checkpoint.
-    """
+    """Print the responses of both models to typed prompts. Raise InputError if a folder has no checkpoint."""
     folders = [policy, reference]
     for folder in folders:
         if not any(folder.glob("*.safetensors")):
@@ -28,7 +22,7 @@ def chat(policy: Path, reference: Path, *, max_new_tokens: int, temperature: flo
     tokenizer = load_tokenizer(policy)
     models = [load_model(folder).to(this_process().device) for folder in folders]
     conversations: list[list[dict[str, str]]] = [[], []]
-    print(HELP)
+    print("Type a prompt. /new starts a new conversation, /quit or Ctrl-D ends the chat.")
     while (text := _read_prompt()) != "/quit":
         if text in ("", "/new"):
             conversations = [[], []] if text else conversations
@@ -58,9 +52,7 @@ def _columns(titles: list[str], texts: list[str], width: int) -> str:
     if width < 60:
         return "\n\n".join(f"{title}:\n{text}" for title, text in zip(titles, texts, strict=True))
     each = (width - 3) // 2
-    columns = [
-        [title, "-" * min(each, len(title))]
-        + [row for line in text.split("\n") for row in textwrap.wrap(line, each)]
-        for title, text in zip(titles, texts, strict=True)
-    ]
+    columns = [[title, "-" * min(each, len(title))] for title in titles]
+    for column, text in zip(columns, texts, strict=True):
+        column += [row for line in text.split("\n") for row in textwrap.wrap(line, each)]
     return "\n".join(f"{left:<{each}} | {right}" for left, right in zip_longest(*columns, fillvalue=""))

@@ -16,7 +16,6 @@ app = Typer(
     rich_markup_mode=None,
 )
 
-Speeds = tuple[float, float, float]
 TFLOPS_HELP = "Dense operations per second in bf16, TF32 and fp32, in 1e12 (default: 989 494 67, an H100)."
 
 
@@ -41,17 +40,15 @@ def plan(
     pairs: Annotated[int, Option(help="Number of training pairs.")] = 100_000,
     prompt_tokens: Annotated[int, Option(help="Mean length of a prompt.")] = 256,
     completion_tokens: Annotated[int, Option(help="Mean length of a completion.")] = 256,
-    tflops: Annotated[Speeds | None, Option(help=TFLOPS_HELP)] = None,
+    tflops: Annotated[tuple[float, float, float] | None, Option(help=TFLOPS_HELP)] = None,
     utilisation: Annotated[float | None, Option(min=0.01, help="Share of it in training (default: 0.35).")] = None,
 ) -> None:
     """Estimate memory and hours of training on GPUs."""
     from dpo.planner import Pair
     from tasks.commands import plan as command
 
-    pair = Pair(prompt_tokens, completion_tokens)
-    command.plan(
-        model, pair, pairs, gpus, gpu_memory, tflops or command.TFLOPS, utilisation or command.UTILISATION
-    )
+    speeds, share = tflops or command.TFLOPS, utilisation or command.UTILISATION
+    command.plan(model, Pair(prompt_tokens, completion_tokens), pairs, gpus, gpu_memory, speeds, share)
 
 
 def _positive(value: float) -> float:

@@ -13,19 +13,12 @@ from tasks.tracking.provenance import weights
 def show(checkpoint: str, as_json: bool) -> None:
     """Print the provenance of a checkpoint's folder or of a model URI of MLflow."""
     facts = of_version(checkpoint) if checkpoint.startswith("models:/") else of_folder(Path(checkpoint))
-    if as_json:
-        print(json.dumps(facts, indent=2))
-        return
-    for path, value in flatten(facts):
-        print(f"{'.'.join(path):<34} {value}")
+    rows = [f"{'.'.join(path):<34} {value}" for path, value in flatten(facts)]
+    print(json.dumps(facts, indent=2) if as_json else "\n".join(rows))
 
 
 def of_folder(folder: Path) -> dict[str, Any]:
-    """Return the content of a checkpoint's provenance file.
-
-    Raises:
-        InputError: the file cannot be read or belongs to other weights.
-    """
+    """Return a checkpoint's provenance. Raise InputError if the file cannot be read or has other weights."""
     try:
         facts: dict[str, Any] = json.loads((folder / PROVENANCE).read_text())
         recorded = facts["weights"]
@@ -41,27 +34,8 @@ def of_folder(folder: Path) -> dict[str, Any]:
     return facts
 
 
-def check_base(adapter: Path, facts: dict[str, Any]) -> None:
-    """Check that the base of an adapter has the weights that the adapter's provenance `facts` name.
-
-    Raises:
-        InputError: the weights differ.
-    """
-    base = json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
-    recorded = facts.get("models", {}).get(base)
-    if recorded is not None and weights(Path(base)) != recorded:
-        raise InputError(
-            f"{adapter}: the weights in {base} are not those it was trained on (SHA-256 {recorded}); restore both "
-            "from one commit with `git checkout` and `dvc checkout`"
-        )
-
-
 def of_version(uri: str) -> dict[str, Any]:
-    """Return the provenance that MLflow stores with a model.
-
-    Raises:
-        InputError: there is no such model, or it has no provenance.
-    """
+    """Return the provenance that MLflow stores with a model. Raise InputError if there is none."""
     import mlflow
 
     from tasks.tracking.offline import connect
@@ -69,7 +43,6 @@ def of_version(uri: str) -> dict[str, Any]:
     connect()
     try:
         metadata = mlflow.models.get_model_info(uri).metadata or {}
-        facts: dict[str, Any] = json.loads(metadata["provenance"])
+        return json.loads(metadata["provenance"])
     except (mlflow.MlflowException, KeyError) as error:
         raise InputError(f"{uri}: MLflow has no such model with a provenance: {error}") from error
-    return facts

@@ -1,12 +1,14 @@
 """Merge a LoRA adapter into the weights of its base model."""
 
+import json
 from pathlib import Path
 
 from dpo.common.errors import InputError
 from dpo.engine.base_model import load_checkpoint
 from dpo.engine.pretrained import load_tokenizer
 from dpo.training.train import save_checkpoint
-from tasks.commands.lineage import check_base, of_folder
+from tasks.commands.lineage import of_folder
+from tasks.tracking.provenance import weights
 
 
 def merge(adapter: Path, folder: Path) -> None:
@@ -15,11 +17,18 @@ def merge(adapter: Path, folder: Path) -> None:
     Raises:
         InputError: `adapter` is not an adapter, its base has changed, or `folder` exists.
     """
-    if not (adapter / "adapter_config.json").is_file():
+    config = adapter / "adapter_config.json"
+    if not config.is_file():
         raise InputError(f"{adapter}: no adapter_config.json; a policy trained without dpo.lora needs no merge")
     if folder.exists():
         raise InputError(f"{folder}: exists; name a new folder")
     facts = of_folder(adapter)
-    check_base(adapter, facts)
-    facts = {**facts, "merged_from": facts["weights"]}
+    base = json.loads(config.read_text())["base_model_name_or_path"]
+    recorded = facts.get("models", {}).get(base)
+    if recorded is not None and weights(Path(base)) != recorded:
+        raise InputError(
+            f"{adapter}: the weights in {base} are not those it was trained on (SHA-256 {recorded}); restore both "
+            "from one commit with `git checkout` and `dvc checkout`"
+        )
+    facts["merged_from"] = facts["weights"]
     save_checkpoint(load_checkpoint(adapter), load_tokenizer(adapter), folder, facts)

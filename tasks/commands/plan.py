@@ -7,46 +7,27 @@ from collections.abc import Iterator
 
 from transformers import AutoConfig
 
+from dpo import planner
 from dpo.common.errors import InputError
 from dpo.config import Params, load_params
 from dpo.engine.head import GPU_HEAD_CHUNK
 from dpo.engine.pretrained import load_weights
-from dpo.planner import (
-    LLAMAS,
-    Pair,
-    Setup,
-    Shape,
-    Sharding,
-    pair_flops,
-    reference_memory,
-    seconds,
-    shape_of,
-    training_memory,
-)
+from dpo.planner import LLAMAS, Pair, Setup, Shape, Sharding
 
 GPU_OVERHEAD = 1.5e9
 """Assumed bytes per process on a GPU without the model: CUDA context, libraries, workspaces."""
-
 TFLOPS = (989.0, 494.0, 67.0)
 """Dense operations per second of an H100 SXM in bf16, TF32 and fp32, in 1e12, from its data sheet."""
-
 UTILISATION = 0.35
 """Assumed share of these operations that training reaches. Measure it in a short run."""
 
-RANK = 16
-"""LoRA rank if params.yaml has none."""
 
-
-def named_shape(model: str) -> Shape:
-    """Return the shape of a model by its name in `dpo.planner.LLAMAS`, its folder or its hub id.
-
-    Raises:
-        InputError: there is no such model, or its architecture is not that of Llama.
-    """
+def _named_shape(model: str) -> Shape:
+    """Return the shape of a model by its name in `dpo.planner.LLAMAS`, its folder or its hub id."""
     if model in LLAMAS:
         return LLAMAS[model]
     try:
-        return shape_of(load_weights(AutoConfig, model))
+        return planner.shape_of(load_weights(AutoConfig, model))
     except (OSError, ValueError) as error:
         raise InputError(f"--model {model}: neither {', '.join(LLAMAS)} nor a model: {error}") from error
 
@@ -54,7 +35,7 @@ def named_shape(model: str) -> Shape:
 def candidate_setups(params: Params, pair: Pair, gpus: int, sharding: Sharding) -> Iterator[Setup]:
     """Yield setups for full training and LoRA, each without and with gradient checkpointing."""
     engine, dpo = params.engine, params.dpo
-    for rank in (None, dpo.lora.rank if dpo.lora else RANK):
+    for rank in (None, dpo.lora.rank if dpo.lora else 16):  # 16 if params.yaml has no LoRA
         for checkpointing in (False, True):
             yield Setup(
                 # a pair that exceeds the limit is a micro-batch of its own
@@ -74,54 +55,29 @@ def plan(
     model: str, pair: Pair, pairs: int, gpus: int, gib: float, tflops: tuple[float, ...], utilisation: float
 ) -> None:
     """Print peak memory per GPU and hours for one policy. The arguments are those of `dpo plan`."""
-    params, shape = load_params(), named_shape(model)
+    params, shape = load_params(), _named_shape(model)
     engine = params.engine
     bf16, tf32, fp32 = (peak * 1e12 * utilisation for peak in tflops)
     speed = (bf16, tf32) if engine.precision == "bf16" else (fp32, fp32)
+
+    def row(name: str, checkpointing: str, memories: list[float], setup: Setup | None, passes: int) -> str:
+        hours = passes * pairs * planner.seconds(planner.pair_flops(shape, pair, setup), gpus, speed) / 3600
+        cells = [f"{memory / 2**30:.1f}" + " (too much)" * (memory > gib * 2**30) for memory in memories]
+        return "| " + " | ".join([name, checkpointing, *cells, f"{hours:.2g}"]) + " |"
+
+    kinds: dict[str, Sharding] = {"GiB": "none"} if gpus == 1 else {"GiB, DDP": "data", "GiB, FSDP": "full"}
+    rows = list(zip(*(candidate_setups(params, pair, gpus, kind) for kind in kinds.values()), strict=True))
+    scoring = planner.reference_memory(shape, rows[0][0], GPU_OVERHEAD).total
     print(
         f"{model}: {shape.parameters / 1e9:.2f} billion parameters; {pairs:,} pairs of {pair.tokens:,} tokens; "
         f"{engine.precision}, {engine.max_tokens_per_microbatch:,} tokens per micro-batch; GPUs: {gpus} with "
         f"{gib:.0f} GiB each, utilisation {utilisation:.0%}\n"
     )
-    print(plan_table(shape, params, pair, pairs, gpus, speed, gib * 2**30))
-
-
-def plan_table(
-    shape: Shape, params: Params, pair: Pair, pairs: int, gpus: int, speed: tuple[float, float], room: float
-) -> str:
-    """Return a Markdown table of peak memory per GPU and hours for one policy.
-
-    Args:
-        shape: shape of the model.
-        params: settings of the training.
-        pair: mean lengths of a pair.
-        pairs: number of training pairs.
-        gpus: number of GPUs.
-        speed: operations per second that one GPU reaches in the layers and in the head.
-        room: bytes of memory per GPU.
-    """
-
-    def line(name: str, checkpointing: str, memories: list[float], setup: Setup | None, passes: int) -> str:
-        work = pair_flops(shape, pair, setup)
-        hours = passes * pairs * seconds(work, gpus, speed) / 3600
-        cells = [f"{memory / 2**30:.1f}" + " (too much)" * (memory > room) for memory in memories]
-        return "| " + " | ".join([name, checkpointing, *cells, f"{hours:.2g}"]) + " |"
-
-    kinds: dict[str, Sharding] = {"GiB": "none"} if gpus == 1 else {"GiB, DDP": "data", "GiB, FSDP": "full"}
-    head = ["training", "checkpointing", *kinds, "hours"]
-    lines = ["| " + " | ".join(head) + " |", "| --- | --- |" + " ---: |" * (len(kinds) + 1)]
-    rows = list(zip(*(candidate_setups(params, pair, gpus, kind) for kind in kinds.values()), strict=True))
-    scoring = reference_memory(shape, rows[0][0], GPU_OVERHEAD).total
-    lines.append(line("reference pass", "", [scoring] * len(kinds), None, 1))
-    for row in rows:
-        setup = row[0]
-        lines.append(
-            line(
-                "all weights" if setup.lora_rank is None else f"LoRA, rank {setup.lora_rank}",
-                "on" if setup.gradient_checkpointing else "off",
-                [training_memory(shape, pair, one, GPU_OVERHEAD).total for one in row],
-                setup,
-                params.dpo.epochs,
-            )
-        )
-    return "\n".join(lines)
+    print("| " + " | ".join(["training", "checkpointing", *kinds, "hours"]) + " |")
+    print("| --- | --- |" + " ---: |" * (len(kinds) + 1))
+    print(row("reference pass", "", [scoring] * len(kinds), None, 1))
+    for setups in rows:
+        setup = setups[0]
+        name = "all weights" if setup.lora_rank is None else f"LoRA, rank {setup.lora_rank}"
+        memories = [planner.training_memory(shape, pair, each, GPU_OVERHEAD).total for each in setups]
+        print(row(name, "on" if setup.gradient_checkpointing else "off", memories, setup, params.dpo.epochs))

@@ -8,7 +8,6 @@ bootstrap and the test resample prompts, not responses.
 """
 
 import json
-import math
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -18,12 +17,13 @@ from typing import Any
 import mlflow
 import pandas as pd
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from dpo.common.distributed import this_process
 from dpo.common.errors import InputError
 from dpo.common.files import atomic_write, md5, write_json
 from dpo.config import Params, load_params
-from dpo.engine.logprobs import load_model, sequence_logps
+from dpo.engine.logprobs import LogProbModel, load_model, sequence_logps
 from dpo.engine.pretrained import load_tokenizer
 from dpo.engine.tokenization import encode_pairs, prompt_of
 from dpo.evaluation.bootstrap import bootstrap, mean, paired_test
@@ -32,16 +32,8 @@ from dpo.evaluation.pair_metrics import pair_table
 from dpo.evaluation.sampling import response_table
 from dpo.training.settings import Trial
 from tasks.commands.lineage import of_version
+from tasks.common import paths
 from tasks.common.git import head_commit, uncommitted
-from tasks.common.paths import (
-    COMPARISON,
-    EVAL,
-    REFERENCE_SAMPLES,
-    TRAIN,
-    policy_folder,
-    policy_margins,
-    policy_samples,
-)
 from tasks.tracking import offline, registry, runs
 from tasks.tracking.models import log_models
 from tasks.tracking.provenance import weights
@@ -72,25 +64,21 @@ class Verdict:
     evidence: Evidence | None = None
 
 
-def decide(challenger: str, signs: Sequence[str], evidence: Evidence) -> Verdict:
-    """Promote a policy if it violates no guardrail and is significantly better, by the interval and by p.
-
-    Args:
-        challenger: name of the policy.
-        signs: names of the violated guardrails, including the KL budget.
-        evidence: comparison with the champion, or with the reference if there is no champion.
-    """
+def decide(challenger: str, violated: Sequence[str], evidence: Evidence) -> Verdict:
+    """Promote a policy if it violates no guardrail (the KL budget is one) and is significantly better."""
     found = f"{evidence.figure} against {evidence.against}: {evidence.value:.3f} "
     found += f"[{evidence.low:.3f}, {evidence.high:.3f}], p = {evidence.p:.4f}"
-    if signs:
-        reason = f"{challenger} is not promoted: it violates a guardrail ({', '.join(signs)}): {found}."
-        return Verdict(False, reason, challenger, evidence)
     significant = evidence.p < LEVEL
-    if significant and evidence.low > 0.5:
-        return Verdict(True, f"{challenger} is better: {found}.", challenger, evidence)
-    how = "worse" if significant and evidence.high < 0.5 else "not significantly better"
-    rule = f"Promotion requires an interval above 0.5 and p below {LEVEL}."
-    return Verdict(False, f"{challenger} is {how}: {found}. {rule}", challenger, evidence)
+    better = significant and evidence.low > 0.5
+    if violated:
+        reason = f"{challenger} is not promoted: it violates a guardrail ({', '.join(violated)}): {found}."
+    elif better:
+        reason = f"{challenger} is better: {found}."
+    else:
+        how = "worse" if significant and evidence.high < 0.5 else "not significantly better"
+        rule = f"Promotion requires an interval above 0.5 and p below {LEVEL}."
+        reason = f"{challenger} is {how}: {found}. {rule}"
+    return Verdict(better and not violated, reason, challenger, evidence)
 
 
 def promote() -> None:
@@ -99,8 +87,7 @@ def promote() -> None:
     Raises:
         InputError: a result is missing, out of date or not committed, or MLflow is unreachable.
     """
-    params = load_params()
-    compared = read_comparison()
+    params, compared = load_params(), read_comparison()
     if changed := uncommitted(*registry.VERSIONED):
         raise InputError(
             f"git: not committed: {', '.join(changed)}; commit first, so that a rollback can restore it"
@@ -112,65 +99,53 @@ def promote() -> None:
         return
     trial = selected_trial(params, compared)
     facts = of_version(f"models:/{registry.REGISTERED}/{champion.version}") if champion else {}
-    if champion and facts["weights"] == weights(policy_folder(trial)):
+    if champion and facts["weights"] == weights(paths.policy_folder(trial)):
         report(Verdict(False, f"{trial.name} is the champion already, version {champion.version}.", trial.name))
         return
     evidence = against_champion(params, trial, champion.version) if champion else against_reference(params, trial)
     verdict = decide(trial.name, compared["policies"][trial.name]["failure_modes"], evidence)
-    run_id, model_id = logged_model(params, policy_folder(trial))
+    run_id, model_id = logged_model(params, paths.policy_folder(trial))
     if verdict.promoted:
-        version_tags = {registry.COMMIT: head_commit(), "data_md5": md5(TRAIN), "trial": trial.name}
-        registry.promote(model_id, version_tags)
-    tags = {"dpo.gate": "promoted" if verdict.promoted else "kept", "dpo.gate_reason": verdict.reason}
-    for name, value in tags.items():
-        mlflow.MlflowClient().set_tag(run_id, name, value)
+        tags = {registry.COMMIT: head_commit(), "data_md5": md5(paths.TRAIN), "trial": trial.name}
+        registry.promote(model_id, tags)
+    mlflow.MlflowClient().set_tag(run_id, "dpo.gate", "promoted" if verdict.promoted else "kept")
+    mlflow.MlflowClient().set_tag(run_id, "dpo.gate_reason", verdict.reason)
     report(verdict)
 
 
 def read_comparison() -> dict[str, Any]:
-    """Return the metrics of the stage `compare`.
-
-    Raises:
-        InputError: the stage has not run.
-    """
+    """Return the metrics of the stage `compare`. Raise InputError if it has not run."""
     try:
-        compared: dict[str, Any] = json.loads(COMPARISON.read_text())
+        return json.loads(paths.COMPARISON.read_text())
     except (OSError, ValueError) as error:
-        raise InputError(f"{COMPARISON}: {error}; `dvc repro` writes it") from error
-    return compared
+        raise InputError(f"{paths.COMPARISON}: {error}; `dvc repro` writes it") from error
 
 
 def selected_trial(params: Params, compared: dict[str, Any]) -> Trial:
-    """Return the selected trial.
-
-    Raises:
-        InputError: the comparison was made with other settings or another checkpoint.
-    """
-    key = compared["selected"]
-    trials = {trial.name: trial for trial in params.trials()}
-    if key not in trials or not weights(policy_folder(trials[key])).startswith(
-        compared["policies"][key]["weights"]
-    ):
-        raise InputError(f"{COMPARISON}: {key} has changed since the comparison; run `dvc repro`")
-    return trials[key]
+    """Return the selected trial. Raise InputError if its settings or its checkpoint have changed."""
+    name = compared["selected"]
+    trial = next((trial for trial in params.trials() if trial.name == name), None)
+    if trial is None or weights(paths.policy_folder(trial))[:16] != compared["policies"][name]["weights"]:
+        raise InputError(f"{paths.COMPARISON}: {name} has changed since the comparison; run `dvc repro`")
+    return trial
 
 
 def against_reference(params: Params, trial: Trial) -> Evidence:
     """Compare the selected policy with the reference, from the results of the stage `evaluate`."""
-    if not params.evaluate.judges:
-        figure, table, wins = "reward accuracy", pd.read_parquet(policy_margins(trial)), "correct"
+    if params.evaluate.judges:
+        figure, table, wins = "win rate", pd.read_parquet(paths.policy_samples(trial)), "win"
     else:
-        figure, table, wins = "win rate", pd.read_parquet(policy_samples(trial)), "win"
+        figure, table, wins = "reward accuracy", pd.read_parquet(paths.policy_margins(trial)), "correct"
     return weigh(figure, "the reference", table["prompt"].tolist(), table[wins].tolist(), params.seed)
 
 
 def weigh(figure: str, against: str, prompts: Sequence[str], wins: Sequence[float], seed: int) -> Evidence:
     """Return mean, interval and test of N wins from 0 to 1 (NaN if unknown), clustered by their N prompts."""
-    known = [(prompt, win) for prompt, win in zip(prompts, wins, strict=True) if not math.isnan(win)]
-    prompts, wins = [prompt for prompt, _ in known], [win for _, win in known]
-    found: Any = bootstrap({"wins": mean(wins)}, prompts, seed)
+    known = pd.DataFrame({"prompt": prompts, "win": wins}).dropna(subset="win")
+    clusters = known["prompt"].tolist()
+    found: Any = bootstrap({"wins": mean(known["win"].tolist())}, clusters, seed)
     low, high = found["wins_ci"]
-    p = paired_test([win - 0.5 for win in wins], prompts, seed)
+    p = paired_test((known["win"] - 0.5).tolist(), clusters, seed)
     return Evidence(figure, against, found["wins"], low, high, p)
 
 
@@ -179,43 +154,46 @@ def against_champion(params: Params, trial: Trial, version: str) -> Evidence:
     with tempfile.TemporaryDirectory() as folder:
         uri = f"models:/{registry.REGISTERED}/{version}"
         champion = Path(mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=folder))
+        tokenizer = load_tokenizer(champion / "components/tokenizer")
+        model = load_model(champion / "model", params.engine.precision, params.engine.compile)
+        model = model.to(this_process().device)
         judged = bool(params.evaluate.judges)
-        prompts, wins = judged_wins(params, trial, champion) if judged else ranked_wins(params, trial, champion)
+        prompts, wins = (judged_wins if judged else ranked_wins)(params, trial, model, tokenizer)
     figure = "win rate" if judged else "win rate in ranking held-out pairs"
     return weigh(figure, f"the champion, version {version}", prompts, wins, params.seed)
 
 
-def judged_wins(params: Params, trial: Trial, champion: Path) -> tuple[list[str], list[float]]:
+def judged_wins(
+    params: Params, trial: Trial, champion: LogProbModel, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[str], list[float]]:
     """Return the prompt of every response and the win of the policy's response over the champion's.
 
     The policy's responses are those of the stage `evaluate`. The champion responds to the same prompts with the
     same seed and settings.
     """
-    judge = load_judges(params.evaluate.judges)[0]
-    own, baseline = pd.read_parquet(policy_samples(trial)), pd.read_parquet(REFERENCE_SAMPLES)
-    tokenizer = load_tokenizer(champion / "components/tokenizer")
-    prompts = [prompt_of(pair, tokenizer) for pair in baseline.to_dict("records")]
-    engine, device = params.engine, this_process().device
-    model = load_model(champion / "model", engine.precision, engine.compile).to(device)
-    responses = response_table(model, tokenizer, prompts, **params.sampling)["response"].tolist()
-    verdicts = judge.compare(prompts, responses, own["response"].tolist(), own.get("score"))
+    own = pd.read_parquet(paths.policy_samples(trial))
+    prompts = [prompt_of(row, tokenizer) for row in pd.read_parquet(paths.REFERENCE_SAMPLES).to_dict("records")]
+    responses = response_table(champion, tokenizer, prompts, **params.sampling)["response"].tolist()
+    verdicts = load_judges(params.evaluate.judges)[0].compare(
+        prompts, responses, own["response"].tolist(), own.get("score")
+    )
     return own["prompt"].tolist(), (1 - verdicts["win"]).tolist()
 
 
-def ranked_wins(params: Params, trial: Trial, champion: Path) -> tuple[list[str], list[float]]:
+def ranked_wins(
+    params: Params, trial: Trial, champion: LogProbModel, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[str], list[float]]:
     """Return the prompt of every held-out pair and the policy's win over the champion.
 
     The win is 1 if only the policy ranks the pair correctly, 0 if only the champion does, else 0.5. Both rewards
     are relative to the current reference, whose log-probs the stage `evaluate` stored.
     """
     engine = params.engine
-    held_out, own = pd.read_parquet(EVAL), pd.read_parquet(policy_margins(trial))
-    tokenizer = load_tokenizer(champion / "components/tokenizer")
+    held_out, own = pd.read_parquet(paths.EVAL), pd.read_parquet(paths.policy_margins(trial))
     rows = encode_pairs(held_out.to_dict("records"), tokenizer, engine.max_length)
-    model = load_model(champion / "model", engine.precision, engine.compile).to(this_process().device)
     theirs = pair_table(
         held_out,
-        sequence_logps(model, rows, engine.max_tokens_per_microbatch, "champion log-probs"),
+        sequence_logps(champion, rows, engine.max_tokens_per_microbatch, "champion log-probs"),
         torch.tensor(own[["chosen_reference_logp", "rejected_reference_logp"]].to_numpy()),
         torch.tensor([[len(ids) for ids in row.completions] for row in rows]),
         trial,
@@ -224,11 +202,7 @@ def ranked_wins(params: Params, trial: Trial, champion: Path) -> tuple[list[str]
 
 
 def logged_model(params: Params, folder: Path) -> tuple[str, str]:
-    """Return the ids of the run that made a checkpoint and of its logged model; log the model if it is missing.
-
-    Raises:
-        InputError: the run is tagged as having the model, but MLflow does not have it.
-    """
+    """Return the ids of a checkpoint's run and of its model, logged if missing. Raise InputError if it is lost."""
     log_models(params, [folder])
     made = runs.run_of(folder)
     run_id = runs.sweep_run(params) if made is None else made.info.run_id

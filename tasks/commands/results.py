@@ -10,11 +10,7 @@ COLUMNS = {"reward_accuracy": "reward accuracy", "margin": "margin", "kl": "KL (
 
 
 def show() -> None:
-    """Print metrics, the selection and its reason, and where to find more.
-
-    Raises:
-        InputError: the stage `compare` has not run.
-    """
+    """Print metrics, selection, reason and where to find more. Raise InputError if `compare` has not run."""
     if not COMPARISON.is_file():
         raise InputError(f"{COMPARISON}: no such file; run `make repro` first")
     comparison = json.loads(COMPARISON.read_text())

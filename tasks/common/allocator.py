@@ -15,13 +15,8 @@ _KEEP_LARGE_BLOCKS = "glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_t
 SCORING = {"GLIBC_TUNABLES": _NO_SMALL_CACHES, "THP_MEM_ALLOC_ENABLE": "1"}
 TRAINING = {"GLIBC_TUNABLES": f"{_NO_SMALL_CACHES}:{_KEEP_LARGE_BLOCKS}", "THP_MEM_ALLOC_ENABLE": "1"}
 
-STAGES = {
-    "sft": TRAINING,
-    "train": TRAINING,
-    "reference_logprobs": SCORING,
-    "reference_samples": SCORING,
-    "evaluate": SCORING,
-}
+STAGES = dict.fromkeys(("tasks.sft", "tasks.train"), TRAINING)
+STAGES |= dict.fromkeys(("tasks.reference_logprobs", "tasks.reference_samples", "tasks.evaluate"), SCORING)
 
 
 def use_allocator_settings() -> None:
@@ -30,7 +25,6 @@ def use_allocator_settings() -> None:
     Do nothing on other systems, in other modules, or if `GLIBC_TUNABLES` is set.
     """
     words = sys.orig_argv
-    module = words[words.index("-m") + 1] if "-m" in words[:-1] else ""
-    settings = STAGES.get(module.removeprefix("tasks.")) if module.startswith("tasks.") else None
+    settings = STAGES.get(words[words.index("-m") + 1]) if "-m" in words[:-1] else None
     if settings and sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
         os.execve(sys.executable, [sys.executable, *words[1:]], {**os.environ, **settings})

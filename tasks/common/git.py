@@ -5,9 +5,6 @@ from pathlib import Path
 
 from dpo.common.errors import InputError
 
-RESULTS = (":!dvc.lock", ":!metrics", ":!*.gitignore")
-"""Pathspecs that exclude the files which the pipeline itself writes."""
-
 
 def head_commit() -> str:
     """Return the hash of the current commit, or `none` outside a repository."""
@@ -16,18 +13,12 @@ def head_commit() -> str:
 
 def inputs_changed() -> bool:
     """Return whether tracked files other than results differ from the current commit."""
-    return bool(_git("status", "--porcelain", "--untracked-files=no", "--", ".", *RESULTS).stdout.strip())
+    status = ["status", "--porcelain", "--untracked-files=no", "--"]
+    return bool(_git(*status, ".", ":!dvc.lock", ":!metrics", ":!*.gitignore").stdout.strip())
 
 
 def uncommitted(*paths: str) -> list[str]:
-    """Return the files that differ from the current commit.
-
-    Args:
-        paths: files and folders to compare, including new files. Without paths: all tracked files.
-
-    Raises:
-        InputError: this folder is not in a git repository with a commit.
-    """
+    """Return the tracked files, or all files in `paths`, that differ from HEAD; InputError without a commit."""
     status = _git("status", "--porcelain", f"--untracked-files={'all' if paths else 'no'}", "--", *paths)
     if status.returncode or _git("rev-parse", "--verify", "HEAD").returncode:
         raise InputError("git: this folder has no commit, so a rollback has no target; run `git init` and commit")

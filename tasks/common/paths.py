@@ -15,8 +15,6 @@ REFERENCE_EVAL = Path("reference/eval")
 REFERENCE_PROGRESS = Path(".reference-progress")
 TRAINING_PROGRESS = Path(".training-progress")
 REFERENCE_SAMPLES = Path("samples/reference.parquet")
-SAMPLES = Path("samples")
-MARGINS = Path("margins")
 METRICS = Path("metrics")
 COMPARISON = METRICS / "comparison.json"
 MLFLOW_STORE = "sqlite:///mlflow.db"
@@ -47,9 +45,9 @@ def evaluation(trial: Trial) -> Path:
 
 def policy_samples(trial: Trial) -> Path:
     """Return the path of the responses of a trial's policy."""
-    return SAMPLES / f"{trial.name}.parquet"
+    return Path("samples") / f"{trial.name}.parquet"
 
 
 def policy_margins(trial: Trial) -> Path:
     """Return the path of the rewards and the margin of every held-out pair under a trial's policy."""
-    return MARGINS / f"{trial.name}.parquet"
+    return Path("margins") / f"{trial.name}.parquet"

@@ -29,9 +29,8 @@ def run(main: Callable[[], None]) -> None:
     except OSError as error:
         if error.errno not in NOT_WRITABLE:
             raise
-        _exit(
-            f"error: {error}; free disk space or allow writing, then run again. Incomplete files were removed", 1
-        )
+        fix = "free disk space or allow writing, then run again. Incomplete files were removed"
+        _exit(f"error: {error}; {fix}", 1)
     except FloatingPointError as error:
         _exit(f"error: {error}", 1)
     except Stopped as stopped:
@@ -41,17 +40,16 @@ def run(main: Callable[[], None]) -> None:
 def run_launched(main: Callable[[], None]) -> None:
     """Run a stage with `run`, in the processes that the accelerate configuration `run.launch` specifies."""
 
-    def launch() -> None:
+    def launch_or_run() -> None:
         config = load_params().run.launch if "LOCAL_RANK" not in os.environ else None
-        if config is None:
-            main()
-            return
-        stage = sys.modules["__main__"].__spec__
-        assert stage is not None
-        launcher = ["-m", "accelerate.commands.launch", "--config_file", config, "-m", stage.name, *sys.argv[1:]]
-        os.execv(sys.executable, [sys.executable, *launcher])
+        if config is not None:
+            stage = sys.modules["__main__"].__spec__
+            assert stage is not None
+            launch = ["-m", "accelerate.commands.launch", "--config_file", config, "-m", stage.name, *sys.argv[1:]]
+            os.execv(sys.executable, [sys.executable, *launch])  # does not return
+        main()
 
-    run(launch)
+    run(launch_or_run)
 
 
 def _exit(message: str, code: int) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from jinja2 import Environment, FileSystemLoader
+from jinja2 import Template
 
 from dpo.common.bundled import MODEL_NAME
 from dpo.common.files import atomic_write, md5
@@ -30,34 +30,19 @@ def write_card(params: Params, trial: Trial, metrics: dict[str, Any]) -> None:
     judges = [judge.name for judge in params.evaluate.judges]
     shown = {name: words for name, words in METRICS.items() if name in metrics}
     shown |= {f"win_rate/{judge}": f"win rate against the reference, judged by {judge}" for judge in judges[1:]}
-    is_default = params.model.base == "default"
-    base = MODEL_NAME if is_default else params.model.base
+    base = MODEL_NAME if params.model.base == "default" else params.model.base
     source = params.data.source if isinstance(params.data.source, str) else ", ".join(params.data.source)
-    results = [
-        EvalResult(
-            task_type="text-generation",
-            dataset_type="preferences",
-            dataset_name=f"{source}, held-out pairs",
-            metric_type=name,
-            metric_name=words,
-            metric_value=metrics[name],
-        )
-        for name, words in shown.items()
-    ]
+    dataset = ("text-generation", "preferences", f"{source}, held-out pairs")
     data = ModelCardData(
-        base_model=base if is_default or params.model.revision else None,
+        base_model=base if params.model.base == "default" or params.model.revision else None,
         library_name="peft" if params.dpo.lora else "transformers",
         pipeline_tag="text-generation",
         tags=["dpo", "preference-optimization", trial.loss.name],
         model_name=trial.name,
-        eval_results=results,
+        eval_results=[EvalResult(*dataset, name, metrics[name], metric_name=text) for name, text in shown.items()],
     )
-    loader = FileSystemLoader(Path(__file__).parent)
-    # the template is Markdown, not HTML
-    environment = Environment(loader=loader, trim_blocks=True, autoescape=False)  # nosec B701
-    template = environment.get_template("card.md.jinja")
+    template = Template(Path(__file__).with_name("card.md.jinja").read_text(), trim_blocks=True)
     body = template.render(
-        name=trial.name,
         base=base,
         source=source,
         trial=trial,

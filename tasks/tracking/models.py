@@ -15,7 +15,6 @@ from tasks.common.paths import REFERENCE
 from tasks.tracking import offline, runs
 from tasks.tracking.provenance import weights
 
-PACKAGES = ("mlflow", "torch", "transformers", "accelerate")
 log = logging.getLogger(__name__)
 logging.getLogger("mlflow.transformers").setLevel(logging.ERROR)  # it warns about every model without a licence
 
@@ -25,6 +24,7 @@ def log_models(params: Params, folders: list[Path]) -> None:
     if not offline.connect_or_offline():
         log.warning("MLflow is unreachable: models are not logged; log them later with `dvc repro -f -s compare`")
         return
+    packages = ("mlflow", "torch", "transformers", "accelerate")
     for folder in folders:
         made, logged = runs.run_of(folder), f"dpo.logged.{weights(folder)[:16]}"
         run_id = runs.sweep_run(params) if made is None else made.info.run_id
@@ -33,9 +33,7 @@ def log_models(params: Params, folders: list[Path]) -> None:
         tokenizer, model = load_tokenizer(folder), load_checkpoint(folder)
         model.name_or_path = f"./{folder}"  # a path, so that MLflow does not query the hub for a licence
         chat = bool(tokenizer.chat_template)
-        example: dict[str, Any] = (
-            {"messages": [{"role": "user", "content": "Hello"}]} if chat else {"prompt": "Hello"}
-        )
+        example: Any = {"messages": [{"role": "user", "content": "Hello"}]} if chat else {"prompt": "Hello"}
         with mlflow.start_run(run_id=run_id):
             mlflow.transformers.log_model(
                 {"model": model, "tokenizer": tokenizer},
@@ -43,6 +41,6 @@ def log_models(params: Params, folders: list[Path]) -> None:
                 task=f"llm/v1/{'chat' if chat else 'completions'}",
                 metadata={"provenance": (folder / PROVENANCE).read_text()},
                 input_example={**example, "max_tokens": 16},
-                pip_requirements=[f"{name}=={version(name)}" for name in PACKAGES],
+                pip_requirements=[f"{name}=={version(name)}" for name in packages],
             )
             mlflow.set_tag(logged, "true")

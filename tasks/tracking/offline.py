@@ -41,11 +41,7 @@ T = TypeVar("T")
 
 
 def connect() -> None:
-    """Use MLFLOW_TRACKING_URI or `mlflow.db`, without the offline store. The model registry needs this.
-
-    Raises:
-        InputError: the server does not answer.
-    """
+    """Use MLFLOW_TRACKING_URI or `mlflow.db`. Raise InputError if the server does not answer."""
     if not connect_or_offline():
         store = os.environ["MLFLOW_TRACKING_URI"]
         raise InputError(f"MLFLOW_TRACKING_URI: {store}: connection refused or timed out; start MLflow, try again")
@@ -54,11 +50,7 @@ def connect() -> None:
 def connect_or_offline() -> bool:
     """Use MLFLOW_TRACKING_URI or `mlflow.db`, and sync the offline store; if that fails, use the offline store.
 
-    Returns:
-        False if the offline store is in use.
-
-    Raises:
-        MlflowException: the server answers with an error of status 4xx.
+    Return False if the offline store is in use. Raise MlflowException if the server answers with a status 4xx.
     """
     store = os.environ.get("MLFLOW_TRACKING_URI", MLFLOW_STORE)
     try:
@@ -77,17 +69,12 @@ def connect_or_offline() -> bool:
 def _use(store: str) -> None:
     mlflow.set_tracking_uri(store)
     with store_lock():
-        _create(store)
+        path = Path(store.removeprefix("sqlite:///"))
+        if store.startswith("sqlite:///") and not path.exists():
+            with atomic_write(path) as tmp:  # MLflow cannot repair a store whose creation was interrupted
+                MlflowClient(f"sqlite:///{tmp}").search_experiments(max_results=1)
         mlflow.set_experiment(EXPERIMENT)
         mlflow.set_experiment_tag("mlflow.experimentKind", "custom_model_development")  # show runs, not traces
-
-
-def _create(store: str) -> None:
-    """Create a SQLite store atomically: MLflow cannot repair a store whose creation was interrupted."""
-    path = Path(store.removeprefix("sqlite:///"))
-    if store.startswith("sqlite:///") and not path.exists():
-        with atomic_write(path) as tmp:
-            MlflowClient(f"sqlite:///{tmp}").search_experiments(max_results=1)
 
 
 def store_lock() -> FileLock:
@@ -110,8 +97,8 @@ def _is_server(store: str) -> bool:
 def _request_limits(seconds: int) -> Iterator[None]:
     """Limit a request to a server to two retries and this timeout; MLflow's defaults retry for minutes."""
     settings = {"MAX_RETRIES": "2", "BACKOFF_FACTOR": "1", "TIMEOUT": str(seconds)}
-    added = {f"MLFLOW_HTTP_REQUEST_{k}": v for k, v in settings.items()}
-    added = {k: v for k, v in added.items() if k not in os.environ}
+    names = {f"MLFLOW_HTTP_REQUEST_{name}": value for name, value in settings.items()}
+    added = {name: value for name, value in names.items() if name not in os.environ}
     os.environ.update(added)
     try:
         yield
@@ -149,10 +136,8 @@ def new_run(name: str, tags: dict[str, str]) -> str:
     """Create a run with tags for user, command and commit; return its id."""
     client = MlflowClient()
     experiment = client.get_experiment_by_name(EXPERIMENT)
-    assert experiment is not None
-    tags = {"git_commit": head_commit(), "git_dirty": str(inputs_changed()).lower(), **tags}
-    run = client.create_run(experiment.experiment_id, run_name=name, tags=resolve_tags(tags))
-    return str(run.info.run_id)
+    tags = resolve_tags({"git_commit": head_commit(), "git_dirty": str(inputs_changed()).lower(), **tags})
+    return str(client.create_run(experiment.experiment_id, run_name=name, tags=tags).info.run_id)
 
 
 def sync() -> None:
@@ -180,9 +165,8 @@ def _sync_run(offline: MlflowClient, server: MlflowClient, run: Run) -> None:
         if parent:
             tags[MLFLOW_PARENT_RUN_ID] = _server_run(server, parent[0])
         experiment = server.get_experiment_by_name(EXPERIMENT)
-        target = server.create_run(
-            experiment.experiment_id, info.start_time, tags | {OFFLINE_RUN: info.run_id}, info.run_name
-        ).info.run_id
+        new_tags = tags | {OFFLINE_RUN: info.run_id}
+        target = server.create_run(experiment.experiment_id, info.start_time, new_tags, info.run_name).info.run_id
     known = server.get_run(target).data.params
     server.log_batch(
         target,

@@ -1,9 +1,9 @@
 """Provenance of results: code, data, models, settings, packages, machine, runs."""
 
-import dataclasses
 import os
 import platform
 from collections.abc import Sequence
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -31,18 +31,16 @@ def packages() -> dict[str, str]:
 
 def made_by(params: Params, mlflow_run: str | None, trial: Trial | None = None) -> dict[str, Any]:
     """Return the content of a checkpoint's provenance file. Without a trial, the checkpoint is the reference."""
-    settings: dict[str, Any] = {"engine": params.engine, "model": params.model}
-    settings |= {"data": params.data, "sft": params.sft}
+    groups = {"engine": params.engine, "model": params.model, "data": params.data, "sft": params.sft}
+    settings = {"seed": params.seed} | {name: asdict(group) for name, group in groups.items()}
     if trial is not None:
-        settings |= {"loss": trial.loss, "dpo": params.dpo}
+        settings |= {"loss": asdict(trial.loss), "dpo": asdict(params.dpo), "trial": trial.settings}
     return {
         "git_commit": head_commit(),
         "git_changes_since": inputs_changed(),
         "data": {str(TRAIN): md5(TRAIN)},
         "models": {str(folder): weights(folder) for folder in ([BASE] if trial is None else [BASE, REFERENCE])},
-        "params": {"seed": params.seed}
-        | {name: dataclasses.asdict(group) for name, group in settings.items()}
-        | ({} if trial is None else {"trial": trial.settings}),
+        "params": settings,
         "packages": packages(),
         "machine": machine(),
         "mlflow_run": mlflow_run,

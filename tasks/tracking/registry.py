@@ -40,29 +40,22 @@ def promote(model_id: str, tags: dict[str, str]) -> ModelVersion:
     """Make a logged model the champion and record the previous champion as its predecessor.
 
     The version that an interrupted promotion registered is reused. A model that was champion before gets a new
-    version, so that the tags of the old version stay as they are.
-
-    Args:
-        model_id: MLflow's id of the logged model.
-        tags: tags of the version; `git_commit` is the commit that a rollback restores.
+    version, so that the tags of the old version stay as they are. A rollback restores the commit in `git_commit`.
     """
     client, before = mlflow.MlflowClient(), champion()
+    previous = str(before.version) if before else "none"
     found = client.search_model_versions(f"name = '{REGISTERED}'")
     unused = [v for v in found if v.source == f"models:/{model_id}" and PROMOTED_AT not in v.tags]
     new = unused[0] if unused else mlflow.register_model(f"models:/{model_id}", REGISTERED)
-    for name, value in (tags | {PREDECESSOR: before.version if before else "none"}).items():
-        client.set_model_version_tag(REGISTERED, new.version, name, str(value))
-    _point(new.version, before.version if before else None)
+    for name, value in (tags | {PREDECESSOR: previous}).items():
+        client.set_model_version_tag(REGISTERED, new.version, name, value)
+    _point(new.version, previous)
     client.set_model_version_tag(REGISTERED, new.version, PROMOTED_AT, f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}")
     return version(new.version)
 
 
 def predecessor() -> tuple[ModelVersion, ModelVersion]:
-    """Return the champion and its predecessor.
-
-    Raises:
-        InputError: there is no champion, or it has no predecessor.
-    """
+    """Return the champion and its predecessor. Raise InputError if there is no champion or no predecessor."""
     now = champion()
     if now is None:
         raise InputError(f"MLflow: {REGISTERED} has no {CHAMPION}; `dpo promote` promotes the selected policy")
@@ -76,13 +69,12 @@ def predecessor() -> tuple[ModelVersion, ModelVersion]:
 
 def roll_back(to: ModelVersion) -> None:
     """Make an earlier champion the champion again."""
-    earlier = to.tags.get(PREDECESSOR, "none")
-    _point(to.version, None if earlier == "none" else earlier)
+    _point(to.version, to.tags.get(PREDECESSOR, "none"))
 
 
-def _point(number: str, previous: str | None) -> None:
+def _point(number: str, previous: str) -> None:
     client = mlflow.MlflowClient()
-    if previous is None:
+    if previous == "none":
         client.delete_registered_model_alias(REGISTERED, PREVIOUS)
     else:
         client.set_registered_model_alias(REGISTERED, PREVIOUS, previous)

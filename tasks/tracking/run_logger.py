@@ -2,15 +2,13 @@
 
 import logging
 import time
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Mapping
+from functools import partialmethod
 from typing import Any
 
 import mlflow
-import pandas as pd
-import plotly.graph_objects as go
 from mlflow import MlflowClient
-from mlflow.entities import DatasetInput, Metric, Param
+from mlflow.entities import Metric, Param
 
 from tasks.tracking.offline import CONTINUES, OFFLINE_STORE, new_run, or_offline, search
 
@@ -22,52 +20,33 @@ class RunLogger:
     """Log to a run; if the server fails, log to a run in the offline store that continues it.
 
     A call whose answer is lost is repeated offline. Points have fixed timestamps, so a sync adds no duplicates.
+    Methods take the arguments of the methods of MLflow's client that they call, without the run id.
     """
 
     def __init__(self, run_id: str) -> None:
         self.run_id = run_id
 
-    def log_params(self, params: Mapping[str, Any]) -> None:
-        """Log settings as strings."""
-        self._call(MlflowClient.log_batch, params=[Param(name, str(value)) for name, value in params.items()])
-
-    def log_metrics(self, points: list[Metric]) -> None:
-        """Log points of `metric_points`. One call takes 30 to 50 ms on SQLite."""
-        self._call(MlflowClient.log_batch, points)
-
-    def log_table(self, table: pd.DataFrame, name: str) -> None:
-        """Log a table as the artifact `name`."""
-        self._call(MlflowClient.log_table, table, name)
-
-    def log_dataset(self, dataset: DatasetInput) -> None:
-        """Log the data that the run reads."""
-        self._call(MlflowClient.log_inputs, [dataset])
-
-    def log_artifact(self, path: Path) -> None:
-        """Log a file."""
-        self._call(MlflowClient.log_artifact, str(path))
-
-    def log_figure(self, figure: go.Figure, name: str) -> None:
-        """Log a figure as the artifact `name`."""
-        self._call(MlflowClient.log_figure, figure, name)
-
-    def set_tag(self, name: str, value: str) -> None:
-        """Set a tag."""
-        self._call(MlflowClient.set_tag, name, value)
-
-    def close(self, status: str = "FINISHED") -> None:
-        """End the run."""
-        self._call(MlflowClient.set_terminated, status)
-
     @or_offline
-    def _call(self, method: Callable[..., object], *args: object, **kwargs: object) -> None:
+    def _call(self, method: str, *args: object, **kwargs: object) -> None:
         """Call a method of MLflow's client with the id that the run has in the store in use."""
         client, run_id = MlflowClient(), self.run_id
         if mlflow.get_tracking_uri() == OFFLINE_STORE:
             continued = f"tags.`{CONTINUES}` = '{run_id}' and attributes.status = 'RUNNING'"
             found = search(client, f"attributes.run_id = '{run_id}'") or search(client, continued)
             run_id = found[0].info.run_id if found else new_run("continued", {CONTINUES: run_id})
-        method(client, run_id, *args, **kwargs)
+        getattr(client, method)(run_id, *args, **kwargs)
+
+    log_metrics = partialmethod(_call, "log_batch")  # one call takes 30 to 50 ms on SQLite
+    log_table = partialmethod(_call, "log_table")
+    log_datasets = partialmethod(_call, "log_inputs")
+    log_artifact = partialmethod(_call, "log_artifact")
+    log_figure = partialmethod(_call, "log_figure")
+    set_tag = partialmethod(_call, "set_tag")
+    close = partialmethod(_call, "set_terminated")
+
+    def log_params(self, params: Mapping[str, Any]) -> None:
+        """Log settings as strings."""
+        self._call("log_batch", params=[Param(name, str(value)) for name, value in params.items()])
 
 
 def metric_points(values: Mapping[str, float], step: int = 0) -> list[Metric]:

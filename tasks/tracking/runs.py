@@ -9,7 +9,7 @@ import hashlib
 import logging
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +26,8 @@ from dpo.config import Params
 from dpo.training.settings import Trial
 from tasks.common.flatten import flatten
 from tasks.common.paths import COMPARISON, EVAL, RAW_PAIRS, REFERENCE_TRAIN, REPORT, TRAIN, policy_folder
-from tasks.tracking.offline import (
-    CHECKPOINT,
-    ROLE,
-    SWEEP,
-    connect_or_offline,
-    new_run,
-    or_offline,
-    search,
-    store_lock,
-)
+from tasks.tracking import offline
+from tasks.tracking.offline import CHECKPOINT, ROLE, SWEEP, new_run, or_offline, search
 from tasks.tracking.provenance import weights
 from tasks.tracking.run_logger import RunLogger, WarningsHandler, metric_points
 
@@ -46,36 +38,30 @@ INPUTS = "dpo.inputs"
 
 def log_validation(params: Params, metrics: dict[str, Any], files: list[Path]) -> None:
     """Create a run for the validation of the data, with its metrics and files."""
-    connect_or_offline()
+    offline.connect_or_offline()
     settings = _settings(seed=params.seed, data=params.data)
     run = RunLogger(_begin("data", {ROLE: "data", INPUTS: _hash(settings, RAW_PAIRS)}))
     for file in files:
-        run.log_artifact(file)
+        run.log_artifact(str(file))
     run.log_params(settings)
     run.log_metrics(metric_points(_numbers(metrics, "data")))
     run.close()
 
 
-@contextmanager
-def reference_run(params: Params, table: pd.DataFrame) -> Iterator[str]:
+def reference_run(params: Params, table: pd.DataFrame) -> AbstractContextManager[str]:
     """Create a run for the fine-tuning of the reference; yield its id."""
-    connect_or_offline()
+    offline.connect_or_offline()
     settings = _settings(seed=params.seed, model=params.model, sft=params.sft)
     tags = {ROLE: "reference", INPUTS: _hash(settings, TRAIN)}
-    with _training("reference (SFT)", tags, settings, table) as run_id:
-        yield run_id
+    return _training("reference (SFT)", tags, settings, table)
 
 
-@contextmanager
-def policy_run(params: Params, trial: Trial, table: pd.DataFrame) -> Iterator[str]:
+def policy_run(params: Params, trial: Trial, table: pd.DataFrame) -> AbstractContextManager[str]:
     """Create a child run of the sweep for the training of a trial; yield its id."""
-    connect_or_offline()
+    offline.connect_or_offline()
     tags = {SWEEP: _sweep(), TRIAL: trial.name, ROLE: "policy", MLFLOW_PARENT_RUN_ID: sweep_run(params)}
-    settings = _settings(
-        model=params.model, data=params.data, engine=params.engine, dpo=params.dpo, **trial.settings
-    )
-    with _training(trial.name, tags, settings, table) as run_id:
-        yield run_id
+    groups = {"model": params.model, "data": params.data, "engine": params.engine, "dpo": params.dpo}
+    return _training(trial.name, tags, _settings(**groups, **trial.settings), table)
 
 
 @contextmanager
@@ -83,7 +69,7 @@ def _training(name: str, tags: dict[str, str], settings: dict[str, Any], table: 
     """Create a run that records the library's warnings and ends with the block."""
     run = RunLogger(_begin(name, tags))
     run.log_params(settings)
-    run.log_dataset(_dataset(table, "training"))
+    run.log_datasets([_dataset(table, "training")])
     library, handler, status = logging.getLogger("dpo"), WarningsHandler(run), "FAILED"
     library.addHandler(handler)
     try:
@@ -107,7 +93,7 @@ def _begin(name: str, tags: dict[str, str]) -> str:
 @or_offline
 def sweep_run(params: Params) -> str:
     """Return the id of this sweep's parent run; create the run if it does not exist."""
-    with store_lock():
+    with offline.store_lock():
         found = search(MlflowClient(), f"tags.`{SWEEP}` = '{_sweep()}' and tags.`{ROLE}` = 'sweep'")
         if found:
             return str(found[0].info.run_id)
@@ -124,8 +110,7 @@ def tag_checkpoint(run_id: str, folder: Path) -> None:
 @or_offline
 def run_of(folder: Path) -> Run | None:
     """Return the latest run that made this checkpoint."""
-    found = search(MlflowClient(), f"tags.`{CHECKPOINT}` = '{weights(folder)}'")
-    return found[0] if found else None
+    return next(iter(search(MlflowClient(), f"tags.`{CHECKPOINT}` = '{weights(folder)}'")), None)
 
 
 def log_evaluation(
@@ -135,7 +120,7 @@ def log_evaluation(
 
     If this MLflow has no such run (DVC may have pulled the checkpoint), create a child run of the sweep for it.
     """
-    connect_or_offline()
+    offline.connect_or_offline()
     made = run_of(policy_folder(trial))
     if made is None:
         with policy_run(params, trial, pd.read_parquet(TRAIN)) as run_id:
@@ -144,23 +129,19 @@ def log_evaluation(
         run_id = made.info.run_id
     run = RunLogger(run_id)
     run.log_table(samples, "samples.json")
-    run.log_dataset(_dataset(table, "evaluation"))
+    run.log_datasets([_dataset(table, "evaluation")])
     run.log_metrics(metric_points(_numbers(metrics, "eval")))
     run.close()
 
 
 def log_comparison(
-    params: Params,
-    policies: dict[str, dict[str, Any]],
-    selected: str | None,
-    reason: str,
-    figures: list[go.Figure],
+    params: Params, policies: dict[str, Any], selected: str | None, reason: str, figures: list[go.Figure]
 ) -> None:
     """Add figures, report and selection to the sweep's parent run, and end it."""
-    connect_or_offline()
+    offline.connect_or_offline()
     run = RunLogger(sweep_run(params))
-    run.log_artifact(REPORT)
-    run.log_artifact(COMPARISON)
+    run.log_artifact(str(REPORT))
+    run.log_artifact(str(COMPARISON))
     for figure in figures:
         name = re.sub(r"\W+", "-", figure.layout.title.text.lower()).strip("-")
         run.log_figure(figure, f"figures/{name}.html")
@@ -173,23 +154,16 @@ def log_comparison(
 
 def training_times(folders: list[Path]) -> dict[str, str]:
     """Return how long the training of each checkpoint took, for those whose run is known here."""
-    connect_or_offline()
-    runs = {folder: run_of(folder) for folder in folders}
-    return {
-        str(folder): f"{run.data.metrics['train/train_runtime']:.0f} s"
-        for folder, run in runs.items()
-        if run is not None and "train/train_runtime" in run.data.metrics
-    }
+    offline.connect_or_offline()
+    times = {folder: run.data.metrics.get("train/train_runtime") for folder in folders if (run := run_of(folder))}
+    return {str(folder): f"{seconds:.0f} s" for folder, seconds in times.items() if seconds is not None}
 
 
 def _numbers(metrics: dict[str, Any], group: str) -> dict[str, float]:
-    """Return the numbers among nested metrics by `group/PATH`; `NAME_ci` becomes NAME_low and NAME_high.
-
-    Characters that MLflow refuses in names become dots.
-    """
+    """Return the numbers among nested metrics by `group/PATH`; `NAME_ci` becomes NAME_low and NAME_high."""
     flat: dict[str, float] = {}
     for path, value in flatten({k: v for k, v in metrics.items() if k != "trial"}):
-        name = "/".join([group, *(re.sub(r"[^\w. -]", ".", part) for part in path)])
+        name = "/".join([group, *(re.sub(r"[^\w. -]", ".", part) for part in path)])  # MLflow allows no others
         if isinstance(value, int | float):
             flat[name] = float(value)
         elif isinstance(value, list) and name.endswith("_ci"):

@@ -17,25 +17,22 @@ class StepLog:
     def on_start(self, resumed_step: int, history: list[dict[str, float]]) -> None:
         """Log the entries up to the checkpoint if training resumes from one: its MLflow run is a new one."""
         if resumed_step:
-            for entry in history:
-                self._add(entry)
+            self.waiting = [point for entry in history for point in _points(entry)]
             self.run.set_tag(RESUMED, str(resumed_step))
-            self._send()
+            self.on_end()
 
     def on_log(self, entry: dict[str, float]) -> None:
         """Add an entry, which has its number of steps under `step`."""
-        self._add(entry)
+        self.waiting += _points(entry)
         if entry["step"] % self.STEPS_PER_CALL == 0:
-            self._send()
+            self.on_end()
 
     def on_end(self) -> None:
-        """Send the remaining entries."""
-        self._send()
-
-    def _add(self, entry: dict[str, float]) -> None:
-        named = {f"train/{name}": value for name, value in entry.items() if name != "step"}
-        self.waiting += metric_points(named, int(entry["step"]))
-
-    def _send(self) -> None:
+        """Send the waiting entries."""
         self.run.log_metrics(self.waiting)
         self.waiting = []
+
+
+def _points(entry: dict[str, float]) -> list[Metric]:
+    named = {f"train/{name}": value for name, value in entry.items() if name != "step"}
+    return metric_points(named, int(entry["step"]))

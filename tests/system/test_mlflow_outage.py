@@ -197,7 +197,7 @@ def test_a_running_offline_training_is_synced_twice_into_one_run(story, runs):
         go_offline()
 
     with pytest.MonkeyPatch.context() as outage:
-        outage.setattr(tracking, "connect_or_offline", go_offline)
+        outage.setattr(offline, "connect_or_offline", go_offline)
         run_id = train(CONCURRENT, halfway=lambda: (outage.undo(), sync_in_another_stage()))
     (partial,) = seen
     assert partial.info.status == "RUNNING"

@@ -227,9 +227,11 @@ def test_flatten_yields_paths_through_mappings_and_dataclasses():
 
 def test_validation_metrics_are_logged_by_path_with_their_intervals(project):
     metrics = {"rows": 7, "sources": {"https://a b": {"rows": 3}}, "share": 0.5, "share_ci": [0.4, 0.6]}
+    metrics |= {"win_rate/a_cite": 0.7, "win_rate/a_cite_ci": [0.6, 0.8]}
     tracking.log_validation(PARAMS, metrics | {"errors": ["none"], "unit": "tokens", "kl_ci": None}, [])
     runs = mlflow.search_runs(filter_string=f"tags.`{offline.ROLE}` = 'data'", output_format="list")
     assert runs[0].data.metrics == {
         "data/rows": 7, "data/sources/https...a b/rows": 3, "data/share": 0.5, "data/share_low": 0.4,
-        "data/share_high": 0.6,
+        "data/share_high": 0.6, "data/win_rate.a_cite": 0.7, "data/win_rate.a_cite_low": 0.6,
+        "data/win_rate.a_cite_high": 0.8,
     }  # fmt: skip
