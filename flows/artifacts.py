@@ -18,7 +18,6 @@ from typing import Any
 
 import httpx
 import pandas as pd
-from dvc.output import Output
 from dvc.repo import Repo
 from matplotlib.figure import Figure
 from prefect.artifacts import create_markdown_artifact, create_progress_artifact, update_progress_artifact
@@ -28,11 +27,9 @@ from dpo.common.files import PROVENANCE
 from tasks.common.flatten import flatten
 from tasks.common.paths import REPORTS
 
-PROGRESS_SECONDS = 10.0
-"""Shortest duration of a progress bar that gets an artifact, and time between two updates of the artifact."""
-MLFLOW_PAGES = "DPO_MLFLOW_PAGES"
-"""Environment variable with the address of MLflow's UI, used if MLFLOW_TRACKING_URI is not a server."""
-MAX_ROWS, PANELS_PER_ROW = 10, 3
+PROGRESS_SECONDS = 10.0  # shortest duration of a bar that gets an artifact, and time between two updates
+MLFLOW_PAGES = "DPO_MLFLOW_PAGES"  # address of MLflow's UI, used if MLFLOW_TRACKING_URI is not a server
+MAX_ROWS = 10
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
 
 
@@ -49,10 +46,7 @@ def artifact_key(stage: str) -> str:
 
 
 class ProgressArtifact:
-    """Progress of a running stage, read from the file that `dpo.common.progress` writes.
-
-    The artifact is created when a progress bar has run for `PROGRESS_SECONDS`, so short stages have none.
-    """
+    """Progress of a running stage, from the file of `dpo.common.progress`. Short stages have no artifact."""
 
     def __init__(self, stage: str, file: Path) -> None:
         self.stage, self.file = stage, file
@@ -90,18 +84,19 @@ def describe(state: dict[str, Any]) -> str:
     """Return the state of a progress bar as text, for example `tokens: 30 of 40, 0:01:12 left`."""
     title = f"{state['title']}: " if state["title"] else ""
     total = f" of {state['total']:,}" if state["total"] else ""
-    remaining = state["remaining_s"]
-    left = "" if remaining is None else f", {timedelta(seconds=round(remaining))} left"
+    seconds = state["remaining_s"]
+    left = "" if seconds is None else f", {timedelta(seconds=round(seconds))} left"
     return f"{title}{state['done']:,}{total}{left}"
 
 
 def publish_stage(stage: str, verdict: str, seconds: float, complete: bool) -> None:
-    """Create a Markdown artifact of a stage: its MLflow run, its page `reports/STAGE.md`, metrics and plots.
-
-    If the stage is not complete, only the page is shown.
-    """
-    outs = stage_outputs(stage) if complete else {}
-    ended = f"{verdict} in {seconds:.0f} s" if complete else verdict
+    """Publish a stage's page `reports/STAGE.md` and, if it is complete, its MLflow run, metrics and plots."""
+    outs, ended = {}, verdict
+    if complete:
+        ended = f"{verdict} in {seconds:.0f} s"
+        with Repo() as repo:
+            found = [out for single in repo.stage.collect(stage) for out in single.outs]
+            outs = {Path(os.path.relpath(out.fs_path)): out for out in found}
     parts = [f"## `{stage}`: {ended}"]
     parts += [f"MLflow: {mlflow_link(path / PROVENANCE)}" for path in outs if (path / PROVENANCE).is_file()]
     page = REPORTS / f"{stage}.md"
@@ -113,20 +108,12 @@ def publish_stage(stage: str, verdict: str, seconds: float, complete: bool) -> N
         create_markdown_artifact("\n\n".join(parts), key=artifact_key(stage), description=ended)
 
 
-def stage_outputs(stage: str) -> dict[Path, Output]:
-    """Return the outputs that DVC lists for a stage, by path."""
-    with Repo() as repo:
-        outs = [out for found in repo.stage.collect(stage) for out in found.outs]
-        return {Path(os.path.relpath(out.fs_path)): out for out in outs}
-
-
 def mlflow_link(provenance: Path) -> str:
     """Return the MLflow run that made a checkpoint: a link if an MLflow server has the run, else its id."""
-    run: str = json.loads(provenance.read_text())["mlflow_run"]
-    store = os.environ.get("MLFLOW_TRACKING_URI", "")
-    site = store if store.startswith(("http://", "https://")) else os.environ.get(MLFLOW_PAGES)
-    if site is None:
-        return f"run `{run}`"
+    run = json.loads(provenance.read_text())["mlflow_run"]
+    site = os.environ.get("MLFLOW_TRACKING_URI", "")
+    if not site.startswith(("http://", "https://")):
+        site = os.environ.get(MLFLOW_PAGES, "")  # if it is empty, the request raises UnsupportedProtocol
     site = site.rstrip("/")
     try:
         answer = httpx.get(f"{site}/api/2.0/mlflow/runs/get", params={"run_id": run}).raise_for_status().json()
@@ -142,8 +129,8 @@ def file_table(path: Path) -> str:
             rows = [(".".join(names), value) for names, value in flatten(json.loads(path.read_text()))]
             return _markdown(pd.DataFrame(rows, columns=["figure", "value"], dtype=object))
         if path.suffix in SEPARATORS:
-            table = _table(path)
-            shown = sorted({round(k * (len(table) - 1) / (MAX_ROWS - 1)) for k in range(MAX_ROWS)})
+            table = pd.read_csv(path, sep=SEPARATORS[path.suffix])
+            shown = [round(k * (len(table) - 1) / (MAX_ROWS - 1)) for k in range(MAX_ROWS)]
             return _markdown(table if len(table) <= MAX_ROWS else table.iloc[shown])
     except ValueError as error:
         return f"not readable: {error}"
@@ -153,21 +140,21 @@ def file_table(path: Path) -> str:
 def plot_images(path: Path, plot: Any) -> list[str]:
     """Return a plot file as one Markdown image with a panel per numeric column; nothing if it has no numbers.
 
-    Args:
-        path: the table.
-        plot: DVC's plot settings: the column `x`, by default the row number; with the template `scatter` only the
-            column `y` is drawn, as points.
+    `plot` has DVC's plot settings: the column `x`, by default the row number; with the template `scatter` only the
+    column `y` is drawn, as points.
     """
-    settings = plot if isinstance(plot, dict) else {}
-    x, points = settings.get("x"), settings.get("template") == "scatter"
+    if not plot or path.suffix not in SEPARATORS:
+        return []
     try:
-        table = _table(path).select_dtypes("number") if plot and path.suffix in SEPARATORS else pd.DataFrame()
+        table = pd.read_csv(path, sep=SEPARATORS[path.suffix]).select_dtypes("number")
     except ValueError:
         return []
+    settings = plot if isinstance(plot, dict) else {}
+    x, points = settings.get("x"), settings.get("template") == "scatter"
     names = [name for name in table if name != x and (not points or name == settings.get("y"))]
     if not names or table.empty:
         return []
-    columns = min(len(names), PANELS_PER_ROW)
+    columns = min(len(names), 3)
     rows = -(-len(names) // columns)
     figure = Figure(figsize=(3.75 * columns, 2.5 * rows), dpi=72, layout="constrained")
     for number, name in enumerate(names, 1):
@@ -179,10 +166,6 @@ def plot_images(path: Path, plot: Any) -> list[str]:
     picture = BytesIO()
     figure.savefig(picture, format="webp", pil_kwargs={"lossless": True})
     return [f"![{path}](data:image/webp;base64,{b64encode(picture.getvalue()).decode()})"]
-
-
-def _table(path: Path) -> pd.DataFrame:
-    return pd.read_csv(path, sep=SEPARATORS[path.suffix])
 
 
 def _markdown(table: pd.DataFrame) -> str:

@@ -1,7 +1,6 @@
-"""Git and DVC commands that change files: commit, switch branches, and read or transfer versions of the data."""
+"""Git and DVC commands that change files."""
 
 import subprocess
-from collections.abc import Iterable
 
 from dvc.repo import Repo
 from prefect import get_run_logger
@@ -25,13 +24,7 @@ def dvc(*arguments: str) -> list[str]:
 def default_remote() -> str | None:
     """Return the name of DVC's default remote."""
     with Repo() as repo:
-        name: str | None = repo.config["core"].get("remote")
-    return name
-
-
-def tracked(paths: Iterable[str], commit: str) -> list[str]:
-    """Return the paths that git tracks now or in a commit."""
-    return [path for path in paths if git("ls-files", "--", path) or git("ls-tree", commit, "--", path)]
+        return repo.config["core"].get("remote")
 
 
 def commit(message: str, *paths: str) -> None:
@@ -40,9 +33,3 @@ def commit(message: str, *paths: str) -> None:
     if git("diff", "--cached", "--name-only", "--", *paths):
         git("commit", "--quiet", "--message", message, "--", *paths)
         get_run_logger().info("git: %s", git("log", "-1", "--format=%h %s"))
-
-
-def switch(branch: str) -> None:
-    """Switch to a branch; create it from the current one if it does not exist."""
-    if git("branch", "--show-current") != branch:
-        git("switch", "--quiet", *([] if git("branch", "--list", branch) else ["--create"]), branch)

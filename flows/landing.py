@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import shutil
 import threading
 from collections.abc import Sequence, Sized
 from pathlib import Path
@@ -16,20 +17,15 @@ from prefect.cache_policies import NO_CACHE
 from dpo.common.errors import InputError, TransientError
 from dpo.common.files import atomic_write
 from dpo.data.readers import READERS
-from flows.git import commit, dvc, switch
+from flows.git import commit, dvc, git
 from flows.pipeline import RETRIES
-from flows.processes import CLI, StageError, command_error, execute
+from flows.processes import StageError, command_error, execute
 from tasks.common.runner import NOT_WRITABLE
 from tasks.tracking.registry import LANDED
 
 WORK = Path(".retrain")
 INCOMING, CHECKED, REFUSED = WORK / "incoming", WORK / "checked", WORK / "refused"
 HASH_LENGTH = 16
-CHUNK = 2**20
-EMPTY_SPLIT = "empty_split"
-"""Error code of a file whose pairs are all in one split. This is allowed: other files have the other split."""
-PERMANENT = (ValueError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
-"""Errors of a file system that no retry removes."""
 
 
 @task(name="fetch new files", cache_policy=NO_CACHE, **RETRIES)
@@ -37,14 +33,8 @@ def fetch_new(landing: str, pending: Sequence[str]) -> list[Path]:
     """Copy the data files in `landing` whose content is new, by SHA-256, to `.retrain/incoming/`.
 
     Skips other files and those whose name begins with a dot. If `landing` does not exist, there are no new files:
-    an object store has no folder before the first file is uploaded.
-
-    Args:
-        landing: a file, a folder, or a URL.
-        pending: names of files that an interrupted run has copied already.
-
-    Returns:
-        The copies, each named by its hash and its original name.
+    an object store has no folder before the first file is uploaded. Keeps `pending`, the names of files that an
+    interrupted run has copied. Returns the new copies, each named by its hash and its original name.
 
     Raises:
         InputError: the URL is invalid, or `landing` is a file of another kind.
@@ -84,20 +74,18 @@ def _data_files(files: fsspec.AbstractFileSystem, root: str, landing: str) -> li
         if not name.startswith(".") and Path(name.removesuffix(".gz")).suffix in READERS:
             found.append(origin)
         elif single:
-            endings = ", ".join(READERS)
-            raise InputError(f"{landing}: not a data file; name a folder, or a file that ends in {endings}")
+            kinds = ", ".join(READERS)
+            raise InputError(f"{landing}: not a data file; name a folder, or a file that ends in {kinds}")
         else:
             get_run_logger().info("%s is skipped: not a data file", origin)
     return found
 
 
 def _copy_new(files: fsspec.AbstractFileSystem, origin: str, known: set[str]) -> Path | None:
-    digest = hashlib.sha256()
-    with atomic_write(INCOMING / "new") as tmp, files.open(origin, "rb") as source, tmp.open("wb") as target:
-        while chunk := source.read(CHUNK):
-            digest.update(chunk)
-            target.write(chunk)
-    start = digest.hexdigest()[:HASH_LENGTH]
+    with atomic_write(INCOMING / "new") as tmp, files.open(origin, "rb") as source, tmp.open("wb+") as target:
+        shutil.copyfileobj(source, target)
+        target.seek(0)
+        start = hashlib.file_digest(target, "sha256").hexdigest()[:HASH_LENGTH]
     if start in known:
         (INCOMING / "new").unlink()
         return None
@@ -110,26 +98,26 @@ def _copy_new(files: fsspec.AbstractFileSystem, origin: str, known: set[str]) ->
 def _is_transient(error: Exception) -> bool:
     if isinstance(error, aiohttp.ClientResponseError):
         return error.status in (408, 429) or error.status >= 500
-    return not isinstance(error, PERMANENT) and getattr(error, "errno", None) not in NOT_WRITABLE
+    permanent = (ValueError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
+    return not isinstance(error, permanent) and getattr(error, "errno", None) not in NOT_WRITABLE
 
 
 @task(name="check file", task_run_name="check {path.name}", cache_policy=NO_CACHE)
 def check_file(path: Path) -> str | None:
-    """Validate one new file. Return None if it can be used, else the reason; the file is then refused.
+    """Validate one new file. Return None if it can be used, else refuse it and return the reason.
 
-    Raises:
-        StageError: the check itself failed.
+    Raises StageError if the check itself failed.
     """
     metrics = CHECKED / "metrics.json"
     metrics.unlink(missing_ok=True)
-    command = [CLI, "validate", str(path), "--output", str(CHECKED)]
+    command = ["tasks.commands.cli", "validate", str(path), "--output", str(CHECKED)]
     code, lines = execute(command, threading.Event(), get_run_logger())
     if code == 0:
         return None
     errors = json.loads(metrics.read_text())["errors"] if code == 2 and metrics.exists() else []
     if not errors:
         raise command_error(" ".join(command), lines)
-    if [error["code"] for error in errors] == [EMPTY_SPLIT]:  # two empty splits: the file has no valid pair
+    if [error["code"] for error in errors] == ["empty_split"]:  # another file has pairs in the other split
         return None
     reason = "\n".join(error["message"] for error in errors)
     refuse(path.name, reason)
@@ -150,8 +138,8 @@ def refuse(name: str, reason: str) -> None:
 @task(name="commit new data", cache_policy=NO_CACHE)
 def take_in(files: Sequence[str], branch: str | None) -> None:
     """Move checked files to `data/own/landed/`, add the folder to DVC and commit its hash."""
-    if branch is not None:
-        switch(branch)
+    if branch is not None and git("branch", "--show-current") != branch:
+        git("switch", "--quiet", *([] if git("branch", "--list", branch) else ["--create"]), branch)
     LANDED.mkdir(parents=True, exist_ok=True)
     for name in files:
         if (INCOMING / name).exists():

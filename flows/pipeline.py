@@ -15,14 +15,14 @@ from datetime import datetime
 from graphlib import TopologicalSorter
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NoReturn
 
 import httpx
 from dvc.repo import Repo
 from prefect import flow, get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
-from prefect.futures import PrefectFuture
+from prefect.futures import PrefectFuture, wait
 from prefect.settings import PREFECT_API_URL
 from prefect.states import Cancelled, Completed
 from prefect.task_runners import ThreadPoolTaskRunner
@@ -43,7 +43,6 @@ VERDICTS = {
 """What DVC did with a stage, by the line that DVC prints."""
 TRANSIENT = re.compile(rf"ERROR: failed to reproduce '.*': failed to run: .*, exited with {os.EX_TEMPFAIL}")
 """DVC's line for a stage that ended with EX_TEMPFAIL. DVC's own exit code is the same for every failure."""
-RETRY_SECONDS = [30.0, 300.0]
 
 
 def read_graph() -> dict[str, list[str]]:
@@ -60,12 +59,8 @@ def read_graph() -> dict[str, list[str]]:
 
 
 def run_stage(stage: str, stop: threading.Event, logger: Logger, **options: Any) -> str:
-    """Bring one stage up to date with DVC and return what DVC did. Raise StageError if it fails.
-
-    Takes the options of `execute`.
-    """
-    command = ["dvc", "--wait-for-lock", "repro", "--single-item", stage]
-    code, lines = execute(command, stop, logger, **options)
+    """Bring one stage up to date and return what DVC did, or raise StageError. Takes the options of `execute`."""
+    code, lines = execute(["dvc", "--wait-for-lock", "repro", "--single-item", stage], stop, logger, **options)
     if code and stop.is_set():
         return STOPPED
     if code:
@@ -80,12 +75,7 @@ def is_transient(task: object, run: object, state: State[Any]) -> bool:
     return isinstance(error, TransientError) or (isinstance(error, StageError) and error.transient)
 
 
-RETRIES: dict[str, Any] = {
-    "retries": len(RETRY_SECONDS),
-    "retry_delay_seconds": RETRY_SECONDS,
-    "retry_condition_fn": is_transient,
-}
-"""Options of tasks that use the network."""
+RETRIES: Any = {"retries": 2, "retry_delay_seconds": [30.0, 300.0], "retry_condition_fn": is_transient}
 
 
 def name_flow_run() -> str:
@@ -95,10 +85,7 @@ def name_flow_run() -> str:
 
 @task(name="stage", task_run_name="{stage}", cache_policy=NO_CACHE, **RETRIES)
 def bring_up_to_date(stage: str, stop: threading.Event) -> str | State[str]:
-    """Run one stage as a task run whose state says what DVC did. Raise StageError if the stage fails.
-
-    Transient errors are retried twice. Errors of data or settings are not retried.
-    """
+    """Run one stage as a task run whose state says what DVC did. Raise StageError if the stage fails."""
     start, verdict = time.monotonic(), FAILED
     with TemporaryDirectory(prefix="dpo-progress-") as folder:
         progress = ProgressArtifact(stage, Path(folder) / "progress.json")
@@ -138,8 +125,7 @@ def pipeline(parallel: PositiveInt = 1) -> dict[str, str]:
                     upstream = [futures[needed] for needed in graph[stage]]
                     parameters = {"stage": stage, "stop": stop}
                     futures[stage] = runner.submit(bring_up_to_date, parameters, wait_for=upstream)
-                for stage in generation:
-                    futures[stage].wait()
+                wait([futures[stage] for stage in generation])
                 generations.done(*generation)
         finally:
             stop.set()  # if the flow is interrupted, its stages stop too
@@ -148,21 +134,20 @@ def pipeline(parallel: PositiveInt = 1) -> dict[str, str]:
     for name in dict.fromkeys(state.name for state in states.values()):
         stages = [stage for stage, state in states.items() if state.name == name]
         get_run_logger().info("%s: %s", name, ", ".join(stages))
-    failures = [str(state.message) for state in states.values() if state.is_failed()]
-    if failures:
+    if failures := [str(state.message) for state in states.values() if state.is_failed()]:
         not_run = ", ".join(stage for stage, state in states.items() if state.is_pending()) or "none"
-        heading = f"{len(failures)} of {len(states)} stages failed:"
-        raise StageError("\n".join([heading, *failures, f"not run: {not_run}"]))
+        failures = [f"{len(failures)} of {len(states)} stages failed:", *failures, f"not run: {not_run}"]
+        raise StageError("\n".join(failures))
     return {stage: future.result() for stage, future in futures.items()}
 
 
-def run_now(work: Callable[..., Any], **parameters: object) -> State[Any]:
-    """Run a flow in this process and return its final state. Exit with an error if Prefect's server is lost.
+def run_now(work: Callable[..., Any], **parameters: object) -> NoReturn:
+    """Run a flow in this process. Exit with 0 if it completes or another run is active, else with 1.
 
-    Stages continue without the server, so DVC has their outputs; only the flow run cannot be finished.
+    If Prefect's server is lost, stages continue, so DVC has their outputs; only the flow run cannot be finished.
     """
     try:
-        state: State[Any] = work(**parameters, return_state=True)
+        state = work(**parameters, return_state=True)
     except httpx.TransportError as error:
         sys.stderr.write(
             f"error: Prefect's server at {PREFECT_API_URL.value()} cannot be reached ({error}), so this flow run "
@@ -171,15 +156,15 @@ def run_now(work: Callable[..., Any], **parameters: object) -> State[Any]:
         )
         sys.stderr.flush()
         os._exit(1)  # a normal exit waits minutes for Prefect to send its last messages
-    return state
+    sys.exit(0 if state.is_completed() or state.name == "AlreadyRunning" else 1)
 
 
-def main() -> int:
+def main() -> None:
     """Run the flow on the server of PREFECT_API_URL, else on a temporary one. Exit with 1 if a stage failed."""
     parser = argparse.ArgumentParser(prog="python -m flows.pipeline", description=main.__doc__)
     parser.add_argument("--parallel", type=int, default=1, metavar="N", help="stages to run at once (default: 1)")
-    return 0 if run_now(pipeline, **vars(parser.parse_args())).is_completed() else 1
+    run_now(pipeline, **vars(parser.parse_args()))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

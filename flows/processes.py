@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -22,18 +22,11 @@ from prefect.runtime import flow_run
 from tasks.tracking.provenance import FLOW_RUN
 
 Logger: TypeAlias = "logging.Logger | logging.LoggerAdapter[Any]"
-CLI = "tasks.commands.cli"
-"""Module of the `dpo` command line."""
 LEVEL = re.compile(r"\b(ERROR|WARNING)\b|^(error|warning):")
-LEVELS = {"ERROR": logging.ERROR, "WARNING": logging.WARNING}
 ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
-BAR_SECONDS = 10.0
-"""Time between two log lines of one progress bar."""
 POLL_SECONDS = 0.5
-STOP_SECONDS = 20.0
-"""Time that a stopped command has to write a checkpoint before it is killed."""
-GRACE_SECONDS = 15.0
-"""Time that a server, worker or flow has to exit before it is killed."""
+STOP_SECONDS = 20.0  # for a stopped command to write a checkpoint before it is killed
+GRACE_SECONDS = 15.0  # for a server, worker or flow to exit before it is killed
 TAIL_LINES = 15
 
 
@@ -42,65 +35,54 @@ class StageError(Exception):
 
     def __init__(self, message: str, transient: bool = False) -> None:
         super().__init__(message)
-        self.transient = transient
-        """Whether a retry may succeed without a change, for example after a network fault."""
+        self.transient = transient  # a retry may succeed without a change, for example after a network fault
 
 
 def command_error(title: str, lines: list[str], transient: bool = False) -> StageError:
     """Return the error of a failed command, with DVC's own errors and the last lines of the output."""
-    head, tail = lines[:-TAIL_LINES], lines[-TAIL_LINES:]
-    errors = [line for line in head if line.startswith("ERROR")]  # DVC prints the error first, then many files
-    return StageError("\n".join([f"{title} failed; its last output:", *errors, *tail]), transient)
+    errors = [line for line in lines[:-TAIL_LINES] if line.startswith("ERROR")]  # DVC prints it before many files
+    return StageError("\n".join([f"{title} failed; its last output:", *errors, *lines[-TAIL_LINES:]]), transient)
+
+
+def search_path() -> str:
+    """Return the PATH of child processes, on which the programs of this Python come first."""
+    return f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
 
 
 def run_module(*command: str) -> list[str]:
     """Run `python -m COMMAND`, log its output and return the lines. Raise StageError if it fails."""
-    code, lines = execute(list(command), threading.Event(), get_run_logger())
+    code, lines = execute(command, threading.Event(), get_run_logger())
     if code:
         raise command_error(" ".join(command), lines, transient=code == os.EX_TEMPFAIL)
     return lines
 
 
 def execute(
-    command: list[str],
+    command: Sequence[str],
     stop: threading.Event,
     logger: Logger,
     env: Mapping[str, str] | None = None,
-    poll: Callable[[], None] | None = None,
+    poll: Callable[[], None] = lambda: None,
 ) -> tuple[int, list[str]]:
-    """Run `python -m COMMAND` and log its output line by line.
+    """Run `python -m COMMAND`, log each line at the level that the line names, and return exit code and lines.
 
-    When this function returns or raises, no process that the command started is left.
-
-    Args:
-        command: module and arguments.
-        stop: ends the command when set.
-        logger: receives the lines, each at the level that the line names.
-        env: variables to add to the environment.
-        poll: called at least every `POLL_SECONDS` while the command runs.
-
-    Returns:
-        Exit code, which is not 0 if `stop` ended the command, and the lines.
+    `stop` ends the command; the exit code is then not 0. `env` has variables to add. `poll` is called at least
+    every `POLL_SECONDS`. When this function returns or raises, no process that the command started is left.
     """
+    added = {"PATH": search_path(), "PYTHONUNBUFFERED": "1"} | ({FLOW_RUN: flow_run.id} if flow_run.id else {})
     process = subprocess.Popen(
         [sys.executable, "-m", *command],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        env={
-            **os.environ,
-            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
-            "PYTHONUNBUFFERED": "1",
-            **({FLOW_RUN: flow_run.id} if flow_run.id else {}),
-            **(env or {}),
-        },
+        env={**os.environ, **added, **(env or {})},
         start_new_session=True,
     )
     lines = []
     try:
-        for line in filter(None, split_lines(read_output(process, stop, poll))):
+        for line in filter(None, split_lines(_read(process, stop, poll))):
             found = LEVEL.search(line)
-            logger.log(LEVELS[found[0].rstrip(":").upper()] if found else logging.INFO, line)
+            logger.log(logging.getLevelNamesMapping()[found[0].rstrip(":").upper() if found else "INFO"], line)
             lines.append(line)
         if not stop.is_set():
             process.wait()
@@ -109,27 +91,23 @@ def execute(
     return process.returncode, lines
 
 
-def read_output(
-    process: subprocess.Popen[bytes], stop: threading.Event, poll: Callable[[], None] | None = None
-) -> Iterator[str]:
+def _read(process: subprocess.Popen[bytes], stop: threading.Event, poll: Callable[[], None]) -> Iterator[str]:
     """Yield output as it arrives, "" after `POLL_SECONDS` without any, until the process ends or `stop` is set."""
     assert process.stdout is not None
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     while not stop.is_set():
-        if poll:
-            poll()
+        poll()
         if select.select([process.stdout], [], [], POLL_SECONDS)[0]:
-            data = os.read(process.stdout.fileno(), 65536)
-            if not data:
+            if not (data := os.read(process.stdout.fileno(), 65536)):
                 return
             yield decoder.decode(data)
-        elif process.poll() is not None:  # ended, but a child still holds the pipe
-            return
-        else:
+        elif process.poll() is None:
             yield ""
+        else:  # ended, but a child still holds the pipe
+            return
 
 
-def split_lines(chunks: Iterable[str], bar_seconds: float = BAR_SECONDS) -> Iterator[str]:
+def split_lines(chunks: Iterable[str], bar_seconds: float = 10.0) -> Iterator[str]:
     """Yield complete lines without escapes; of a progress bar one state per `bar_seconds` and the last."""
     rest, shown, last_bar = "", time.monotonic(), ""
     for chunk in chunks:
@@ -148,7 +126,7 @@ def split_lines(chunks: Iterable[str], bar_seconds: float = BAR_SECONDS) -> Iter
 def visible(line: str) -> str:
     """Return what a terminal shows of a line that carriage returns overwrite."""
     states = [state.rstrip() for state in ESCAPE.sub("", line).split("\r")]
-    return next((state for state in reversed(states) if state), "")
+    return next(filter(None, reversed(states)), "")
 
 
 def end_group(process: subprocess.Popen[bytes], seconds: float) -> None:
@@ -172,10 +150,9 @@ def _is_group_running(group: int) -> bool:
 
 def is_running(process: psutil.Process) -> bool:
     """Return whether a process runs; a zombie does not."""
-    try:
+    with suppress(psutil.NoSuchProcess):
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
+    return False
 
 
 def stop_tree(process: psutil.Process, graceful: bool) -> None:
@@ -187,39 +164,31 @@ def stop_tree(process: psutil.Process, graceful: bool) -> None:
     with suppress(psutil.NoSuchProcess):
         process.suspend()
         family = {process, *process.children(recursive=True)}
-        terminate(process.children())
+        send_signal(signal.SIGTERM, process.children())
         wait_for_exit(family, ignore=process)
-        if graceful:
-            process.terminate()
-            process.resume()
-        else:
-            process.kill()
+        send_signal(signal.SIGTERM if graceful else signal.SIGKILL, [process])
+        send_signal(signal.SIGCONT, [process])
         kill_after_grace(family)
 
 
-def terminate(processes: Iterable[psutil.Process]) -> None:
-    """Send SIGTERM to processes that may have ended already."""
+def send_signal(number: signal.Signals, processes: Iterable[psutil.Process]) -> None:
+    """Send a signal to processes that may have ended already."""
     for process in processes:
         with suppress(psutil.NoSuchProcess):
-            process.terminate()
+            process.send_signal(number)
 
 
 def kill_after_grace(family: set[psutil.Process]) -> None:
     """Wait up to `GRACE_SECONDS` for processes that received SIGTERM, then kill those that still run."""
     wait_for_exit(family)
-    for process in family:
-        with suppress(psutil.NoSuchProcess):
-            process.kill()
+    send_signal(signal.SIGKILL, family)
     psutil.wait_procs(family, timeout=GRACE_SECONDS)
 
 
 def wait_for_exit(family: set[psutil.Process], ignore: psutil.Process | None = None) -> None:
     """Wait up to `GRACE_SECONDS` until all processes but `ignore` have ended; add the children they start."""
     deadline = time.monotonic() + GRACE_SECONDS
-    while time.monotonic() < deadline:
-        running = {process for process in family if process != ignore and is_running(process)}
-        if not running:
-            return
+    while time.monotonic() < deadline and (running := {each for each in family - {ignore} if is_running(each)}):
         for process in running:
             with suppress(psutil.NoSuchProcess):
                 family.update(process.children())

@@ -7,7 +7,6 @@ repeated, and `.retrain/pending` exists until the last step is done.
 
 import argparse
 import json
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +29,7 @@ from flows.artifacts import ignore_outage
 from flows.git import commit, default_remote, dvc, git
 from flows.landing import WORK, check_file, count_files, fetch_new, take_in
 from flows.pipeline import RETRIES, name_flow_run, pipeline, run_now
-from flows.processes import CLI, StageError, run_module
+from flows.processes import StageError, run_module
 from tasks.common.git import uncommitted
 from tasks.tracking.registry import GATE, LANDED, VERSIONED
 
@@ -39,15 +38,12 @@ LOCK, PENDING = WORK / "lock", WORK / "pending"
 
 @dataclass(frozen=True)
 class Retrained:
-    """Result of a retraining."""
+    """Result of a retraining: `promoted`, `kept` or `refused`, the added files, and why files were refused."""
 
     outcome: str
-    """`promoted`, `kept` or `refused`."""
     reason: str
     new: tuple[str, ...]
-    """Names of the files that were added to `data/own/landed/`."""
     refused: dict[str, str]
-    """Reason of each refused file, by name."""
 
 
 @flow(name="retrain", flow_run_name=name_flow_run)
@@ -56,18 +52,14 @@ def retrain(
 ) -> State[Retrained]:
     """Take in new files, bring the pipeline up to date, and promote the policy if the gate allows it.
 
+    Returns the state Promoted, Kept or Refused with a `Retrained`, NothingNew, or AlreadyRunning. Raises
+    InputError if the project is not ready, StageError or TransientError if a step fails; the next run resumes it.
+
     Args:
         landing: a file or a folder, or the URL of one, such as s3://bucket/folder; an http URL must name a file.
         branch: where to commit; created from the current branch if it does not exist. Default: the current branch.
         parallel: stages to run at once.
         push: send new data and results to DVC's default remote, if there is one.
-
-    Returns:
-        A state: Promoted, Kept or Refused with a `Retrained`, NothingNew, or AlreadyRunning.
-
-    Raises:
-        InputError: the project is not ready for new files.
-        StageError, TransientError: a step failed; the next run resumes from there.
     """
     return run_exclusively(lambda: _retrain(landing, branch, parallel, push))
 
@@ -115,12 +107,7 @@ def _retrain(landing: str, branch: str | None, parallel: int, push: bool) -> Sta
 
 @task(name="check project", cache_policy=NO_CACHE)
 def check_project() -> None:
-    """Check that the project can take in new files.
-
-    Raises:
-        InputError: params.yaml does not read `data/own/landed`, or tracked files have uncommitted changes.
-        StageError: git has no committer identity.
-    """
+    """Raise InputError if the project cannot take in new files, StageError if git has no committer identity."""
     source = load_params().data.source
     names = [source] if isinstance(source, str) else source
     if not any(Path(name) in (LANDED, LANDED.parent) for name in names):
@@ -130,10 +117,8 @@ def check_project() -> None:
         )
     versioned = tuple(path for path in VERSIONED if not path.endswith(".yaml"))
     if changed := [path for path in uncommitted() if not path.startswith(versioned)]:
-        raise InputError(
-            f"git: uncommitted changes in {', '.join(changed)}; commit them first, so that the results belong to "
-            "a commit"
-        )
+        fix = "commit them first, so that the results belong to a commit"
+        raise InputError(f"git: uncommitted changes in {', '.join(changed)}; {fix}")
     git("var", "GIT_COMMITTER_IDENT")
 
 
@@ -146,7 +131,7 @@ def commit_results(files: Sequence[str]) -> None:
 @task(name="promotion gate", cache_policy=NO_CACHE)
 def run_gate() -> dict[str, str]:
     """Promote the selected policy if it is better than the champion; return the outcome and the reason."""
-    run_module(CLI, "promote")
+    run_module("tasks.commands.cli", "promote")
     with ignore_outage():
         create_markdown_artifact(GATE.with_suffix(".md").read_text(), key="gate")
     verdict = json.loads(GATE.read_text())
@@ -157,9 +142,8 @@ def run_gate() -> dict[str, str]:
 def push_results() -> None:
     """Send data, checkpoints and results to DVC's default remote. Raise TransientError if that fails."""
     if default_remote() is None:
-        get_run_logger().warning(
-            "not pushed: DVC has no default remote; add one with `dvc remote add --default NAME URL`"
-        )
+        fix = "add one with `dvc remote add --default NAME URL`"
+        get_run_logger().warning("not pushed: DVC has no default remote; %s", fix)
         return
     try:
         dvc("push")
@@ -188,16 +172,15 @@ def report(done: Retrained) -> State[Retrained]:
     return Completed(name=done.outcome.capitalize(), message=f"{counts}: {done.reason}", data=done)
 
 
-def main() -> int:
+def main() -> None:
     """Retrain now. Exit with 1 on failure, else with 0, also without new files or if another run is active."""
     parser = argparse.ArgumentParser(prog="python -m flows.retrain", description=main.__doc__)
     parser.add_argument("landing", help="file, folder or URL where new data files arrive")
     parser.add_argument("--branch", help="branch to commit to (default: the current branch)")
     parser.add_argument("--parallel", type=int, default=1, metavar="N", help="stages to run at once (default: 1)")
     parser.add_argument("--no-push", dest="push", action="store_false", help="do not push to DVC's remote")
-    state = run_now(retrain, **vars(parser.parse_args()))
-    return 0 if state.is_completed() or state.is_cancelled() else 1
+    run_now(retrain, **vars(parser.parse_args()))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

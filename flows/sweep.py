@@ -6,9 +6,7 @@ queue is not used: it trains in folders and workers that Prefect does not see.
 """
 
 import argparse
-import sys
 from pathlib import Path
-from typing import Any
 
 from prefect import flow
 from pydantic import PositiveFloat, PositiveInt
@@ -34,19 +32,15 @@ def sweep(
 ) -> dict[str, str]:
     """Train and compare one policy per combination. Lists that are not given keep their values.
 
+    Returns what DVC did with each stage. Raises InputError if a list is invalid; `params.yaml` is then unchanged.
+    Raises StageError if a stage failed; stages that need it did not run, all others did.
+
     Args:
         losses: objectives, by name.
         betas: strengths of the KL constraint.
         learning_rates: peak learning rates.
         seeds: orders of the training pairs.
         parallel: stages to run at once.
-
-    Returns:
-        What DVC did with each stage.
-
-    Raises:
-        InputError: a list is invalid; `params.yaml` is unchanged.
-        StageError: a stage failed; stages that need it did not run, all others did.
     """
     lists = {"losses": losses, "betas": betas, "learning_rates": learning_rates, "seeds": seeds}
     set_lists({name: values for name, values in lists.items() if values is not None})
@@ -58,7 +52,9 @@ def set_lists(lists: dict[str, list[LossName] | list[float] | list[int]]) -> Non
     before = PARAMS.read_bytes()
     yaml = YAML()
     yaml.width = 4096
-    yaml.representer.add_representer(type(None), _represent_none)
+    yaml.representer.add_representer(  # ruamel writes None as an empty value
+        type(None), lambda representer, _: representer.represent_scalar("tag:yaml.org,2002:null", "null")
+    )
     params = yaml.load(before)
     for name, values in lists.items():
         params["sweep"][name][:] = values
@@ -72,11 +68,7 @@ def set_lists(lists: dict[str, list[LossName] | list[float] | list[int]]) -> Non
         raise
 
 
-def _represent_none(representer: Any, _: None) -> Any:
-    return representer.represent_scalar("tag:yaml.org,2002:null", "null")  # ruamel's default is an empty value
-
-
-def main() -> int:
+def main() -> None:
     """Run the flow on the server of PREFECT_API_URL, else on a temporary one. Exit with 1 if a stage failed."""
     parser = argparse.ArgumentParser(prog="python -m flows.sweep", description=main.__doc__)
     parser.add_argument("--losses", nargs="+", metavar="NAME")
@@ -84,8 +76,8 @@ def main() -> int:
     parser.add_argument("--learning-rates", nargs="+", type=float, metavar="RATE")
     parser.add_argument("--seeds", nargs="+", type=int, metavar="SEED")
     parser.add_argument("--parallel", type=int, default=1, metavar="N", help="stages to run at once (default: 1)")
-    return 0 if run_now(sweep, **vars(parser.parse_args())).is_completed() else 1
+    run_now(sweep, **vars(parser.parse_args()))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -461,7 +461,7 @@ def test_the_decision_of_the_gate_is_logged_with_the_run_and_the_version(story):
 
 
 def test_a_rollback_restores_alias_settings_data_and_results(story):
-    assert story.back.result().to == "1"
+    assert story.back.result() == "1"
     assert story.champions[1] == {"champion": "1"}
     assert story.back_tree == story.first_tree
     assert story.back_log == "Roll back from version 2 to 1"
