@@ -1,7 +1,6 @@
 """Stage `validate`: check the raw pairs, write training and held-out pairs, quarantine the rest."""
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +30,7 @@ def main() -> None:
 
 
 def validate_and_report(
-    params: Params,
-    raw_pairs: Path,
-    tokenizer: Path | None,
-    caps: Mapping[str, int | None],
-    outputs: Mapping[str, Path],
+    params: Params, raw_pairs: Path, tokenizer: Path | None, caps: dict[str, int | None], outputs: dict[str, Path]
 ) -> Validated:
     """Validate a raw table, write `outputs`, including `report` and `metrics`, and print a table."""
     result = validate(

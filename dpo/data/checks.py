@@ -29,28 +29,22 @@ def check_texts(pair: Mapping[str, Any], special: re.Pattern[str], end: str | No
 
     `special` is from `special_tokens`. The end token `end` is allowed at the end of a completion.
     """
-    broken = []
-    for field in COMPLETIONS:
-        if not pair[field].strip():
-            broken.append(("empty_completion", f"field '{field}' contains no text"))
+    empty = [field for field in COMPLETIONS if not pair[field].strip()]
+    broken = [("empty_completion", f"field '{field}' contains no text") for field in empty]
     if not broken and normalize(pair["chosen"]) == normalize(pair["rejected"]):
         broken.append(("identical_completions", "chosen and rejected differ at most in case and space"))
     for field in PAIR_TEXTS:
         text = pair[field]
         if found := CONTROL.search(text):
-            broken.append(
-                ("control_characters", f"field '{field}', character {found.start()}: U+{ord(found[0]):04X}")
-            )
+            code = f"U+{ord(found[0]):04X}"
+            broken.append(("control_characters", f"field '{field}', character {found.start()}: {code}"))
         if not text.isascii() and ftfy.badness.is_bad(text):
-            broken.append(("mojibake", f"field '{field}' looks wrongly decoded: {_excerpt(text)!r}"))
+            start = next(i for i, c in enumerate(text) if not c.isascii())
+            excerpt = text[max(0, start - 10) : start + 20]
+            broken.append(("mojibake", f"field '{field}' looks wrongly decoded: {excerpt!r}"))
         if found := special.search(text if field == "prompt" else without_end(text, end)):
             broken.append(("special_tokens", f"field '{field}', character {found.start()}: {found[0]}"))
     return broken
-
-
-def _excerpt(text: str) -> str:
-    start = next(i for i, c in enumerate(text) if not c.isascii())
-    return text[max(0, start - 10) : start + 20]
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase | None) -> re.Pattern[str]:
@@ -66,19 +60,24 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase | None) -> re.Pattern[str]
     return re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or r"(?!)")
 
 
-def token_lengths(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Pair]) -> NDArray[np.int32]:
-    """Return the number of tokens of prompt, chosen and rejected, exactly as in training, shape [R, 3]."""
-    return np.array([[len(ids) for ids in row] for row in pair_ids(tokenizer, pairs)], np.int32).reshape(-1, 3)
+def token_lengths(tokenizer: PreTrainedTokenizerBase | None, pairs: Sequence[Pair]) -> NDArray[np.int32]:
+    """Return the number of tokens of prompt, chosen and rejected, exactly as in training, shape [R, 3].
+
+    Without a tokenizer, return the number of characters.
+    """
+    texts = ([pair[field] for field in PAIR_TEXTS] for pair in pairs)
+    rows = texts if tokenizer is None else pair_ids(tokenizer, pairs)
+    return np.array([[len(text) for text in row] for row in rows], np.int32).reshape(-1, 3)
 
 
 def check_lengths(tokens: Sequence[int], max_length: int) -> list[tuple[str, str]]:
     """Return the rules about `max_length` that a pair's numbers of tokens break, each with the reason."""
     prompt, chosen, rejected = tokens
     longer = max(chosen, rejected)
+    excess = prompt + longer - max_length
     if longer >= max_length:
         field = COMPLETIONS[rejected > chosen]
         return [("completion_too_long", f"field '{field}' has {longer} tokens, max_length is {max_length}")]
-    if prompt + longer > max_length:
-        excess = prompt + longer - max_length
+    if excess > 0:
         return [("prompt_truncated", f"the prompt loses {excess} of {prompt} tokens, max_length is {max_length}")]
     return []

@@ -29,31 +29,24 @@ FLOOR = 1e-3
 def profile(lengths: NDArray[np.int32], sources: Mapping[str, int], prompts: Sequence[str]) -> dict[str, Any]:
     """Return statistics of the data with which a later version can be compared.
 
-    Args:
-        lengths: number of tokens of prompt, chosen and rejected [R, 3], R at least 1.
-        sources: number of pairs per source.
-        prompts: a sample of the prompts, at least one.
+    `lengths` are the numbers of tokens of prompt, chosen and rejected [R, 3], R at least 1. `sources` is the
+    number of pairs per source. `prompts` is a sample of the prompts, at least one.
     """
-    edges = {
-        name: sorted({float(lengths[:, i].min()) - 1, *np.quantile(lengths[:, i], DECILES).tolist()})
-        for i, name in enumerate(PAIR_TEXTS)
-    }
+    by_text = {}
+    for name, values in zip(PAIR_TEXTS, lengths.T, strict=True):
+        edges = sorted({float(values.min()) - 1, *np.quantile(values, DECILES).tolist()})
+        by_text[name] = {"edges": edges, "shares": _length_shares(values, edges)}
     vectors = _vectors(prompts)
     distinct = np.unique(vectors, axis=0)
-    is_small = len(distinct) <= CLUSTERS
-    centres = np.round(distinct if is_small else kmeans2(distinct, CLUSTERS, minit="++", rng=0)[0], 4)
+    if len(distinct) > CLUSTERS:
+        distinct, _ = kmeans2(distinct, CLUSTERS, minit="++", rng=0)
+    centres = np.round(distinct, 4)
     radius = float(np.quantile(_distances(vectors, centres).min(1), NEAR))
+    shares = _cluster_shares(vectors, centres, radius)
     return {
-        "lengths": {
-            name: {"edges": edges[name], "shares": _shares(lengths[:, i], edges[name])}
-            for i, name in enumerate(PAIR_TEXTS)
-        },
-        "sources": _normalised(dict(sources)),
-        "prompts": {
-            "centres": centres.tolist(),
-            "radius": radius,
-            "shares": _cluster_shares(vectors, centres, radius),
-        },
+        "lengths": by_text,
+        "sources": _normalised(sources),
+        "prompts": {"centres": centres.tolist(), "radius": radius, "shares": shares},
     }
 
 
@@ -61,13 +54,11 @@ def drift(
     old: Mapping[str, Any], lengths: NDArray[np.int32], sources: Mapping[str, int], prompts: Sequence[str]
 ) -> dict[str, float]:
     """Return the PSI of lengths, sources and prompts against an old `profile`. Arguments as in `profile`."""
-    views = {
-        f"{name}_tokens": psi(
-            old["lengths"][name]["shares"], _shares(lengths[:, i], old["lengths"][name]["edges"])
-        )
-        for i, name in enumerate(PAIR_TEXTS)
-    }
-    new, names = _normalised(dict(sources)), sorted({*old["sources"], *sources})
+    views = {}
+    for name, values in zip(PAIR_TEXTS, lengths.T, strict=True):
+        known = old["lengths"][name]
+        views[f"{name}_tokens"] = psi(known["shares"], _length_shares(values, known["edges"]))
+    new, names = _normalised(sources), sorted({*old["sources"], *sources})
     views["sources"] = psi([old["sources"].get(n, 0) for n in names], [new.get(n, 0) for n in names])
     clusters = old["prompts"]
     shares = _cluster_shares(_vectors(prompts), np.array(clusters["centres"]), clusters["radius"])
@@ -81,9 +72,13 @@ def psi(old: Sequence[float], new: Sequence[float]) -> float:
     return sum((n - o) * math.log(n / o) for o, n in pairs)
 
 
-def _shares(values: NDArray[np.int32], edges: Sequence[float]) -> list[float]:
-    counts = np.bincount(np.searchsorted(edges, values, side="left"), minlength=len(edges) + 1)
+def _shares(bins: NDArray[np.int64], count: int) -> list[float]:
+    counts = np.bincount(bins, minlength=count)
     return (counts / counts.sum()).tolist()
+
+
+def _length_shares(values: NDArray[np.int32], edges: Sequence[float]) -> list[float]:
+    return _shares(np.searchsorted(edges, values), len(edges) + 1)
 
 
 def _normalised(counts: Mapping[str, float]) -> dict[str, float]:
@@ -110,5 +105,4 @@ def _cluster_shares(vectors: NDArray[np.float64], centres: NDArray[np.float64], 
     """Return the share of each cluster, and last the share of prompts outside the radius of all clusters."""
     distances = _distances(vectors, centres)
     nearest = np.where(distances.min(1) > radius + 1e-6, len(centres), distances.argmin(1))
-    counts = np.bincount(nearest, minlength=len(centres) + 1)
-    return (counts / counts.sum()).tolist()
+    return _shares(nearest, len(centres) + 1)

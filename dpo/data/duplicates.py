@@ -7,7 +7,7 @@ prompt.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -42,7 +42,7 @@ class Fingerprints:
 
     def select(self, mask: NDArray[np.bool_]) -> "Fingerprints":
         """Return the rows of a mask."""
-        return Fingerprints(*(getattr(self, field.name)[mask] for field in fields(self)))
+        return Fingerprints(*(column[mask] for column in vars(self).values()))
 
 
 def fingerprint(pairs: Sequence[Pair], rows: Sequence[int]) -> Fingerprints:
@@ -60,8 +60,7 @@ def fingerprint(pairs: Sequence[Pair], rows: Sequence[int]) -> Fingerprints:
 
 def concatenate(parts: Sequence[Fingerprints]) -> Fingerprints:
     """Concatenate fingerprints."""
-    names = [field.name for field in fields(Fingerprints)]
-    return Fingerprints(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
+    return Fingerprints(*map(np.concatenate, zip(*(vars(part).values() for part in parts), strict=True)))
 
 
 def _hash(texts: Sequence[str]) -> NDArray[np.uint64]:
@@ -85,10 +84,8 @@ def _minhash(texts: Sequence[str]) -> NDArray[np.uint32]:
 def compare(prints: Fingerprints, similarity: float, excluding: frozenset[str]) -> Iterator[Violation]:
     """Find the rows that break a rule of `TABLE_RULES`. The first row of several duplicates is kept.
 
-    Args:
-        prints: of all rows that keep the rules of single rows, in table order.
-        similarity: minimum estimated Jaccard similarity of near duplicates.
-        excluding: rules whose violation excludes a row. Later checks skip such a row.
+    `prints` are of all rows that keep the rules of single rows, in table order. `similarity` is the minimum
+    estimated Jaccard similarity of near duplicates. Later checks skip a row that breaks a rule of `excluding`.
     """
     checks: tuple[Callable[[Fingerprints], Iterator[Violation]], ...] = (
         lambda rows: _repeats(rows, rows.id, "duplicate_id", "the same id as row {}"),
@@ -105,18 +102,16 @@ def compare(prints: Fingerprints, similarity: float, excluding: frozenset[str]) 
 
 
 def _combine(columns: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    key = columns[:, 0].copy()
-    for column in columns.T[1:]:
+    key = np.zeros(len(columns), np.uint64)
+    for column in columns.T:
         key = key * np.uint64(0x9E3779B97F4A7C15) + column
     return key
 
 
 def _repeats(prints: Fingerprints, key: NDArray[np.uint64], rule: str, reason: str) -> Iterator[Violation]:
-    codes, _ = pd.factorize(key)
-    first = np.full(codes.max(initial=-1) + 1, -1)
-    first[codes[::-1]] = np.arange(len(codes))[::-1]
-    for i in np.flatnonzero(first[codes] != np.arange(len(codes))):
-        yield Violation(int(prints.row[i]), rule, reason.format(prints.row[first[codes[i]]] + 1))
+    first = pd.Series(prints.row).groupby(key).transform("first").to_numpy()
+    for i in np.flatnonzero(first != prints.row):
+        yield Violation(int(prints.row[i]), rule, reason.format(first[i] + 1))
 
 
 def _near(prints: Fingerprints, similarity: float) -> Iterator[Violation]:
@@ -133,9 +128,8 @@ def _near(prints: Fingerprints, similarity: float) -> Iterator[Violation]:
             equal = (prints.minhash[later] == prints.minhash[leader]).mean(2).min(1) >= similarity
             np.minimum.at(original, later[equal], leader[equal])
     for i in np.flatnonzero(original < len(prints)):
-        yield Violation(
-            int(prints.row[i]), "near_duplicate_pair", f"almost the same pair as row {prints.row[original[i]] + 1}"
-        )
+        reason = f"almost the same pair as row {prints.row[original[i]] + 1}"
+        yield Violation(int(prints.row[i]), "near_duplicate_pair", reason)
 
 
 def _contradictions(prints: Fingerprints) -> Iterator[Violation]:
@@ -143,20 +137,15 @@ def _contradictions(prints: Fingerprints) -> Iterator[Violation]:
     ordered = _combine(np.stack([prompt, np.minimum(chosen, rejected), np.maximum(chosen, rejected)], 1))
     table = pd.DataFrame({"key": ordered, "flipped": chosen > rejected, "row": prints.row})
     table = table[table.groupby("key")["flipped"].transform("nunique") > 1]
-    other = {
-        (key, flipped): row for key, flipped, row in table[["key", "flipped", "row"]][::-1].itertuples(index=False)
-    }
+    first = {(key, flipped): row for key, flipped, row in table[::-1].itertuples(index=False)}
     for key, flipped, row in table.itertuples(index=False):
-        against = other[key, not flipped] + 1
+        against = first[key, not flipped] + 1
         yield Violation(int(row), "contradiction", f"row {against} prefers the other of the same two completions")
 
 
 def _leaks(prints: Fingerprints) -> Iterator[Violation]:
     trained, held_out = prints.select(~prints.held_out), prints.select(prints.held_out)
-    for i in np.flatnonzero(np.isin(trained.texts[:, 0], held_out.texts[:, 0])):
-        yield Violation(int(trained.row[i]), "prompt_in_both_splits", "its prompt is held out for evaluation")
-    seen = np.isin(trained.texts[:, 1:], held_out.texts[:, 1:]).any(1)
-    for i in np.flatnonzero(seen):
-        yield Violation(
-            int(trained.row[i]), "eval_text_in_train", "one of its completions is held out for evaluation"
-        )
+    for row in trained.row[np.isin(trained.texts[:, 0], held_out.texts[:, 0])]:
+        yield Violation(int(row), "prompt_in_both_splits", "its prompt is held out for evaluation")
+    for row in trained.row[np.isin(trained.texts[:, 1:], held_out.texts[:, 1:]).any(1)]:
+        yield Violation(int(row), "eval_text_in_train", "one of its completions is held out for evaluation")

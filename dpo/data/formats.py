@@ -84,13 +84,8 @@ def _detect_row(row: Row) -> str | None:
 def to_pairs(row: Row, form: str, pairing: Pairing) -> list[Pair]:
     """Return the pairs of one row: `prompt`, `turns`, `chosen`, `rejected` and the optional fields.
 
-    Args:
-        row: a raw row.
-        form: from `detect`.
-        pairing: pair the best of several rated completions with the worst, or with each lower-rated one.
-
-    Raises:
-        RowError: the row cannot be converted.
+    `form` is from `detect`. Of several rated completions, `pairing` combines the best with the worst, or with each
+    lower-rated one. A row that cannot be converted raises RowError.
     """
     pairs = FORMATS[form](row, pairing)
     shared = _optional_fields(row)
@@ -99,14 +94,11 @@ def to_pairs(row: Row, form: str, pairing: Pairing) -> list[Pair]:
         for field in PAIR_TEXTS:
             _storable(pair[field], field)
         pair |= {k: v for k, v in shared.items() if pair.get(k) is None}
-        pair["id"] = (name if len(pairs) == 1 else f"{name}/{number}") if name else content_id(pair)
+        if name:
+            pair["id"] = name if len(pairs) == 1 else f"{name}/{number}"
+        else:
+            pair["id"] = hashlib.sha256("\x1f".join(pair[f] for f in PAIR_TEXTS).encode()).hexdigest()[:16]
     return pairs
-
-
-def content_id(pair: Pair) -> str:
-    """Return an id that depends on the pair's texts only."""
-    text = "\x1f".join(pair[field] for field in PAIR_TEXTS)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def normalize(text: str) -> str:
@@ -123,28 +115,24 @@ def _pairs(row: Row, pairing: Pairing) -> list[Pair]:
         if text.strip() not in [opening.strip() for opening in openings]:
             raise RowError("broken_roles", "field 'prompt' differs from the start of the conversations")
         return [pair]
-    completions = {"chosen": _completion(chosen, "chosen"), "rejected": _completion(rejected, "rejected")}
+    completions = {field: _completion(row[field], field) for field in COMPLETIONS}
     return [{**_prompt_fields(prompt), **completions}]
 
 
 def _conversations(row: Row, pairing: Pairing) -> list[Pair]:
-    sides = [_turns(_required(row, field), field) for field in ("chosen", "rejected")]
-    return [_conversation(*sides)]
+    return [_conversation(*(_turns(_required(row, field), field) for field in COMPLETIONS))]
 
 
 def _transcripts(row: Row, pairing: Pairing) -> list[Pair]:
-    text = _text(_required(row, "chosen"), "chosen")
-    chosen = _parse_transcript(text, "chosen")
-    rejected = _parse_transcript(_text(_required(row, "rejected"), "rejected"), "rejected")
+    chosen, rejected = (_parse_transcript(_text(_required(row, field), field), field) for field in COMPLETIONS)
     pair = _conversation(chosen, rejected)
-    opening = text[: text.rindex(HH_ANSWER) + len(HH_ANSWER)]
+    opening = row["chosen"].rpartition(HH_ANSWER)[0] + HH_ANSWER
     return [{**pair, "prompt": opening, "turns": chosen[:-1]}]
 
 
 def _scored_completions(row: Row, pairing: Pairing) -> list[Pair]:
-    completions = _listed(_required(row, "completions"), "completions")
     texts, scores = [], []
-    for completion in completions:
+    for completion in _listed(_required(row, "completions"), "completions"):
         if not isinstance(completion, Mapping):
             raise RowError("wrong_type", "field 'completions' contains an item that is not an object")
         text = next((completion[field] for field in TEXTS if field in completion), None)
@@ -163,7 +151,7 @@ def _rated_responses(row: Row, pairing: Pairing) -> list[Pair]:
     if field not in RANK_LISTS:
         return _ranked_pairs(row, texts, values, pairing)
     no_rating = {"chosen_rating": None, "rejected_rating": None}  # a rank is not a rating
-    return [{**pair, **no_rating} for pair in _ranked_pairs(row, texts, [-value for value in values], pairing)]
+    return [pair | no_rating for pair in _ranked_pairs(row, texts, [-value for value in values], pairing)]
 
 
 def _ranked_pairs(row: Row, texts: list[str], scores: list[float], pairing: Pairing) -> list[Pair]:
@@ -172,17 +160,9 @@ def _ranked_pairs(row: Row, texts: list[str], scores: list[float], pairing: Pair
     lower = [i for i in order if scores[i] < scores[order[0]]]
     if not lower:
         raise RowError("no_preference", f"{len(texts)} completions, none rated higher than another")
-    best = order[0]
-    return [
-        {
-            **prompt,
-            "chosen": texts[best],
-            "rejected": texts[worse],
-            "chosen_rating": scores[best],
-            "rejected_rating": scores[worse],
-        }
-        for worse in (lower[-1:] if pairing == "best_worst" else lower)
-    ]
+    best = {**prompt, "chosen": texts[order[0]], "chosen_rating": scores[order[0]]}
+    worse = lower[-1:] if pairing == "best_worst" else lower
+    return [{**best, "rejected": texts[i], "rejected_rating": scores[i]} for i in worse]
 
 
 FORMATS: dict[str, Callable[[Row, Pairing], list[Pair]]] = {
@@ -196,7 +176,7 @@ FORMATS: dict[str, Callable[[Row, Pairing], list[Pair]]] = {
 
 def _conversation(chosen: list[Turn], rejected: list[Turn]) -> Pair:
     """Return the pair of two conversations that differ in the last turn only. The other turns are the prompt."""
-    for turns, field in ((chosen, "chosen"), (rejected, "rejected")):
+    for turns, field in zip((chosen, rejected), COMPLETIONS, strict=True):
         if not turns or turns[-1]["role"] != "assistant":
             raise RowError("broken_roles", f"field '{field}' does not end with an assistant turn")
     if chosen[:-1] != rejected[:-1]:
@@ -216,9 +196,9 @@ def _conversation_prompt(turns: list[Turn]) -> Pair:
     roles = [turn["role"] for turn in turns]
     rest = roles[1:] if roles[:1] == ["system"] else roles
     if rest != [*["user", "assistant"] * (len(rest) // 2), "user"]:
+        found = ", ".join(roles) or "none"
         raise RowError(
-            "broken_roles",
-            f"the prompt's roles are {', '.join(roles) or 'none'}; user and assistant must alternate, user last",
+            "broken_roles", f"the prompt's roles are {found}; user and assistant must alternate, user last"
         )
     if roles == ["user"]:
         return {"prompt": turns[0]["content"], "turns": None}
@@ -230,14 +210,11 @@ def _turns(value: Any, field: str) -> list[Turn]:
     turns = []
     for turn in _listed(value, field):
         if not isinstance(turn, Mapping) or "role" not in turn or "content" not in turn:
-            raise RowError(
-                "wrong_type", f"field '{field}' contains an item that is not a turn with 'role' and 'content'"
-            )
+            reason = f"field '{field}' contains an item that is not a turn with 'role' and 'content'"
+            raise RowError("wrong_type", reason)
         if turn["role"] not in ROLES:
-            raise RowError(
-                "broken_roles",
-                f"field '{field}': unknown role {_shown(turn['role'])}, expected {', '.join(ROLES)}",
-            )
+            reason = f"field '{field}': unknown role {_shown(turn['role'])}, expected {', '.join(ROLES)}"
+            raise RowError("broken_roles", reason)
         turns.append({"role": turn["role"], "content": _storable(_text(turn["content"], field), field)})
     return turns
 
@@ -246,10 +223,8 @@ def _parse_transcript(text: str, field: str) -> list[Turn]:
     parts = HH_TURN.split(text if text.startswith("\n\n") else f"\n\n{text}")
     if parts[0].strip() or len(parts) == 1:
         raise RowError("broken_roles", f"field '{field}' does not start with 'Human:'")
-    return [
-        {"role": HH_ROLES[role], "content": content.strip()}
-        for role, content in zip(parts[1::2], parts[2::2], strict=True)
-    ]
+    turns = zip(parts[1::2], parts[2::2], strict=True)
+    return [{"role": HH_ROLES[role], "content": content.strip()} for role, content in turns]
 
 
 def _completion(value: Any, field: str) -> str:
@@ -262,12 +237,9 @@ def _completion(value: Any, field: str) -> str:
 
 
 def _prompt(row: Row) -> Any:
-    field = next((f for f in PROMPTS if row.get(f) is not None), None)
-    if field is None:
-        raise RowError("missing_text", "field 'prompt' is missing or null")
-    if not isinstance(row[field], str):
-        _listed(row[field], field)
-    return row[field]
+    field = next((f for f in PROMPTS if row.get(f) is not None), "prompt")
+    prompt = _required(row, field)
+    return prompt if isinstance(prompt, str) else _listed(prompt, field)
 
 
 def _required(row: Row, field: str) -> Any:
@@ -322,15 +294,9 @@ def _optional_fields(row: Row) -> Pair:
         raise RowError("wrong_type", f"field 'weight' is {weight:g}; it must be above 0")
     if agreement is not None and not 0 <= agreement <= 1:
         raise RowError("wrong_type", f"field 'agreement' is {agreement:g}; it must be from 0 to 1")
-    return {
-        "id": _label(row, "id"),
-        "split": None if split is None else SPLITS[split],
-        "source": _label(row, "source"),
-        "weight": weight,
-        "agreement": agreement,
-        "chosen_rating": _number(row, "chosen_rating"),
-        "rejected_rating": _number(row, "rejected_rating"),
-    }
+    labels = {field: _label(row, field) for field in ("id", "source")}
+    ratings = {field: _number(row, field) for field in ("chosen_rating", "rejected_rating")}
+    return {**labels, **ratings, "split": split and SPLITS[split], "weight": weight, "agreement": agreement}
 
 
 def _label(row: Row, field: str) -> str | None:

@@ -80,32 +80,33 @@ def read_ratings(sdist: Path) -> dict[str, list[Rated]]:
     Repeated texts are skipped, and so are sentences with different means in the two files.
     """
     with tarfile.open(sdist) as outer:
-        member = next(m for m in outer.getmembers() if m.name.endswith("hutto_ICWSM_2014.tar.gz"))
-        inner = outer.extractfile(member)
-        assert inner is not None
-        content = inner.read()
+        content = _read(outer, next(n for n in outer.getnames() if n.endswith("hutto_ICWSM_2014.tar.gz")))
     seen: set[str] = set()
     domains: dict[str, list[Rated]] = {}
     with tarfile.open(fileobj=io.BytesIO(content)) as archive:
         for prefix, domain in DOMAINS.items():
-            truth = _rows(archive, f"{prefix}_GroundTruth.txt")
             raters = {row[0]: row for row in _rows(archive, f"{prefix}_anonDataRatings.txt")}
-            rated = []
-            for key, mean, text in truth:
+            domains[domain] = []
+            for key, mean, text in _rows(archive, f"{prefix}_GroundTruth.txt"):
                 _, raters_mean, _, ratings = raters[key]
                 text = " ".join(text.split())
                 if text.casefold() in seen or abs(float(mean) - float(raters_mean)) > 1e-3:
                     continue
                 seen.add(text.casefold())
-                rated.append(Rated(f"{prefix}/{key}", text, float(mean), tuple(ast.literal_eval(ratings))))
-            domains[domain] = rated
+                rated = Rated(f"{prefix}/{key}", text, float(mean), tuple(ast.literal_eval(ratings)))
+                domains[domain].append(rated)
     return domains
 
 
-def _rows(archive: tarfile.TarFile, name: str) -> list[list[str]]:
-    file = archive.extractfile(f"hutto_ICWSM_2014/{name}")
+def _read(archive: tarfile.TarFile, name: str) -> bytes:
+    file = archive.extractfile(name)
     assert file is not None
-    return [line.split("\t") for line in file.read().decode("utf-8-sig").split("\r\n") if line.strip()]
+    return file.read()
+
+
+def _rows(archive: tarfile.TarFile, name: str) -> list[list[str]]:
+    text = _read(archive, f"hutto_ICWSM_2014/{name}").decode("utf-8-sig")
+    return [line.split("\t") for line in text.split("\r\n") if line.strip()]
 
 
 def rating_pairs(
@@ -113,14 +114,9 @@ def rating_pairs(
 ) -> pd.DataFrame:
     """Pair the sentences of each domain at random. Each sentence is used at most once.
 
-    Args:
-        domains: from `read_ratings`.
-        min_rating_gap: minimum difference between the mean ratings of a pair. Ties are always skipped.
-        eval_fraction: share of the pairs that is held out, with different prompts.
-        seed: seed of partners, phrasings and split.
-
-    Returns:
-        One row per pair, sorted by id, with fields of `dpo.data.schema.Pairs`.
+    Ties, and pairs whose mean ratings differ by less than `min_rating_gap`, are skipped. The share `eval_fraction`
+    of the pairs is held out, with different prompts. `seed` sets partners, phrasings and split. The result has one
+    row per pair, sorted by id, with fields of `dpo.data.schema.Pairs`.
     """
     rng = random.Random(seed)
     rows = []

@@ -24,19 +24,10 @@ DETECT_ROWS = 1000
 
 
 def write_raw_pairs(rows: Iterator[RawRow], path: Path, origin: str, params: DataSettings) -> str:
-    """Write the raw table: every row of a source as pairs, or with the rule that it breaks.
+    """Write the raw table of the source `origin` atomically, and return the detected format.
 
     If a row has no `split`, a hash of the normalized prompt decides, so that added rows do not move old rows to
     the other split. If a row has no `source`, it is the name of the file.
-
-    Args:
-        rows: from `dpo.data.readers`.
-        path: the raw table. It is written atomically.
-        origin: the source's name, for messages.
-        params: `pairing` and `eval_fraction` are used.
-
-    Returns:
-        The detected format.
 
     Raises:
         InputError: the source is unreadable, empty, or in an unknown format.
@@ -50,13 +41,15 @@ def write_raw_pairs(rows: Iterator[RawRow], path: Path, origin: str, params: Dat
         reason = raw.violation and raw.violation[1]
         raise InputError(f"{raw.file}: line {raw.line}: {reason}; none of the first {len(first)} rows is readable")
     form = detect(readable, origin)
-    with atomic_write(path) as tmp, pq.ParquetWriter(tmp, RAW_PAIRS_SCHEMA, compression="zstd") as writer:
-        pairs = (pair for raw in chain(first, rows) for pair in _raw_pairs(raw, form, params))
-        bar = progress(desc="rows", unit="row", mininterval=2)
+    pairs = (pair for raw in chain(first, rows) for pair in _raw_pairs(raw, form, params))
+    with (
+        atomic_write(path) as tmp,
+        pq.ParquetWriter(tmp, RAW_PAIRS_SCHEMA, compression="zstd") as writer,
+        progress(desc="rows", unit="row", mininterval=2) as bar,
+    ):
         while group := list(islice(pairs, GROUP_ROWS)):
             writer.write_table(pa.Table.from_pylist(group, RAW_PAIRS_SCHEMA))
             bar.update(len(group))
-        bar.close()
     return form
 
 
@@ -66,15 +59,12 @@ def _raw_pairs(raw: RawRow, form: str, params: DataSettings) -> Iterator[dict[st
     if raw.row is not None:
         try:
             for pair in to_pairs(raw.row, form, params.pairing):
-                pair["split"] = pair["split"] or _split(pair["prompt"], params.eval_fraction)
+                digest = hashlib.sha256(normalize(pair["prompt"]).encode()).hexdigest()
+                is_held_out = int(digest[:8], 16) < params.eval_fraction * 2**32
+                pair["split"] = pair["split"] or ("eval" if is_held_out else "train")
                 pair["source"] = pair["source"] or Path(raw.file).name
                 yield pair | origin
             return
         except RowError as error:
             rule, reason = error.rule, error.reason
     yield origin | {"rule": rule, "reason": reason}
-
-
-def _split(prompt: str, eval_fraction: float) -> str:
-    digest = hashlib.sha256(normalize(prompt).encode()).hexdigest()
-    return "eval" if int(digest[:8], 16) < eval_fraction * 2**32 else "train"

@@ -12,8 +12,9 @@ import reprlib
 import tempfile
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -60,7 +61,7 @@ def read_source(params: DataSettings, seed: int) -> Iterator[RawRow]:
         TransientError: the hub is unreachable.
     """
     names = [params.source] if isinstance(params.source, str) else list(params.source)
-    local = [name for name in names if name != "default" and is_local(name)]
+    local = [name for name in names if name != "default" and (Path(name).exists() or _kind(Path(name)))]
     if params.revision is not None and (local or names == ["default"]):
         raise InputError("params.yaml: data.revision has no effect without a hub id; set it to null")
     if names == ["default"]:
@@ -79,11 +80,6 @@ def read_source(params: DataSettings, seed: int) -> Iterator[RawRow]:
     return _hub(names[0], params.revision)
 
 
-def is_local(name: str) -> bool:
-    """Return whether a name is a file or a folder and not a hub data set."""
-    return Path(name).exists() or _kind(Path(name)) is not None
-
-
 def read_files(names: Iterable[str]) -> Iterator[RawRow]:
     """Read the rows of files, folders of files and saved data sets.
 
@@ -96,18 +92,16 @@ def read_files(names: Iterable[str]) -> Iterator[RawRow]:
         path = Path(name)
         if not path.exists():
             raise InputError(f"{name}: no such file or folder; check the name, or put your data into {OWN_DATA}/")
-        if path.is_dir() and any((path / file).exists() for file in ("dataset_dict.json", "state.json")):
+        files = sorted(file for file in path.rglob("*") if file.is_file() and _kind(file))
+        if not path.is_dir():
+            yield from _read_file(path)
+        elif any((path / file).exists() for file in ("dataset_dict.json", "state.json")):
             yield from _saved_dataset(path)
-            continue
-        files = sorted(p for p in path.rglob("*") if p.is_file() and _kind(p)) if path.is_dir() else [path]
-        if not files:
-            raise InputError(
-                f"{name}: the folder contains no data; add files that end in {', '.join(READERS)}, or .gz"
-            )
-        splits = {file: _split_of_name(file) for file in files} if path.is_dir() else {}
-        use_names = "eval" in splits.values()
-        for file in files:
-            yield from _with_split(_read_file(file), (splits[file] or "train") if use_names else None, path.name)
+        elif files:
+            yield from _with_splits({file: _read_file(file) for file in files}, path.name)
+        else:
+            endings = ", ".join(READERS)
+            raise InputError(f"{name}: the folder contains no data; add files that end in {endings}, or .gz")
 
 
 def _kind(path: Path) -> str | None:
@@ -120,18 +114,17 @@ def _split_of_name(path: Path) -> str | None:
     return SPLITS.get(word[0]) if word else None
 
 
-def _with_split(rows: Iterable[RawRow], split: str | None, source: str) -> Iterator[RawRow]:
-    """Add split and source to the rows that do not have them. None leaves the rows unchanged."""
-    if split is None:
-        yield from rows
-        return
-    for raw in rows:
-        if raw.row is None:
+def _with_splits(parts: Mapping[Path, Iterable[RawRow]], source: str) -> Iterator[RawRow]:
+    """Read all parts. If the name of one means `eval`, add split and source to rows that do not have them."""
+    splits = {part: _split_of_name(part) for part in parts}
+    use_names = "eval" in splits.values()
+    for part, rows in parts.items():
+        defaults = {"split": splits[part] or "train", "source": source}
+        for raw in rows:
+            if use_names and raw.row is not None:
+                added = {field: value for field, value in defaults.items() if optional(raw.row, field) is None}
+                raw = replace(raw, row={**raw.row, **added})
             yield raw
-        else:
-            defaults = {"split": split, "source": source}
-            added = {field: value for field, value in defaults.items() if optional(raw.row, field) is None}
-            yield RawRow(raw.file, raw.line, {**raw.row, **added}, raw.original)
 
 
 def _read_file(path: Path) -> Iterator[RawRow]:
@@ -151,35 +144,30 @@ def _read_file(path: Path) -> Iterator[RawRow]:
 
 
 def _jsonl(file: BinaryIO, name: str) -> Iterator[RawRow]:
-    number = 0
-    while line := file.readline(MAX_LINE_BYTES + 1):
-        number += 1
+    for number, line in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES + 1), b""), 1):
         if len(line) > MAX_LINE_BYTES:
-            raise InputError(
-                f"{name}: line {number} is longer than {MAX_LINE_BYTES // 2**20} MiB; write one object per line"
-            )
-        if number == 1:
-            line = line.removeprefix(BOM)
-        if line.strip():
-            yield _parsed(line.strip(), name, number)
+            size = f"{MAX_LINE_BYTES // 2**20} MiB"
+            raise InputError(f"{name}: line {number} is longer than {size}; write one object per line")
+        text = line.removeprefix(BOM if number == 1 else b"").strip()
+        if text:
+            row, violation = _parse(text)
+            yield RawRow(name, number, row, text.decode(errors="backslashreplace"), violation)
 
 
-def _parsed(line: bytes, name: str, number: int) -> RawRow:
-    original = line.decode(errors="backslashreplace")
+def _parse(line: bytes) -> tuple[Row | None, tuple[str, str] | None]:
+    """Return the object of a JSON line, or the rule that the line breaks with the reason."""
     try:
         row = orjson.loads(line)
     except orjson.JSONDecodeError:
         try:
             row = json.loads(line.decode())  # accepts NaN, large numbers and lone surrogates, which orjson rejects
         except UnicodeDecodeError as error:
-            reason = f"byte {line[error.start]:#x} at column {error.start + 1} is not UTF-8"
-            return RawRow(name, number, None, original, ("invalid_utf8", reason))
+            return None, ("invalid_utf8", f"byte {line[error.start]:#x} at column {error.start + 1} is not UTF-8")
         except (ValueError, RecursionError) as error:
-            return RawRow(name, number, None, original, ("unreadable_row", f"not JSON: {error}"))
-    if not isinstance(row, dict):
-        reason = f"a JSON {type(row).__name__}, not an object"
-        return RawRow(name, number, None, original, ("unreadable_row", reason))
-    return RawRow(name, number, row, original)
+            return None, ("unreadable_row", f"not JSON: {error}")
+    if isinstance(row, dict):
+        return row, None
+    return None, ("unreadable_row", f"a JSON {type(row).__name__}, not an object")
 
 
 def _json(file: BinaryIO, name: str) -> Iterator[RawRow]:
@@ -218,16 +206,14 @@ def _csv(file: BinaryIO, name: str) -> Iterator[RawRow]:
         ((field, count),) = Counter(header).most_common(1)
         if count > 1:
             raise InputError(f"{name}: the header has column {field[:40]!r} twice; rename one")
-        for values in reader:
-            if not values:
-                continue
+        for values in filter(None, reader):
             if len(values) != len(header):
                 reason = f"{len(values)} fields, the header has {len(header)}"
                 yield RawRow(name, reader.line_num, None, _as_text(values), ("unreadable_row", reason))
             else:
-                original = _as_text(dict(zip(header, values, strict=True)))
-                row = {field: _cell(field, value) for field, value in zip(header, values, strict=True)}
-                yield RawRow(name, reader.line_num, row, original)
+                cells = dict(zip(header, values, strict=True))
+                row = {field: _cell(field, value) for field, value in cells.items()}
+                yield RawRow(name, reader.line_num, row, _as_text(cells))
     except csv.Error as error:
         raise InputError(f"{name}: line {reader.line_num}: not CSV: {error}") from error
 
@@ -235,9 +221,8 @@ def _csv(file: BinaryIO, name: str) -> Iterator[RawRow]:
 def _short_lines(text: io.TextIOWrapper, name: str) -> Iterator[str]:
     while line := text.readline(MAX_LINE_BYTES + 1):
         if len(line) > MAX_LINE_BYTES:
-            raise InputError(
-                f"{name}: a line is longer than {MAX_LINE_BYTES // 2**20} MiB; write one row per line"
-            )
+            size = f"{MAX_LINE_BYTES // 2**20} MiB"
+            raise InputError(f"{name}: a line is longer than {size}; write one row per line")
         yield line
 
 
@@ -248,17 +233,15 @@ def _cell(field: str, value: str) -> Any:
             parsed = json.loads(value)
         except (ValueError, RecursionError):
             return value
-        is_conversation = isinstance(parsed, list) and parsed and all(isinstance(turn, dict) for turn in parsed)
-        if field in LIST_FIELDS or is_conversation:
+        if field in LIST_FIELDS or (parsed and all(isinstance(turn, dict) for turn in parsed)):
             return parsed
     return value
 
 
 def _parquet(file: BinaryIO, name: str) -> Iterator[RawRow]:
-    content: Any = file
     if isinstance(file, gzip.GzipFile):
-        content = io.BytesIO(_read_all(file, f"{name}: Parquet in gzip", "unpack it"))
-    yield from _numbered(_arrow_rows(pq.ParquetFile(content).iter_batches(batch_size=BATCH_ROWS)), name)
+        file = io.BytesIO(_read_all(file, f"{name}: Parquet in gzip", "unpack it"))
+    yield from _numbered(_arrow_rows(pq.ParquetFile(file).iter_batches(batch_size=BATCH_ROWS)), name)
 
 
 def _arrow_rows(batches: Iterable[Any]) -> Iterator[Any]:
@@ -271,8 +254,7 @@ def _arrow_rows(batches: Iterable[Any]) -> Iterator[Any]:
         yield from rows
 
 
-Reader = Callable[[BinaryIO, str], Iterator[RawRow]]
-READERS: dict[str, Reader] = {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet}
+READERS = {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet}
 
 
 def _numbered(rows: Iterable[Any], name: str) -> Iterator[RawRow]:
@@ -283,8 +265,8 @@ def _numbered(rows: Iterable[Any], name: str) -> Iterator[RawRow]:
             original = row.object.decode(errors="backslashreplace")
             yield RawRow(name, number, None, original, ("invalid_utf8", str(row)))
         else:
-            what = str(row) if isinstance(row, Exception) else f"{type(row).__name__}, not an object"
-            yield RawRow(name, number, None, _as_text(row), ("unreadable_row", what))
+            reason = str(row) if isinstance(row, Exception) else f"{type(row).__name__}, not an object"
+            yield RawRow(name, number, None, _as_text(row), ("unreadable_row", reason))
 
 
 def _as_text(row: Any) -> str:
@@ -343,11 +325,11 @@ def _is_connection_error(error: BaseException) -> bool:
 
 def _dataset_rows(loaded: Any, name: str) -> Iterator[RawRow]:
     parts = loaded if isinstance(loaded, dict) else {"train": loaded}
-    splits = {part: _split_of_name(Path(part)) for part in parts}
-    use_names = "eval" in splits.values() and len(parts) > 1
-    for part, data in parts.items():
-        rows = _numbered(_arrow_rows(data.with_format("arrow").iter(BATCH_ROWS)), f"{name}:{part}")
-        yield from _with_split(rows, (splits[part] or "train") if use_names else None, name)
+    rows = {
+        Path(part): _numbered(_arrow_rows(data.with_format("arrow").iter(BATCH_ROWS)), f"{name}:{part}")
+        for part, data in parts.items()
+    }
+    yield from _with_splits(rows, name) if len(rows) > 1 else chain(*rows.values())
 
 
 def _default(params: DataSettings, seed: int) -> Iterator[RawRow]:

@@ -10,19 +10,15 @@ from pandera.typing.pandas import Series
 
 from dpo.common.errors import InputError
 
-SHOWN_VIOLATIONS = 10
-
-TURN = pyarrow.struct([("role", pyarrow.string()), ("content", pyarrow.string())])
-TEXT, NUMBER = pyarrow.string(), pyarrow.float64()
+TEXT = pyarrow.string()
 PAIR_FIELDS = {
-    **{"id": TEXT, "prompt": TEXT, "turns": pyarrow.list_(TURN)},
+    **{"id": TEXT, "prompt": TEXT, "turns": pyarrow.list_(pyarrow.struct({"role": TEXT, "content": TEXT}))},
     **dict.fromkeys(("chosen", "rejected", "split", "source"), TEXT),
-    **dict.fromkeys(("weight", "agreement", "chosen_rating", "rejected_rating"), NUMBER),
+    **dict.fromkeys(("weight", "agreement", "chosen_rating", "rejected_rating"), pyarrow.float64()),
 }
-ORIGIN_FIELDS = {"file": TEXT, "line": pyarrow.int64(), "original": TEXT}
-VIOLATION_FIELDS = {"rule": TEXT, "reason": TEXT}
+ORIGIN_FIELDS = {"file": TEXT, "line": pyarrow.int64(), "original": TEXT, "rule": TEXT, "reason": TEXT}
 PAIRS_SCHEMA = pyarrow.schema(PAIR_FIELDS)
-RAW_PAIRS_SCHEMA = pyarrow.schema({**PAIR_FIELDS, **ORIGIN_FIELDS, **VIOLATION_FIELDS})
+RAW_PAIRS_SCHEMA = pyarrow.schema(PAIR_FIELDS | ORIGIN_FIELDS)
 """Also the schema of the quarantine, in which `rule` and `reason` are never null."""
 
 
@@ -56,7 +52,6 @@ class Fields(pa.DataFrameModel):
         """Unknown columns and missing columns are errors. No value is converted."""
 
         strict = True
-        coerce = False
 
 
 class RawPairs(Fields):
@@ -106,7 +101,7 @@ def validate_schema(model: type[pa.DataFrameModel], table: pd.DataFrame, origin:
     except pa.errors.SchemaErrors as errors:
         cases = errors.failure_cases.drop_duplicates(["index", "check", "column"])
         lines = [f"{origin}: {len(cases)} violations of the schema `{model.__name__}`"]
-        for case in cases.head(SHOWN_VIOLATIONS).itertuples():
+        for case in cases.head(10).itertuples():
             row = "the table" if pd.isna(case.index) else f"row {int(case.index) + 1}"
             lines.append(f"  {row}, field {case.column!r}: {case.check} ({str(case.failure_case)[:60]!r})")
         raise InputError("\n".join(lines)) from errors

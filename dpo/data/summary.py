@@ -46,33 +46,23 @@ def summarize(
 ) -> Summary:
     """Summarize R accepted pairs and check the rules of `DATA_RULES`.
 
-    Args:
-        lengths: of prompt, chosen and rejected [R, 3].
-        held_out: whether a pair is in the eval split [R].
-        sources: of the pairs [R].
-        prompts: a sample of the prompts.
-        unit: unit of `lengths`, tokens or characters.
-        params: thresholds.
-        previous: `profile` of an earlier version. It is ignored if its unit differs.
+    `lengths` [R, 3] are the lengths of prompt, chosen and rejected in `unit`, `held_out` [R] marks the eval split,
+    `sources` has R items, `prompts` is a sample. `previous` is the `profile` of an earlier version. It is ignored
+    if its unit differs.
     """
     if not len(lengths):
         return Summary()
     chosen_longer, bias = _length_bias(lengths, params.max_longer_share)
     by_source, imbalance = _balance(held_out, lengths, sources, params.max_longer_share)
-    metrics: dict[str, Any] = {
-        "lengths": _quantiles(lengths),
-        "chosen_longer": chosen_longer,
-        "sources": by_source,
-    }
+    metrics = {"lengths": _quantiles(lengths), "chosen_longer": chosen_longer, "sources": by_source}
     notices = [("length_bias", reason) for reason in bias] + [("source_imbalance", r) for r in imbalance]
     counts = {name: source["pairs"] for name, source in by_source.items()}
     if previous and previous.get("unit") == unit:
-        metrics["drift"] = drift(previous, lengths, counts, prompts)
-        notices += [
-            ("drift", f"{name}: population stability index {value:.2f}, the maximum is {params.max_drift:g}")
-            for name, value in metrics["drift"].items()
-            if value > params.max_drift
-        ]
+        metrics["drift"] = by_view = drift(previous, lengths, counts, prompts)
+        for name, value in by_view.items():
+            if value > params.max_drift:
+                reason = f"{name}: population stability index {value:.2f}, the maximum is {params.max_drift:g}"
+                notices.append(("drift", reason))
     return Summary(metrics, _histograms(lengths), {"unit": unit, **profile(lengths, counts, prompts)}, notices)
 
 
@@ -92,10 +82,7 @@ def _histograms(lengths: NDArray[np.int32]) -> dict[str, tuple[list[float], list
 
 
 def _length_bias(lengths: NDArray[np.int32], maximum: float) -> tuple[dict[str, float] | None, list[str]]:
-    """Return the share of pairs with a longer chosen completion, and the reasons why it is a bias.
-
-    The share is among pairs of unequal length, with a 95% interval; None if there are no such pairs.
-    """
+    """Return the share of pairs of unequal length in which chosen is longer, and the reasons why it is a bias."""
     longer, unequal = int((lengths[:, 1] > lengths[:, 2]).sum()), int((lengths[:, 1] != lengths[:, 2]).sum())
     if not unequal:
         return None, []
@@ -103,8 +90,7 @@ def _length_bias(lengths: NDArray[np.int32], maximum: float) -> tuple[dict[str, 
     share = {"share": longer / unequal, "low": float(interval.low), "high": float(interval.high)}
     if 1 - maximum <= share["high"] and share["low"] <= maximum:
         return share, []
-    side = "chosen" if share["share"] > 0.5 else "rejected"
-    part = max(share["share"], 1 - share["share"])
+    part, side = max((share["share"], "chosen"), (1 - share["share"], "rejected"))
     bounds = f"{share['low']:.3f} to {share['high']:.3f}"
     return share, [f"{side} is the longer one in {part:.0%} of pairs (95% interval for chosen: {bounds})"]
 

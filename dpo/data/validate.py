@@ -13,9 +13,9 @@ from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import compress
+from itertools import chain, compress, islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -30,7 +30,6 @@ from dpo.common.files import atomic_write
 from dpo.common.progress import progress
 from dpo.data.checks import Violation, check_lengths, check_texts, special_tokens, token_lengths
 from dpo.data.duplicates import Fingerprints, compare, concatenate, fingerprint
-from dpo.data.formats import PAIR_TEXTS, Pair
 from dpo.data.rules import RULES
 from dpo.data.schema import PAIRS_SCHEMA, RAW_PAIRS_SCHEMA, Pairs, RawPairs, validate_schema
 from dpo.data.settings import ValidateSettings
@@ -75,8 +74,7 @@ class Validated:
         return {**self.metrics, "errors": errors}
 
 
-@dataclass(frozen=True)
-class CheckedRows:
+class CheckedRows(NamedTuple):
     """Result of the row checks of one or more row groups."""
 
     violations: list[Violation]
@@ -116,14 +114,15 @@ def validate(
     Raises:
         InputError: the raw table is unreadable or violates its schema, or the tokenizer cannot encode a pair.
     """
-    excluding = frozenset(rule for rule, action in params.actions.items() if action != "warn")
+    actions = params.actions
+    excluding = frozenset(rule for rule, action in actions.items() if action != "warn")
     try:
         checked, rows = _check_all(raw_pairs, tokenizer, max_length, excluding)
     except (OSError, pa.ArrowException) as error:
         raise InputError(f"{raw_pairs}: not a raw table: {error}; run the stage `ingest`") from error
     violations = checked.violations + list(compare(checked.prints, params.near_duplicate_similarity, excluding))
-    order = {rule: number for number, rule in enumerate(RULES)}
-    violations.sort(key=lambda violation: (violation.row, order[violation.rule]))
+    order = list(RULES)
+    violations.sort(key=lambda violation: (violation.row, order.index(violation.rule)))
     excluded = {v.row: v for v in reversed(violations) if v.rule in excluding}
     unit = "characters" if tokenizer is None else "tokens"
     accepted = ~np.isin(checked.prints.row, list(excluded))
@@ -131,11 +130,19 @@ def validate(
     sources = list(compress(checked.sources, accepted))
     prompts = [prompt for _, prompt in sorted(checked.prompts.items())]
     summary = summarize(lengths, prints.held_out, sources, prompts, unit, params, previous)
-    used = _draw(prints, caps, seed)
-    metrics = _metrics(rows, prints, excluded, violations, used, summary) | {"unit": unit}
-    broken = [rule for rule in RULES if params.actions[rule] == "error" and metrics["rules"][rule]]
+    assert rows == len(prints) + len(excluded)
+    counts = Counter([*(violation.rule for violation in violations), *(rule for rule, _ in summary.notices)])
+    sizes = {"rows": rows, "accepted": len(prints), "quarantined": len(excluded)}
+    metrics = {**summary.metrics, **sizes, "unit": unit, "rules": {rule: counts[rule] for rule in RULES}}
+    used = {}
+    for split, cap in caps.items():
+        pairs = pd.Series(prints.row[prints.held_out == (split == "eval")])
+        used[split] = (pairs if cap is None else pairs.sample(min(cap, len(pairs)), random_state=seed)).to_numpy()
+        metrics[split] = {"pairs": len(pairs), "used": len(used[split])}
+    broken = [rule for rule, action in actions.items() if action == "error" and counts[rule]]
     errors = _shortages(metrics, params.max_quarantined)
-    examples = _write(raw_pairs, outputs, excluded, _shown(violations), {} if broken or errors else used, metrics)
+    shown = [v for rule in RULES for v in islice((v for v in violations if v.rule == rule), EXAMPLES)]
+    examples = _write(raw_pairs, outputs, excluded, shown, {} if broken or errors else used, metrics)
     errors = [_rule_error(rule, metrics["rules"][rule], examples, summary.notices) for rule in broken] + errors
     return Validated(metrics, summary, examples, errors)
 
@@ -150,24 +157,16 @@ def _check_all(
         raise InputError(f"{raw_pairs}: no rows; run the stage `ingest`")
     starts = np.cumsum([0, *sizes])[:-1].tolist()
     check = functools.partial(_check_group, raw_pairs, tokenizer, max_length, excluding)
-    with ExitStack() as stack:
-        run: Any = map
-        if len(sizes) > MAX_SERIAL_GROUPS:
-            context = multiprocessing.get_context("spawn")
-            run = stack.enter_context(ProcessPoolExecutor(os.cpu_count(), context)).map
-        parts, prompts = [], dict[int, str]()
+    parts, prompts = [], dict[int, str]()
+    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
+        run: Any = pool.map if len(sizes) > MAX_SERIAL_GROUPS else map  # an unused pool starts no process
         groups = run(check, range(len(sizes)), starts)
         for part in progress(groups, total=len(sizes), desc="checking", unit="group", mininterval=2):
-            parts.append(dataclasses.replace(part, prompts={}))
+            parts.append(part._replace(prompts={}))
             prompts = dict(sorted((prompts | part.prompts).items())[:SAMPLED_PROMPTS])
-    checked = CheckedRows(
-        [violation for part in parts for violation in part.violations],
-        concatenate([part.prints for part in parts]),
-        np.concatenate([part.lengths for part in parts]),
-        [source for part in parts for source in part.sources],
-        prompts,
-    )
-    return checked, sum(sizes)
+    violations, prints, lengths, sources, _ = zip(*parts, strict=True)
+    merged = list(chain(*violations)), concatenate(prints), np.concatenate(lengths), list(chain(*sources))
+    return CheckedRows(*merged, prompts), sum(sizes)
 
 
 @functools.cache
@@ -190,19 +189,17 @@ def _check_group(
     records = table.drop_columns(["original", "file", "line"]).to_pylist()
     for row, pair in enumerate(records, start):
         broken[row] = [(pair["rule"], pair["reason"])] if pair["rule"] else check_texts(pair, special, end)
-    rows = [row for row, rules in broken.items() if not any(rule in excluding for rule, _ in rules)]
+    rows = [row for row, rules in broken.items() if excluding.isdisjoint(rule for rule, _ in rules)]
     pairs = [records[row - start] for row in rows]
     try:
-        lengths = _lengths(tokenizer, pairs)
+        lengths = token_lengths(tokenizer, pairs)
     except (ValueError, TemplateError) as error:
         where = f"{raw_pairs}: rows {start + 1} to {start + len(table)}"
         raise InputError(f"{where}: the tokenizer in {folder} cannot encode a pair: {error}") from error
     if tokenizer is not None:
-        fits = np.ones(len(rows), bool)
-        for i, (row, tokens) in enumerate(zip(rows, lengths.tolist(), strict=True)):
-            too_long = check_lengths(tokens, max_length)
-            broken[row] += too_long
-            fits[i] = not any(rule in excluding for rule, _ in too_long)
+        for row, tokens in zip(rows, lengths.tolist(), strict=True):
+            broken[row] += check_lengths(tokens, max_length)
+        fits = np.array([excluding.isdisjoint(rule for rule, _ in broken[row]) for row in rows], bool)
         rows, pairs, lengths = list(compress(rows, fits)), list(compress(pairs, fits)), lengths[fits]
     prints = fingerprint(pairs, rows)
     prompts = dict(zip(prints.texts[:, 0].tolist(), (pair["prompt"] for pair in pairs), strict=True))
@@ -215,52 +212,13 @@ def _check_group(
     )
 
 
-def _lengths(tokenizer: PreTrainedTokenizerBase | None, pairs: list[Pair]) -> NDArray[np.int32]:
-    if tokenizer is not None:
-        return token_lengths(tokenizer, pairs)
-    return np.array([[len(pair[field]) for field in PAIR_TEXTS] for pair in pairs], np.int32).reshape(-1, 3)
-
-
-def _draw(prints: Fingerprints, caps: Mapping[str, int | None], seed: int) -> dict[str, NDArray[np.int64]]:
-    used = {}
-    for split, cap in caps.items():
-        rows = pd.Series(prints.row[prints.held_out == (split == "eval")])
-        used[split] = (rows if cap is None else rows.sample(min(cap, len(rows)), random_state=seed)).to_numpy()
-    return used
-
-
-def _metrics(
-    rows: int,
-    prints: Fingerprints,
-    excluded: Mapping[int, Violation],
-    violations: list[Violation],
-    used: Mapping[str, NDArray[np.int64]],
-    summary: Summary,
-) -> dict[str, Any]:
-    assert rows == len(prints) + len(excluded)
-    counts = Counter(violation.rule for violation in violations) + Counter(rule for rule, _ in summary.notices)
-    evals = int(prints.held_out.sum())
-    pairs = {"train": len(prints) - evals, "eval": evals}
-    return {
-        "rows": rows,
-        "accepted": len(prints),
-        "quarantined": len(excluded),
-        "rules": {rule: counts[rule] for rule in RULES},
-        **{split: {"pairs": pairs[split], "used": len(used[split])} for split in pairs},
-        **summary.metrics,
-    }
-
-
 def _shortages(metrics: Mapping[str, Any], max_quarantined: float) -> list[DataError]:
     """Return errors if too many rows are quarantined or a split has no pairs."""
     errors = []
-    share = metrics["quarantined"] / metrics["rows"]
-    if share > max_quarantined:
-        message = (
-            f"{share:.1%} of the rows are quarantined, the maximum is {max_quarantined:.1%}; "
-            "fix the rows, or raise validate.max_quarantined"
-        )
-        errors.append(DataError("too_many_quarantined", message))
+    if (share := metrics["quarantined"] / metrics["rows"]) > max_quarantined:
+        message = f"{share:.1%} of the rows are quarantined, the maximum is {max_quarantined:.1%}"
+        fix = "fix the rows, or raise validate.max_quarantined"
+        errors.append(DataError("too_many_quarantined", f"{message}; {fix}"))
     for split in ("train", "eval"):
         if not metrics[split]["pairs"]:
             message = f"split '{split}' has no valid pairs; add prompts, or a `split` column with both values"
@@ -270,30 +228,16 @@ def _shortages(metrics: Mapping[str, Any], max_quarantined: float) -> list[DataE
 
 def _rule_error(rule: str, count: int, examples: Examples, notices: list[tuple[str, str]]) -> DataError:
     """Return the error for a rule whose action is `error`: the first violation and the fix."""
-    if rule in examples:
-        row = examples[rule][0]
-        first = f"{row['file']}, line {row['line']}: {row['reason']}"
-    else:
-        first = next(reason for name, reason in notices if name == rule)
+    rows = (f"{row['file']}, line {row['line']}: {row['reason']}" for row in examples.get(rule, []))
+    first = next(chain(rows, (reason for name, reason in notices if name == rule)))
     return DataError("rule_broken", f"{first}; {RULES[rule].fix} (rule '{rule}', {count} in total)", rule=rule)
-
-
-def _shown(violations: list[Violation]) -> dict[int, list[Violation]]:
-    """Return the first violations of each rule, by row."""
-    seen: Counter[str] = Counter()
-    rows: dict[int, list[Violation]] = {}
-    for violation in violations:
-        seen[violation.rule] += 1
-        if seen[violation.rule] <= EXAMPLES:
-            rows.setdefault(violation.row, []).append(violation)
-    return rows
 
 
 def _write(
     raw_pairs: Path,
     outputs: Mapping[str, Path],
     excluded: Mapping[int, Violation],
-    shown: Mapping[int, list[Violation]],
+    shown: list[Violation],
     used: Mapping[str, NDArray[np.int64]],
     metrics: dict[str, Any],
 ) -> Examples:
@@ -304,19 +248,17 @@ def _write(
     masks = {split: np.isin(np.arange(file.metadata.num_rows), rows) for split, rows in used.items()}
     with ExitStack() as stack:
         writers = {}
-        for name in ("quarantine", *used):
+        for name, schema in {"quarantine": RAW_PAIRS_SCHEMA, **dict.fromkeys(used, PAIRS_SCHEMA)}.items():
             tmp = stack.enter_context(atomic_write(outputs[name]))
-            schema = RAW_PAIRS_SCHEMA if name == "quarantine" else PAIRS_SCHEMA
             writers[name] = stack.enter_context(pq.ParquetWriter(tmp, schema, compression="zstd"))
         start = 0
         for group in progress(range(file.num_row_groups), desc="writing", unit="group", mininterval=2):
             table = file.read_row_group(group)
             writers["quarantine"].write_table(_quarantine(table, start, excluded))
-            for row in (row for row in range(start, start + len(table)) if row in shown):
-                (record,) = table.slice(row - start, 1).to_pylist()
-                for violation in shown[row]:
-                    example = {**record, "rule": violation.rule, "reason": violation.reason}
-                    examples.setdefault(violation.rule, []).append(example)
+            for row, rule, reason in shown:
+                if start <= row < start + len(table):
+                    (record,) = table.slice(row - start, 1).to_pylist()
+                    examples.setdefault(rule, []).append({**record, "rule": rule, "reason": reason})
             for split, mask in masks.items():
                 part = table.filter(mask[start : start + len(table)]).select(PAIRS_SCHEMA.names)
                 if len(part):

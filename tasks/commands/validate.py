@@ -16,7 +16,6 @@ def check_files(params: Params, files: list[str], model: Path | None, output: Pa
     """Check data files; write report, metrics, quarantine and accepted pairs to a folder.
 
     `output/metrics.json` has a list `errors` of {code, message}, which is empty if the data can be used.
-
     If `model` is None, the tokenizer of the base model is used, if it exists.
 
     Raises:
@@ -24,9 +23,8 @@ def check_files(params: Params, files: list[str], model: Path | None, output: Pa
     """
     if model is not None and not model.is_dir():
         raise InputError(f"--model: {model} is not a folder; name one that contains the model's tokenizer")
-    if model is None and BASE.is_dir():
-        model = BASE
-    if model is None:
+    tokenizer = model or (BASE if BASE.is_dir() else None)
+    if tokenizer is None:
         print(f"no tokenizer in {BASE}: lengths are in characters; set one with --model", file=sys.stderr)
     raw_pairs, metrics = output / "raw_pairs.parquet", output / "metrics.json"
     metrics.unlink(missing_ok=True)
@@ -37,4 +35,4 @@ def check_files(params: Params, files: list[str], model: Path | None, output: Pa
         raise
     outputs = {name: output / f"{name}.parquet" for name in ("train", "eval", "quarantine")}
     outputs |= {"report": output / "report.html", "metrics": metrics}
-    raise_errors(validate_and_report(params, raw_pairs, model, {"train": None, "eval": None}, outputs))
+    raise_errors(validate_and_report(params, raw_pairs, tokenizer, {"train": None, "eval": None}, outputs))

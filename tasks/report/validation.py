@@ -60,13 +60,7 @@ def markdown(result: Validated, params: Params) -> str:
 def write_report(result: Validated, params: Params, path: Path) -> None:
     """Write the report as an HTML page. All text of the data is escaped."""
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True)
-    page = environment.get_template("validation.html.jinja").render(
-        result=result,
-        metrics=result.metrics,
-        summary=result.summary,
-        broken=broken_rules(result, params),
-        rules=RULES,
-        params=params.validate,
-    )
+    template = environment.get_template("validation.html.jinja")
+    values = {"broken": broken_rules(result, params), "rules": RULES, "params": params.validate}
     with atomic_write(path) as tmp:
-        tmp.write_text(page)
+        tmp.write_text(template.render(result=result, **vars(result), **values))
