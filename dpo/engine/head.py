@@ -106,7 +106,7 @@ class FusedEmbedding(torch.autograd.Function):
         if weight.grad is None:
             weight.grad = torch.zeros_like(weight)
         trained = torch.ones_like(ids, dtype=torch.bool) if ctx.padding_idx is None else ids != ctx.padding_idx
-        weight.grad.index_put_((ids[trained],), grads[0][trained], accumulate=True)
+        weight.grad.index_add_(0, ids[trained], grads[0][trained])  # deterministic on CPUs, unlike index_put_
         return None, None, None
 
 

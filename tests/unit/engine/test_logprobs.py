@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from dpo.common.errors import InputError
 from dpo.engine import attention, head
+from dpo.engine.head import FusedEmbedding
 from dpo.engine.logprobs import LogProbModel, load_model, sequence_logps
 from dpo.engine.packing import TokenRow, pack
 from tests.support.logprobs import (
@@ -374,3 +375,21 @@ def test_autocast_with_and_without_a_weight_cache_is_bit_equal(tmp_path, monkeyp
         scores.sum().backward()
         results.append([scores.detach(), *(p.grad for p in model.parameters())])
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(*results, strict=True))
+
+
+def test_the_fused_embedding_gradient_is_deterministic_with_two_threads():
+    generator, threads = torch.Generator().manual_seed(0), torch.get_num_threads()
+    ids = torch.randint(0, 200, (1, 1000), generator=generator)
+    grad = torch.randn(1, 1000, 576, generator=generator)
+    torch.set_num_threads(2)
+    try:
+        results = []
+        for _ in range(10):
+            weight = torch.zeros(1000, 576, requires_grad=True)
+            FusedEmbedding.apply(ids, weight, None).backward(grad)
+            results.append(weight.grad)
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(results[0], other) for other in results)
+    expected = torch.zeros(1000, 576, dtype=torch.float64).index_add_(0, ids[0], grad[0].double())
+    torch.testing.assert_close(results[0].double(), expected, rtol=1e-5, atol=1e-4)
