@@ -115,6 +115,9 @@ def load_params(path: Path = Path("params.yaml")) -> Params:
             f"{path}: compare.select: {params.compare.select} needs a judge; add one to evaluate.judges, or "
             "select reward_accuracy or margin"
         )
+    for key, name in (("model.base", params.model.base), ("data.source", params.data.source)):
+        if name == "embedded":
+            raise InputError(f"{path}: {key}: the value embedded is renamed; use default")
     if params.max_prompt_tokens < 1:
         raise InputError(
             f"{path}: evaluate.max_new_tokens: {params.evaluate.max_new_tokens} leaves no room for a prompt in "

@@ -6,6 +6,8 @@ import pytest
 
 from tests.support.faults import FAULTS, NotSupported, make_quick
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def projects(tmp_path_factory):

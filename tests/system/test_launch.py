@@ -71,6 +71,7 @@ def test_two_processes_train_like_one_and_their_checkpoint_loads_in_one(
     load_model(tmp_path / "both")
 
 
+@pytest.mark.slow
 def test_sharded_training_resumes_from_its_last_checkpoint(tiny_model_dir, tmp_path):
     settings = json.dumps({"sharded": True, "interrupted": True})
     cut = start(2, SCRIPT, tiny_model_dir, tmp_path / "both", settings, config=FSDP)

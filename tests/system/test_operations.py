@@ -241,6 +241,7 @@ def test_deployments_and_forms_match_the_flows(project):
     assert retrain["parameters"]["landing"] == "data/landing", "the folder of the README"
 
 
+@pytest.mark.slow
 def test_the_retrain_deployment_takes_in_new_files(project):
     first = project.submit("retrain/retrain")
     assert project.await_run(first, "Kept")["state"]["message"].startswith(
@@ -283,6 +284,7 @@ def test_artifacts_link_to_the_mlflow_server_of_the_worker(project, tmp_path, mo
     assert artifacts.mlflow_link(tmp_path / "provenance.json") == f"run `{made['run_id']}`"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Chromium")
 def test_screenshots_of_prefect_and_mlflow(project, tmp_path):
     mlflow = project.mlflow
@@ -344,6 +346,7 @@ def prepare_training(project: Project, place: Path, model: Path) -> bytes:
     return (done / POLICY).read_bytes()
 
 
+@pytest.mark.slow
 def test_training_resumes_from_its_last_checkpoint_after_the_worker_is_killed(project, tmp_path, tiny_model_dir):
     uninterrupted = prepare_training(project, tmp_path, tiny_model_dir)
 
@@ -498,6 +501,7 @@ def test_a_sweep_changes_only_its_lists_and_nothing_if_they_are_invalid(tmp_path
     assert sweep.PARAMS.read_text() == changed_once
 
 
+@pytest.mark.slow
 def test_garbage_collection_keeps_champions(tmp_path):
     """Run the documented commands on four versions of one output, one of them uncommitted."""
 
@@ -537,6 +541,7 @@ def test_garbage_collection_keeps_champions(tmp_path):
     assert left_by("--all-tags") == {"champion", "now"}
 
 
+@pytest.mark.slow
 def test_a_clone_pulls_all_results_from_s3(tmp_path, monkeypatch):
     """Run the documented commands with an S3 server."""
     for package in ("dvc_s3", "moto", "flask"):

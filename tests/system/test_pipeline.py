@@ -148,6 +148,7 @@ def test_mlflow_has_the_runs_of_the_sweep(project):
     assert len(curve) == 3
 
 
+@pytest.mark.slow
 def test_same_seed_gives_the_same_checkpoint(project):
     weights = project / f"models/{TRIAL}/model.safetensors"
     before = hashlib.sha256(weights.read_bytes()).hexdigest()
@@ -167,6 +168,7 @@ def test_unchanged_stages_are_skipped_and_a_new_beta_runs_only_its_trial(project
     assert "up to date" in execute(project, "dvc", "status")
 
 
+@pytest.mark.slow
 def test_push_and_pull_bring_a_clean_clone_up_to_date(project, tmp_path):
     execute(project, "dvc", "remote", "add", "--default", "--local", "store", str(tmp_path / "store"))
     execute(project, "git", "add", "-A")
@@ -180,6 +182,7 @@ def test_push_and_pull_bring_a_clean_clone_up_to_date(project, tmp_path):
     assert "up to date" in execute(clone, "dvc", "status")
 
 
+@pytest.mark.slow
 def test_a_second_judge_adds_its_win_rate_and_does_not_change_the_selection(project, tmp_path):
     copy = shutil.copytree(project, tmp_path / "copy", symlinks=True)
     (copy / "judge.py").write_text("def length(prompts, responses): return [len(text) for text in responses]\n")
@@ -234,6 +237,7 @@ def test_unknown_key_in_params_is_an_error_without_a_traceback(project):
         assert "Traceback" not in output
 
 
+@pytest.mark.slow
 def test_flow_gives_the_same_results_as_dvc_repro(tmp_path, tiny_model_dir):
     folder = make_project(tmp_path, tiny_model_dir)
     ENV["PREFECT_HOME"] = str(tmp_path / "prefect")
@@ -242,6 +246,7 @@ def test_flow_gives_the_same_results_as_dvc_repro(tmp_path, tiny_model_dir):
     assert stages_run(execute(folder, "dvc", "repro")) == []
 
 
+@pytest.mark.slow
 def test_run_launch_starts_several_processes_and_keeps_the_metrics(project, tmp_path):
     copy = shutil.copytree(project, tmp_path / "copy", symlinks=True)
     config = (ROOT / "configs/one-node-ddp.yaml").read_text()

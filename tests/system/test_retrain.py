@@ -394,12 +394,14 @@ def aliases() -> dict[str, str]:
     return {k: str(v) for k, v in mlflow.MlflowClient().get_registered_model("dpo-policy").aliases.items()}
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_is_resumed_without_new_files(story):
     assert story.interrupted == (["monday.jsonl"], True, story.log[1])
     assert story.log[:2] == ["Retrain on 1 file", "Add 1 file to the data"]
     assert not (story.folder / PENDING).exists()
 
 
+@pytest.mark.slow
 def test_the_first_policy_that_beats_its_reference_becomes_champion(story):
     done = story.first.result()
     assert (story.first.name, done.outcome) == ("Promoted", "promoted")
@@ -407,33 +409,39 @@ def test_the_first_policy_that_beats_its_reference_becomes_champion(story):
     assert "win rate against the reference: 1.000" in done.reason
 
 
+@pytest.mark.slow
 def test_a_checkpoint_names_the_flow_run_that_made_it(story):
     with get_client(sync_client=True) as client:
         made_by = client.read_flow_run(story.facts["prefect_flow_run"])
         assert client.read_flow(made_by.flow_id).name == "pipeline"
 
 
+@pytest.mark.slow
 def test_an_invalid_file_is_refused_once_with_its_reason_and_the_others_are_used(story):
     (reason,) = [path for path in (story.folder / REFUSED).iterdir() if "broken" in path.name]
     assert "chosen" in reason.read_text()
     assert story.nothing_new.name == "NothingNew"
 
 
+@pytest.mark.slow
 def test_the_same_content_under_another_name_is_not_new(story):
     assert story.nothing_new.is_completed()
     assert "has no new file" in story.nothing_new.message
 
 
+@pytest.mark.slow
 def test_a_policy_that_loses_to_the_champion_is_not_promoted(story):
     assert (story.second.name, story.second.result().outcome) == ("Kept", "kept")
     assert "worse: win rate against the champion, version 1: 0.000 [0.000, 0.000]" in story.gate
     assert "Champion: version 1." in story.gate
 
 
+@pytest.mark.slow
 def test_results_are_pushed_to_the_default_remote(story):
     assert "in sync" in story.pushed
 
 
+@pytest.mark.slow
 def test_after_a_failed_push_the_next_run_only_pushes(story):
     assert story.no_remote.is_failed()
     assert "dvc --wait-for-lock push failed" in story.no_remote.message
@@ -443,12 +451,14 @@ def test_after_a_failed_push_the_next_run_only_pushes(story):
     assert not (story.folder / PENDING).exists()
 
 
+@pytest.mark.slow
 def test_a_policy_that_beats_the_champion_is_promoted_once(story):
     assert "Promoted: " in story.by_hand
     assert f"{TRIAL} is the champion already, version 2." in story.again
     assert story.champions[0] == {"champion": "2", "previous": "1"}
 
 
+@pytest.mark.slow
 def test_the_decision_of_the_gate_is_logged_with_the_run_and_the_version(story):
     client = mlflow.MlflowClient(f"sqlite:///{story.folder}/mlflow.db")
     tags = client.get_model_version("dpo-policy", "2").tags
@@ -460,6 +470,7 @@ def test_the_decision_of_the_gate_is_logged_with_the_run_and_the_version(story):
     assert "against the champion, version 1" in runs[0].data.tags["dpo.gate_reason"]
 
 
+@pytest.mark.slow
 def test_a_rollback_restores_alias_settings_data_and_results(story):
     assert story.back.result() == "1"
     assert story.champions[1] == {"champion": "1"}
@@ -469,17 +480,20 @@ def test_a_rollback_restores_alias_settings_data_and_results(story):
     assert story.landed == ["monday.jsonl"]
 
 
+@pytest.mark.slow
 def test_a_rollback_of_the_first_champion_is_one_clear_error(story):
     assert story.back_again.is_failed()
     assert "version 1 of dpo-policy is the first champion" in story.back_again.message
 
 
+@pytest.mark.slow
 def test_rolled_back_files_are_not_taken_in_again(story):
     assert story.after.name == "NothingNew"
     (reason,) = [path for path in (story.folder / REFUSED).iterdir() if "tuesday" in path.name]
     assert reason.read_text() == "rolled back with version 2\n"
 
 
+@pytest.mark.slow
 def test_every_outcome_is_an_event_for_automations(story):
     expected = {f"dpo.retrain.{outcome}" for outcome in ("refused", "promoted", "kept", "rolled-back")}
     body = {"filter": {"event": {"prefix": ["dpo.retrain."]}}}
@@ -492,6 +506,7 @@ def test_every_outcome_is_an_event_for_automations(story):
     assert found == expected
 
 
+@pytest.mark.slow
 def test_artifacts_show_the_gate_and_the_retraining(story):
     with get_client(sync_client=True) as client:
         found = client.read_artifacts()

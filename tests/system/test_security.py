@@ -195,6 +195,7 @@ def hostile(tmp_path_factory, tiny_model_dir):
     return folder
 
 
+@pytest.mark.slow
 def test_no_secret_is_written_to_a_file(hostile):
     files = [path for path in hostile.rglob("*") if path.is_file()]
     assert {"mlflow.db", "provenance.json", "index.html", "output.txt"} <= {path.name for path in files}
@@ -240,6 +241,7 @@ def test_script_in_an_unescaped_page_is_detected(tmp_path):
     assert script_ran(dom(tmp_path / "page.html"))
 
 
+@pytest.mark.slow
 def test_scripts_in_data_model_and_responses_do_not_run_in_the_reports(hostile):
     for samples in (hostile / f"samples/{TRIAL}.parquet", hostile / "samples/reference.parquet"):
         table = pd.read_parquet(samples)

@@ -44,6 +44,8 @@ def test_settings_that_params_yaml_does_not_list_have_defaults(change):
         ),
         ("sft.warmup_steps", 4, "sft.warmup_steps: renamed; use sft.warmup_ratio, a share of the steps"),
         ("compare.signs", {}, "compare.signs: renamed; use compare.guardrails"),
+        ("model.base", "embedded", "model.base: the value embedded is renamed; use default"),
+        ("data.source", "embedded", "data.source: the value embedded is renamed; use default"),
         ("evaluate.judge", None, "evaluate.judge: renamed; use evaluate.judges, a list"),
         ("dpo.reference", "online", "dpo.reference: removed: reference log-probs always come from the cache"),
         ("evaluate.temperature", 1.0, "evaluate.temperature: removed: responses are always sampled at temp"),
