@@ -1,4 +1,4 @@
-"""Stage `train`: one trial of the sweep, from the reference to a policy, `python -m tasks.train TRIAL`."""
+"""Stage `train`: train the policy of one trial from the reference: `python -m tasks.train TRIAL`."""
 
 from contextlib import nullcontext
 
@@ -21,13 +21,15 @@ from tasks.tracking.steplog import StepLog
 
 
 def main() -> None:
-    """Load, train, save."""
+    """Train one trial and save its policy."""
     params = load_params()
     trial, engine = trial_argument(params), params.engine
     tokenizer = load_tokenizer(REFERENCE)
     table = pd.read_parquet(TRAIN)
     rows = encode_pairs(table.to_dict("records"), tokenizer, engine.max_length)
-    reference = load_reference(REFERENCE_TRAIN, cache_key(REFERENCE, tokenizer, rows, engine))
+    reference = {}
+    if trial.loss.needs_reference:
+        reference = load_reference(REFERENCE_TRAIN, cache_key(REFERENCE, tokenizer, rows, engine))
     model = load_model(REFERENCE, engine.precision, engine.compile)
     store = CheckpointStore(TRAINING_PROGRESS / trial.name, params.run.checkpoint_minutes)
     main_process = this_process().is_main_process
