@@ -10,7 +10,7 @@ from tasks.common.runner import run_launched
 
 
 def main() -> None:
-    """Score, save."""
+    """Write the reference log-probs of the training and the held-out pairs."""
     engine = load_params().engine
     state = this_process()
     tokenizer = load_tokenizer(REFERENCE)

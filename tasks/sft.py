@@ -21,7 +21,7 @@ from tasks.tracking.steplog import StepLog
 
 
 def main() -> None:
-    """Load, train, save."""
+    """Fine-tune the base model and save the reference policy."""
     params = load_params()
     tokenizer = load_tokenizer(BASE)
     table = pd.read_parquet(TRAIN)
