@@ -22,8 +22,9 @@ def load_tokenizer(
         TransientError: the hub is unreachable.
     """
     try:
-        options = {"revision": revision or "main", "gguf_file": gguf_file, "trust_remote_code": False}
-        return AutoTokenizer.from_pretrained(source, **options)
+        return AutoTokenizer.from_pretrained(
+            source, revision=revision or "main", gguf_file=gguf_file, trust_remote_code=False
+        )
     except (OSError, ValueError) as error:
         raise _load_error(source, error) from error
 

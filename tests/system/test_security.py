@@ -105,7 +105,7 @@ def test_pickled_adapter_is_an_error(own):
     assert load_checkpoint(Path("adapter")) is not None
     Path("adapter/adapter_model.safetensors").unlink()
     torch.save({"base_model": Payload()}, "adapter/adapter_model.bin")
-    with pytest.raises(InputError, match=r"adapter_model\.bin.*bring them as safetensors"):
+    with pytest.raises(InputError, match=r"adapter_model\.bin.*convert them to safetensors"):
         load_checkpoint(Path("adapter"))
     assert not Path("ran").exists()
 
