@@ -66,7 +66,7 @@ def frontier(trials: Sequence[Trial], policies: Mapping[str, dict[str, Any]]) ->
     )
     return figure.update_layout(
         title="Reward against KL to the reference",
-        xaxis_title="KL(π ‖ π_ref), nats per answer",
+        xaxis_title="KL(π ‖ π_ref), nats per response",
         yaxis_title=REWARD_METRICS[reward],
         template="plotly_white",
         showlegend=len(lines) > 1,
