@@ -389,6 +389,7 @@ def test_two_row_groups_give_the_same_result_as_one(tmp_path, monkeypatch, tiny_
     same(single, parts)
 
 
+@pytest.mark.slow
 def test_several_processes_give_the_same_result_as_one(tmp_path, monkeypatch, tiny_model_dir):
     single = check(tmp_path, MANY, tokenizer=tiny_model_dir)
     monkeypatch.setattr(ingest_module, "GROUP_ROWS", 5)

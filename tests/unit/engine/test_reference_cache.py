@@ -225,6 +225,7 @@ def test_a_changed_character_of_a_pair_is_an_error(tmp_path, model, tokenizer, c
         expected(tmp_path / "cache", model, tokenizer, pairs)
 
 
+@pytest.mark.slow
 def test_two_processes_resume_the_computation_of_one(tmp_path, model, tokenizer, monkeypatch):
     model = shutil.copytree(model, tmp_path / "models/reference")
     (tmp_path / "params.yaml").write_text(

@@ -838,6 +838,7 @@ print(json.dumps(verdicts["win"].tolist()))
 """
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_cache(server):
     command = [sys.executable, "-c", RUN, server.url]
     root = Path(__file__).parents[3]

@@ -34,6 +34,7 @@ def test_chat_prints_both_responses_until_quit_or_end_of_input(chat, tiny_model_
     assert chat("Hello\n")[1].count("> ") == 2, "the chat ends with the input"
 
 
+@pytest.mark.slow
 def test_responses_depend_on_the_conversation_and_the_seed(chat):
     _, shown, _ = chat("Hello\nHello\n", "--temperature", "0.01")
     first, second = shown.split("\n> ")[1:3]

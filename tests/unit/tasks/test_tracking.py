@@ -78,6 +78,7 @@ def curve(run_id, name):
     return [(point.step, point.value) for point in sorted(points, key=lambda point: point.step)]
 
 
+@pytest.mark.slow
 def test_eight_concurrent_trainings_log_all_points_to_a_new_sqlite_store(project):
     done = subprocess.run(
         [sys.executable, "-c", WRITER], capture_output=True, text=True, env={"PYTHONPATH": str(ROOT)}
