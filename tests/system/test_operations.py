@@ -257,7 +257,8 @@ def test_the_retrain_deployment_takes_in_new_files(project):
 
 
 def test_a_rollback_without_a_champion_is_an_error(project):
-    project.execute("git", "commit", "--quiet", "--allow-empty", "--all", "--message", "Results")
+    project.execute("git", "add", "--all")
+    project.execute("git", "commit", "--quiet", "--allow-empty", "--message", "Results")
     ended = project.await_run(project.submit("rollback/rollback"), "Failed")
     assert "dpo-policy has no champion" in ended["state"]["message"]
 
