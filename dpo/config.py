@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated
 
 from pydantic import Field, GetCoreSchemaHandler, GetPydanticSchema, TypeAdapter, ValidationError
+from pydantic_core import ErrorDetails
 from pydantic_core.core_schema import CoreSchema, no_info_after_validator_function
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
@@ -141,10 +142,10 @@ def _refuse_credentials(path: Path, value: object, key: str = "") -> None:
         )
 
 
-def _explain(fault: object) -> str:
+def _explain(fault: ErrorDetails) -> str:
     """Return key, problem and fix of one of pydantic's errors."""
-    key = ".".join(str(part) for part in fault["loc"]) or "top level"  # type: ignore[index]
-    kind, message, value = fault["type"], fault["msg"], fault["input"]  # type: ignore[index]
+    key = ".".join(str(part) for part in fault["loc"]) or "top level"
+    kind, message, value = fault["type"], fault["msg"], fault["input"]
     if kind in ("unexpected_keyword_argument", "extra_forbidden"):
         return f"{key}: {FORMER_KEYS.get(key, 'unknown key; remove it or correct its name')}"
     if kind in ("missing", "missing_argument", "missing_keyword_only_argument"):

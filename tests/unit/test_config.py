@@ -16,6 +16,14 @@ from dpo.training.losses import LOSSES, Ipo, Robust
 PARAMS = Path(__file__).parents[2] / "params.yaml"
 
 
+def assert_one_fault(path, words):
+    """Assert that reading a file raises one line with the file's name that starts with `words`."""
+    with pytest.raises(InputError) as error:
+        load_params(path)
+    assert str(error.value).startswith(f"{path}: {words}")
+    assert len(str(error.value).splitlines()) == 1
+
+
 def leaves(value, above=""):
     """The dotted keys of a nested mapping; an empty mapping is a leaf."""
     if not isinstance(value, dict) or not value:
@@ -52,11 +60,7 @@ def test_settings_that_params_yaml_does_not_list_have_defaults(change):
     ],
 )
 def test_a_key_of_an_earlier_version_names_its_successor(change, key, value, words):
-    path = change(key, value)
-    with pytest.raises(InputError) as error:
-        load_params(path)
-    assert str(error.value).startswith(f"{path}: {words}")
-    assert len(str(error.value).splitlines()) == 1
+    assert_one_fault(change(key, value), words)
 
 
 def test_values_arrive_as_written():
@@ -143,11 +147,7 @@ ABSENT = type(None)
     ],
 )
 def test_each_fault_is_one_line_with_file_key_and_reason(change, key, value, words):
-    path = change(key, value)
-    with pytest.raises(InputError) as error:
-        load_params(path)
-    assert str(error.value).startswith(f"{path}: {words}")
-    assert "\n" not in str(error.value)
+    assert_one_fault(change(key, value), words)
 
 
 @pytest.mark.parametrize("beta", [0, -0.1, "0.1", None])

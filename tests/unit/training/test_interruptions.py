@@ -18,7 +18,7 @@ from dpo.training.checkpoints import CheckpointStore, last_checkpoint
 from dpo.training.objectives import DpoObjective
 from dpo.training.settings import EarlyStopSettings
 from dpo.training.train import train_dpo, train_sft
-from tests.support.training import LORA, dpo_params, make_reference, make_rows, sft_params, trial
+from tests.support.training import LORA, dpo_params, sft_params, trial
 
 EARLY_STOP = EarlyStopSettings(validation_share=0.3, every_steps=1, patience=2)
 
@@ -54,16 +54,6 @@ class Steps(Callback):
     def on_log(self, entry):
         if "loss" in entry:
             self.steps.append(entry["step"])
-
-
-@pytest.fixture(scope="module")
-def rows(tiny_model_dir):
-    return make_rows(tiny_model_dir, 18)
-
-
-@pytest.fixture(scope="module")
-def reference(tiny_model_dir, rows):
-    return make_reference(tiny_model_dir, rows)
 
 
 @pytest.fixture(scope="module")

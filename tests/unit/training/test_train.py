@@ -31,8 +31,6 @@ from tests.support.training import (
     Centered,
     dpo_params,
     make_pairs,
-    make_reference,
-    make_rows,
     online_reference,
     sft_params,
     trial,
@@ -48,16 +46,6 @@ METRICS = {
     "logratios/chosen",
     "logratios/rejected",
 }
-
-
-@pytest.fixture(scope="module")
-def rows(tiny_model_dir):
-    return make_rows(tiny_model_dir, 18)
-
-
-@pytest.fixture(scope="module")
-def reference(tiny_model_dir, rows):
-    return make_reference(tiny_model_dir, rows)
 
 
 def run_dpo(folder, rows, reference, max_tokens_per_microbatch=10_000, **changes):
