@@ -88,8 +88,12 @@ class Params(Settings):
     @property
     def sampling(self) -> dict[str, int]:
         """Arguments of `dpo.evaluation.sampling.response_table`."""
-        limits = {"max_new_tokens": self.evaluate.max_new_tokens, "max_prompt_tokens": self.max_prompt_tokens}
-        return {**limits, "seed": self.seed}
+        return {
+            "max_new_tokens": self.evaluate.max_new_tokens,
+            "max_prompt_tokens": self.max_prompt_tokens,
+            "max_tokens_per_batch": self.evaluate.max_tokens_per_batch,
+            "seed": self.seed,
+        }
 
 
 def load_params(path: Path = Path("params.yaml")) -> Params:

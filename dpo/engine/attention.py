@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, PreTrainedModel
 
+from dpo.engine.kv_cache import KVCache
 from dpo.engine.packing import Layout
 
 PACKED_ATTENTION = "dpo_packed"
@@ -71,7 +72,8 @@ def packed_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    layout: Layout | VarlenMetadata,
+    layout: Layout | VarlenMetadata | None,
+    cache: KVCache | None = None,
     scaling: float | None = None,
     sliding_window: int | None = None,
     **kwargs: Any,
@@ -81,7 +83,19 @@ def packed_attention(
     The shapes are query [1, heads, T, head_dim], key and value [1, kv_heads, T, head_dim], output [1, T, heads,
     head_dim]. `VarlenMetadata` selects variable-length attention in bf16. Dropout is never applied, because
     log-probs must be deterministic.
+
+    A `cache` keeps keys and values for generation. Without a layout, its R rows have one new token each: query
+    [R, heads, 1, head_dim], key and value [R, kv_heads, 1, head_dim], output [R, 1, heads, head_dim].
     """
+    if layout is None:
+        assert cache is not None
+        keys, values, mask = cache.append(module, key, value, sliding_window)
+        # Heads that share keys become queries of one head, so that keys are not repeated.
+        grouped = query.view(len(query), keys.shape[1], -1, query.shape[3])
+        output = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scaling)
+        return output.reshape(len(query), 1, query.shape[1], -1), None
+    if cache is not None:
+        cache.fill(module, key, value)
     if isinstance(layout, VarlenMetadata):
         # One bf16 kernel computes all rows and skips queries and keys that do not see each other.
         query, key, value = (t[0].transpose(0, 1).to(torch.bfloat16) for t in (query, key, value))

@@ -15,14 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from dpo.common.errors import InputError
 from dpo.common.progress import progress
-from dpo.engine.attention import PACKED_ATTENTION, supports_varlen, varlen_metadata
+from dpo.engine.attention import PACKED_ATTENTION, VarlenMetadata, supports_varlen, varlen_metadata
 from dpo.engine.head import FusedEmbedding, chunked_logits, token_logps
-from dpo.engine.packing import PackedBatch, TokenRow, budget_batches, pack
+from dpo.engine.kv_cache import KVCache
+from dpo.engine.packing import Layout, PackedBatch, TokenRow, budget_batches, pack, pack_prompts
 from dpo.engine.pretrained import load_weights
 from dpo.engine.settings import Precision
 
@@ -91,12 +93,38 @@ class LogProbModel(nn.Module):
             return chunked_logits(self._hidden(batch), self.get_output_embeddings())
         return self._plain_logits(batch)
 
+    def start_responses(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> tuple[Tensor, KVCache]:
+        """Compute R prompts and prepare for responses of up to `new_tokens` tokens. Needs `in_stream`.
+
+        Equal prompts, and the common start of all prompts, are computed once.
+
+        Returns:
+            The fp32 logits [R, vocabulary] of the first tokens, and the cache for `continue_responses`.
+        """
+        input_ids, position_ids, layout, places = pack_prompts(prompts)
+        cache = KVCache(places, new_tokens, self.device)
+        ids, positions = (torch.tensor([values], device=self.device) for values in (input_ids, position_ids))
+        states = self._states(input_ids=ids, position_ids=positions, layout=self._layout(layout), cache=cache)
+        last = torch.tensor([row[-1] for row in places], device=self.device)
+        return self._next_logits(states[0].index_select(0, last)), cache
+
+    def continue_responses(self, tokens: Tensor, cache: KVCache) -> Tensor:
+        """Append tokens [R] to the responses and return the fp32 logits [R, vocabulary] of the next tokens."""
+        cache.add_column()
+        positions = torch.tensor(cache.next_positions, device=self.device)
+        states = self._states(input_ids=tokens[:, None], position_ids=positions[:, None], layout=None, cache=cache)
+        return self._next_logits(states[:, 0])
+
+    def _next_logits(self, states: Tensor) -> Tensor:
+        head = self.get_output_embeddings()
+        return F.linear(states, head.weight, head.bias).float()
+
     @contextmanager
     def generation(self) -> Iterator[PreTrainedModel]:
         """Prepare the transformers model for `generate` inside the block.
 
-        The attention supports a cache. The model's own generation settings, such as a repetition penalty, are
-        removed, so that samples are drawn from the policy.
+        The attention supports a cache, and matrix products have the engine's precision. The model's own generation
+        settings, such as a repetition penalty, are removed, so that samples are drawn from the policy.
         """
         model = self.model
         attention, settings = model.config._attn_implementation, model.generation_config
@@ -104,8 +132,7 @@ class LogProbModel(nn.Module):
             model.set_attn_implementation("sdpa")
         model.generation_config = GenerationConfig()
         try:
-            # Blocks are compiled only for the packed stream.
-            with torch.compiler.set_stance("force_eager") if self.device.type == "cuda" else nullcontext():
+            with self._autocast():
                 yield model
         finally:
             model.set_attn_implementation(attention)
@@ -122,17 +149,26 @@ class LogProbModel(nn.Module):
 
     def _hidden(self, batch: PackedBatch) -> Tensor:
         """Return the hidden states [N, width] that predict the completion tokens, from one packed pass."""
-        model, table = self.model, self.model.get_input_embeddings()
+        table = self.model.get_input_embeddings()
         inputs: dict[str, Any] = {"input_ids": batch.input_ids}
         if self.accumulate_in_place and type(table) is nn.Embedding and table.weight.requires_grad:
             inputs = {"inputs_embeds": FusedEmbedding.apply(batch.input_ids, table.weight, table.padding_idx)}
-        layout: Any = batch.layout
-        if self.device.type == "cuda" and self.precision == "bf16" and supports_varlen(model):
-            layout = varlen_metadata(layout, self.device)
-        with self._autocast():
-            output = model.get_decoder()(**inputs, position_ids=batch.position_ids, layout=layout, use_cache=False)
-        hidden: Tensor = output.last_hidden_state[0]
-        return hidden.index_select(0, batch.logit_positions).to(self.get_output_embeddings().weight.dtype)
+        hidden = self._states(**inputs, position_ids=batch.position_ids, layout=self._layout(batch.layout))
+        return hidden[0].index_select(0, batch.logit_positions)
+
+    def _layout(self, layout: Layout) -> Layout | VarlenMetadata:
+        """Return a layout in the form for the attention that this device and precision use."""
+        if self.device.type == "cuda" and self.precision == "bf16" and supports_varlen(self.model):
+            return varlen_metadata(layout, self.device)
+        return layout
+
+    def _states(self, **inputs: Any) -> Tensor:
+        """Return the transformer's output [rows, T, width] in the head's precision."""
+        eager = self.device.type == "cuda" and "cache" in inputs  # blocks are compiled only for packed batches
+        with self._autocast(), torch.compiler.set_stance("force_eager") if eager else nullcontext():
+            output = self.model.get_decoder()(**inputs, use_cache=False)
+        states: Tensor = output.last_hidden_state
+        return states.to(self.get_output_embeddings().weight.dtype)
 
     def _plain_logits(self, batch: PackedBatch) -> Iterator[Tensor]:
         """Yield the logits of one completion at a time from the model's own forward pass."""

@@ -14,6 +14,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from os.path import commonprefix
 from typing import Any
 
 import torch
@@ -110,6 +111,26 @@ def pack(rows: Sequence[TokenRow]) -> PackedBatch:
         completion_index=torch.tensor([i for i, completion in enumerate(completions) for _ in completion]),
         ids=tuple(row.id for row in rows),
     )
+
+
+def pack_prompts(prompts: Sequence[Sequence[int]]) -> tuple[list[int], list[int], Layout, list[list[int]]]:
+    """Lay prompts out in one stream. Equal prompts, and the start that all of them have in common, appear once.
+
+    Returns:
+        Token ids and position ids of the stream, its layout, and the place in the stream of each prompt's tokens.
+    """
+    distinct = list(dict.fromkeys(map(tuple, prompts)))
+    longest = min(map(len, distinct)) - 1  # every prompt keeps its last token
+    start = commonprefix([prompt[:longest] for prompt in distinct])  # noqa: RUF071
+    shared, input_ids, position_ids = len(start), list(start), list(range(len(start)))
+    places = {}
+    for prompt in distinct:
+        places[prompt] = [*range(shared), *range(len(input_ids), len(input_ids) + len(prompt) - shared)]
+        input_ids += prompt[shared:]
+        position_ids += range(shared, len(prompt))
+    lengths = tuple(len(prompt) - shared for prompt in distinct)
+    layout: Layout = ((shared, lengths),) if shared else tuple((length, (0,)) for length in lengths)
+    return input_ids, position_ids, layout, [places[tuple(prompt)] for prompt in prompts]
 
 
 def budget_batches(lengths: Sequence[int], max_tokens_per_microbatch: int) -> list[list[int]]:

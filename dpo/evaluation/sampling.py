@@ -1,25 +1,25 @@
-"""Sampling of responses with the transformers generator."""
+"""Sampling of responses from the full distribution of a model: no top-k, no top-p."""
 
-import functools
-import inspect
-from collections.abc import Callable, Sequence
-from typing import Any
+import logging
+from collections.abc import Sequence
 
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import DynamicCache, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from dpo.common.distributed import share, this_process
+from dpo.common.distributed import share
 from dpo.common.progress import progress
 from dpo.engine.logprobs import LogProbModel
+from dpo.engine.packing import budget_batches
 from dpo.engine.tokenization import Prompt, prompt_ids
 
-BATCH_SIZE = 128  # responses generated together; each one needs memory for its keys and values
-TOKENS_PER_ROUND = 8  # sampled before finished responses leave the batch
-Generate = Callable[..., Any]
+BLOCK = 256  # tokens of the vocabulary whose probabilities `draw` adds first
+
+log = logging.getLogger(__name__)
 
 
 def sample(
@@ -30,103 +30,142 @@ def sample(
     max_new_tokens: int,
     temperature: float,
     seed: int,
+    max_tokens_per_batch: int = 16_384,
     max_prompt_tokens: int | None = None,
+    numbers: Sequence[int] | None = None,
 ) -> list[list[int]]:
-    """Sample one response per prompt from the full distribution (no top-k, no top-p).
+    """Sample one response per prompt.
 
-    Equal prompts share one forward pass and get independent responses. Prompts of more than `max_prompt_tokens`
-    tokens are truncated at the left.
+    A batch has at most `max_tokens_per_batch` tokens, those of its prompts and `max_new_tokens` for each response.
+    It is halved if memory runs out. Prompts of more than `max_prompt_tokens` tokens are truncated on the left.
+
+    Each response has random numbers of its own, given by the seed and by its number in `numbers` (default: 0 to
+    R - 1). So it does not depend on the other prompts and batches, except for rounding, if the packed stream is
+    exact for the model.
 
     Returns:
         Token ids of each response. A finished response ends with the end token; one that was truncated at
         `max_new_tokens` does not.
     """
     rows = prompt_ids(tokenizer, prompts, max_prompt_tokens)
-    order = sorted(range(len(rows)), key=lambda number: (len(rows[number]), rows[number]))
-    end = tokenizer.eos_token_id
+    numbers = range(len(rows)) if numbers is None else numbers
+    random = torch.rand(
+        max(numbers) + 1, max_new_tokens, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )[list(numbers)]
+    order = sorted(range(len(rows)), key=lambda row: (len(rows[row]), rows[row]))
+    places = budget_batches([len(rows[row]) + max_new_tokens for row in order], max_tokens_per_batch)
+    batches = [[order[place] for place in batch] for batch in places]
+    respond = _decode if model.in_stream else _generate
     responses: dict[int, list[int]] = {}
-    left_pad = functools.partial(pad_sequence, batch_first=True, padding_side="left")
-    torch.manual_seed(seed)
     bar = progress(total=len(rows), desc="responses", unit="response", disable=len(rows) == 1)
-    with model.generation() as generator, bar:
-        generate = functools.partial(
-            generator.generate,
+    with torch.no_grad(), bar:
+        while batches:
+            batch = batches[0]
+            try:
+                made = respond(model, [rows[i] for i in batch], random[batch], temperature, tokenizer.eos_token_id)
+            except (RuntimeError, MemoryError) as error:
+                if len(batch) == 1 or not should_reduce_batch_size(error):
+                    raise
+                log.warning("out of memory with %d responses at once; continuing with half of them", len(batch))
+                batches = [part for each in batches for part in (each[::2], each[1::2]) if part]
+                made = None
+            if made is None:  # outside the handler, whose traceback refers to the tensors of the batch
+                clear_device_cache(garbage_collection=True)
+                continue
+            responses |= zip(batch, made, strict=True)
+            del batches[0]
+            bar.update(len(batch))
+    return [responses[row] for row in range(len(rows))]
+
+
+def draw(logits: Tensor, random: Tensor, temperature: float) -> Tensor:
+    """Return one token per row [R] of fp32 logits [R, V], at random numbers [R] in [0, 1), by the inverse CDF.
+
+    Probabilities are summed in fp32 within blocks of the vocabulary, and in fp64 over blocks and within the block
+    of the token.
+    """
+    rows, size = logits.shape
+    probabilities = (logits / temperature if temperature != 1 else logits).softmax(1)
+    if size % BLOCK:
+        probabilities = F.pad(probabilities, (0, -size % BLOCK))
+    blocks = probabilities.view(rows, -1, BLOCK)
+    sums = blocks.sum(2).double()
+    block, rest = _first_above(sums, random.to(sums))
+    inside, _ = _first_above(blocks[torch.arange(rows), block].double(), rest)
+    return block * BLOCK + inside
+
+
+def _first_above(weights: Tensor, random: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the column [R] that each random number hits among fp64 weights [R, n], and where in it, in [0, 1)."""
+    edges = weights.cumsum(1)
+    targets = random[:, None] * edges[:, -1:]
+    columns = torch.searchsorted(edges, targets, right=True).clamp_max(weights.shape[1] - 1)
+    chosen = weights.gather(1, columns)
+    rest = (targets - edges.gather(1, columns) + chosen) / chosen
+    return columns[:, 0], rest[:, 0].clamp(0, 1 - 2**-53)
+
+
+def _decode(
+    model: LogProbModel, prompts: list[list[int]], random: Tensor, temperature: float, end: int | None
+) -> list[list[int]]:
+    """Sample responses with the engine's own attention. A response leaves the batch when it is finished."""
+    responses: list[list[int]] = [[] for _ in prompts]
+    active = list(range(len(prompts)))
+    logits, cache = model.start_responses(prompts, random.shape[1] - 1)
+    for step in range(random.shape[1]):
+        tokens = draw(logits, random[active, step], temperature)
+        for row, token in zip(active, tokens.tolist(), strict=True):
+            responses[row].append(token)
+        unfinished = [place for place, row in enumerate(active) if responses[row][-1] != end]
+        if not unfinished or step == random.shape[1] - 1:
+            break
+        kept = cache.keep(unfinished)
+        active = [active[place] for place in kept]
+        logits = model.continue_responses(tokens[kept], cache)
+    return responses
+
+
+def _generate(
+    model: LogProbModel, prompts: list[list[int]], random: Tensor, temperature: float, end: int | None
+) -> list[list[int]]:
+    """Sample responses with the generator of transformers, for models that the packed stream does not support."""
+    tokens = [torch.tensor(row, device=model.device) for row in prompts]
+    ids, mask = (
+        pad_sequence(rows, batch_first=True, padding_side="left")
+        for rows in (tokens, [torch.ones_like(row) for row in tokens])
+    )
+    torch.manual_seed(int(random[0, 0] * 2**53))
+    with model.generation() as generator:
+        output = generator.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=random.shape[1],
             do_sample=True,
             temperature=temperature,
             top_k=0,
             top_p=1.0,
             eos_token_id=end,
             pad_token_id=0 if end is None else end,
-            return_dict_in_generate=True,
         )
-        takes_cache = "past_key_values" in inspect.signature(generator.forward).parameters
-        for first in range(0, len(rows), BATCH_SIZE):
-            batch = order[first : first + BATCH_SIZE]
-            prompt_tokens = [torch.LongTensor(rows[number]).to(model.device) for number in batch]
-            ids, mask = left_pad(prompt_tokens), left_pad([torch.ones_like(row) for row in prompt_tokens])
-            cache = _shared_cache(generate, ids, mask) if takes_cache else None
-            responses |= zip(batch, _continue(generate, ids, mask, cache, max_new_tokens, end), strict=True)
-            bar.update(len(batch))
-    return [responses[number] for number in range(len(rows))]
-
-
-def _shared_cache(generate: Generate, ids: Tensor, mask: Tensor) -> DynamicCache | None:
-    """Return keys and values of left-padded prompts [R, T] without their last token. Equal prompts share a pass.
-
-    Return None if all prompts have one token, or if the model uses another kind of cache.
-    """
-    distinct, index = torch.unique(torch.stack([ids, mask], 1), dim=0, return_inverse=True)
-    before = distinct[:, :, :-1]
-    if not before.shape[2]:
-        return None
-    cache = generate(input_ids=before[:, 0], attention_mask=before[:, 1], max_new_tokens=1).get("past_key_values")
-    if type(cache) is not DynamicCache:  # a subclass may have state that is not reordered
-        return None
-    cache.reorder_cache(index)
-    return cache
-
-
-def _continue(
-    generate: Generate, ids: Tensor, mask: Tensor, cache: DynamicCache | None, max_new_tokens: int, end: int | None
-) -> list[list[int]]:
-    """Return responses to left-padded prompts [R, T], sampled in rounds if there is a cache to continue from."""
-    if cache is None:
-        steps = max_new_tokens
-    else:
-        steps, generate = TOKENS_PER_ROUND, functools.partial(generate, past_key_values=cache)
-    responses: list[list[int]] = [[] for _ in ids]
-    active = list(range(len(ids)))
-    for done in range(0, max_new_tokens, steps):
-        width = ids.shape[1]
-        new_tokens = min(steps, max_new_tokens - done)
-        ids = generate(input_ids=ids, attention_mask=mask, max_new_tokens=new_tokens).sequences
-        for number, row in zip(active, ids[:, width:].tolist(), strict=True):
-            responses[number] += row[: row.index(end) + 1] if end in row else row
-        unfinished = [i for i, number in enumerate(active) if responses[number][-1] != end]
-        if cache is None or not unfinished:
-            break
-        active = [active[i] for i in unfinished]
-        kept = torch.tensor(unfinished, device=ids.device)
-        ids, mask = ids[kept], F.pad(mask[kept], (0, ids.shape[1] - width), value=1)
-        cache.reorder_cache(kept)
-    return responses
+    made = output[:, ids.shape[1] :].tolist()
+    return [row[: row.index(end) + 1] if end in row else row for row in made]
 
 
 def response_table(
-    model: LogProbModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], *, seed: int, **limits: int
+    model: LogProbModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], **settings: int
 ) -> pd.DataFrame:
-    """Sample one response per prompt at temperature 1, with the limits `max_new_tokens` and `max_prompt_tokens`.
+    """Sample one response per prompt at temperature 1, with further arguments of `sample`.
 
     The processes of a launch share the prompts.
 
     Returns:
         One row per prompt: `response`, text; `ids`, tokens; `finished`, whether it ends with the end token.
     """
-    seed += this_process().process_index
-    responses = share(
-        len(prompts),
-        lambda mine: sample(model, tokenizer, [prompts[i] for i in mine], temperature=1.0, seed=seed, **limits),
-    )
+
+    def sample_mine(mine: list[int]) -> list[list[int]]:
+        return sample(model, tokenizer, [prompts[i] for i in mine], temperature=1.0, numbers=mine, **settings)
+
+    responses = share(len(prompts), sample_mine)
     texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
     finished = [ids[-1] == tokenizer.eos_token_id for ids in responses]
     return pd.DataFrame({"response": texts, "ids": responses, "finished": finished})

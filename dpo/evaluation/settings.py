@@ -75,6 +75,8 @@ class EvaluateSettings(Settings):
     """Number of responses sampled from each policy and from the reference."""
     max_new_tokens: Positive
     """Maximum number of tokens of a response."""
+    max_tokens_per_batch: Positive = 16_384
+    """Maximum number of tokens of prompts and responses that are sampled together. Halved if memory runs out."""
     judges: Annotated[tuple[JudgeSettings, ...], AfterValidator(_distinct_names)] = ()
     """Judges of responses. The first one decides win rate, guardrails, selection and promotion; the win rate of
     each further one is reported as `win_rate/NAME`. An empty list leaves the win rate out."""
