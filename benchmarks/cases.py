@@ -8,9 +8,8 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from dpo.engine.packing import TokenRow
 from dpo.engine.settings import Precision
-from dpo.engine.tokenization import encode_pairs
+from dpo.engine.tokenization import TokenRow, encode_pairs
 
 TRAIN = Path("data/train.parquet")
 PAIRS_PER_STEP, SEED, BETA = 8, 17, 0.1

@@ -31,7 +31,7 @@ from benchmarks.measure import Run, alone, close, now, resident, summary
 from benchmarks.page import put_table
 from dpo.common.files import write_json
 from dpo.engine.logprobs import load_model, sequence_logps
-from dpo.engine.packing import TokenRow
+from dpo.engine.tokenization import TokenRow
 from dpo.planner import shape_of, trained_parameters
 from tasks.common.allocator import SCORING, TRAINING
 

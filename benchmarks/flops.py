@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.cases import Case, padded_batches
-from dpo.engine.head import GPU_HEAD_CHUNK, HEAD_CHUNK
-from dpo.engine.packing import TokenRow
+from dpo.engine.settings import GPU_HEAD_CHUNK, HEAD_CHUNK
+from dpo.engine.tokenization import TokenRow
 from dpo.planner import forward_flops, shape_of
 
 

@@ -28,8 +28,8 @@ from benchmarks.flops import flop_ratio, flops
 from benchmarks.measure import Run, alone, summary
 from benchmarks.page import put_table
 from dpo.common.files import write_json
-from dpo.engine.head import GPU_HEAD_CHUNK
-from dpo.engine.packing import TokenRow
+from dpo.engine.settings import GPU_HEAD_CHUNK
+from dpo.engine.tokenization import TokenRow
 from dpo.planner import Pair, Setup, reference_memory, shape_of, training_memory
 
 RESULTS, PAGE = Path("benchmarks/results/gpu.json"), Path("docs/internals/benchmarks.md")

@@ -17,7 +17,7 @@ import psutil
 import torch
 
 from benchmarks.cases import Case
-from dpo.engine.packing import TokenRow
+from dpo.engine.tokenization import TokenRow
 
 T = TypeVar("T")
 

@@ -27,7 +27,7 @@ from benchmarks.trainers import Clock
 from dpo.common.files import write_json
 from dpo.config import load_params
 from dpo.engine.logprobs import load_model
-from dpo.engine.packing import TokenRow
+from dpo.engine.tokenization import TokenRow
 from dpo.planner import LLAMAS, Pair, Setup, pair_flops, seconds, shape_of, training_memory
 from dpo.training.settings import LoraSettings
 from dpo.training.train import train_dpo

@@ -16,7 +16,8 @@ from benchmarks.cases import PAIRS_PER_STEP, long_rows, short_rows
 from benchmarks.measure import alone
 from benchmarks.page import put_table
 from dpo.engine.logprobs import load_model
-from dpo.engine.packing import TokenRow, pack
+from dpo.engine.packing import pack
+from dpo.engine.tokenization import TokenRow
 from dpo.training.losses import Sigmoid
 from dpo.training.objectives import DpoObjective
 from tasks.common.allocator import TRAINING

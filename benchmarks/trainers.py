@@ -12,7 +12,7 @@ from transformers.trainer_callback import PrinterCallback, TrainerCallback
 from benchmarks.cases import BETA, LORA, SEED, TRAINING, Case, arguments
 from benchmarks.measure import Run, close, now, resident
 from dpo.engine.logprobs import load_model
-from dpo.engine.packing import TokenRow
+from dpo.engine.tokenization import TokenRow
 from dpo.training.callbacks import Callback
 from dpo.training.loop import TrainingLoop
 from dpo.training.losses import Sigmoid

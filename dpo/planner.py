@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from dpo.common.errors import InputError
-from dpo.engine.head import HEAD_CHUNK
-from dpo.engine.settings import Precision
+from dpo.engine.settings import HEAD_CHUNK, Precision
 
 Sharding = Literal["none", "data", "full"]
 """`none`: one process. `data` (DDP): a replica per process. `full` (FSDP2): weights, gradients, states sharded."""

@@ -12,8 +12,6 @@ from tasks.common import paths
 from tasks.common.runner import run
 from tasks.report.comparison import Results, concatenate, draw_figures, write_report
 from tasks.report.figures import labels, reward_metric
-from tasks.tracking.models import log_models
-from tasks.tracking.runs import log_comparison
 
 
 def main() -> None:
@@ -23,6 +21,9 @@ def main() -> None:
     write_metrics(results)
     figures = draw_figures(results)
     write_report(params, results, figures)
+    from tasks.tracking.models import log_models  # after the comparison: MLflow starts slowly
+    from tasks.tracking.runs import log_comparison
+
     log_comparison(params, results.policies, results.selected, results.reason, figures)
     selected = [paths.policy_folder(trial) for trial in results.trials if trial.name == results.selected]
     log_models(params, [paths.REFERENCE, *selected])

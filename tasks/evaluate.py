@@ -24,7 +24,6 @@ from tasks.common import paths
 from tasks.common.runner import run_launched, trial_argument
 from tasks.report.card import write_card
 from tasks.tracking.provenance import weights
-from tasks.tracking.runs import log_evaluation
 
 
 def main() -> None:
@@ -55,6 +54,8 @@ def main() -> None:
             table.to_parquet(tmp, index=False)
     write_json(paths.evaluation(trial), metrics)
     write_card(params, trial, metrics)
+    from tasks.tracking.runs import log_evaluation  # after the evaluation: MLflow starts slowly
+
     log_evaluation(params, trial, held_out, metrics, samples.drop(columns=["ids", "reference_ids"]))
 
 

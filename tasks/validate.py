@@ -12,11 +12,10 @@ from tasks.common.git import committed_file
 from tasks.common.paths import BASE, EVAL, METRICS, PROFILE, QUARANTINE, RAW_PAIRS, REPORTS, TRAIN
 from tasks.common.runner import run
 from tasks.report.validation import markdown, table, write_report
-from tasks.tracking.runs import log_validation
 
 
 def main() -> None:
-    """Run the stage."""
+    """Validate the raw pairs and log the result."""
     params = load_params()
     caps = {"train": params.data.max_train_pairs, "eval": params.data.max_eval_pairs}
     files = {"report": REPORTS / "validate.html", "metrics": METRICS / "validate.json"}
@@ -24,6 +23,8 @@ def main() -> None:
     result = validate_and_report(params, RAW_PAIRS, BASE, caps, outputs)
     with atomic_write(REPORTS / "validate.md") as tmp:
         tmp.write_text(markdown(result, params))
+    from tasks.tracking.runs import log_validation  # after the checks: MLflow starts slowly
+
     log_validation(params, result.metrics, list(files.values()))
     raise_errors(result)
     write_json(PROFILE, result.summary.profile)

@@ -1,16 +1,20 @@
 """Checks of single rows: the rules about a pair's texts and its length in tokens."""
 
+from __future__ import annotations
+
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import ftfy.badness
 import numpy as np
 from numpy.typing import NDArray
-from transformers import PreTrainedTokenizerBase
 
 from dpo.data.formats import COMPLETIONS, PAIR_TEXTS, Pair, normalize
 from dpo.engine.tokenization import pair_ids, without_end
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\x80-\x9f\u202a-\u202e\u2066-\u2069\ufeff\ufffe\uffff]")
 

@@ -1,5 +1,6 @@
 """Summary of the accepted pairs: lengths, length bias, balance of sources and drift."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -7,7 +8,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from scipy.stats import binomtest
 
 from dpo.data.drift import drift, profile
 from dpo.data.formats import PAIR_TEXTS
@@ -86,13 +86,24 @@ def _length_bias(lengths: NDArray[np.int32], maximum: float) -> tuple[dict[str, 
     longer, unequal = int((lengths[:, 1] > lengths[:, 2]).sum()), int((lengths[:, 1] != lengths[:, 2]).sum())
     if not unequal:
         return None, []
-    interval = binomtest(longer, unequal).proportion_ci(method="wilson")
-    share = {"share": longer / unequal, "low": float(interval.low), "high": float(interval.high)}
+    low, high = wilson_interval(longer, unequal)
+    share = {"share": longer / unequal, "low": low, "high": high}
     if 1 - maximum <= share["high"] and share["low"] <= maximum:
         return share, []
     part, side = max((share["share"], "chosen"), (1 - share["share"], "rejected"))
     bounds = f"{share['low']:.3f} to {share['high']:.3f}"
     return share, [f"{side} is the longer one in {part:.0%} of pairs (95% interval for chosen: {bounds})"]
+
+
+def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
+    """Return the 95% score interval of a share (Wilson 1927, "Probable Inference, the Law of Succession")."""
+    share, z = successes / trials, 1.959963984540054
+    centre, spread = (
+        share + z**2 / (2 * trials),
+        z * math.sqrt((share * (1 - share) + z**2 / (4 * trials)) / trials),
+    )
+    low, high = ((centre + sign * spread) / (1 + z**2 / trials) for sign in (-1, 1))
+    return 0.0 if successes == 0 else low, 1.0 if successes == trials else high
 
 
 def _balance(

@@ -4,6 +4,8 @@ The table is read twice, one row group at a time, so that memory does not grow w
 compare the rows (in one process per core), then to write them. Every row is either accepted or quarantined.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import functools
 import multiprocessing
@@ -15,7 +17,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import chain, compress, islice
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -23,7 +25,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from jinja2 import TemplateError
 from numpy.typing import NDArray
-from transformers import PreTrainedTokenizerBase
 
 from dpo.common.errors import InputError
 from dpo.common.files import atomic_write
@@ -34,7 +35,9 @@ from dpo.data.rules import RULES
 from dpo.data.schema import PAIRS_SCHEMA, RAW_PAIRS_SCHEMA, Pairs, RawPairs, validate_schema
 from dpo.data.settings import ValidateSettings
 from dpo.data.summary import Summary, summarize
-from dpo.engine.pretrained import load_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 MAX_SERIAL_GROUPS = 8
 """Up to this number of row groups, one process is faster than starting others."""
@@ -173,6 +176,8 @@ def _check_all(
 def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     if multiprocessing.parent_process() is not None:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is one process per core
+    from dpo.engine.pretrained import load_tokenizer
+
     return load_tokenizer(folder)
 
 

@@ -7,9 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-HEAD_CHUNK, GPU_HEAD_CHUNK = 256, 1024
-"""Positions per projection: 50 MB of fp32 logits for a vocabulary of 49,152. GPUs use larger chunks, 0.5 GB for a
-vocabulary of 128,256, because every chunk reads and writes the gradient of the weight matrix."""
+from dpo.engine.settings import GPU_HEAD_CHUNK, HEAD_CHUNK
 
 
 def token_logps(hidden: Tensor, head: nn.Linear, targets: Tensor, *, accumulate_in_place: bool) -> Tensor:

@@ -24,9 +24,10 @@ from dpo.common.progress import progress
 from dpo.engine.attention import PACKED_ATTENTION, VarlenMetadata, supports_varlen, varlen_metadata
 from dpo.engine.head import FusedEmbedding, chunked_logits, token_logps
 from dpo.engine.kv_cache import KVCache
-from dpo.engine.packing import Layout, PackedBatch, TokenRow, budget_batches, pack, pack_prompts
+from dpo.engine.packing import Layout, PackedBatch, budget_batches, pack, pack_prompts
 from dpo.engine.pretrained import load_weights
 from dpo.engine.settings import Precision
+from dpo.engine.tokenization import TokenRow
 
 ENGINE_VERSION = 5
 """Part of the key of every reference cache. Increment it if the results of this package can change."""

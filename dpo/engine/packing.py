@@ -10,8 +10,6 @@ attends only to its prompt and itself (`dpo.engine.attention`).
 """
 
 import dataclasses
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from os.path import commonprefix
@@ -20,32 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dpo.engine.tokenization import TokenRow
+
 Layout = tuple[tuple[int, tuple[int, ...]], ...]
 """The prompt length and the completion lengths of each row."""
-
-
-@dataclass(frozen=True)
-class TokenRow:
-    """One prompt with its completions as token ids. A completion includes its end token."""
-
-    id: str
-    prompt: tuple[int, ...]
-    completions: tuple[tuple[int, ...], ...]
-
-    @property
-    def tokens(self) -> int:
-        """Number of stream positions."""
-        return len(self.prompt) + self.completion_tokens
-
-    @property
-    def completion_tokens(self) -> int:
-        """Number of tokens whose log-probs are scored."""
-        return sum(map(len, self.completions))
-
-    @property
-    def digest(self) -> bytes:
-        """SHA-256 of the id and the tokens."""
-        return hashlib.sha256(json.dumps([self.id, self.prompt, self.completions]).encode()).digest()
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub import constants
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors import SafetensorError
@@ -43,7 +42,7 @@ def load_weights(kind: Any, source: str | Path, revision: str | None = None, **o
         raise _load_error(source, FileNotFoundError(f"it has no {weights.name}"))
     safe = {"revision": revision or "main", "trust_remote_code": False, "use_safetensors": True}
     try:
-        return kind.from_pretrained(source, **{"dtype": torch.float32, **options, **safe})
+        return kind.from_pretrained(source, **{"dtype": "float32", **options, **safe})
     except (OSError, ValueError, SafetensorError) as error:
         raise _load_error(source, error) from error
 

@@ -23,9 +23,8 @@ from transformers import PreTrainedTokenizerBase
 from dpo.common.errors import InputError
 from dpo.common.files import atomic_write, sha256, write_json
 from dpo.engine.logprobs import ENGINE_VERSION, LogProbModel, sequence_logps
-from dpo.engine.packing import TokenRow
 from dpo.engine.settings import EngineSettings
-from dpo.engine.tokenization import encode_pairs
+from dpo.engine.tokenization import TokenRow, encode_pairs
 
 SHARD_ROWS = 256
 

@@ -7,6 +7,10 @@ from dpo.common.settings import Positive, Settings
 
 Precision = Literal["fp32", "bf16"]
 
+HEAD_CHUNK, GPU_HEAD_CHUNK = 256, 1024
+"""Positions per projection to the vocabulary: 50 MB of fp32 logits for a vocabulary of 49,152. GPUs use larger
+chunks, 0.5 GB for a vocabulary of 128,256: every chunk reads and writes the gradient of the weight matrix."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSettings(Settings):

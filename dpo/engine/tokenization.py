@@ -1,21 +1,51 @@
 """Tokenization of preference pairs. All text of the pipeline becomes tokens here."""
 
+from __future__ import annotations
+
+import hashlib
+import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from os.path import commonprefix
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
-from transformers import PreTrainedTokenizerBase
 
 from dpo.common.errors import InputError
 from dpo.common.progress import progress
-from dpo.engine.packing import TokenRow
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 PAIRS_AT_ONCE = 1000
 
 Prompt = str | Sequence[Mapping[str, str]]
 """The text of one user turn, or a conversation as {role, content} turns that ends with a user turn."""
+
+
+@dataclass(frozen=True)
+class TokenRow:
+    """One prompt with its completions as token ids. A completion includes its end token."""
+
+    id: str
+    prompt: tuple[int, ...]
+    completions: tuple[tuple[int, ...], ...]
+
+    @property
+    def tokens(self) -> int:
+        """Number of stream positions."""
+        return len(self.prompt) + self.completion_tokens
+
+    @property
+    def completion_tokens(self) -> int:
+        """Number of tokens whose log-probs are scored."""
+        return sum(map(len, self.completions))
+
+    @property
+    def digest(self) -> bytes:
+        """SHA-256 of the id and the tokens."""
+        return hashlib.sha256(json.dumps([self.id, self.prompt, self.completions]).encode()).digest()
 
 
 def prompt_of(pair: Mapping[Any, Any], tokenizer: PreTrainedTokenizerBase) -> Prompt:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dpo.common.progress import progress
 from dpo.engine.logprobs import LogProbModel, packed_batches
-from dpo.engine.packing import TokenRow
+from dpo.engine.tokenization import TokenRow
 
 Rows = Sequence[Sequence[int]]
 

@@ -1,17 +1,21 @@
 """Metrics of held-out preference pairs: accuracy, margins, likelihood and calibration."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import pandas as pd
 from scipy.special import expit
-from torch import Tensor
 
 from dpo.common.errors import InputError
 from dpo.evaluation.bootstrap import Statistic, bootstrap, mean, quantile, ratio
 from dpo.training.losses import PairBatch
 from dpo.training.settings import Trial
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 BINS = 10  # of equal width, for confidences from 0.5 to 1
 MAX_PROMPT_SLICES, MIN_PAIRS_PER_PROMPT = 20, 5  # the most frequent prompts are slices

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from dpo.common.files import sha256, write_json
 from dpo.engine.logprobs import ENGINE_VERSION
-from dpo.engine.packing import TokenRow
+from dpo.engine.tokenization import TokenRow
 
 CHECKSUMS, NON_FINITE = "sha256.json", "non-finite-"
 KEPT = 2

@@ -28,7 +28,8 @@ from dpo.common.errors import InputError, Stopped
 from dpo.common.files import write_json
 from dpo.common.progress import progress
 from dpo.engine.logprobs import LogProbModel, packed_batches
-from dpo.engine.packing import TokenRow, pack
+from dpo.engine.packing import pack
+from dpo.engine.tokenization import TokenRow
 from dpo.training.callbacks import Callback, EarlyStop
 from dpo.training.checkpoints import CHECKSUMS, NON_FINITE, last_checkpoint, write_checksums
 from dpo.training.objectives import Objective

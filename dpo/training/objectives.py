@@ -8,7 +8,8 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from dpo.engine.packing import PackedBatch, TokenRow
+from dpo.engine.packing import PackedBatch
+from dpo.engine.tokenization import TokenRow
 from dpo.training.losses import Loss, PairBatch
 
 Reference = Callable[[PackedBatch], Tensor]

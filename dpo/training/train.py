@@ -8,15 +8,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import set_seed
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel, set_seed
+from transformers import PreTrainedModel
 
 from dpo.common.distributed import this_process
 from dpo.common.errors import InputError
 from dpo.common.files import PROVENANCE, atomic_write, sha256, write_json
 from dpo.engine.logprobs import LogProbModel
-from dpo.engine.packing import TokenRow
+from dpo.engine.tokenization import TokenRow
 from dpo.training.callbacks import Callback, DivergenceAlarm
 from dpo.training.checkpoints import CheckpointStore, training_key
 from dpo.training.loop import TrainingLoop

@@ -5,13 +5,10 @@ Precision, tokens per micro-batch, pairs per step, optimizer, epochs and LoRA ra
 
 from collections.abc import Iterator
 
-from transformers import AutoConfig
-
 from dpo import planner
 from dpo.common.errors import InputError
 from dpo.config import Params, load_params
-from dpo.engine.head import GPU_HEAD_CHUNK
-from dpo.engine.pretrained import load_weights
+from dpo.engine.settings import GPU_HEAD_CHUNK
 from dpo.planner import LLAMAS, Pair, Setup, Shape, Sharding
 
 GPU_OVERHEAD = 1.5e9
@@ -26,6 +23,10 @@ def _named_shape(model: str) -> Shape:
     """Return the shape of a model by its name in `dpo.planner.LLAMAS`, its folder or its hub id."""
     if model in LLAMAS:
         return LLAMAS[model]
+    from transformers import AutoConfig
+
+    from dpo.engine.pretrained import load_weights
+
     try:
         return planner.shape_of(load_weights(AutoConfig, model))
     except (OSError, ValueError) as error:

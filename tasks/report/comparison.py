@@ -16,7 +16,6 @@ from dpo.training.settings import Trial
 from tasks.common.paths import REFERENCE, REPORT, policy_folder
 from tasks.report.figures import calibration, curve, frontier, margins
 from tasks.tracking.provenance import provenance
-from tasks.tracking.runs import training_times
 
 MAX_RESPONSES = 100  # of each policy on the page
 FIGURE_CONFIG = {"responsive": True, "displayModeBar": False}
@@ -57,6 +56,8 @@ def draw_figures(results: Results) -> list[go.Figure]:
 
 def write_report(params: Params, results: Results, figures: list[go.Figure]) -> None:
     """Write the page. Its text is escaped, and it needs no network."""
+    from tasks.tracking.runs import training_times  # after the comparison: MLflow starts slowly
+
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True)
     checkpoints = [REFERENCE, *(policy_folder(trial) for trial in results.trials)]
     samples = {name: table.head(MAX_RESPONSES) for name, table in results.samples.items()}

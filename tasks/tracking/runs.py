@@ -11,11 +11,10 @@ import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlflow
 import pandas as pd
-import plotly.graph_objects as go
 from mlflow import MlflowClient
 from mlflow.data.sources import LocalArtifactDatasetSource
 from mlflow.entities import Dataset, DatasetInput, InputTag, Run
@@ -30,6 +29,9 @@ from tasks.tracking import offline
 from tasks.tracking.offline import CHECKPOINT, ROLE, SWEEP, new_run, or_offline, search
 from tasks.tracking.provenance import weights
 from tasks.tracking.run_logger import RunLogger, WarningsHandler, metric_points
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
 
 TRIAL, RESUMED = "dpo.trial", "dpo.resumed_at_step"
 INPUTS = "dpo.inputs"
@@ -135,7 +137,7 @@ def log_evaluation(
 
 
 def log_comparison(
-    params: Params, policies: dict[str, Any], selected: str | None, reason: str, figures: list[go.Figure]
+    params: Params, policies: dict[str, Any], selected: str | None, reason: str, figures: list["go.Figure"]
 ) -> None:
     """Add figures, report and selection to the sweep's parent run, and end it."""
     offline.connect_or_offline()

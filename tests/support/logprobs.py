@@ -5,7 +5,7 @@ import random
 import torch
 from transformers import AutoModelForCausalLM
 
-from dpo.engine.packing import TokenRow
+from dpo.engine.tokenization import TokenRow
 from tests.support.models import TINY
 
 ARCHITECTURES = [

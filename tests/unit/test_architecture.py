@@ -35,12 +35,34 @@ def modules(folder):
         yield ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"), path
 
 
-def imports(path):
-    for node in ast.walk(ast.parse(path.read_text())):
+def imports(path, *, on_first_use=True):
+    """Yield the names that a module imports, also those in functions unless `on_first_use` is off."""
+    waiting = [ast.parse(path.read_text())]
+    while waiting:
+        node = waiting.pop()
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING":
+            continue
+        elif on_first_use or not isinstance(node, ast.FunctionDef):
+            waiting += ast.iter_child_nodes(node)
+
+
+def imported_files(path, *, on_first_use=True):
+    """Return the project's files that a module imports, directly or not, and all names that they import."""
+    files, names, waiting = {path}, set(), [path]
+    while waiting:
+        found = set(imports(waiting.pop(), on_first_use=on_first_use))
+        names |= found
+        parts = [name.split(".") for name in found]
+        places = {ROOT.joinpath(*each[:n]) for each in parts for n in range(1, len(each) + 1)}
+        candidates = {file for place in places for file in (place.with_suffix(".py"), place / "__init__.py")}
+        new = {file for file in candidates if file.is_file()} - files
+        files |= new
+        waiting += new
+    return {file.relative_to(ROOT) for file in files}, names
 
 
 def layer(module):
@@ -93,21 +115,59 @@ def test_the_default_flow_has_the_five_steps_of_the_method():
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_module_a_stage_imports_is_among_its_deps(stage):
-    code = (
-        f"import sys, tasks.{stage}\n"
-        "print(*(m.__file__ for n, m in sys.modules.items() if n.split('.')[0] in ('dpo', 'tasks')))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True, env=os.environ
-    )
-    found = {Path(f).relative_to(ROOT) for f in done.stdout.split()}
-    found = {m for m in found if m.name != "__init__.py"}
+    found, _ = imported_files(ROOT / f"tasks/{stage}.py")
+    found = {file for file in found if file.name != "__init__.py"}
     declared = [Path(dep) for dep in STAGES[stage]["deps"]]
     known = [*declared, *map(Path, NO_DEPS)]
     assert not {m for m in found if not any(m == d or d in m.parents for d in known)}
     code_deps = [d for d in declared if d.parts[0] in ("dpo", "tasks")]
     unused = [d for d in code_deps if not any(m == d or d in m.parents for m in found)]
     assert not unused, "declared, yet not imported"
+
+
+HEAVY = {"torch", "transformers", "mlflow", "prefect", "datasets", "scipy", "matplotlib", "plotly"}
+MODEL = {"torch", "transformers", "scipy"}  # transformers imports scipy
+MAY_IMPORT = {
+    "tasks.fetch_model": MODEL,
+    "tasks.ingest": set(),
+    "tasks.validate": {"scipy"},
+    "tasks.sft": MODEL | {"mlflow"},
+    "tasks.reference_logprobs": MODEL,
+    "tasks.reference_samples": MODEL,
+    "tasks.train": MODEL | {"mlflow"},
+    "tasks.evaluate": MODEL,
+    "tasks.compare": {"scipy", "plotly"},
+    "tasks.commands.cli": set(),
+    "tasks.commands.chat": MODEL,
+    "tasks.commands.lineage": set(),
+    "tasks.commands.merge": MODEL,
+    "tasks.commands.plan": set(),
+    "tasks.commands.promote": MODEL | {"mlflow"},
+    "tasks.commands.results": set(),
+    "tasks.commands.validate": {"scipy"},
+    "tasks.tracking.offline": {"mlflow", "scipy"},
+}
+"""The heavy packages that stages and commands may import before their work begins. MLflow imports scipy."""
+
+
+def test_every_stage_and_command_says_what_it_may_import():
+    modules = [*(ROOT / "tasks").glob("*.py"), *(ROOT / "tasks/commands").glob("*.py")]
+    names = {".".join(path.relative_to(ROOT).with_suffix("").parts) for path in modules if path.stem != "__init__"}
+    assert names | {"tasks.tracking.offline"} == set(MAY_IMPORT)
+
+
+@pytest.mark.parametrize("module", [module for module, allowed in MAY_IMPORT.items() if "torch" not in allowed])
+def test_a_stage_or_command_imports_no_other_heavy_package(module):
+    code = f"import sys, {module}; print(*{HEAVY} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert set(done.stdout.split()) <= MAY_IMPORT[module]
+
+
+@pytest.mark.parametrize("module", [module for module, allowed in MAY_IMPORT.items() if "torch" in allowed])
+def test_a_module_that_runs_a_model_imports_no_other_heavy_package(module):
+    """Read the imports at the top of the project's modules: importing torch for each case would take a minute."""
+    _, names = imported_files(ROOT.joinpath(*module.split(".")).with_suffix(".py"), on_first_use=False)
+    assert {name.split(".")[0] for name in names} & HEAVY <= MAY_IMPORT[module]
 
 
 @pytest.mark.parametrize("stage", ["train", "evaluate"])

@@ -13,7 +13,7 @@ from benchmarks.cases import Case
 from benchmarks.flops import flop_ratio, flops
 from benchmarks.measure import Run
 from benchmarks.page import markers, put_table
-from dpo.engine.packing import TokenRow
+from dpo.engine.tokenization import TokenRow
 from tasks.common.allocator import TRAINING
 
 CASE = Case("tiny", speed=1.5, memory=0.6, micro_batch=4)

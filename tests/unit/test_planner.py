@@ -9,7 +9,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from dpo.common.errors import InputError
 from dpo.engine.logprobs import load_model
-from dpo.engine.packing import TokenRow, pack
+from dpo.engine.packing import pack
+from dpo.engine.tokenization import TokenRow
 from dpo.planner import (
     LLAMAS,
     Pair,

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import binomtest
 
 from dpo.common.errors import InputError
 from dpo.config import load_params
@@ -22,6 +23,7 @@ from dpo.data.readers import read_files
 from dpo.data.rules import DATA_RULES, RULES
 from dpo.data.schema import PAIRS_SCHEMA, RAW_PAIRS_SCHEMA
 from dpo.data.settings import DataSettings, ValidateSettings
+from dpo.data.summary import wilson_interval
 from dpo.data.validate import EXAMPLES, MAX_SERIAL_GROUPS, validate
 from tasks import validate as task
 from tasks.commands import validate as command
@@ -291,6 +293,12 @@ def test_balanced_lengths_are_not_reported(tmp_path):
     assert result.summary.notices == []
     assert result.metrics["chosen_longer"]["share"] == 0.5
     assert 0.3 < result.metrics["chosen_longer"]["low"] < 0.5 < result.metrics["chosen_longer"]["high"] < 0.7
+
+
+@pytest.mark.parametrize(("successes", "trials"), [(0, 7), (1, 1), (3, 10), (512, 900), (900, 900)])
+def test_the_interval_of_a_share_equals_that_of_scipy(successes, trials):
+    interval = binomtest(successes, trials).proportion_ci(method="wilson")
+    assert wilson_interval(successes, trials) == pytest.approx((interval.low, interval.high), abs=1e-12)
 
 
 def test_pairs_of_equal_length_have_no_length_bias(tmp_path):
@@ -640,7 +648,7 @@ def test_check_files_writes_report_and_errors_before_it_fails(workdir, capsys):
 
 def test_the_stage_writes_a_profile_only_if_there_are_no_errors(workdir, monkeypatch, capsys, tiny_model_dir):
     logged = []
-    monkeypatch.setattr(task, "log_validation", lambda *arguments: logged.append(arguments))
+    monkeypatch.setattr("tasks.tracking.runs.log_validation", lambda *arguments: logged.append(arguments))
     monkeypatch.setattr(task, "load_params", lambda: PARAMS)
     for folder in (RAW_PAIRS, BASE):
         folder.parent.mkdir(parents=True, exist_ok=True)

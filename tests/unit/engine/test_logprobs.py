@@ -13,7 +13,8 @@ from dpo.common.errors import InputError
 from dpo.engine import attention, head
 from dpo.engine.head import FusedEmbedding
 from dpo.engine.logprobs import LogProbModel, load_model, sequence_logps
-from dpo.engine.packing import TokenRow, pack
+from dpo.engine.packing import pack
+from dpo.engine.tokenization import TokenRow
 from tests.support.logprobs import (
     ARCHITECTURES,
     assert_same_gradients,

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpo.engine.packing import TokenRow, budget_batches, pack
+from dpo.engine.packing import budget_batches, pack
+from dpo.engine.tokenization import TokenRow
 
 LENGTHS = st.lists(st.integers(1, 60), min_size=1, max_size=40)
 fast = settings(max_examples=150, deadline=None)

@@ -19,7 +19,6 @@ from transformers import AutoTokenizer
 from dpo.common.errors import InputError
 from dpo.engine import reference_cache
 from dpo.engine.logprobs import load_model, sequence_logps
-from dpo.engine.packing import TokenRow
 from dpo.engine.reference_cache import (
     cache_key,
     compute_reference,
@@ -29,7 +28,7 @@ from dpo.engine.reference_cache import (
     write_cache,
 )
 from dpo.engine.settings import EngineSettings
-from dpo.engine.tokenization import encode_pairs
+from dpo.engine.tokenization import TokenRow, encode_pairs
 from tasks import reference_logprobs as stage
 
 ROOT = Path(__file__).parents[3]

@@ -7,8 +7,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from dpo.engine.logprobs import load_model
-from dpo.engine.packing import TokenRow, pack
-from dpo.engine.tokenization import prompt_ids
+from dpo.engine.packing import pack
+from dpo.engine.tokenization import TokenRow, prompt_ids
 from dpo.evaluation import sampling
 from dpo.evaluation.sampling import draw, response_table, sample
 from tests.support.models import ARCHITECTURES, GROUPED, make_model

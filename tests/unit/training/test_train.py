@@ -14,9 +14,8 @@ from trl import DPOConfig, DPOTrainer
 
 from dpo.common.errors import InputError
 from dpo.engine.logprobs import load_model, sequence_logps
-from dpo.engine.packing import TokenRow
 from dpo.engine.reference_cache import cache_key, load_reference, shard_table, write_cache
-from dpo.engine.tokenization import encode_pairs
+from dpo.engine.tokenization import TokenRow, encode_pairs
 from dpo.training.callbacks import Callback
 from dpo.training.losses import PairBatch, Sigmoid
 from dpo.training.sampler import StepSampler
