@@ -14,18 +14,19 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx
-import pandas as pd
 from dvc.repo import Repo
-from matplotlib.figure import Figure
 from prefect.artifacts import create_markdown_artifact, create_progress_artifact, update_progress_artifact
 from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
 from dpo.common.files import PROVENANCE
 from tasks.common.flatten import flatten
 from tasks.common.paths import REPORTS
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 PROGRESS_SECONDS = 10.0  # shortest duration of a bar that gets an artifact, and time between two updates
 MLFLOW_PAGES = "DPO_MLFLOW_PAGES"  # address of MLflow's UI, used if MLFLOW_TRACKING_URI is not a server
@@ -124,6 +125,8 @@ def mlflow_link(provenance: Path) -> str:
 
 def file_table(path: Path) -> str:
     """Return a metrics or plot file as a Markdown table of at most `MAX_ROWS` evenly spaced rows."""
+    import pandas as pd
+
     try:
         if path.suffix == ".json":
             rows = [(".".join(names), value) for names, value in flatten(json.loads(path.read_text()))]
@@ -145,6 +148,9 @@ def plot_images(path: Path, plot: Any) -> list[str]:
     """
     if not plot or path.suffix not in SEPARATORS:
         return []
+    import pandas as pd
+    from matplotlib.figure import Figure
+
     try:
         table = pd.read_csv(path, sep=SEPARATORS[path.suffix]).select_dtypes("number")
     except ValueError:
@@ -168,7 +174,7 @@ def plot_images(path: Path, plot: Any) -> list[str]:
     return [f"![{path}](data:image/webp;base64,{b64encode(picture.getvalue()).decode()})"]
 
 
-def _markdown(table: pd.DataFrame) -> str:
+def _markdown(table: "pd.DataFrame") -> str:
     rows = [table.columns.tolist(), ["---"] * len(table.columns), *table.to_numpy(dtype=object).tolist()]
     return "\n".join("| " + " | ".join(map(_cell, row)) + " |" for row in rows)
 

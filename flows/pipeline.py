@@ -1,7 +1,8 @@
 """Bring every stage of `dvc.yaml` up to date: `python -m flows.pipeline [--parallel N]`.
 
-DVC decides which stages are stale, Prefect decides when they run. The flow reads stages and dependencies from DVC
-at every run. Each stage is one task run, and each task run is one `dvc repro --single-item`.
+DVC decides which stages are stale, Prefect decides when they run. The flow reads stages, dependencies and changes
+from DVC at every run. Each stage is one task run. If the stage changed, or if a stage that it needs was not up to
+date, the task run starts one `dvc repro --single-item`.
 """
 
 import argparse
@@ -45,17 +46,18 @@ TRANSIENT = re.compile(rf"ERROR: failed to reproduce '.*': failed to run: .*, ex
 """DVC's line for a stage that ended with EX_TEMPFAIL. DVC's own exit code is the same for every failure."""
 
 
-def read_graph() -> dict[str, list[str]]:
-    """Return the stages that `dvc repro` visits, each by DVC's name with the stages that it needs.
+def read_graph() -> tuple[dict[str, list[str]], set[str]]:
+    """Return the stages that `dvc repro` visits, by DVC's name with the stages that each needs, and which changed.
 
     Raises DVC's own errors if this is not a DVC project or `dvc.yaml` is invalid.
     """
-    with Repo() as repo:
+    with Repo(_wait_for_lock=True) as repo, repo.lock:
         graph = repo.index.graph
         stages = repo.stage.collect("dvc.yaml")
         for stage in stages:  # the loop appends needed stages from outside this dvc.yaml
             stages += [needed for needed in graph.successors(stage) if needed not in stages]
-        return {stage.addressing: [needed.addressing for needed in graph.successors(stage)] for stage in stages}
+        needs = {stage.addressing: [needed.addressing for needed in graph.successors(stage)] for stage in stages}
+        return needs, {stage.addressing for stage in stages if stage.changed()}
 
 
 def run_stage(stage: str, stop: threading.Event, logger: Logger, **options: Any) -> str:
@@ -84,8 +86,10 @@ def name_flow_run() -> str:
 
 
 @task(name="stage", task_run_name="{stage}", cache_policy=NO_CACHE, **RETRIES)
-def bring_up_to_date(stage: str, stop: threading.Event) -> str | State[str]:
-    """Run one stage as a task run whose state says what DVC did. Raise StageError if the stage fails."""
+def bring_up_to_date(stage: str, stop: threading.Event, stale: bool) -> str | State[str]:
+    """Run one stage, if it is stale, as a task run whose state says what DVC did. Raise StageError if it fails."""
+    if not stale:
+        return Completed(name="UpToDate", message="nothing changed", data=UP_TO_DATE)
     start, verdict = time.monotonic(), FAILED
     with TemporaryDirectory(prefix="dpo-progress-") as folder:
         progress = ProgressArtifact(stage, Path(folder) / "progress.json")
@@ -112,7 +116,7 @@ def pipeline(parallel: PositiveInt = 1) -> dict[str, str]:
     Returns what DVC did with each stage. Raises StageError if a stage failed; stages that need it do not run, all
     others do.
     """
-    graph = read_graph()
+    graph, changed = read_graph()
     generations = TopologicalSorter(graph)
     generations.prepare()
     futures: dict[str, PrefectFuture[Any]] = {}
@@ -123,7 +127,8 @@ def pipeline(parallel: PositiveInt = 1) -> dict[str, str]:
                 generation = generations.get_ready()
                 for stage in generation:
                     upstream = [futures[needed] for needed in graph[stage]]
-                    parameters = {"stage": stage, "stop": stop}
+                    stale = stage in changed or any(future.state.name != "UpToDate" for future in upstream)
+                    parameters = {"stage": stage, "stop": stop, "stale": stale}
                     futures[stage] = runner.submit(bring_up_to_date, parameters, wait_for=upstream)
                 wait([futures[stage] for stage in generation])
                 generations.done(*generation)

@@ -3,18 +3,12 @@
 import os
 from pathlib import Path
 
-os.environ["OMP_NUM_THREADS"] = (
-    "1"  # to tiny models threads cost more than they bring, in stages that tests start too
-)
+# Tiny models run slower on several threads. This also applies to the stages that tests start.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 
-from tests.support.models import (
-    chat_tokenizer,
-    make_model,
-)
-
-"""Name: (transformers' model type, what its config needs besides `TINY`)."""
+from tests.support.models import chat_tokenizer, make_model
 
 
 @pytest.fixture(scope="session")

@@ -6,11 +6,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from dpo.common.distributed import this_process
 from dpo.common.errors import InputError
-from dpo.engine.logprobs import load_model
-from dpo.engine.pretrained import load_tokenizer
-from dpo.evaluation.sampling import sample
 
 
 def chat(policy: Path, reference: Path, *, max_new_tokens: int, temperature: float, seed: int) -> None:
@@ -19,6 +15,11 @@ def chat(policy: Path, reference: Path, *, max_new_tokens: int, temperature: flo
     for folder in folders:
         if not any(folder.glob("*.safetensors")):
             raise InputError(f"{folder}: no checkpoint; run `dvc repro` or `dvc pull` to get this project's")
+    from dpo.common.distributed import this_process  # after the check: torch and transformers start slowly
+    from dpo.engine.logprobs import load_model
+    from dpo.engine.pretrained import load_tokenizer
+    from dpo.evaluation.sampling import sample
+
     tokenizer = load_tokenizer(policy)
     models = [load_model(folder).to(this_process().device) for folder in folders]
     conversations: list[list[dict[str, str]]] = [[], []]

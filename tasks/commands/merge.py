@@ -4,9 +4,6 @@ import json
 from pathlib import Path
 
 from dpo.common.errors import InputError
-from dpo.engine.base_model import load_checkpoint
-from dpo.engine.pretrained import load_tokenizer
-from dpo.training.train import save_checkpoint
 from tasks.commands.lineage import of_folder
 from tasks.tracking.provenance import weights
 
@@ -30,5 +27,9 @@ def merge(adapter: Path, folder: Path) -> None:
             f"{adapter}: the weights in {base} are not those it was trained on (SHA-256 {recorded}); restore both "
             "from one commit with `git checkout` and `dvc checkout`"
         )
+    from dpo.engine.base_model import load_checkpoint  # after the checks: torch and transformers start slowly
+    from dpo.engine.pretrained import load_tokenizer
+    from dpo.training.train import save_checkpoint
+
     facts["merged_from"] = facts["weights"]
     save_checkpoint(load_checkpoint(adapter), load_tokenizer(adapter), folder, facts)

@@ -66,7 +66,8 @@ def project(tmp_path, monkeypatch) -> Path:
 
 
 def test_the_graph_is_read_from_dvc(project):
-    graph = read_graph()
+    graph, changed = read_graph()
+    assert changed == set(graph)
     assert {stage: set(needed) for stage, needed in graph.items()} == {
         "first": set(),
         "branch@0.1": {"first"},
@@ -84,6 +85,26 @@ def test_stages_run_once_and_their_states_say_what_dvc_did(project):
         runs = client.read_task_runs()
     names = {run.name: run.state.name for run in runs if run.flow_run_id == state.state_details.flow_run_id}
     assert names == dict.fromkeys(("first", "branch@0.1", "branch@0.5", "last"), "UpToDate")
+
+
+def test_only_a_changed_stage_and_the_stages_that_it_changes_start_a_process(project, monkeypatch):
+    pipeline()
+    started = []
+
+    def record(stage, *args, **kwargs):
+        started.append(stage)
+        return run_stage(stage, *args, **kwargs)
+
+    monkeypatch.setattr("flows.pipeline.run_stage", record)
+    assert set(pipeline().values()) == {"up to date"}
+    assert not started
+    (project / "branch.py").write_text(BRANCH + "  # edited")
+    assert read_graph()[1] == {"branch@0.1", "branch@0.5"}
+    assert pipeline() == {"first": "up to date", "branch@0.1": "ran", "branch@0.5": "ran", "last": "up to date"}
+    assert sorted(started) == ["branch@0.1", "branch@0.5", "last"]
+    (project / "last.txt").unlink()
+    assert pipeline()["last"] == "restored"
+    assert (project / "last.txt").read_text() == "done 0.1done 0.5"
 
 
 FIT = """
@@ -202,6 +223,7 @@ def test_an_unreachable_server_does_not_stop_a_stage(monkeypatch, progress):
     progress.end("ran", complete=True)
 
 
+@pytest.mark.slow
 def test_all_stages_run_if_the_server_is_lost_and_the_error_names_it(project):
     for package in ("dpo", "tasks", "flows"):
         (project / package).symlink_to(Path(__file__).parents[2] / package)

@@ -50,10 +50,10 @@ def assert_close(log, other):
 @pytest.mark.parametrize(
     ("config", "settings"),
     [
-        (None, {}),
+        pytest.param(None, {}, marks=pytest.mark.slow),
         (None, {"statistics": True}),
-        (FSDP, {"gradient_checkpointing": True}),
-        (FSDP, {"lora": True}),
+        pytest.param(FSDP, {"gradient_checkpointing": True}, marks=pytest.mark.slow),
+        pytest.param(FSDP, {"lora": True}, marks=pytest.mark.slow),
     ],
     ids=["ddp", "ddp and step-wide statistics", "fsdp2 and checkpointing", "fsdp2 and lora"],
 )

@@ -263,6 +263,7 @@ def test_a_rollback_without_a_champion_is_an_error(project):
     assert "dpo-policy has no champion" in ended["state"]["message"]
 
 
+@pytest.mark.slow
 def test_two_deployments_do_not_run_at_once(project):
     (project.folder / "pause.txt").write_text("3")
     first = project.submit("pipeline/pipeline")
@@ -396,6 +397,7 @@ def test_training_resumes_from_its_last_checkpoint_after_the_worker_is_killed(pr
     wait_for(lambda: len(family()) == 1)
 
 
+@pytest.mark.slow
 def test_a_second_up_starts_nothing_and_down_stops_everything(project):
     (project.folder / "pause.txt").write_text("300")
     project.pause()

@@ -185,7 +185,7 @@ def test_any_params_file_is_read_or_named(tmp_path, text):
         "a: &x [*x]",
         "a: &x {b: *x}",
         "a: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]",
-        "[" * 3000,
+        "[" * 1500,
         f"a: {'9' * 6000}",
         b"\xff\xfe",
         b"\x00",
