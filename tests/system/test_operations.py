@@ -256,6 +256,7 @@ def test_the_retrain_deployment_takes_in_new_files(project):
     assert project.await_run(again, "NothingNew")["state"]["type"] == "COMPLETED"
 
 
+@pytest.mark.slow
 def test_a_rollback_without_a_champion_is_an_error(project):
     project.execute("git", "add", "--all")
     project.execute("git", "commit", "--quiet", "--allow-empty", "--message", "Results")

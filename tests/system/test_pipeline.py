@@ -113,6 +113,7 @@ def test_lineage_of_a_checkpoint_and_of_its_mlflow_model_are_equal(project, tmp_
     assert json.loads(execute(project, *LINEAGE, uri, "--json")) == facts
 
 
+@pytest.mark.slow
 def test_mlflow_models_of_policy_and_reference_generate_responses(project):
     mlflow.set_tracking_uri(f"sqlite:///{project}/mlflow.db")
     models = {m.name: m for m in mlflow.search_logged_models(experiment_ids=["1"], output_format="list")}
