@@ -269,6 +269,7 @@ def artifacts_of(state) -> list:
     return sorted(found, key=lambda artifact: artifact.key)
 
 
+@pytest.mark.slow
 def test_outputs_of_an_earlier_run_are_restored(project):
     pipeline()
     (project / "seed.txt").write_text("2")

@@ -262,6 +262,7 @@ def test_two_processes_resume_the_computation_of_one(tmp_path, model, tokenizer,
         )
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_number_of_pairs(tmp_path, compute, monkeypatch):
     monkeypatch.setattr(reference_cache, "SHARD_ROWS", 64)
     monkeypatch.setattr(reference_cache, "JOINED_SHARDS", 4)

@@ -57,6 +57,7 @@ def simulated(kind, sizes, rng):
     return quantile(values, 0.25), stats.norm.ppf(0.25)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["mean", "wins", "ratio", "quantile"])
 @pytest.mark.parametrize(
     ("sizes", "resamples", "least"),

@@ -210,6 +210,7 @@ def test_all_wins_give_a_finite_rate_near_1():
     assert 0.98 < low <= high < 1
 
 
+@pytest.mark.slow
 def test_length_controlled_interval_covers_the_true_value():
     rng = np.random.default_rng(4)
     covered = []

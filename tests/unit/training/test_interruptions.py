@@ -310,7 +310,7 @@ def limit_memory(monkeypatch, most_rows, when):
 
 
 @pytest.mark.parametrize("when", ["forward", "backward"])
-@pytest.mark.parametrize("max_tokens_per_microbatch", [300, 10_000])
+@pytest.mark.parametrize("max_tokens_per_microbatch", [300, pytest.param(10_000, marks=pytest.mark.slow)])
 def test_out_of_memory_leads_to_smaller_micro_batches_and_the_same_steps(
     train, monkeypatch, caplog, when, max_tokens_per_microbatch
 ):
