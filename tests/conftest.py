@@ -5,6 +5,8 @@ from pathlib import Path
 
 # Tiny models run slower on several threads. This also applies to the stages that tests start.
 os.environ["OMP_NUM_THREADS"] = "1"
+# Stages that tests start would compile every module of the project again.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 import pytest
 
