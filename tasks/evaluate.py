@@ -10,10 +10,11 @@ from transformers import PreTrainedTokenizerBase
 from dpo.common.distributed import share, this_process
 from dpo.common.files import atomic_write, write_json
 from dpo.config import Params, load_params
+from dpo.engine.chat import Prompt, prompt_of
 from dpo.engine.logprobs import LogProbModel, load_model, sequence_logps
 from dpo.engine.pretrained import load_tokenizer
 from dpo.engine.reference_cache import cache_key, load_reference
-from dpo.engine.tokenization import Prompt, encode_pairs, prompt_ids, prompt_of
+from dpo.engine.tokenization import encode_pairs, prompt_ids
 from dpo.evaluation.judges import Judge, load_judges
 from dpo.evaluation.kl import divergence
 from dpo.evaluation.pair_metrics import pair_table, preference_metrics
@@ -70,7 +71,7 @@ def evaluate_pairs(
         len(rows),
         lambda mine: sequence_logps(policy, [rows[i] for i in mine], max_tokens, "policy log-probs").tolist(),
     )
-    lengths = torch.tensor([[len(ids) for ids in row.completions] for row in rows])
+    lengths = torch.tensor([row.lengths for row in rows])
     return pair_table(
         held_out, torch.tensor(logps), torch.tensor([cached[row.id] for row in rows]), lengths, trial
     )

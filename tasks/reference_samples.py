@@ -5,9 +5,9 @@ import pandas as pd
 from dpo.common.distributed import this_process
 from dpo.common.files import atomic_write
 from dpo.config import load_params
+from dpo.engine.chat import prompt_of
 from dpo.engine.logprobs import load_model
 from dpo.engine.pretrained import load_tokenizer
-from dpo.engine.tokenization import prompt_of
 from dpo.evaluation.judges import load_judges
 from dpo.evaluation.sampling import response_table
 from tasks.common.paths import EVAL, REFERENCE, REFERENCE_SAMPLES
@@ -22,7 +22,7 @@ def main() -> None:
     model = load_model(REFERENCE, params.engine.precision, params.engine.compile).to(this_process().device)
     pairs, count = pd.read_parquet(EVAL), params.evaluate.samples
     table = pairs.sample(count, replace=len(pairs) < count, random_state=params.seed)
-    table = table[["prompt", "turns"]].reset_index(drop=True)
+    table = table[["prompt", "turns", "tools"]].reset_index(drop=True)
     prompts = [prompt_of(pair, tokenizer) for pair in table.to_dict("records")]
     table = table.join(response_table(model, tokenizer, prompts, **params.sampling))
     if not this_process().is_main_process:

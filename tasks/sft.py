@@ -29,7 +29,7 @@ def main() -> None:
         table = table.sample(min(params.sft.max_pairs, len(table)), random_state=params.seed)
     rows = encode_pairs(table.to_dict("records"), tokenizer, params.engine.max_length)
     if params.sft.completions == "chosen":
-        rows = [dataclasses.replace(row, completions=row.completions[:1]) for row in rows]
+        rows = [dataclasses.replace(row, completions=row.completions[:1], context=row.context[:1]) for row in rows]
     model = load_model(BASE, params.engine.precision, params.engine.compile)
     store = CheckpointStore(TRAINING_PROGRESS / "sft", params.run.checkpoint_minutes)
     main_process = this_process().is_main_process

@@ -9,7 +9,7 @@ from dpo.common.files import atomic_write, write_json
 from dpo.config import Params, load_params
 from dpo.data.validate import Validated, validate
 from tasks.common.git import committed_file
-from tasks.common.paths import BASE, EVAL, METRICS, PROFILE, QUARANTINE, RAW_PAIRS, REPORTS, TRAIN
+from tasks.common.paths import BASE, BENCHMARKS, EVAL, METRICS, PROFILE, QUARANTINE, RAW_PAIRS, REPORTS, TRAIN
 from tasks.common.runner import run
 from tasks.report.validation import markdown, table, write_report
 
@@ -20,7 +20,7 @@ def main() -> None:
     caps = {"train": params.data.max_train_pairs, "eval": params.data.max_eval_pairs}
     files = {"report": REPORTS / "validate.html", "metrics": METRICS / "validate.json"}
     outputs = {"train": TRAIN, "eval": EVAL, "quarantine": QUARANTINE, **files}
-    result = validate_and_report(params, RAW_PAIRS, BASE, caps, outputs)
+    result = validate_and_report(params, RAW_PAIRS, str(params.data.source), BASE, caps, outputs)
     with atomic_write(REPORTS / "validate.md") as tmp:
         tmp.write_text(markdown(result, params))
     from tasks.tracking.runs import log_validation  # after the checks: MLflow starts slowly
@@ -31,7 +31,12 @@ def main() -> None:
 
 
 def validate_and_report(
-    params: Params, raw_pairs: Path, tokenizer: Path | None, caps: dict[str, int | None], outputs: dict[str, Path]
+    params: Params,
+    raw_pairs: Path,
+    origin: str,
+    tokenizer: Path | None,
+    caps: dict[str, int | None],
+    outputs: dict[str, Path],
 ) -> Validated:
     """Validate a raw table, write `outputs`, including `report` and `metrics`, and print a table."""
     result = validate(
@@ -41,6 +46,8 @@ def validate_and_report(
         max_length=params.engine.max_length,
         caps=caps,
         seed=params.seed,
+        benchmarks=BENCHMARKS,
+        origin=origin,
         previous=committed_profile(),
         outputs=outputs,
     )

@@ -7,16 +7,31 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import ftfy.badness
-import numpy as np
-from numpy.typing import NDArray
 
+from dpo.common.errors import InputError
 from dpo.data.formats import COMPLETIONS, PAIR_TEXTS, Pair, normalize
-from dpo.engine.tokenization import pair_ids, without_end
+from dpo.engine import chat
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\x80-\x9f\u202a-\u202e\u2066-\u2069\ufeff\ufffe\uffff]")
+CONTROL = re.compile("[\x00-\x08\x0b\x0e-\x1f\x7f\x80-\x9f\ufeff\ufffe\uffff]")
+"""Characters that no text contains. Form feeds and bidirectional marks are text."""
+TEMPLATES = {
+    "ChatML": (r"<\|im_start\|>(system|user|assistant|developer)\b", r"<\|im_start\|>assistant"),
+    "the template of Llama 3": (r"<\|start_header_id\|>", r"<\|end_header_id\|>"),
+    "the template of Llama 2 or Mistral": (r"(<s>)?\s*\[INST\]", r"\[/INST\]"),
+    "the template of Gemma": (r"<start_of_turn>(user|model)", r"<start_of_turn>model"),
+    "the template of Zephyr or Phi": (r"<\|(system|user)\|>", r"<\|assistant\|>"),
+    "the template of DeepSeek": ("<｜(begin▁of▁sentence|User)｜>", "<｜Assistant｜>"),
+    "the template of Alpaca": (r"### (Instruction|Input):", r"### (Response|Output):"),
+}
+"""Chat templates by name: what a rendered prompt starts with, and what it ends with."""
+RENDERED = re.compile(
+    "|".join(f"(?P<t{n}>^\\s*{start}|{end}\\s*$)" for n, (start, end) in enumerate(TEMPLATES.values()))
+)
+ROLE_MARK = re.compile(r"\s*(assistant|answer|response|bot|ai|gpt)\s*:", re.IGNORECASE)
+"""A role mark at the start of a completion, or in the last line of a prompt."""
 
 
 class Violation(NamedTuple):
@@ -28,15 +43,18 @@ class Violation(NamedTuple):
     reason: str
 
 
-def check_texts(pair: Mapping[str, Any], special: re.Pattern[str], end: str | None) -> list[tuple[str, str]]:
+def check_texts(pair: Mapping[str, Any], special: re.Pattern[str], ends: Sequence[str]) -> list[tuple[str, str]]:
     """Return the rules that a pair's texts break, each with the reason.
 
-    `special` is from `special_tokens`. The end token `end` is allowed at the end of a completion.
+    `special` is from `special_tokens`. The tokens `ends` are allowed at the end of a completion.
     """
     empty = [field for field in COMPLETIONS if not pair[field].strip()]
     broken = [("empty_completion", f"field '{field}' contains no text") for field in empty]
     if not broken and normalize(pair["chosen"]) == normalize(pair["rejected"]):
         broken.append(("identical_completions", "chosen and rejected differ at most in case and space"))
+    if found := RENDERED.search(pair["prompt"]):
+        name = next(name for n, name in enumerate(TEMPLATES) if found[f"t{n}"])
+        broken.append(("rendered_text", f"field 'prompt' is rendered with {name}: pass turns instead"))
     for field in PAIR_TEXTS:
         text = pair[field]
         if found := CONTROL.search(text):
@@ -46,32 +64,42 @@ def check_texts(pair: Mapping[str, Any], special: re.Pattern[str], end: str | No
             start = next(i for i, c in enumerate(text) if not c.isascii())
             excerpt = text[max(0, start - 10) : start + 20]
             broken.append(("mojibake", f"field '{field}' looks wrongly decoded: {excerpt!r}"))
-        if found := special.search(text if field == "prompt" else without_end(text, end)):
+        if found := special.search(text if field == "prompt" else chat.without_end(text, ends)):
             broken.append(("special_tokens", f"field '{field}', character {found.start()}: {found[0]}"))
     return broken
+
+
+def has_role_mark(pair: Mapping[str, Any]) -> bool:
+    """Return whether the prompt of a pair ends with a role mark, or both completions start with one."""
+    last = pair["prompt"].rstrip().rpartition("\n")[2]
+    ends = pair["turns"] is None and ROLE_MARK.fullmatch(last) is not None
+    return ends or all(ROLE_MARK.match(pair[field]) for field in COMPLETIONS)
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase | None) -> re.Pattern[str]:
     """Return a pattern that matches a tokenizer's special tokens, or nothing if there is no tokenizer.
 
-    In a text they would be encoded as control tokens.
+    In a text they would be encoded as control tokens. Reasoning tags are no fault if the chat template reads them.
     """
     if tokenizer is None:
         return re.compile(r"(?!)")
-    names = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special} | set(
-        tokenizer.all_special_tokens
-    )
+    tags = {tag for tag in (chat.THINK_OPEN, chat.THINK_CLOSE) if tag in (tokenizer.chat_template or "")}
+    names = chat.special_tokens(tokenizer) - tags
     return re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or r"(?!)")
 
 
-def token_lengths(tokenizer: PreTrainedTokenizerBase | None, pairs: Sequence[Pair]) -> NDArray[np.int32]:
-    """Return the number of tokens of prompt, chosen and rejected, exactly as in training, shape [R, 3].
-
-    Without a tokenizer, return the number of characters.
-    """
-    texts = ([pair[field] for field in PAIR_TEXTS] for pair in pairs)
-    rows = texts if tokenizer is None else pair_ids(tokenizer, pairs)
-    return np.array([[len(text) for text in row] for row in rows], np.int32).reshape(-1, 3)
+def render(
+    tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Pair]
+) -> tuple[list[chat.Rendered | None], list[list[tuple[str, str]]]]:
+    """Return pairs as text, None if the chat template refuses one, and the rules that each rendering breaks."""
+    try:
+        rendered: list[chat.Rendered | None] = list(chat.render_pairs(tokenizer, pairs))
+    except InputError as error:
+        if len(pairs) == 1:
+            return [None], [[("template_refuses", str(error))]]
+        parts = [render(tokenizer, [pair]) for pair in pairs]
+        return [text for texts, _ in parts for text in texts], [rules for _, each in parts for rules in each]
+    return rendered, [chat.changed_texts(pair, text) for pair, text in zip(pairs, rendered, strict=True) if text]
 
 
 def check_lengths(tokens: Sequence[int], max_length: int) -> list[tuple[str, str]]:
@@ -83,5 +111,8 @@ def check_lengths(tokens: Sequence[int], max_length: int) -> list[tuple[str, str
         field = COMPLETIONS[rejected > chosen]
         return [("completion_too_long", f"field '{field}' has {longer} tokens, max_length is {max_length}")]
     if excess > 0:
-        return [("prompt_truncated", f"the prompt loses {excess} of {prompt} tokens, max_length is {max_length}")]
+        kept = "the oldest turns are dropped"
+        return [
+            ("prompt_truncated", f"{excess} of {prompt} prompt tokens do not fit max_length {max_length}; {kept}")
+        ]
     return []

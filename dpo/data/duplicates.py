@@ -1,11 +1,12 @@
 """Comparison of rows with each other: duplicates, near duplicates, contradictions and leaks between the splits.
 
-Texts are compared by hashes of their normalized forms, so a pair takes about 600 bytes of memory. Near duplicates
+Texts are compared by hashes of their normalized forms, so a pair takes about 850 bytes of memory. Near duplicates
 are found by MinHash over pairs of neighbouring words (Broder 1997; `rensa`) with banding: two rows that share all
-values of a band are near duplicates if the share of equal values is large enough for the completions and for the
-prompt.
+values of a band are near duplicates if the share of equal values is large enough for the prompt and for each
+completion.
 """
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -20,6 +21,8 @@ from dpo.data.formats import PAIR_TEXTS, Pair, normalize
 PERMUTATIONS, BAND = 64, 8
 """MinHash values per text, and per band. A near duplicate of similarity 0.9 is found with a probability of 99%."""
 SEED = 1
+STOCK_WORDS, STOCK_PROMPTS = 12, 5
+"""A completion of at most so many words, to at least so many different prompts, is a stock phrase."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,9 @@ class Fingerprints:
     held_out: NDArray[np.bool_]
     """Whether the row is in the eval split [R]."""
     minhash: NDArray[np.uint32]
-    """MinHash values of the prompt and of both completions together [R, 2, PERMUTATIONS]."""
+    """MinHash values of the same texts [R, 3, PERMUTATIONS]."""
+    words: NDArray[np.int32]
+    """Number of words of the same texts [R, 3]."""
 
     def __len__(self) -> int:
         return len(self.row)
@@ -47,14 +52,15 @@ class Fingerprints:
 
 def fingerprint(pairs: Sequence[Pair], rows: Sequence[int]) -> Fingerprints:
     """Return the fingerprints of pairs at these positions of the raw table."""
-    normalized = [[normalize(pair[field]) for field in PAIR_TEXTS] for pair in pairs]
-    completions = [f"{chosen}\x1f{rejected}" for _, chosen, rejected in normalized]
+    texts = [normalize(pair[field]) for pair in pairs for field in PAIR_TEXTS]
+    words = [text.split() for text in texts]
     return Fingerprints(
         np.array(rows, np.int64),
-        _hash([text for texts in normalized for text in texts]).reshape(-1, 3),
+        _hash(texts).reshape(-1, 3),
         _hash([pair["id"] for pair in pairs]),
         np.array([pair["split"] == "eval" for pair in pairs], bool),
-        np.stack([_minhash([prompt for prompt, *_ in normalized]), _minhash(completions)], 1),
+        _minhash(words).reshape(-1, 3, PERMUTATIONS),
+        np.array([len(each) for each in words], np.int32).reshape(-1, 3),
     )
 
 
@@ -67,8 +73,9 @@ def _hash(texts: Sequence[str]) -> NDArray[np.uint64]:
     return pd.util.hash_array(np.array(texts, dtype=object), categorize=False) if texts else np.empty(0, np.uint64)
 
 
-def _minhash(texts: Sequence[str]) -> NDArray[np.uint32]:
-    words = [text.split() or [""] for text in texts]
+def _minhash(texts: Sequence[Sequence[str]]) -> NDArray[np.uint32]:
+    """Return the MinHash values [n, PERMUTATIONS] of n texts, given by their words."""
+    words = [text or [""] for text in texts]
     ends = np.cumsum([len(w) for w in words], dtype=np.int64)
     codes, distinct = pd.factorize(np.array([word for w in words for word in w], dtype=object))
     hashes = _hash(list(distinct))[codes]
@@ -88,8 +95,8 @@ def compare(prints: Fingerprints, similarity: float, excluding: frozenset[str]) 
     estimated Jaccard similarity of near duplicates. Later checks skip a row that breaks a rule of `excluding`.
     """
     checks: tuple[Callable[[Fingerprints], Iterator[Violation]], ...] = (
-        lambda rows: _repeats(rows, rows.id, "duplicate_id", "the same id as row {}"),
         lambda rows: _repeats(rows, _combine(rows.texts), "duplicate_pair", "the same pair as row {}"),
+        lambda rows: _repeats(rows, rows.id, "duplicate_id", "the same id as row {}"),
         _contradictions,
         lambda rows: _near(rows, similarity),
         _leaks,
@@ -117,8 +124,8 @@ def _repeats(prints: Fingerprints, key: NDArray[np.uint64], rule: str, reason: s
 def _near(prints: Fingerprints, similarity: float) -> Iterator[Violation]:
     prints = prints.select(~pd.Series(_combine(prints.texts)).duplicated().to_numpy())
     original = np.full(len(prints), len(prints))
-    for start in range(0, PERMUTATIONS, BAND):
-        band = _combine(prints.minhash[:, 1, start : start + BAND].astype(np.uint64))
+    for start, side in itertools.product(range(0, PERMUTATIONS, BAND), (1, 2)):
+        band = _combine(prints.minhash[:, side, start : start + BAND].astype(np.uint64))
         # The first row of a band may have another prompt, so also compare with the first one of the same prompt.
         for key in (band, _combine(np.stack([band, prints.texts[:, 0]], 1))):
             order = np.argsort(key, kind="stable")  # rows of a key stay in table order
@@ -143,9 +150,18 @@ def _contradictions(prints: Fingerprints) -> Iterator[Violation]:
         yield Violation(int(row), "contradiction", f"row {against} prefers the other of the same two completions")
 
 
+def _stock_phrases(prints: Fingerprints) -> NDArray[np.bool_]:
+    """Return which completions [R, 2] are stock phrases, such as a refusal, and not rare or long texts."""
+    texts = prints.texts[:, 1:].ravel()
+    table = pd.DataFrame({"text": texts, "prompt": np.repeat(prints.texts[:, 0], 2)})
+    prompts = table.groupby("text")["prompt"].transform("nunique").to_numpy().reshape(-1, 2)
+    return (prints.words[:, 1:] <= STOCK_WORDS) & (prompts >= STOCK_PROMPTS)
+
+
 def _leaks(prints: Fingerprints) -> Iterator[Violation]:
     trained, held_out = prints.select(~prints.held_out), prints.select(prints.held_out)
     for row in trained.row[np.isin(trained.texts[:, 0], held_out.texts[:, 0])]:
         yield Violation(int(row), "prompt_in_both_splits", "its prompt is held out for evaluation")
-    for row in trained.row[np.isin(trained.texts[:, 1:], held_out.texts[:, 1:]).any(1)]:
+    leaked = np.isin(trained.texts[:, 1:], held_out.texts[:, 1:]) & ~_stock_phrases(prints)[~prints.held_out]
+    for row in trained.row[leaked.any(1)]:
         yield Violation(int(row), "eval_text_in_train", "one of its completions is held out for evaluation")

@@ -1,104 +1,141 @@
-"""Accepted formats of preference data, and the conversion of a row to canonical pairs.
+"""Conversion of a row to canonical pairs.
 
-Each format is a function from a row (a mapping, as parsed from JSON) to pairs. The format of a source is detected
-from its first rows. A row that cannot be converted raises `RowError` with the rule that it breaks.
+The layout of a row is detected from its fields (`dpo.data.layouts`); a row that fits none is read in the layout of
+most rows of its file. A row is read completely or not used: one that cannot be converted, or that has content in a
+field that is not read, raises `RowError` with the rule that it breaks.
 """
 
 import datetime
 import hashlib
 import math
-import re
-import reprlib
 import unicodedata
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from dpo.common.errors import InputError
+from dpo.data.layouts import ANY_PROMPT, CONVERSATIONS, LAYOUTS, SYSTEMS, Example, Reading, number
+from dpo.data.turns import ROLES, Fields, RowError, Turn, content_text, from_json, shown, storable, transcript
 
 Row = Mapping[str, Any]
 Pair = dict[str, Any]
-Turn = dict[str, str]
 Pairing = Literal["best_worst", "best_rest"]
 
 COMPLETIONS = ("chosen", "rejected")
 PAIR_TEXTS = ("prompt", *COMPLETIONS)
 """The texts of a canonical pair."""
-
-PROMPTS = ("prompt", "instruction")
-TEXTS = ("response", "text", "content", "completion")
-SCORES = ("score", "overall_score", "rating")
-SCORE_LISTS = ("scores", "ratings")
-RANK_LISTS = ("ranks", "rankings")
+TOOLS = ("tools", "functions")
+CONTENT_FIELDS = frozenset(
+    (
+        *ANY_PROMPT, *SYSTEMS, *TOOLS, "article", "audio", "audios", "background", "chat_history",
+        "custom_system_prompt", "demonstrations", "document", "documents", "few_shot", "history", "image",
+        "images", "input", "inputs", "objects", "passage", "passages", "video", "videos",
+    )
+)  # fmt: skip
+"""Fields that are known to carry content. A row with a value in one that is not read is not used."""
+RATINGS = {
+    "chosen_rating": ("score_chosen", "chosen_score"),
+    "rejected_rating": ("score_rejected", "rejected_score"),
+}
+"""Other names of the ratings."""
 SPLITS = {"train": "train"} | dict.fromkeys(("eval", "test", "validation", "valid", "dev"), "eval")
-ROLES = ("system", "user", "assistant")
-HH_TURN = re.compile(r"\n\n(Human|Assistant):")
-HH_ANSWER = "\n\nAssistant:"
-HH_ROLES = {"Human": "user", "Assistant": "assistant"}
+REPEATED_PROMPT = "completions start with their prompt; it was removed"
 
 
-class RowError(Exception):
-    """A row cannot be converted to pairs. `rule` is the rule that it breaks, `reason` says how."""
+@dataclass(frozen=True)
+class Spelling:
+    """How a source names its columns and roles, and which of several completions are paired."""
 
-    def __init__(self, rule: str, reason: str) -> None:
-        super().__init__(reason)
-        self.rule, self.reason = rule, reason
+    columns: Mapping[str, str] = field(default_factory=dict)
+    """The source's column by the name that layouts read."""
+    roles: Mapping[str, str] = field(default_factory=dict)
+    """Roles in addition to `dpo.data.turns.ROLES`."""
+    pairing: Pairing = "best_worst"
+
+    def fields(self, row: Row, *, keep_empty: bool = False) -> Fields:
+        """Return the fields of a row by the names that layouts read."""
+        if self.columns:
+            names = {theirs: ours for ours, theirs in self.columns.items()}
+            row = {names.get(name, name): value for name, value in row.items() if name not in self.columns}
+        return Fields(row, keep_empty=keep_empty)
 
 
-def detect(rows: Collection[Row], origin: str) -> str:
-    """Return the format of a source, a key of `FORMATS`: the most frequent one among the given rows.
+@dataclass(frozen=True)
+class Converted:
+    """The pairs of a row, and what was not read or was removed."""
+
+    pairs: list[Pair]
+    layout: str
+    unread: list[str]
+    """Fields with a value that were not read."""
+    notes: list[str]
+    """What was removed from the texts."""
+
+
+def layout_of(row: Row, spelling: Spelling) -> str | None:
+    """Return the layout of a row, a key of `LAYOUTS`, or None."""
+    # An empty text is not missing if the row fits no layout without it.
+    return _layout(spelling.fields(row)) or _layout(spelling.fields(row, keep_empty=True))
+
+
+def _layout(fields: Fields) -> str | None:
+    return next((name for name, layout in LAYOUTS.items() if layout.needs(fields)), None)
+
+
+def detect(rows: Collection[Row], origin: str, spelling: Spelling) -> str:
+    """Return the most frequent layout of some rows of the file `origin`.
 
     Raises:
-        InputError: no row has a known format, or the data is unpaired.
+        InputError: no row has a known layout, or the data is unpaired.
     """
-    found = [name for row in rows if (name := _detect_row(row))]
+    found = [name for row in rows if (name := layout_of(row, spelling))]
     if found:
-        return max(FORMATS, key=found.count)
-    fields = sorted({str(field) for row in rows for field in row})
-    if {"completion", "label"} <= set(fields):
-        raise InputError(
-            f"{origin}: rows with 'completion' and 'label' are unpaired data for KTO; DPO needs pairs; "
-            "combine a good and a bad completion of each prompt as 'chosen' and 'rejected'"
-        )
+        return max(LAYOUTS, key=found.count)
+    fields = {str(name) for row in rows for name in row}
+    for needed, problem, fix in (
+        (
+            {"completion", "label"},
+            "rows with 'completion' and 'label' are unpaired data for KTO; DPO needs pairs",
+            "combine a good and a bad completion of each prompt as 'chosen' and 'rejected'",
+        ),
+        (
+            {"prompt", "response", "helpfulness"},
+            "rows with one 'response' and its ratings, as in HelpSteer2",
+            "combine the rows of a prompt: table.groupby('prompt').agg(completions=('response', list), "
+            "scores=('helpfulness', list)).reset_index()",
+        ),
+    ):
+        if needed <= fields:
+            raise InputError(f"{origin}: {problem}; {fix}")
     raise InputError(
-        f"{origin}: unknown format (found {', '.join(map(repr, fields)) or 'no field'}); each row needs "
-        "'prompt', 'chosen' and 'rejected', or 'chosen' and 'rejected' as conversations or Human/Assistant "
-        "transcripts, or 'prompt' and scored 'completions', or 'prompt', 'responses' and 'scores' or 'ranks'"
+        f"{origin}: unknown layout (found {', '.join(map(repr, sorted(fields))) or 'no field'}); each row needs "
+        "'prompt', 'chosen' and 'rejected', or one of the layouts in docs/guides/data.md; name other columns in "
+        "data.columns"
     )
 
 
-def _detect_row(row: Row) -> str | None:
-    has_prompt = any(field in row for field in PROMPTS)
-    if "chosen" in row and "rejected" in row:
-        if has_prompt:
-            return "pairs"
-        if isinstance(row["chosen"], str):
-            return "transcripts" if HH_TURN.search(f"\n\n{row['chosen']}") else None
-        return "conversations"
-    if has_prompt and "completions" in row:
-        return "scored completions"
-    if has_prompt and "responses" in row and any(field in row for field in (*SCORE_LISTS, *RANK_LISTS)):
-        return "rated responses"
-    return None
+def convert(row: Row, spelling: Spelling, usual_layout: str) -> Converted:
+    """Return the pairs of one row. `usual_layout` is read if the row fits no layout.
 
-
-def to_pairs(row: Row, form: str, pairing: Pairing) -> list[Pair]:
-    """Return the pairs of one row: `prompt`, `turns`, `chosen`, `rejected` and the optional fields.
-
-    `form` is from `detect`. Of several rated completions, `pairing` combines the best with the worst, or with each
-    lower-rated one. A row that cannot be converted raises RowError.
+    Raises:
+        RowError: the row cannot be converted, or has content that is not read.
     """
-    pairs = FORMATS[form](row, pairing)
-    shared = _optional_fields(row)
-    name = shared.pop("id")
-    for number, pair in enumerate(pairs):
-        for field in PAIR_TEXTS:
-            _storable(pair[field], field)
-        pair |= {k: v for k, v in shared.items() if pair.get(k) is None}
-        if name:
-            pair["id"] = name if len(pairs) == 1 else f"{name}/{number}"
+    fields = spelling.fields(row)
+    name = _layout(fields) or layout_of(row, spelling) or usual_layout
+    reading = Reading(fields, {**ROLES, **spelling.roles} if spelling.roles else ROLES)
+    example = LAYOUTS[name].read(reading)
+    shared = _metadata(fields)
+    shared["tools"] = _tools(fields.get(*TOOLS)) or reading.tools
+    pairs = _pairs(example, reading, spelling.pairing)
+    _check_unread_content(fields, reading, pairs)
+    label = shared.pop("id")
+    for place, pair in enumerate(pairs):
+        pair |= {key: value for key, value in shared.items() if pair.get(key) is None}
+        if label:
+            pair["id"] = label if len(pairs) == 1 else f"{label}/{place}"
         else:
-            pair["id"] = hashlib.sha256("\x1f".join(pair[f] for f in PAIR_TEXTS).encode()).hexdigest()[:16]
-    return pairs
+            pair["id"] = hashlib.sha256("\x1f".join(pair[text] for text in PAIR_TEXTS).encode()).hexdigest()[:16]
+    return Converted(pairs, name, sorted({*fields.unread(), *reading.unread}), sorted(reading.notes))
 
 
 def normalize(text: str) -> str:
@@ -106,220 +143,179 @@ def normalize(text: str) -> str:
     return " ".join((text if text.isascii() else unicodedata.normalize("NFKC", text)).casefold().split())
 
 
-def _pairs(row: Row, pairing: Pairing) -> list[Pair]:
-    prompt, chosen, rejected = _prompt(row), _required(row, "chosen"), _required(row, "rejected")
-    if all(isinstance(value, list) and len(value) > 1 for value in (chosen, rejected)):
-        pair = _conversation(_turns(chosen, "chosen"), _turns(rejected, "rejected"))
-        text = _prompt_fields(prompt)["prompt"]
-        openings = [pair["prompt"], *(turn["content"] for turn in (pair["turns"] or [])[-1:])]
-        if text.strip() not in [opening.strip() for opening in openings]:
-            raise RowError("broken_roles", "field 'prompt' differs from the start of the conversations")
-        return [pair]
-    completions = {field: _completion(row[field], field) for field in COMPLETIONS}
-    return [{**_prompt_fields(prompt), **completions}]
-
-
-def _conversations(row: Row, pairing: Pairing) -> list[Pair]:
-    return [_conversation(*(_turns(_required(row, field), field) for field in COMPLETIONS))]
-
-
-def _transcripts(row: Row, pairing: Pairing) -> list[Pair]:
-    chosen, rejected = (_parse_transcript(_text(_required(row, field), field), field) for field in COMPLETIONS)
-    pair = _conversation(chosen, rejected)
-    opening = row["chosen"].rpartition(HH_ANSWER)[0] + HH_ANSWER
-    return [{**pair, "prompt": opening, "turns": chosen[:-1]}]
-
-
-def _scored_completions(row: Row, pairing: Pairing) -> list[Pair]:
-    texts, scores = [], []
-    for completion in _listed(_required(row, "completions"), "completions"):
-        if not isinstance(completion, Mapping):
-            raise RowError("wrong_type", "field 'completions' contains an item that is not an object")
-        text = next((completion[field] for field in TEXTS if field in completion), None)
-        score = next((completion[field] for field in SCORES if completion.get(field) is not None), None)
-        texts.append(_text(text, "completions"))
-        scores.append(_required_number(score, "completions: score"))
-    return _ranked_pairs(row, texts, scores, pairing)
-
-
-def _rated_responses(row: Row, pairing: Pairing) -> list[Pair]:
-    texts = [_text(text, "responses") for text in _listed(_required(row, "responses"), "responses")]
-    field = next(f for f in (*SCORE_LISTS, *RANK_LISTS) if f in row or f == RANK_LISTS[-1])
-    values = [_required_number(value, field) for value in _listed(_required(row, field), field)]
-    if len(values) != len(texts):
-        raise RowError("wrong_type", f"{len(texts)} responses have {len(values)} {field}")
-    if field not in RANK_LISTS:
-        return _ranked_pairs(row, texts, values, pairing)
-    no_rating = {"chosen_rating": None, "rejected_rating": None}  # a rank is not a rating
-    return [pair | no_rating for pair in _ranked_pairs(row, texts, [-value for value in values], pairing)]
-
-
-def _ranked_pairs(row: Row, texts: list[str], scores: list[float], pairing: Pairing) -> list[Pair]:
-    prompt = _prompt_fields(_prompt(row))
-    order = sorted(range(len(texts)), key=lambda i: -scores[i])
-    lower = [i for i in order if scores[i] < scores[order[0]]]
-    if not lower:
-        raise RowError("no_preference", f"{len(texts)} completions, none rated higher than another")
-    best = {**prompt, "chosen": texts[order[0]], "chosen_rating": scores[order[0]]}
-    worse = lower[-1:] if pairing == "best_worst" else lower
-    return [{**best, "rejected": texts[i], "rejected_rating": scores[i]} for i in worse]
-
-
-FORMATS: dict[str, Callable[[Row, Pairing], list[Pair]]] = {
-    "pairs": _pairs,
-    "conversations": _conversations,
-    "transcripts": _transcripts,
-    "scored completions": _scored_completions,
-    "rated responses": _rated_responses,
-}
-
-
-def _conversation(chosen: list[Turn], rejected: list[Turn]) -> Pair:
-    """Return the pair of two conversations that differ in the last turn only. The other turns are the prompt."""
-    for turns, field in zip((chosen, rejected), COMPLETIONS, strict=True):
-        if not turns or turns[-1]["role"] != "assistant":
-            raise RowError("broken_roles", f"field '{field}' does not end with an assistant turn")
-    if chosen[:-1] != rejected[:-1]:
-        raise RowError("broken_roles", "the conversations differ before their last turn")
-    pair = {"chosen": chosen[-1]["content"], "rejected": rejected[-1]["content"]}
-    return {**_conversation_prompt(chosen[:-1]), **pair}
-
-
-def _prompt_fields(prompt: Any) -> Pair:
-    if isinstance(prompt, str):
-        return {"prompt": prompt, "turns": None}
-    return _conversation_prompt(_turns(prompt, "prompt"))
-
-
-def _conversation_prompt(turns: list[Turn]) -> Pair:
-    """Return the prompt fields for the turns before the answer. A single user turn is a plain prompt."""
-    roles = [turn["role"] for turn in turns]
-    rest = roles[1:] if roles[:1] == ["system"] else roles
-    if rest != [*["user", "assistant"] * (len(rest) // 2), "user"]:
-        found = ", ".join(roles) or "none"
-        raise RowError(
-            "broken_roles", f"the prompt's roles are {found}; user and assistant must alternate, user last"
-        )
-    if roles == ["user"]:
-        return {"prompt": turns[0]["content"], "turns": None}
-    text = "".join(f"\n\n{turn['role'].capitalize()}: {turn['content']}" for turn in turns)
-    return {"prompt": f"{text.lstrip()}{HH_ANSWER}", "turns": turns}
-
-
-def _turns(value: Any, field: str) -> list[Turn]:
-    turns = []
-    for turn in _listed(value, field):
-        if not isinstance(turn, Mapping) or "role" not in turn or "content" not in turn:
-            reason = f"field '{field}' contains an item that is not a turn with 'role' and 'content'"
-            raise RowError("wrong_type", reason)
-        if turn["role"] not in ROLES:
-            reason = f"field '{field}': unknown role {_shown(turn['role'])}, expected {', '.join(ROLES)}"
-            raise RowError("broken_roles", reason)
-        turns.append({"role": turn["role"], "content": _storable(_text(turn["content"], field), field)})
-    return turns
-
-
-def _parse_transcript(text: str, field: str) -> list[Turn]:
-    parts = HH_TURN.split(text if text.startswith("\n\n") else f"\n\n{text}")
-    if parts[0].strip() or len(parts) == 1:
-        raise RowError("broken_roles", f"field '{field}' does not start with 'Human:'")
-    turns = zip(parts[1::2], parts[2::2], strict=True)
-    return [{"role": HH_ROLES[role], "content": content.strip()} for role, content in turns]
-
-
-def _completion(value: Any, field: str) -> str:
-    if isinstance(value, str):
-        return value
-    turns = _turns(value, field)
-    if [turn["role"] for turn in turns] != ["assistant"]:
-        raise RowError("broken_roles", f"field '{field}' must contain exactly one assistant turn")
-    return turns[0]["content"]
-
-
-def _prompt(row: Row) -> Any:
-    field = next((f for f in PROMPTS if row.get(f) is not None), "prompt")
-    prompt = _required(row, field)
-    return prompt if isinstance(prompt, str) else _listed(prompt, field)
-
-
-def _required(row: Row, field: str) -> Any:
-    if row.get(field) is None:
-        raise RowError("missing_text", f"field '{field}' is missing or null")
-    return row[field]
-
-
-def optional(row: Row, field: str) -> Any:
+def optional(row: Row, name: str) -> Any:
     """Return the value of an optional field. An empty string or NaN, which tables use for no value, gives None."""
-    value = row.get(field)
+    value = row.get(name)
     return None if value == "" or (isinstance(value, float) and math.isnan(value)) else value
 
 
-def _shown(value: Any) -> str:
-    """Return the start of a value for a message. Works for large and deeply nested values."""
-    return repr((value if isinstance(value, str) else reprlib.repr(value))[:40])
+def _pairs(example: Example, reading: Reading, pairing: Pairing) -> list[Pair]:
+    """Pair the best completion with the worst, or with each one that has a lower score."""
+    scores = example.scores
+    order = sorted(range(len(scores)), key=lambda place: -scores[place])
+    lower = [place for place in order if scores[place] < scores[order[0]]]
+    if not lower:
+        raise RowError("no_preference", f"{len(scores)} completions, none rated higher than another")
+    best, prompt = order[0], example.prompt
+    if example.systems and (system := example.systems[best]):  # the answer that is learned was given under it
+        prompt = [{"role": "system", "content": system}, *prompt]
+    made = []
+    for other in lower[-1:] if pairing == "best_worst" else lower:
+        pair = _pair(prompt, example.completions[best], example.completions[other], reading)
+        ratings = zip(RATINGS, (scores[best], scores[other]), strict=True)
+        made.append(pair | (dict(ratings) if example.is_rating else {}))
+    return made
 
 
-def _text(value: Any, field: str) -> str:
-    if value is None:
-        raise RowError("missing_text", f"field '{field}' contains null instead of a text")
-    if not isinstance(value, str):
-        raise RowError("wrong_type", f"field '{field}' is {type(value).__name__} {_shown(value)}, not a text")
-    return value
+def _pair(prompt: list[Turn], chosen: list[Turn], rejected: list[Turn], reading: Reading) -> Pair:
+    """Return the canonical pair of two completions, each of which may be a whole conversation."""
+    ours, theirs = (
+        _conversation(prompt, turns, name) for name, turns in zip(COMPLETIONS, (chosen, rejected), strict=True)
+    )
+    for name, turns in zip(COMPLETIONS, (ours, theirs), strict=True):
+        if not turns or turns[-1]["role"] != "assistant":
+            raise RowError("broken_roles", f"field '{name}' does not end with an assistant turn")
+    longest = min(len(ours), len(theirs)) - 1
+    parting = next((place for place in range(longest) if not _same(ours[place], theirs[place])), longest)
+    if {ours[parting]["role"], theirs[parting]["role"]} != {"assistant"}:
+        raise RowError(
+            "broken_roles", f"the conversations part at a turn of the {_other_role(ours, theirs, parting)}"
+        )
+    before, tails = ours[:parting], [ours[parting:], theirs[parting:]]
+    if reading.is_transcript:
+        tails = [[{**turn, "content": turn["content"].strip()} for turn in tail] for tail in tails]
+    tails = _without_prompt(before, tails, reading.notes)
+    texts = zip(COMPLETIONS, ("\n\n".join(map(content_text, tail)) for tail in tails), strict=True)
+    kept = {
+        f"{name}_turns": None if _is_text(tail) else tail for name, tail in zip(COMPLETIONS, tails, strict=True)
+    }
+    return {**_prompt_fields(before, reading.is_transcript), **dict(texts), **kept}
 
 
-def _listed(value: Any, field: str) -> list[Any]:
-    if not isinstance(value, list):
-        raise RowError("wrong_type", f"field '{field}' is {type(value).__name__}, not a text or a list")
-    return value
+def _other_role(ours: Sequence[Turn], theirs: Sequence[Turn], place: int) -> str:
+    return next(turns[place]["role"] for turns in (ours, theirs) if turns[place]["role"] != "assistant")
 
 
-def _storable(text: str, field: str) -> str:
-    """Return the text, or raise RowError if it cannot be encoded as UTF-8."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        code = ord(text[error.start])
-        if 0xDC80 <= code <= 0xDCFF:
-            raise RowError("invalid_utf8", f"field '{field}': byte {code - 0xDC00:#x} is not UTF-8") from error
-        raise RowError("lone_surrogate", f"field '{field}': lone surrogate U+{code:04X}") from error
-    return text
+def _conversation(prompt: list[Turn], completion: list[Turn], name: str) -> list[Turn]:
+    """Return the whole conversation of a completion, which may start with the prompt, or with turns before it."""
+    if not completion or completion[0]["role"] == "assistant":
+        return prompt + completion
+    system = prompt[:1] if prompt and prompt[0]["role"] == "system" else []
+    asked = prompt[len(system) :]
+    if system and completion[0]["role"] != "system":
+        completion = system + completion
+    rest = completion[1:] if completion[0]["role"] == "system" else completion
+    starts = len(asked) <= len(rest) and all(map(_same, asked, rest))
+    asks = len(asked) == 1 and any(_same(asked[0], turn) for turn in rest)
+    if (system and not _same(system[0], completion[0])) or not (starts or asks):
+        raise RowError("broken_roles", f"field 'prompt' differs from the start of the conversation in '{name}'")
+    return completion
 
 
-def _optional_fields(row: Row) -> Pair:
-    split = optional(row, "split")
-    if split is not None and (not isinstance(split, str) or split not in SPLITS):
-        raise RowError("unknown_split", f"split {_shown(split)} is not one of {', '.join(SPLITS)}")
-    weight, agreement = _number(row, "weight"), _number(row, "agreement")
-    if weight is not None and weight <= 0:
-        raise RowError("wrong_type", f"field 'weight' is {weight:g}; it must be above 0")
-    if agreement is not None and not 0 <= agreement <= 1:
-        raise RowError("wrong_type", f"field 'agreement' is {agreement:g}; it must be from 0 to 1")
-    labels = {field: _label(row, field) for field in ("id", "source")}
-    ratings = {field: _number(row, field) for field in ("chosen_rating", "rejected_rating")}
-    return {**labels, **ratings, "split": split and SPLITS[split], "weight": weight, "agreement": agreement}
+def _same(turn: Turn, other: Turn) -> bool:
+    return {**turn, "content": turn["content"].strip()} == {**other, "content": other["content"].strip()}
 
 
-def _label(row: Row, field: str) -> str | None:
-    value = optional(row, field)
-    if value is None:
+def _without_prompt(before: list[Turn], tails: list[list[Turn]], notes: set[str]) -> list[list[Turn]]:
+    """Remove the prompt's text from the start of both completions if they repeat it."""
+    asked = before[-1]["content"].strip() if before else ""
+    first = [tail[0]["content"].lstrip() for tail in tails]
+    if not asked or not all(text.startswith(asked) and text[len(asked) :].strip() for text in first):
+        return tails
+    notes.add(REPEATED_PROMPT)
+    rests = [text[len(asked) :].lstrip() for text in first]
+    return [[{**tail[0], "content": rest}, *tail[1:]] for tail, rest in zip(tails, rests, strict=True)]
+
+
+def _is_text(tail: list[Turn]) -> bool:
+    """Return whether a completion is one text of the assistant, without reasoning and tool calls."""
+    return len(tail) == 1 and tail[0].keys() == {"role", "content"}
+
+
+def _prompt_fields(turns: list[Turn], is_transcript: bool) -> Pair:
+    """Return the prompt fields for the turns before the answer. A single user turn is a plain prompt."""
+    roles = [turn["role"] for turn in turns]
+    if not turns or roles[-1] not in ("user", "tool") or "user" not in roles or "system" in roles[1:]:
+        found = ", ".join(roles) or "none"
+        raise RowError("broken_roles", f"the prompt's roles are {found}; it must end with the user or a tool")
+    if is_transcript:
+        return {"prompt": f"\n\n{transcript(turns, 'Human')}", "turns": turns}
+    if roles == ["user"]:
+        return {"prompt": turns[0]["content"], "turns": None}
+    return {"prompt": transcript(turns), "turns": turns}
+
+
+def _check_unread_content(fields: Fields, reading: Reading, pairs: list[Pair]) -> None:
+    """Raise RowError if a field that carries content was not read. A copy of a conversation is not content."""
+    for name in set(fields.unread()) & CONTENT_FIELDS:
+        if name in CONVERSATIONS:
+            turns, pair = reading.turns(fields.peek(name), name), pairs[0]
+            known = [*(pair["turns"] or [{"role": "user", "content": pair["prompt"]}])]
+            answers = [
+                pair[f"{side}_turns"] or [{"role": "assistant", "content": pair[side]}] for side in COMPLETIONS
+            ]
+            if any(
+                len(turns) == len(whole) and all(map(_same, turns, whole))
+                for whole in (known, *(known + a for a in answers))
+            ):
+                fields.get(name)
+                continue
+        fix = "name it in data.columns if it is the prompt, or remove the field"
+        raise RowError(
+            "unread_content", f"field '{name}' has content that is not read: {shown(fields.peek(name))}; {fix}"
+        )
+
+
+def _tools(value: Any) -> list[Any] | None:
+    """Return tools as {type, function}, as chat templates expect them."""
+    tools = from_json(value)
+    if tools is None:
         return None
+    if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
+        raise RowError("wrong_type", f"field 'tools' is {shown(tools)}, not a list of objects")
+    return [dict(tool) if "function" in tool else {"type": "function", "function": dict(tool)} for tool in tools]
+
+
+def _metadata(fields: Fields) -> Pair:
+    """Return the optional fields. A value of another type is left unread, so that it is reported."""
+    split = fields.get("split")
+    name = split.replace("-", "_").split("_")[0] if isinstance(split, str) else None
+    if split is not None and name not in SPLITS:
+        raise RowError("unknown_split", f"split {shown(split)} is not one of {', '.join(SPLITS)}")
+    numbers = {
+        "weight": _number(fields, lambda value: value > 0, "weight"),
+        "agreement": _number(fields, lambda value: 0 <= value <= 1, "agreement"),
+        **{name: _number(fields, math.isfinite, name, *others) for name, others in RATINGS.items()},
+    }
+    labels = {name: _label(fields, name) for name in ("id", "source")}
+    return {**labels, **numbers, "split": name and SPLITS[name]}
+
+
+def _label(fields: Fields, name: str) -> str | None:
+    if name not in fields:
+        return None
+    value = fields.peek(name)
+    if isinstance(value, list) and value and all(isinstance(item, str) for item in value):
+        value = ", ".join(value)
     if isinstance(value, datetime.date):
-        return value.isoformat()
+        value = value.isoformat()
     if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise RowError("wrong_type", f"field '{field}' is {type(value).__name__}, not a text or a number")
-    return _storable(str(value), field)
-
-
-def _number(row: Row, field: str) -> float | None:
-    value = optional(row, field)
-    return None if value is None else _required_number(value, field)
-
-
-def _required_number(value: Any, field: str) -> float:
+        return None
     try:
-        number = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError, OverflowError):
-        number = math.nan
-    if not math.isfinite(number):
-        raise RowError("wrong_type", f"field '{field}' is {_shown(value)}, not a number")
-    return number
+        label = storable(str(value), name)
+    except RowError:
+        return None
+    fields.get(name)
+    return label
+
+
+def _number(fields: Fields, is_valid: Any, *names: str) -> float | None:
+    for name in filter(fields.__contains__, names):
+        try:
+            value = number(fields.peek(name), name)
+        except RowError:
+            continue
+        if is_valid(value):
+            fields.get(name)
+            return value
+    return None

@@ -8,11 +8,12 @@ import csv
 import gzip
 import io
 import json
+import re
 import reprlib
 import tempfile
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -36,7 +37,6 @@ MAX_LOADED_BYTES = 512 * 2**20
 BATCH_ROWS = 1000
 BOM = b"\xef\xbb\xbf"
 UTF16 = (b"\xff\xfe", b"\xfe\xff")
-LIST_FIELDS = {"completions", "responses", "scores", "ratings", "ranks", "rankings"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,14 +74,14 @@ def read_source(params: DataSettings, seed: int) -> Iterator[RawRow]:
                     f"params.yaml: data.source: {name} is outside {OWN_DATA}/, the folder that DVC tracks; "
                     f"copy it to {OWN_DATA / Path(name).name} and set that path"
                 )
-        return read_files(names)
+        return read_files(names, params.splits)
     if len(names) > 1:
         raise InputError("params.yaml: data.source: a list may contain files and folders only; remove other names")
-    return _hub(names[0], params.revision)
+    return _hub(names[0], params)
 
 
-def read_files(names: Iterable[str]) -> Iterator[RawRow]:
-    """Read the rows of files, folders of files and saved data sets.
+def read_files(names: Iterable[str], splits: Collection[str] = ()) -> Iterator[RawRow]:
+    """Read the rows of files, folders and saved data sets. `splits` selects parts of folders and data sets.
 
     If a folder's files are named after splits (`train.jsonl`, `test-0001.parquet`), their rows get these splits.
 
@@ -96,9 +96,10 @@ def read_files(names: Iterable[str]) -> Iterator[RawRow]:
         if not path.is_dir():
             yield from _read_file(path)
         elif any((path / file).exists() for file in ("dataset_dict.json", "state.json")):
-            yield from _saved_dataset(path)
+            yield from _saved_dataset(path, splits)
         elif files:
-            yield from _with_splits({file: _read_file(file) for file in files}, path.name)
+            parts = {file: _read_file(file) for file in files}
+            yield from _with_splits(_chosen(parts, splits, str(path)), path.name)
         else:
             endings = ", ".join(READERS)
             raise InputError(f"{name}: the folder contains no data; add files that end in {endings}, or .gz")
@@ -107,6 +108,19 @@ def read_files(names: Iterable[str]) -> Iterator[RawRow]:
 def _kind(path: Path) -> str | None:
     suffix = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
     return suffix if suffix in READERS else None
+
+
+def _chosen(parts: dict[Path, Any], splits: Collection[str], name: str) -> dict[Path, Any]:
+    """Return the parts of a folder or a data set in `splits`, for example `train_prefs-00000-of-00001.parquet`.
+
+    Raises:
+        InputError: a split has no part.
+    """
+    named = {part: re.split(r"-\d+|\.", part.name)[0] for part in parts}
+    if missing := set(splits) - set(named.values()):
+        found = ", ".join(sorted(set(named.values())))
+        raise InputError(f"params.yaml: data.split: {name} has no split '{min(missing)}'; use {found}")
+    return {part: rows for part, rows in parts.items() if not splits or named[part] in splits}
 
 
 def _split_of_name(path: Path) -> str | None:
@@ -211,9 +225,8 @@ def _csv(file: BinaryIO, name: str) -> Iterator[RawRow]:
                 reason = f"{len(values)} fields, the header has {len(header)}"
                 yield RawRow(name, reader.line_num, None, _as_text(values), ("unreadable_row", reason))
             else:
-                cells = dict(zip(header, values, strict=True))
-                row = {field: _cell(field, value) for field, value in cells.items()}
-                yield RawRow(name, reader.line_num, row, _as_text(cells))
+                row = dict(zip(header, values, strict=True))
+                yield RawRow(name, reader.line_num, row, _as_text(row))
     except csv.Error as error:
         raise InputError(f"{name}: line {reader.line_num}: not CSV: {error}") from error
 
@@ -224,18 +237,6 @@ def _short_lines(text: io.TextIOWrapper, name: str) -> Iterator[str]:
             size = f"{MAX_LINE_BYTES // 2**20} MiB"
             raise InputError(f"{name}: a line is longer than {size}; write one row per line")
         yield line
-
-
-def _cell(field: str, value: str) -> Any:
-    """Return a cell's text, or the parsed JSON if it is a list field or a conversation."""
-    if value.startswith("["):
-        try:
-            parsed = json.loads(value)
-        except (ValueError, RecursionError):
-            return value
-        if field in LIST_FIELDS or (parsed and all(isinstance(turn, dict) for turn in parsed)):
-            return parsed
-    return value
 
 
 def _parquet(file: BinaryIO, name: str) -> Iterator[RawRow]:
@@ -279,7 +280,7 @@ def _as_text(row: Any) -> str:
             return reprlib.repr(row)
 
 
-def _saved_dataset(path: Path) -> Iterator[RawRow]:
+def _saved_dataset(path: Path, splits: Collection[str]) -> Iterator[RawRow]:
     from datasets import load_from_disk
     from datasets.exceptions import DatasetsError
 
@@ -287,19 +288,20 @@ def _saved_dataset(path: Path) -> Iterator[RawRow]:
         loaded = load_from_disk(str(path))
     except (OSError, ValueError, LookupError, TypeError, pa.ArrowException, DatasetsError) as error:
         raise InputError(f"{path}: not a complete saved data set: {error}; save it again") from error
-    yield from _dataset_rows(loaded, str(path))
+    yield from _dataset_rows(loaded, str(path), splits)
 
 
-def _hub(name: str, revision: str | None) -> Iterator[RawRow]:
+def _hub(name: str, params: DataSettings) -> Iterator[RawRow]:
     import datasets
 
+    revision = params.revision
     if revision is None:
         raise InputError(
             f"params.yaml: data.source: '{name}' is not `default`, a file or a folder, so it is read as a hub id, "
             "which needs data.revision to be reproducible; correct the path, or set the revision"
         )
     try:
-        loaded = datasets.load_dataset(name, revision=revision)
+        loaded = datasets.load_dataset(name, params.config, revision=revision)
     except Exception as error:
         message = f"params.yaml: data.source: cannot load '{name}' at '{revision}': {error}"
         if _is_connection_error(error):
@@ -307,7 +309,7 @@ def _hub(name: str, revision: str | None) -> Iterator[RawRow]:
         if isinstance(error, OSError | ValueError | RuntimeError | datasets.exceptions.DatasetsError):
             raise InputError(message) from error
         raise
-    return _dataset_rows(loaded, name)
+    return _dataset_rows(loaded, name, params.splits)
 
 
 def _is_connection_error(error: BaseException) -> bool:
@@ -323,12 +325,13 @@ def _is_connection_error(error: BaseException) -> bool:
     return error.__cause__ is not None and _is_connection_error(error.__cause__)
 
 
-def _dataset_rows(loaded: Any, name: str) -> Iterator[RawRow]:
+def _dataset_rows(loaded: Any, name: str, splits: Collection[str]) -> Iterator[RawRow]:
     parts = loaded if isinstance(loaded, dict) else {"train": loaded}
     rows = {
         Path(part): _numbered(_arrow_rows(data.with_format("arrow").iter(BATCH_ROWS)), f"{name}:{part}")
         for part, data in parts.items()
     }
+    rows = _chosen(rows, splits, name)
     yield from _with_splits(rows, name) if len(rows) > 1 else chain(*rows.values())
 
 

@@ -1,6 +1,7 @@
 """Schemas of the raw table, which stage `ingest` writes, and of the pairs that stage `validate` accepts."""
 
-from typing import cast
+import json
+from typing import Any, cast
 
 import pandas as pd
 import pandera.pandas as pa
@@ -11,12 +12,15 @@ from pandera.typing.pandas import Series
 from dpo.common.errors import InputError
 
 TEXT = pyarrow.string()
+TURN_FIELDS = ("role", "content", "reasoning_content", "tool_calls", "tool_call_id", "name")
+TURNS = pyarrow.list_(pyarrow.struct(dict.fromkeys(TURN_FIELDS, TEXT)))
 PAIR_FIELDS = {
-    **{"id": TEXT, "prompt": TEXT, "turns": pyarrow.list_(pyarrow.struct({"role": TEXT, "content": TEXT}))},
-    **dict.fromkeys(("chosen", "rejected", "split", "source"), TEXT),
+    **{"id": TEXT, "prompt": TEXT, "turns": TURNS, "chosen": TEXT, "rejected": TEXT},
+    **{"chosen_turns": TURNS, "rejected_turns": TURNS, "tools": TEXT, "split": TEXT, "source": TEXT},
     **dict.fromkeys(("weight", "agreement", "chosen_rating", "rejected_rating"), pyarrow.float64()),
 }
 ORIGIN_FIELDS = {"file": TEXT, "line": pyarrow.int64(), "original": TEXT, "rule": TEXT, "reason": TEXT}
+TURN_COLUMNS = ("turns", "chosen_turns", "rejected_turns")
 PAIRS_SCHEMA = pyarrow.schema(PAIR_FIELDS)
 RAW_PAIRS_SCHEMA = pyarrow.schema(PAIR_FIELDS | ORIGIN_FIELDS)
 """Also the schema of the quarantine, in which `rule` and `reason` are never null."""
@@ -30,11 +34,18 @@ class Fields(pa.DataFrameModel):
     prompt: Series[str] = pa.Field(nullable=True)
     """The request, without a chat template. For a conversation: its transcript."""
     turns: Series[object] = pa.Field(nullable=True)
-    """The prompt's turns as {role, content} if it is more than one user turn, else null."""
+    """The prompt's turns if it is more than one user turn, else null. A turn has `role` and `content`, and
+    may have `reasoning_content`, `tool_calls` (as JSON), `tool_call_id` and `name`."""
     chosen: Series[str] = pa.Field(nullable=True)
     """The preferred completion."""
     rejected: Series[str] = pa.Field(nullable=True)
     """The other completion."""
+    chosen_turns: Series[object] = pa.Field(nullable=True)
+    """Its turns if it is more than one text of the assistant, else null. `chosen` then has their texts."""
+    rejected_turns: Series[object] = pa.Field(nullable=True)
+    """The same for `rejected`."""
+    tools: Series[str] = pa.Field(nullable=True)
+    """The tools that the assistant may call, as JSON."""
     split: Series[str] = pa.Field(isin=["train", "eval"], nullable=True)
     """`eval` rows are never trained on."""
     source: Series[str] = pa.Field(nullable=True)
@@ -87,6 +98,17 @@ class Pairs(Fields):
     @pa.dataframe_check(name="chosen and rejected differ", ignore_na=False)
     def _differ(cls, table: pd.DataFrame) -> Series[bool]:
         return cast("Series[bool]", table["chosen"].str.strip() != table["rejected"].str.strip())
+
+
+def as_columns(pair: dict[str, Any]) -> dict[str, Any]:
+    """Return a pair as a row of these tables: tools and tool calls become JSON."""
+    columns = {name: pair[name] and [_turn(turn) for turn in pair[name]] for name in TURN_COLUMNS}
+    return {**pair, **columns, "tools": pair["tools"] and json.dumps(pair["tools"], ensure_ascii=False)}
+
+
+def _turn(turn: dict[str, Any]) -> dict[str, Any]:
+    calls = turn.get("tool_calls")
+    return turn if calls is None else {**turn, "tool_calls": json.dumps(calls, ensure_ascii=False)}
 
 
 def validate_schema(model: type[pa.DataFrameModel], table: pd.DataFrame, origin: str) -> pd.DataFrame:

@@ -24,6 +24,14 @@ class DataSettings(Settings):
     """`default`, a file or folder (or a list of them) under `data/own/`, or the hub id of a data set."""
     revision: str | None = None
     """Commit, tag or branch of a hub id. Required for a hub id."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Columns with other names, as `{prompt: question}`: a name in docs/guides/data.md, then yours."""
+    roles: dict[str, Literal["system", "user", "assistant", "tool"]] = field(default_factory=dict)
+    """Roles with other names, as `{customer: user}`."""
+    split: str | tuple[str, ...] | None = None
+    """Splits of a hub data set or of a folder to read; null reads all."""
+    config: str | None = None
+    """Configuration of a hub data set, if it has several."""
     pairing: Literal["best_worst", "best_rest"] = "best_worst"
     """Of several rated completions of a prompt, pair the best with the worst, or the best with each other one."""
     max_train_pairs: Positive | None = None
@@ -34,6 +42,11 @@ class DataSettings(Settings):
     """Share of the prompts that is held out if the data has no `split` column."""
     min_rating_gap: Annotated[float, Field(ge=0)] = 2.0
     """Default data only: minimum difference between the mean human ratings of a pair, on a scale from -4 to 4."""
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """The names in `split`."""
+        return (self.split,) if isinstance(self.split, str) else self.split or ()
 
 
 @dataclass(frozen=True, kw_only=True)

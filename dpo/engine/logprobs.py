@@ -144,8 +144,7 @@ class LogProbModel(nn.Module):
         if self.in_stream:
             head, in_place = self.get_output_embeddings(), self.accumulate_in_place
             return token_logps(self._hidden(batch), head, batch.targets, accumulate_in_place=in_place)
-        lengths = [length for _, completions in batch.layout for length in completions]
-        parts = zip(self._plain_logits(batch), batch.targets.split(lengths), strict=True)
+        parts = zip(self._plain_logits(batch), batch.targets.split(batch.lengths.tolist()), strict=True)
         return torch.cat([logits.log_softmax(1).gather(1, targets[:, None])[:, 0] for logits, targets in parts])
 
     def _hidden(self, batch: PackedBatch) -> Tensor:
@@ -173,14 +172,14 @@ class LogProbModel(nn.Module):
 
     def _plain_logits(self, batch: PackedBatch) -> Iterator[Tensor]:
         """Yield the logits of one completion at a time from the model's own forward pass."""
-        stream, start = batch.input_ids[0], 0
+        stream, start, positions = batch.input_ids[0], 0, iter(batch.logit_positions.split(batch.lengths.tolist()))
         for prompt, completions in batch.layout:
             end = start + prompt
             for length in completions:
                 ids = torch.cat([stream[start : start + prompt], stream[end : end + length]])[None]
                 with self._autocast():
                     logits = self.model(input_ids=ids, use_cache=False).logits
-                yield logits[0, prompt - 1 : -1].float()
+                yield logits[0, prompt - 1 + (next(positions) - end + 1).clamp_min(0)].float()
                 end += length
             start = end
 

@@ -10,6 +10,7 @@ attends only to its prompt and itself (`dpo.engine.attention`).
 """
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from os.path import commonprefix
@@ -26,7 +27,7 @@ Layout = tuple[tuple[int, tuple[int, ...]], ...]
 
 @dataclass(frozen=True, eq=False)
 class PackedBatch:
-    """R rows as one stream of T tokens, N of which belong to C completions."""
+    """R rows as one stream of T tokens, N of which are scored, with C completions."""
 
     input_ids: Tensor
     """[1, T]"""
@@ -34,9 +35,9 @@ class PackedBatch:
     """[1, T], from 0 for each prompt. Every completion continues from its prompt."""
     layout: Layout
     logit_positions: Tensor
-    """[N], stream positions whose hidden states predict the completion tokens."""
+    """[N], stream positions whose hidden states predict the scored tokens."""
     targets: Tensor
-    """[N], the completion tokens."""
+    """[N], the scored tokens."""
     completion_index: Tensor
     """[N], completion of each token, 0 to C - 1."""
     ids: tuple[str, ...]
@@ -46,6 +47,11 @@ class PackedBatch:
     def completions(self) -> int:
         """The number of completions, C."""
         return sum(len(lengths) for _, lengths in self.layout)
+
+    @property
+    def lengths(self) -> Tensor:
+        """The number of scored tokens of each completion, int64 [C]."""
+        return torch.bincount(self.completion_index, minlength=self.completions)
 
     def sum_per_completion(self, values: Tensor) -> Tensor:
         """Return the sums [C] of values [N] per completion token."""
@@ -66,25 +72,29 @@ def pack(rows: Sequence[TokenRow]) -> PackedBatch:
     input_ids: list[int] = []
     position_ids: list[int] = []
     logit_positions: list[int] = []
+    targets: list[int] = []
+    lengths: list[int] = []
     for row in rows:
         start, length = len(input_ids), len(row.prompt)
-        if not length or not all(row.completions):
+        if not length or not all(row.lengths):
             raise ValueError(f"row {row.id!r}: the prompt and every completion need at least one token")
         input_ids += row.prompt
         position_ids += range(length)
-        for completion in row.completions:
+        for completion, context in itertools.zip_longest(row.completions, row.context, fillvalue=()):
             first = len(input_ids)
-            logit_positions += [start + length - 1, *range(first, first + len(completion) - 1)]
+            scored = sorted({*range(len(completion))} - {*context})
+            logit_positions += [first + place - 1 if place else start + length - 1 for place in scored]
+            targets += [completion[place] for place in scored]
+            lengths.append(len(scored))
             input_ids += completion
             position_ids += range(length, length + len(completion))
-    completions = [completion for row in rows for completion in row.completions]
     return PackedBatch(
         input_ids=torch.tensor([input_ids]),
         position_ids=torch.tensor([position_ids]),
         layout=tuple((len(row.prompt), tuple(map(len, row.completions))) for row in rows),
         logit_positions=torch.tensor(logit_positions),
-        targets=torch.tensor([token for completion in completions for token in completion]),
-        completion_index=torch.tensor([i for i, completion in enumerate(completions) for _ in completion]),
+        targets=torch.tensor(targets),
+        completion_index=torch.tensor([i for i, length in enumerate(lengths) for _ in range(length)]),
         ids=tuple(row.id for row in rows),
     )
 

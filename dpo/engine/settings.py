@@ -1,7 +1,9 @@
 """Settings of the model and of the log-prob engine."""
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 from dpo.common.settings import Positive, Settings
 
@@ -20,6 +22,10 @@ class ModelSettings(Settings):
     """`default` (SmolLM2-135M-Instruct), a folder under `models/own/`, or a hub id."""
     revision: str | None = None
     """Commit, tag or branch of a hub id. Required for a hub id."""
+    template_kwargs: dict[str, bool | int | float | str] = field(default_factory=dict)
+    """Variables of the chat template, as `{enable_thinking: false}`. They become part of the saved template."""
+    date: Annotated[str, Field(pattern=r"^\d{4}-\d\d-\d\d$")] | None = None
+    """The day that a chat template writes, if it writes today's date, as 2026-11-26."""
 
 
 @dataclass(frozen=True, kw_only=True)

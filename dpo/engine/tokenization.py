@@ -1,7 +1,8 @@
-"""Tokenization of preference pairs. All text of the pipeline becomes tokens here."""
+"""Tokenization of prompts and preference pairs. All text of the pipeline becomes tokens here."""
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import re
@@ -10,18 +11,25 @@ from dataclasses import dataclass
 from os.path import commonprefix
 from typing import TYPE_CHECKING, Any
 
-from jinja2 import TemplateError
-
 from dpo.common.errors import InputError
 from dpo.common.progress import progress
+from dpo.engine.chat import (
+    Conversation,
+    Prompt,
+    Rendered,
+    prompt_of,
+    render_pairs,
+    render_prompts,
+    tools_of,
+    turn_end,
+    turns_of,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 PAIRS_AT_ONCE = 1000
-
-Prompt = str | Sequence[Mapping[str, str]]
-"""The text of one user turn, or a conversation as {role, content} turns that ends with a user turn."""
+MIN_TAIL = 16  # tokens of a shortened prompt besides what the chat template writes first
 
 
 @dataclass(frozen=True)
@@ -31,27 +39,31 @@ class TokenRow:
     id: str
     prompt: tuple[int, ...]
     completions: tuple[tuple[int, ...], ...]
+    context: tuple[tuple[int, ...], ...] = ()
+    """Places in each completion of tokens that are not scored: the turns of others between those of the assistant.
+    Empty if all tokens are scored."""
 
     @property
     def tokens(self) -> int:
         """Number of stream positions."""
-        return len(self.prompt) + self.completion_tokens
+        return len(self.prompt) + sum(map(len, self.completions))
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Number of scored tokens of each completion."""
+        context = self.context or ((),) * len(self.completions)
+        return tuple(len(ids) - len(places) for ids, places in zip(self.completions, context, strict=True))
 
     @property
     def completion_tokens(self) -> int:
         """Number of tokens whose log-probs are scored."""
-        return sum(map(len, self.completions))
+        return sum(self.lengths)
 
     @property
     def digest(self) -> bytes:
         """SHA-256 of the id and the tokens."""
-        return hashlib.sha256(json.dumps([self.id, self.prompt, self.completions]).encode()).digest()
-
-
-def prompt_of(pair: Mapping[Any, Any], tokenizer: PreTrainedTokenizerBase) -> Prompt:
-    """Return the `turns` of a canonical pair if it has turns and the tokenizer a chat template, else its text."""
-    turns = pair.get("turns")
-    return pair["prompt"] if turns is None or not tokenizer.chat_template else list(turns)
+        parts = [self.id, self.prompt, self.completions, *([self.context] if self.context else [])]
+        return hashlib.sha256(json.dumps(parts).encode()).digest()
 
 
 def prompt_ids(
@@ -61,14 +73,40 @@ def prompt_ids(
 
     With a chat template, a prompt is its turns and the generation prompt. Without one, it is the start token (if
     the tokenizer has one) and the text. An empty text becomes the start token, or else the end token. Prompts are
-    truncated on the left to `longest` tokens.
+    shortened to `longest` tokens as `shortened` says.
 
     Raises:
         InputError: the chat template fails.
         ValueError: a prompt is empty and the tokenizer has neither token.
     """
-    rows = _prompt_ids(tokenizer, _prompt_texts(tokenizer, prompts))
-    return rows if longest is None else [ids[-longest:] for ids in rows]
+    rows = _prompt_ids(tokenizer, render_prompts(tokenizer, prompts))
+    if longest is None:
+        return rows
+    return [shortened(tokenizer, prompt, ids, longest) for prompt, ids in zip(prompts, rows, strict=True)]
+
+
+def shortened(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, ids: Sequence[int], longest: int) -> list[int]:
+    """Return the ids of a prompt in at most `longest` tokens.
+
+    The oldest turns are dropped first, from one user turn to the next. What the chat template writes first, such
+    as the start token and the system turn, stays. If the last turn alone is too long, its start is cut.
+    """
+    if len(ids) <= longest:
+        return list(ids)
+    turns = turns_of(prompt)
+    first = next((place for place, turn in enumerate(turns) if turn["role"] != "system"), 0)
+    starts = [place for place, turn in enumerate(turns) if place > first and turn["role"] == "user"]
+    if tokenizer.chat_template and starts:
+        newer = Conversation([*turns[:first], *turns[starts[0] :]], tools_of(prompt))
+        (rest,) = _prompt_ids(tokenizer, render_prompts(tokenizer, [newer]))
+        return shortened(tokenizer, newer, rest, longest)
+    head: Sequence[int] = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    if tokenizer.chat_template:
+        other = Conversation([*turns[:-1], {**turns[-1], "content": ""}], tools_of(prompt))
+        (empty,) = _prompt_ids(tokenizer, render_prompts(tokenizer, [other]))
+        head = commonprefix([list(ids), empty])  # noqa: RUF071
+    kept = len(head) if list(ids[: len(head)]) == list(head) and len(head) + MIN_TAIL <= longest else 0
+    return [*ids[:kept], *ids[len(ids) - (longest - kept) :]]
 
 
 def _prompt_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
@@ -84,76 +122,51 @@ def _prompt_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[li
     return [ids or [substitute] for ids in rows]
 
 
-def pair_ids(
-    tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Mapping[Any, Any]]
-) -> list[tuple[list[int], list[int], list[int]]]:
-    """Return the token ids of the prompt, the chosen and the rejected completion of canonical pairs.
+def token_rows(
+    tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Mapping[Any, Any]], rendered: Sequence[Rendered]
+) -> list[TokenRow]:
+    """Return the token rows of rendered pairs, with the chosen completion first and without truncation.
 
     A completion ends with exactly one end token if the tokenizer has one. Prompt and completion are tokenized
     together, unless a token would span both. Then the completion is tokenized separately, because at inference the
-    tokens of the prompt are fixed.
-
-    Raises:
-        InputError: the chat template fails.
+    tokens of the prompt are fixed. In a completion of several turns, the turns of others are context.
     """
-    prompts = [prompt_of(pair, tokenizer) for pair in pairs]
-    texts = _prompt_texts(tokenizer, prompts)
-    chosen, rejected = ([pair[field] for pair in pairs] for field in ("chosen", "rejected"))
-    completions = [_completion_ids(tokenizer, prompts, texts, part) for part in (chosen, rejected)]
-    return list(zip(_prompt_ids(tokenizer, texts), *completions, strict=True))
+    texts = [each.prompt for each in rendered]
+    prompts = _prompt_ids(tokenizer, texts)
+    sides = [_completion_ids(tokenizer, texts, [each.completions[side] for each in rendered]) for side in (0, 1)]
+    rows = []
+    for pair, prompt, (chosen, ours), (rejected, theirs) in zip(pairs, prompts, *sides, strict=True):
+        context = (ours, theirs) if ours or theirs else ()
+        rows.append(TokenRow(pair["id"], tuple(prompt), (chosen, rejected), context))
+    return rows
 
 
 def _completion_ids(
-    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], texts: Sequence[str], completions: Sequence[str]
-) -> list[list[int]]:
-    if tokenizer.chat_template:
-        conversations = [
-            [*turns_of(prompt), {"role": "assistant", "content": completion}]
-            for prompt, completion in zip(prompts, completions, strict=True)
-        ]
-        completions = [
-            text[len(prompt) :] if text.startswith(prompt) else completion
-            for prompt, text, completion in zip(texts, _render(tokenizer, conversations), completions, strict=True)
-        ]
-    completions = [without_end(completion, tokenizer.eos_token) for completion in completions]
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], completions: Sequence[tuple[str, ...]]
+) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Return the token ids of each completion, and the places of those that are context."""
     # No token spans a special token, so only the text after the last special token of a prompt is tokenized again.
     special = _special_tokens(tokenizer)
     tails = [text[_last_match(special, text) :] for text in texts]
     distinct = sorted(set(tails))
     heads = dict(zip(distinct, _encode(tokenizer, distinct), strict=True))
-    both = _encode(tokenizer, [tail + completion for tail, completion in zip(tails, completions, strict=True)])
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    both = _encode(tokenizer, [tail + parts[0] for tail, parts in zip(tails, completions, strict=True)])
+    end = _end_ids(tokenizer)
     rows = []
-    for tail, ids, completion in zip(tails, both, completions, strict=True):
+    for tail, ids, (first, *more) in zip(tails, both, completions, strict=True):
         cut = len(heads[tail])
-        rows.append((ids[cut:] if ids[:cut] == heads[tail] else _encode_continuation(tokenizer, completion)) + end)
+        own = ids[cut:] if ids[:cut] == heads[tail] else _encode_continuation(tokenizer, first)
+        context: list[int] = []
+        for number, part in enumerate(_encode(tokenizer, more) if more else []):
+            context += range(len(own), len(own) + len(part)) if number % 2 == 0 else ()
+            own = own + part
+        rows.append((tuple(own + end), tuple(context)))
     return rows
 
 
-def turns_of(prompt: Prompt) -> list[Mapping[str, str]]:
-    """Return the turns of a prompt. A text is one user turn."""
-    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-
-
-def _prompt_texts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]) -> list[str]:
-    if not tokenizer.chat_template:
-        return [str(prompt) for prompt in prompts]
-    return _render(tokenizer, [turns_of(prompt) for prompt in prompts], add_generation_prompt=True)
-
-
-def _render(
-    tokenizer: PreTrainedTokenizerBase,
-    turns: list[list[Mapping[str, str]]],
-    *,
-    add_generation_prompt: bool = False,
-) -> list[str]:
-    if not turns:
-        return []
-    try:
-        return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=add_generation_prompt)
-    except (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        fix = "fix the model's chat_template.jinja, or the turns"
-        raise InputError(f"the tokenizer's chat template fails: {error}; {fix}") from error
+def _end_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    end = turn_end(tokenizer)
+    return [tokenizer.convert_tokens_to_ids(end)] if end else []
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
@@ -176,15 +189,6 @@ def _encode_continuation(tokenizer: PreTrainedTokenizerBase, text: str) -> list[
     return ids[len(prefix) :] if ids[: len(prefix)] == prefix else tokenizer.encode(text, add_special_tokens=False)
 
 
-def without_end(completion: str, end: str | None) -> str:
-    """Return a completion without trailing end tokens and the whitespace around them."""
-    if not end:
-        return completion
-    while (completion := completion.rstrip()).endswith(end):
-        completion = completion.removesuffix(end)
-    return completion
-
-
 def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
     """Return a pattern of the special tokens that the tokenizer splits off before any other step."""
     literal = [
@@ -205,8 +209,8 @@ def encode_pairs(
 ) -> list[TokenRow]:
     """Return token rows of canonical pairs, with the chosen completion first.
 
-    Prompts are truncated on the left so that a prompt and its longer completion have at most `max_length` tokens.
-    Completions are never truncated.
+    Prompts are shortened so that a prompt and its longer completion have at most `max_length` tokens. Completions
+    are never shortened.
 
     Raises:
         InputError: a completion leaves no room for a prompt token.
@@ -215,14 +219,16 @@ def encode_pairs(
     with progress(total=len(pairs), desc="tokens", unit="pair", mininterval=2, delay=2) as bar:
         for start in range(0, len(pairs), PAIRS_AT_ONCE):
             part = pairs[start : start + PAIRS_AT_ONCE]
-            for pair, (prompt, *completions) in zip(part, pair_ids(tokenizer, part), strict=True):
-                for field, ids in zip(("chosen", "rejected"), completions, strict=True):
+            encoded = token_rows(tokenizer, part, render_pairs(tokenizer, part))
+            for pair, row in zip(part, encoded, strict=True):
+                for field, ids in zip(("chosen", "rejected"), row.completions, strict=True):
                     if len(ids) >= max_length:
                         raise InputError(
-                            f"pair {pair['id']}: field '{field}' has {len(ids)} tokens; with max_length "
+                            f"pair {row.id}: field '{field}' has {len(ids)} tokens; with max_length "
                             f"{max_length} no prompt token fits. Raise engine.max_length or drop the pair."
                         )
-                room = max_length - max(map(len, completions))
-                rows.append(TokenRow(pair["id"], tuple(prompt[-room:]), tuple(map(tuple, completions))))
+                room = max_length - max(map(len, row.completions))
+                prompt = shortened(tokenizer, prompt_of(pair, tokenizer), row.prompt, room)
+                rows.append(dataclasses.replace(row, prompt=tuple(prompt)))
             bar.update(len(part))
     return rows

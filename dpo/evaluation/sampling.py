@@ -13,9 +13,10 @@ from transformers import PreTrainedTokenizerBase
 
 from dpo.common.distributed import share
 from dpo.common.progress import progress
+from dpo.engine.chat import Prompt, end_tokens
 from dpo.engine.logprobs import LogProbModel
 from dpo.engine.packing import budget_batches
-from dpo.engine.tokenization import Prompt, prompt_ids
+from dpo.engine.tokenization import prompt_ids
 
 BLOCK = 256  # tokens of the vocabulary whose probabilities `draw` adds first
 
@@ -44,7 +45,7 @@ def sample(
     exact for the model.
 
     Returns:
-        Token ids of each response. A finished response ends with the end token; one that was truncated at
+        Token ids of each response. A finished response ends with one of `end_ids`; one that was truncated at
         `max_new_tokens` does not.
     """
     rows = prompt_ids(tokenizer, prompts, max_prompt_tokens)
@@ -55,6 +56,7 @@ def sample(
     order = sorted(range(len(rows)), key=lambda row: (len(rows[row]), rows[row]))
     places = budget_batches([len(rows[row]) + max_new_tokens for row in order], max_tokens_per_batch)
     batches = [[order[place] for place in batch] for batch in places]
+    ends = end_ids(model, tokenizer)
     respond = _decode if model.in_stream else _generate
     responses: dict[int, list[int]] = {}
     bar = progress(total=len(rows), desc="responses", unit="response", disable=len(rows) == 1)
@@ -62,7 +64,7 @@ def sample(
         while batches:
             batch = batches[0]
             try:
-                made = respond(model, [rows[i] for i in batch], random[batch], temperature, tokenizer.eos_token_id)
+                made = respond(model, [rows[i] for i in batch], random[batch], temperature, ends)
             except (RuntimeError, MemoryError) as error:
                 if len(batch) == 1 or not should_reduce_batch_size(error):
                     raise
@@ -76,6 +78,14 @@ def sample(
             del batches[0]
             bar.update(len(batch))
     return [responses[row] for row in range(len(rows))]
+
+
+def end_ids(model: LogProbModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the tokens that end a response: of the chat template, the tokenizer and the model's settings."""
+    settings = model.model.generation_config
+    given = getattr(settings, "eos_token_id", None)
+    named = [] if given is None else [given] if isinstance(given, int) else list(given)
+    return sorted({*tokenizer.convert_tokens_to_ids(list(end_tokens(tokenizer))), *named})
 
 
 def draw(logits: Tensor, random: Tensor, temperature: float) -> Tensor:
@@ -106,7 +116,7 @@ def _first_above(weights: Tensor, random: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _decode(
-    model: LogProbModel, prompts: list[list[int]], random: Tensor, temperature: float, end: int | None
+    model: LogProbModel, prompts: list[list[int]], random: Tensor, temperature: float, ends: list[int]
 ) -> list[list[int]]:
     """Sample responses with the engine's own attention. A response leaves the batch when it is finished."""
     responses: list[list[int]] = [[] for _ in prompts]
@@ -116,7 +126,7 @@ def _decode(
         tokens = draw(logits, random[active, step], temperature)
         for row, token in zip(active, tokens.tolist(), strict=True):
             responses[row].append(token)
-        unfinished = [place for place, row in enumerate(active) if responses[row][-1] != end]
+        unfinished = [place for place, row in enumerate(active) if responses[row][-1] not in ends]
         if not unfinished or step == random.shape[1] - 1:
             break
         kept = cache.keep(unfinished)
@@ -126,7 +136,7 @@ def _decode(
 
 
 def _generate(
-    model: LogProbModel, prompts: list[list[int]], random: Tensor, temperature: float, end: int | None
+    model: LogProbModel, prompts: list[list[int]], random: Tensor, temperature: float, ends: list[int]
 ) -> list[list[int]]:
     """Sample responses with the generator of transformers, for models that the packed stream does not support."""
     tokens = [torch.tensor(row, device=model.device) for row in prompts]
@@ -144,11 +154,12 @@ def _generate(
             temperature=temperature,
             top_k=0,
             top_p=1.0,
-            eos_token_id=end,
-            pad_token_id=0 if end is None else end,
+            eos_token_id=ends or None,
+            pad_token_id=ends[0] if ends else 0,
         )
     made = output[:, ids.shape[1] :].tolist()
-    return [row[: row.index(end) + 1] if end in row else row for row in made]
+    lengths = [next((place for place, token in enumerate(row, 1) if token in ends), len(row)) for row in made]
+    return [row[:length] for row, length in zip(made, lengths, strict=True)]
 
 
 def response_table(
@@ -159,7 +170,7 @@ def response_table(
     The processes of a launch share the prompts.
 
     Returns:
-        One row per prompt: `response`, text; `ids`, tokens; `finished`, whether it ends with the end token.
+        One row per prompt: `response`, text; `ids`, tokens; `finished`, whether it ends with an end token.
     """
 
     def sample_mine(mine: list[int]) -> list[list[int]]:
@@ -167,5 +178,6 @@ def response_table(
 
     responses = share(len(prompts), sample_mine)
     texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
-    finished = [ids[-1] == tokenizer.eos_token_id for ids in responses]
+    ends = end_ids(model, tokenizer)
+    finished = [ids[-1] in ends for ids in responses]
     return pd.DataFrame({"response": texts, "ids": responses, "finished": finished})

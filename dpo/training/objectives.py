@@ -77,7 +77,7 @@ class DpoObjective:
     def _pairs(self, model: nn.Module, batch: PackedBatch) -> PairBatch:
         tokens = model(batch, per_token=True) if self.loss.needs_token_logps else None
         policy = (model(batch) if tokens is None else batch.sum_per_completion(tokens)).view(-1, 2)
-        lengths = torch.tensor([lengths for _, lengths in batch.layout], device=policy.device)
+        lengths = batch.lengths.view(-1, 2)
         reference = torch.zeros_like(policy)
         if self.loss.needs_reference:
             reference = self.reference(batch).to(policy.device).view(-1, 2)

@@ -24,12 +24,13 @@ def validate(
     files: Annotated[list[str], Argument(metavar="FILE", help="Files or folders to validate.")],
     model: Annotated[Path | None, Option(help="Folder with a tokenizer (default: models/base, if any).")] = None,
     output: Annotated[Path, Option(help="Folder for report, metrics and quarantine.")] = Path("checked"),
+    show: Annotated[int, Option(min=0, help="Number of pairs to print as the model reads them.")] = 0,
 ) -> None:
     """Validate preference data without running the pipeline."""
     from dpo.config import load_params
     from tasks.commands.validate import check_files
 
-    check_files(load_params(), files, model, output)
+    check_files(load_params(), files, model, output, show)
 
 
 @app.command()

@@ -23,9 +23,10 @@ from dpo.common.distributed import this_process
 from dpo.common.errors import InputError
 from dpo.common.files import atomic_write, md5, write_json
 from dpo.config import Params, load_params
+from dpo.engine.chat import prompt_of
 from dpo.engine.logprobs import LogProbModel, load_model, sequence_logps
 from dpo.engine.pretrained import load_tokenizer
-from dpo.engine.tokenization import encode_pairs, prompt_of
+from dpo.engine.tokenization import encode_pairs
 from dpo.evaluation.bootstrap import bootstrap, mean, paired_test
 from dpo.evaluation.judges import load_judges
 from dpo.evaluation.pair_metrics import pair_table
@@ -195,7 +196,7 @@ def ranked_wins(
         held_out,
         sequence_logps(champion, rows, engine.max_tokens_per_microbatch, "champion log-probs"),
         torch.tensor(own[["chosen_reference_logp", "rejected_reference_logp"]].to_numpy()),
-        torch.tensor([[len(ids) for ids in row.completions] for row in rows]),
+        torch.tensor([row.lengths for row in rows]),
         trial,
     )
     return own["prompt"].tolist(), ((1 + own["correct"] - theirs["correct"]) / 2).tolist()

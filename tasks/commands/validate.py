@@ -1,7 +1,11 @@
 """Validate data files without running the pipeline."""
 
 import sys
+from collections.abc import Iterator
+from itertools import groupby
 from pathlib import Path
+
+import pyarrow.parquet as pq
 
 from dpo.common.errors import InputError
 from dpo.common.files import write_json
@@ -12,11 +16,12 @@ from tasks.common.paths import BASE
 from tasks.validate import raise_errors, validate_and_report
 
 
-def check_files(params: Params, files: list[str], model: Path | None, output: Path) -> None:
+def check_files(params: Params, files: list[str], model: Path | None, output: Path, show: int = 0) -> None:
     """Check data files; write report, metrics, quarantine and accepted pairs to a folder.
 
     `output/metrics.json` has a list `errors` of {code, message}, which is empty if the data can be used.
-    If `model` is None, the tokenizer of the base model is used, if it exists.
+    If `model` is None, the tokenizer of the base model is used, if it exists. With a tokenizer, the first `show`
+    training pairs are printed as the model reads them.
 
     Raises:
         InputError: a file is unreadable, the model is missing, or the data must not be used.
@@ -26,6 +31,8 @@ def check_files(params: Params, files: list[str], model: Path | None, output: Pa
     tokenizer = model or (BASE if BASE.is_dir() else None)
     if tokenizer is None:
         print(f"no tokenizer in {BASE}: lengths are in characters; set one with --model", file=sys.stderr)
+        if show:
+            raise InputError("--show: pairs are shown as tokens; set --model to a folder with a tokenizer")
     raw_pairs, metrics = output / "raw_pairs.parquet", output / "metrics.json"
     metrics.unlink(missing_ok=True)
     try:
@@ -35,4 +42,27 @@ def check_files(params: Params, files: list[str], model: Path | None, output: Pa
         raise
     outputs = {name: output / f"{name}.parquet" for name in ("train", "eval", "quarantine")}
     outputs |= {"report": output / "report.html", "metrics": metrics}
-    raise_errors(validate_and_report(params, raw_pairs, tokenizer, {"train": None, "eval": None}, outputs))
+    origin = ", ".join(files)
+    caps: dict[str, int | None] = {"train": None, "eval": None}
+    result = validate_and_report(params, raw_pairs, origin, tokenizer, caps, outputs)
+    if tokenizer is not None and not result.errors:
+        for text in training_sequences(outputs["train"], tokenizer, show, params.engine.max_length):
+            print(text)
+    raise_errors(result)
+
+
+def training_sequences(table: Path, model: Path, count: int, max_length: int) -> Iterator[str]:
+    """Yield the first pairs of a table as decoded tokens, with prompt, completions, context and end marked."""
+    from dpo.engine.pretrained import load_tokenizer
+    from dpo.engine.tokenization import encode_pairs
+
+    tokenizer = load_tokenizer(model)
+    for row in encode_pairs(pq.read_table(table).slice(0, count).to_pylist(), tokenizer, max_length):
+        lines = [f"\npair {row.id}", f"[prompt] {tokenizer.decode(row.prompt)}"]
+        for number, (name, ids) in enumerate(zip(("chosen", "rejected"), row.completions, strict=True)):
+            context = set(row.context[number]) if row.context else set()
+            for is_context, places in groupby(range(len(ids) - 1), context.__contains__):
+                text = tokenizer.decode([ids[place] for place in places])
+                lines.append(f"[{'context' if is_context else name}] {text}")
+            lines.append(f"[end] {tokenizer.decode(ids[-1:])}")
+        yield "\n".join(lines)

@@ -6,6 +6,8 @@ from dpo.training.settings import Trial
 
 BASE = Path("models/base")
 REFERENCE = Path("models/reference")
+BENCHMARKS = Path("data/benchmarks")
+"""Texts that no pair may contain."""
 RAW_PAIRS = Path("data/raw_pairs.parquet")
 QUARANTINE = Path("data/quarantine.parquet")
 TRAIN = Path("data/train.parquet")

@@ -7,10 +7,11 @@ from jinja2 import Environment, FileSystemLoader
 
 from dpo.common.files import atomic_write
 from dpo.config import Params
-from dpo.data.rules import RULES
+from dpo.data.rules import RULES, TOKENIZER_RULES
 from dpo.data.validate import Validated
 
-SHOWN_RULES, SHOWN_NOTICES = 10, 4
+SHOWN_RULES, SHOWN_NOTICES, SHOWN_FILES, SHOWN_FIELDS = 10, 4, 4, 8
+SHOWN_REASON = 90  # characters
 
 
 def broken_rules(result: Validated, params: Params) -> list[tuple[str, int, str]]:
@@ -21,22 +22,42 @@ def broken_rules(result: Validated, params: Params) -> list[tuple[str, int, str]
 
 
 def table(result: Validated, params: Params, page: Path) -> str:
-    """Return the table for a terminal, at most 20 lines."""
+    """Return the table for a terminal, at most 25 lines."""
     metrics, broken = result.metrics, broken_rules(result, params)
-    lines = [_counts(metrics)]
+    lines = [_counts(metrics), *file_lines(metrics["files"])]
     if broken:
         lines.append(f"{'rule':24}{'rows':>9}  {'action':12}first violation")
     for rule, count, action in broken[:SHOWN_RULES]:
         first = result.examples.get(rule, [None])[0]
-        where = f"{first['file']}:{first['line']}" if first else "-"
+        where = f"{first['file']}:{first['line']}: {first['reason'][:SHOWN_REASON]}" if first else "-"
         lines.append(f"{rule:24}{count:9}  {action:12}{where}")
     if len(broken) > SHOWN_RULES:
         lines.append(f"and {len(broken) - SHOWN_RULES} more rules, see the report")
     lines += [f"{rule}: {reason}" for rule, reason in result.summary.notices[:SHOWN_NOTICES]]
+    if metrics["unit"] == "characters":
+        lines.append(f"not checked without a tokenizer: {', '.join(TOKENIZER_RULES)}")
     if "lengths" in metrics:
         lengths = [f"{k} {v['median']:g} / {v['p99']:g} / {v['max']:g}" for k, v in metrics["lengths"].items()]
         lines.append(f"{metrics['unit']}, median / 99th percentile / maximum: {', '.join(lengths)}")
     return "\n".join([*lines, f"report: {page}"])
+
+
+def file_lines(files: dict[str, Any]) -> list[str]:
+    """Return a line for each file: its layouts, the fields that are not read and what was removed, with rows."""
+    lines = []
+    for name, file in list(files.items())[:SHOWN_FILES]:
+        parts = [f"read as {_counted(file['layouts']) or 'no layout'}"]
+        parts += [f"not read: {_counted(file['unread'])}"] if file["unread"] else []
+        lines.append(f"{name}: {'; '.join(parts + [_counted({note: n}) for note, n in file['notes'].items()])}")
+    if len(files) > SHOWN_FILES:
+        lines.append(f"and {len(files) - SHOWN_FILES} more files, see the report")
+    return lines
+
+
+def _counted(counts: dict[str, int]) -> str:
+    items = sorted(counts.items(), key=lambda item: -item[1])
+    more = [f"{len(items) - SHOWN_FIELDS} more"] if len(items) > SHOWN_FIELDS else []
+    return ", ".join([*(f"{item} ({count})" for item, count in items[:SHOWN_FIELDS]), *more])
 
 
 def _counts(metrics: dict[str, Any]) -> str:

@@ -26,7 +26,8 @@ def make_project(folder: Path, model: Path) -> Path:
     for name in ("dvc.yaml", "params.yaml", "pyproject.toml", ".gitignore", "prefect.toml"):
         shutil.copy(ROOT / name, folder / name)
     shutil.copytree(model, folder / "models/own/tiny")
-    (folder / "data/own").mkdir(parents=True)
+    shutil.copytree(ROOT / "data/benchmarks", folder / "data/benchmarks")
+    (folder / "data/own").mkdir()
     pairs = pd.DataFrame(
         {
             "prompt": [f"Say something about film {number}." for number in range(40)],

@@ -6,7 +6,7 @@ from typing import Protocol
 import pandas as pd
 from numpy.typing import ArrayLike
 
-from dpo.engine.tokenization import Prompt
+from dpo.engine.chat import Prompt
 from dpo.evaluation.judges.llm import LlmJudge
 from dpo.evaluation.judges.reward_model import RewardModel
 from dpo.evaluation.judges.scorer import Scorer, load_function

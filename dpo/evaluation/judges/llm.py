@@ -26,7 +26,7 @@ from numpy.typing import ArrayLike
 
 from dpo.common.errors import InputError, TransientError
 from dpo.common.progress import progress
-from dpo.engine.tokenization import Prompt, turns_of
+from dpo.engine.chat import Prompt, turns_of
 from dpo.evaluation.judges.reply_cache import Reply, read_reply, write_reply
 from dpo.evaluation.settings import LlmSettings
 

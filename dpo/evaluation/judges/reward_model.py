@@ -13,8 +13,8 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrai
 from dpo.common.errors import InputError
 from dpo.common.progress import progress
 from dpo.engine.base_model import check_place
+from dpo.engine.chat import Prompt, turns_of
 from dpo.engine.pretrained import load_tokenizer, load_weights
-from dpo.engine.tokenization import Prompt, turns_of
 from dpo.evaluation.settings import RewardModelSettings
 
 BATCH_SIZE = 16  # rows, of similar length, in one forward pass

@@ -11,7 +11,7 @@ import pandas as pd
 from numpy.typing import ArrayLike
 
 from dpo.common.errors import InputError
-from dpo.engine.tokenization import Prompt
+from dpo.engine.chat import Prompt
 
 ScoreFunction = Callable[[Sequence[Prompt], Sequence[str]], Sequence[float]]
 """Maps N prompts and N responses to N scores, higher is better."""

@@ -3,9 +3,10 @@
 import pytest
 
 from dpo.common.errors import InputError
-from dpo.data.checks import check_lengths, check_texts, special_tokens, token_lengths
+from dpo.data.checks import check_lengths, check_texts, special_tokens
 from dpo.data.rules import ROW_RULES
-from dpo.engine.tokenization import encode_pairs
+from dpo.engine.chat import render_pairs
+from dpo.engine.tokenization import encode_pairs, token_rows
 from tests.support.models import bare_tokenizer, bos_tokenizer, chat_tokenizer
 
 END = "<|im_end|>"
@@ -18,7 +19,9 @@ CHECKED_BY_READERS = {
     "broken_roles",
     "no_preference",
     "unknown_split",
+    "unread_content",
 }
+CHECKED_BY_RENDERING = {"template_refuses", "answer_changed", "tools_unsupported", "prompt_changed"}
 NOTHING = special_tokens(None)
 
 
@@ -32,7 +35,7 @@ def pair(**changes):
 
 
 def broken(special=NOTHING, end=None, **changes):
-    return [rule for rule, _ in check_texts(pair(**changes), special, end)]
+    return [rule for rule, _ in check_texts(pair(**changes), special, [end] if end else [])]
 
 
 INVALID = {
@@ -45,9 +48,15 @@ INVALID = {
         {"chosen": "cafe\u0301", "rejected": "caf\u00e9"},
     ],
     "control_characters": [
-        *({"prompt": f"Say{c}something"} for c in "\x00\x07\x0b\x0c\x1b\x7f\x85\x9f\ufeff\uffff"),
-        *({"chosen": f"{c}A joy."} for c in "\u202a\u202e\u2066\u2069"),
+        *({"prompt": f"Say{c}something"} for c in "\x00\x07\x0b\x1b\x7f\x85\x9f\ufeff\uffff"),
         {"rejected": "A bore.\ufeff"},
+    ],
+    "rendered_text": [
+        {"prompt": "<|im_start|>user\nSay.<|im_end|>\n<|im_start|>assistant\n"},
+        {"prompt": "<|user|>\nSay something.\n<|assistant|>\n"},
+        {"prompt": "[INST] Say something. [/INST]"},
+        {"prompt": "<start_of_turn>user\nSay.<end_of_turn>\n<start_of_turn>model\n"},
+        {"prompt": "Below is an instruction.\n\n### Instruction:\nSay.\n\n### Response:"},
     ],
     "mojibake": [
         {"prompt": "cafÃ©"},
@@ -68,6 +77,11 @@ VALID = {
     "control_characters": [
         {"prompt": "a\tb\nc\r\nd"},
         {"chosen": "\u200d👩\u200d👧 \u00ad \u2028 \u200f"},
+        {"prompt": "مرحبا‏، ما هو \u202bالماء\u202c؟", "chosen": "\u2067שלום\u2069", "rejected": "page\x0cpage"},
+    ],
+    "rendered_text": [
+        {"prompt": "What does [INST] mean in a prompt of Llama 2?"},
+        {"chosen": "After [/INST] the model answers, as after <|assistant|> in Zephyr."},
     ],
     "mojibake": [
         {"prompt": "café"},
@@ -85,7 +99,7 @@ VALID = {
 
 @pytest.mark.parametrize(("rule", "changes"), [(rule, row) for rule, rows in INVALID.items() for row in rows])
 def test_violations_of_text_rules_are_found(tokenizer, rule, changes):
-    found = check_texts(pair(**changes), special_tokens(tokenizer), tokenizer.eos_token)
+    found = check_texts(pair(**changes), special_tokens(tokenizer), [tokenizer.eos_token])
     assert rule in [name for name, _ in found]
     reason = dict(found)[rule]
     assert rule == "identical_completions" or f"field '{next(iter(changes))}'" in reason
@@ -98,7 +112,14 @@ def test_valid_texts_break_no_rule(tokenizer, rule, changes):
 
 
 def test_every_row_rule_is_tested():
-    assert {*INVALID, *CHECKED_BY_READERS, "completion_too_long", "prompt_truncated"} == set(ROW_RULES)
+    assert {
+        *INVALID,
+        *CHECKED_BY_READERS,
+        *CHECKED_BY_RENDERING,
+        "completion_too_long",
+        "prompt_truncated",
+        "contaminated",
+    } == set(ROW_RULES)
     assert set(INVALID) == set(VALID)
 
 
@@ -119,6 +140,41 @@ def test_without_a_tokenizer_there_are_no_special_tokens():
     assert broken(special_tokens(bare_tokenizer()), None, prompt=END) == []
 
 
+LANGUAGES = [
+    "The rivers, which rise in the hills, flow to the sea.",
+    "Der Fluß fließt über Geröll; „schön“, nicht wahr?",
+    "Le fleuve s'élargit — n'est-ce pas ? « Bien sûr ! »",
+    "El río crece: ¿cuándo? ¡Mañana, señor!",
+    "O rio não é tão fundo; a água está fria às três, irmã.",
+    "Il fiume è più largo, perché piove; così è la città.",
+    "Река течёт медленно, «как всегда».",
+    "تجري الأنهار إلى البحر، أليس كذلك؟",
+    "\u202bهذا نص عربي مع علامات\u202c",
+    "הנהר זורם אל הים, נכון?",
+    "\u2067שלום עולם\u2069 ועוד",
+    "河流流向大海，对吗？",
+    "川は海へ流れます。「そうですね」",
+    "नदियाँ समुद्र में बहती हैं।",
+    "강은 바다로 흐른다.",
+    "Nehir denize akar; değil mi, çocuğum?",
+    "Rzeka płynie, źródło bije, żaba śpi.",
+    "Řeka teče k moři, že ano? Příliš žluťoučký kůň.",
+    "Dòng sông chảy ra biển, phải không?",
+    "Ο ποταμός κυλά προς τη θάλασσα.",
+    "A\x0cnew page begins here.",
+    "Zażółć gęślą jaźń – 5 µm² ≈ ½ × 10³ €",
+]
+
+
+@pytest.mark.parametrize("text", LANGUAGES)
+def test_texts_in_many_languages_break_no_rule(tokenizer, text):
+    assert len(LANGUAGES) == 22
+    assert (
+        broken(special_tokens(tokenizer), tokenizer.eos_token, prompt=text, chosen=text + " A", rejected=text)
+        == []
+    )
+
+
 def test_the_longest_special_token_matches():
     tokenizer = bos_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": ["<s>x", "a.b"]})
@@ -130,28 +186,19 @@ def test_the_longest_special_token_matches():
     assert broken(special, "</s>", chosen="A joy.</s>") == []
 
 
-def test_token_lengths_equal_those_in_training(tokenizer):
-    turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Film 3?"}]
-    pairs = [
-        pair(),
-        pair(chosen=f"A joy. 🎬{END}", rejected="日本語"),
-        pair(prompt=""),
-        pair(prompt="System: Be brief.\n\nUser: Film 3?\n\nAssistant:", turns=turns),
-    ]
-    lengths = token_lengths(tokenizer, pairs)
-    rows = encode_pairs(pairs, tokenizer, 1000)
-    assert lengths.tolist() == [[len(row.prompt), *map(len, row.completions)] for row in rows]
-    assert token_lengths(tokenizer, []).shape == (0, 3)
-
-
 @pytest.mark.parametrize("field", ["chosen", "rejected"])
 def test_length_rules_agree_with_truncation_and_errors_in_training(tokenizer, field):
     row = pair(**{field: " joy" * 12})
-    ((prompt, *completions),) = token_lengths(tokenizer, [row]).tolist()
+    (encoded,) = token_rows(tokenizer, [row], render_pairs(tokenizer, [row]))
+    prompt, completions = len(encoded.prompt), list(map(len, encoded.completions))
     longer = max(completions)
     assert check_lengths([prompt, *completions], prompt + longer) == []
-    assert check_lengths([prompt, *completions], prompt + longer - 1) == [
-        ("prompt_truncated", f"the prompt loses 1 of {prompt} tokens, max_length is {prompt + longer - 1}")
+    limit = prompt + longer - 1
+    assert check_lengths([prompt, *completions], limit) == [
+        (
+            "prompt_truncated",
+            f"1 of {prompt} prompt tokens do not fit max_length {limit}; the oldest turns are dropped",
+        )
     ]
     assert [rule for rule, _ in check_lengths([prompt, *completions], longer + 1)] == ["prompt_truncated"]
     assert len(encode_pairs([row], tokenizer, longer + 1)[0].prompt) == 1

@@ -9,7 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpo.common.errors import InputError
-from dpo.data.formats import FORMATS, RowError, detect, to_pairs
+from dpo.data.formats import Spelling, convert, detect, layout_of
+from dpo.data.layouts import LAYOUTS
+from dpo.data.turns import RowError
 
 SYSTEM = {"role": "system", "content": "Be brief."}
 ASK = {"role": "user", "content": "Film 3?"}
@@ -31,8 +33,8 @@ RANKED = {"prompt": "Film 3?", "responses": ["Fair.", "A joy.", "A bore."], "ran
 SCORED_BEST_REST = [("A joy.", "Fair."), ("A joy.", "A bore.")]
 
 
-def pairs_of(row, pairing="best_worst"):
-    return to_pairs(row, detect([row], "x"), pairing)
+def pairs_of(row, pairing="best_worst", layout="pairs"):
+    return convert(row, Spelling(pairing=pairing), layout).pairs
 
 
 def pair_of(row):
@@ -40,34 +42,35 @@ def pair_of(row):
     return pair
 
 
-def broken_rule(row, form=None):
+def broken_rule(row, layout="pairs"):
     with pytest.raises(RowError) as error:
-        to_pairs(row, form or detect([row], "x"), "best_rest")
+        pairs_of(row, "best_rest", layout)
     assert error.value.reason == str(error.value) != ""
     error.value.reason.encode()
     return error.value.rule
 
 
 @pytest.mark.parametrize(
-    ("row", "form"),
+    ("row", "layout"),
     [
         (TEXTS, "pairs"),
         ({**TEXTS, "prompt": [ASK]}, "pairs"),
-        ({"chosen": [ASK, JOY], "rejected": [ASK, BORE]}, "conversations"),
-        ({"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: c"}, "transcripts"),
-        (ULTRAFEEDBACK, "scored completions"),
-        (RATED, "rated responses"),
-        (RANKED, "rated responses"),
+        ({"chosen": [ASK, JOY], "rejected": [ASK, BORE]}, "pairs"),
+        ({"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: c"}, "pairs"),
+        (ULTRAFEEDBACK, "rated completions"),
+        (RATED, "rated completions"),
+        (RANKED, "rated completions"),
     ],
 )
-def test_each_format_is_detected(row, form):
-    assert detect([row], "x") == form
-    assert detect([{}, {"chosen": 1}, row], "x") == form
+def test_each_layout_is_detected(row, layout):
+    assert layout_of(row, Spelling()) == layout
+    assert detect([{}, {"chosen": 1}, row], "x", Spelling()) == layout
 
 
-def test_the_most_frequent_format_is_detected():
-    assert detect([RATED, TEXTS, TEXTS], "x") == "pairs"
-    assert detect([RATED, RATED, TEXTS], "x") == "rated responses"
+def test_the_most_frequent_layout_is_detected_and_each_row_is_read_in_its_own():
+    assert detect([RATED, TEXTS, TEXTS], "x", Spelling()) == "pairs"
+    assert detect([RATED, RATED, TEXTS], "x", Spelling()) == "rated completions"
+    assert convert(RATED, Spelling(), "pairs").layout == "rated completions"
 
 
 def test_texts_are_not_changed():
@@ -134,7 +137,7 @@ def test_turns_keep_only_role_and_content():
 )
 def test_the_prompt_of_transcripts_ends_before_the_last_answer(opening, turns):
     pair = pair_of({"chosen": f"{opening} A joy, a delight.", "rejected": f"{opening} A joyless bore."})
-    assert pair["prompt"] == opening
+    assert pair["prompt"].strip() == opening.strip()
     assert pair["turns"] == turns
     assert (pair["chosen"], pair["rejected"]) == ("A joy, a delight.", "A joyless bore.")
 
@@ -173,29 +176,28 @@ def test_rated_responses_to_a_conversation_keep_its_turns():
 
 def test_unpaired_data_is_rejected():
     with pytest.raises(InputError, match=r"data\.jsonl: .*unpaired data for KTO"):
-        detect([{"prompt": "a", "completion": "b", "label": True}], "data.jsonl")
+        detect([{"prompt": "a", "completion": "b", "label": True}], "data.jsonl", Spelling())
 
 
 @pytest.mark.parametrize(
     "row",
     [
         {"question": "a", "answer_0": "b"},
-        {"chosen": "no transcript", "rejected": "neither"},
         {"prompt": "a", "chosen": "b"},
         {"prompt": "a", "responses": ["b", "c"]},
         {"completions": [], "scores": []},
     ],
 )
-def test_an_unknown_format_is_rejected_with_the_fields(row):
+def test_an_unknown_layout_is_rejected_with_the_fields(row):
     with pytest.raises(InputError) as error:
-        detect([row], "data.jsonl")
-    assert str(error.value).startswith("data.jsonl: unknown format")
+        detect([row], "data.jsonl", Spelling())
+    assert str(error.value).startswith("data.jsonl: unknown layout")
     assert all(repr(field) in str(error.value).split(";")[0] for field in row)
 
 
 def test_rows_without_fields_are_rejected():
     with pytest.raises(InputError, match="found no field"):
-        detect([{}], "x")
+        detect([{}], "x", Spelling())
 
 
 def turned(*turns):
@@ -213,11 +215,19 @@ BROKEN = {
         {"chosen": [ASK, {"role": "assistant", "content": None}], "rejected": [ASK, BORE]},
         {**HH, "rejected": None},
         {**ULTRAFEEDBACK, "instruction": None},
-        {**ULTRAFEEDBACK, "completions": None},
         {"prompt": "a", "completions": [{"response": None, "score": 1}]},
         {"prompt": "a", "completions": [{"score": 1}]},
+        {"prompt": "a", "completions": [{"text": "b"}]},
+        {"prompt": "a", "completions": "b"},
+        {"prompt": "a", "completions": ["b", "c"]},
+        {"chosen": "no prompt", "rejected": "neither"},
+        {**TEXTS, "prompt": []},
+        {**TEXTS, "chosen": []},
+        {"chosen": [], "rejected": [ASK, BORE]},
+        {"chosen": "\n\nAssistant: b", "rejected": "\n\nAssistant: c"},
+        turned(),
+        turned(JOY),
         {**RATED, "prompt": None},
-        {**RATED, "responses": None},
         {**RATED, "responses": ["a", None, "b"]},
         {**RATED, "scores": None},
     ],
@@ -225,15 +235,12 @@ BROKEN = {
         {**TEXTS, "prompt": 3},
         {**TEXTS, "chosen": 3},
         {**TEXTS, "rejected": {"text": "a"}},
-        {**TEXTS, "rejected": ["a"]},
-        {**TEXTS, "chosen": [{"from": "gpt", "value": "a"}]},
-        {"chosen": [ASK, {"role": "assistant", "content": ["a"]}], "rejected": [ASK, BORE]},
-        {"chosen": [ASK, JOY], "rejected": "a"},
+        {**TEXTS, "rejected": [3]},
+        {**TEXTS, "chosen": [{"content": "a"}]},
+        {"chosen": [ASK, {"role": "assistant", "content": [3]}], "rejected": [ASK, BORE]},
+        {"chosen": [ASK, {"role": "assistant", "tool_calls": [{"arguments": {}}]}], "rejected": [ASK, BORE]},
         {**HH, "rejected": 3},
-        {"prompt": "a", "completions": "b"},
-        {"prompt": "a", "completions": ["b", "c"]},
         {"prompt": "a", "completions": [{"text": 3, "score": 1}]},
-        {"prompt": "a", "completions": [{"text": "b"}]},
         {"prompt": "a", "completions": [{"text": "b", "rating": "N/A"}]},
         {**RATED, "responses": "a"},
         {**RATED, "responses": ["a", 3, "b"]},
@@ -244,51 +251,39 @@ BROKEN = {
         {**RATED, "scores": [1, 2, True]},
         {**RATED, "scores": [1, 2, 10**400]},
         {**RANKED, "ranks": [1, 2, 3, 4]},
-        {**TEXTS, "weight": 0},
-        {**TEXTS, "weight": "much"},
-        {**TEXTS, "agreement": 1.01},
-        {**TEXTS, "agreement": [1]},
-        {**TEXTS, "chosen_rating": math.inf},
-        {**TEXTS, "id": True},
-        {**TEXTS, "source": ["a"]},
+        {**TEXTS, "tools": "search"},
     ],
     "broken_roles": [
-        turned(),
-        turned({"role": "tool", "content": "a"}, ASK),
+        {"chosen": [ASK, JOY], "rejected": "a"},
         turned({"role": ["user"], "content": "a"}),
         turned({"role": "\ud800", "content": "a"}),
-        turned(JOY),
-        turned(ASK, WHY),
-        turned(JOY, ASK),
         turned(ASK, SYSTEM),
         turned(SYSTEM),
         turned(SYSTEM, SYSTEM, ASK),
         turned(ASK, JOY),
         {"chosen": [ASK], "rejected": [ASK]},
-        {"chosen": [], "rejected": [ASK, BORE]},
         {"chosen": [ASK, JOY], "rejected": [WHY, BORE]},
-        {"chosen": [ASK, JOY, WHY, JOY], "rejected": [ASK, BORE]},
         {"prompt": "Film 4?", **turned(ASK)},
-        {"prompt": [SYSTEM, ASK], **turned(ASK)},
-        {**TEXTS, "prompt": []},
+        {"prompt": [SYSTEM, ASK], **turned({**SYSTEM, "content": "Be long."}, ASK)},
         {**TEXTS, "prompt": [ASK, JOY]},
-        {**TEXTS, "chosen": []},
         {**TEXTS, "chosen": [ASK]},
-        {**TEXTS, "chosen": [ASK, JOY]},
         {**HH, "rejected": "\n\nHuman: a"},
         {**HH, "rejected": "\n\nHuman: b\n\nAssistant: c"},
-        {**HH, "rejected": "\n\nHuman: a\n\nAssistant: c\n\nHuman: d\n\nAssistant: e"},
         {**HH, "rejected": "no transcript"},
         {**HH, "rejected": "Note\n\nHuman: a\n\nAssistant: c"},
-        {"chosen": "\n\nAssistant: b", "rejected": "\n\nAssistant: c"},
     ],
     "no_preference": [
         {**RATED, "scores": [1, 1, 1]},
         {**RANKED, "ranks": [1, 1, 1]},
-        {**RATED, "responses": [], "scores": []},
         {**RATED, "responses": ["a"], "scores": [1]},
-        {**ULTRAFEEDBACK, "completions": []},
         {**ULTRAFEEDBACK, "completions": [{"response": "a", "score": 1}]},
+    ],
+    "unread_content": [
+        {**TEXTS, "images": ["a.png"]},
+        {**TEXTS, "prompt": [{"role": "user", "content": [{"type": "image", "image": "a.png"}]}]},
+        {**TEXTS, "question": "Another one?"},
+        {**TEXTS, "messages": [ASK, {**JOY, "content": "Another answer."}]},
+        {**RATED, "documents": "A long text."},
     ],
     "unknown_split": [{**TEXTS, "split": split} for split in ("holdout", "Train", 1, False, ["train"], "\ud800")],
     "lone_surrogate": [
@@ -298,13 +293,10 @@ BROKEN = {
         turned(ASK, JOY, {"role": "user", "content": "\ud83d"}),
         {**HH, "rejected": f"{HH['rejected']} \ud83d"},
         {**RATED, "responses": ["a", "\ud83d", "b"]},
-        {**TEXTS, "id": "\ud83d"},
-        {**TEXTS, "source": "\ud83d"},
     ],
     "invalid_utf8": [
         {**TEXTS, "prompt": b"caf\xe9".decode(errors="surrogateescape")},
         {**TEXTS, "chosen": b"\x80".decode(errors="surrogateescape")},
-        {**TEXTS, "id": b"\xff".decode(errors="surrogateescape")},
     ],
 }
 
@@ -314,16 +306,29 @@ def test_an_inconvertible_row_breaks_the_rule(rule, row):
     assert broken_rule(row) == rule
 
 
-@pytest.mark.parametrize("form", FORMATS)
-def test_a_row_of_another_format_breaks_missing_text(form):
-    assert broken_rule({"question": "a"}, form) == "missing_text"
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_row_of_another_layout_breaks_missing_text(layout):
+    assert broken_rule({"other": "a"}, layout) == "missing_text"
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        *({"weight": 0}, {"weight": "much"}, {"agreement": 1.01}, {"agreement": [1]}, {"chosen_rating": math.inf}),
+        *({"id": True}, {"id": "\ud83d"}, {"source": [3]}, {"source": {"name": "x"}}),
+    ],
+)
+def test_metadata_of_another_type_is_not_read_and_costs_no_row(value):
+    converted = convert({**TEXTS, **value}, Spelling(), "pairs")
+    assert converted.unread == list(value)
+    assert converted.pairs == pairs_of(TEXTS)
 
 
 def test_reasons_name_field_and_value():
-    with pytest.raises(RowError, match="'chosen' is int, not a text or a list"):
+    with pytest.raises(RowError, match="'chosen' is int '3', not turns"):
         pairs_of({**TEXTS, "chosen": 3})
-    with pytest.raises(RowError, match="'weight' is 'much', not a number"):
-        pairs_of({**TEXTS, "weight": "much"})
+    with pytest.raises(RowError, match="'scores' is 'much', not a number"):
+        pairs_of({**RATED, "scores": ["much", 1, 2]})
     with pytest.raises(RowError, match="split 'holdout' is not one of train, eval, test"):
         pairs_of({**TEXTS, "split": "holdout"})
     with pytest.raises(RowError, match="byte 0xe9 is not UTF-8"):
@@ -337,19 +342,21 @@ def deep(levels):
     return value
 
 
-@pytest.mark.parametrize("value", [deep(2000), ["x" * 100] * 100, {"a": {"b": deep(2000)}}])
+@pytest.mark.parametrize("value", [deep(2000), [3.5] * 100, {"a": {"b": deep(2000)}}])
 def test_reasons_are_short_for_large_and_deep_values(value):
     turns = [ASK, {"role": "assistant", "content": value}]
     for row in (
         {"chosen": turns, "rejected": turns},
         {**TEXTS, "split": value},
-        {**TEXTS, "weight": value},
         {**TEXTS, "chosen": [{"role": value, "content": "a"}]},
         {**RATED, "scores": [1, 2, value]},
     ):
         with pytest.raises(RowError) as error:
             pairs_of(row)
         assert len(error.value.reason) < 200
+
+
+NO_TURNS = dict.fromkeys(("turns", "chosen_turns", "rejected_turns", "tools"))
 
 
 def test_optional_columns_are_kept():
@@ -362,7 +369,7 @@ def test_optional_columns_are_kept():
         "chosen_rating": 4.0,
         "rejected_rating": -1.0,
     }
-    assert pair_of({**TEXTS, **known, "timestamp": {}, "other": 1}) == {**TEXTS, "turns": None, **known}
+    assert pair_of({**TEXTS, **known, "timestamp": {}, "other": 1}) == {**TEXTS, **NO_TURNS, **known}
 
 
 @pytest.mark.parametrize("row", [TEXTS, HH, turned(ASK), ULTRAFEEDBACK, RATED])
@@ -454,9 +461,9 @@ rows = st.dictionaries(st.sampled_from(FIELDS) | strings, likely, max_size=6) | 
 )
 
 
-def pairs_or_rule(row, form, pairing="best_rest"):
+def pairs_or_rule(row, layout, pairing="best_rest"):
     try:
-        return to_pairs(row, form, pairing), None
+        return pairs_of(row, pairing, layout), None
     except RowError as error:
         error.reason.encode()
         return [], error.rule
@@ -465,8 +472,8 @@ def pairs_or_rule(row, form, pairing="best_rest"):
 @settings(max_examples=300, deadline=None)
 @given(rows, st.sampled_from(["best_worst", "best_rest"]))
 def test_any_row_gives_pairs_or_a_row_error(row, pairing):
-    for form in FORMATS:
-        pairs, rule = pairs_or_rule(row, form, pairing)
+    for layout in LAYOUTS:
+        pairs, rule = pairs_or_rule(row, layout, pairing)
         assert rule in BROKEN if rule else pairs
         for pair in pairs:
             for field in ("id", "prompt", "chosen", "rejected"):
@@ -513,9 +520,8 @@ well_formed = st.one_of(
 @settings(max_examples=200, deadline=None)
 @given(well_formed)
 def test_a_well_formed_row_gives_pairs_unless_its_text_is_invalid(row):
-    form = detect([row], "x")
-    pairs, rule = pairs_or_rule(row, form)
-    invalid = {"lone_surrogate", "invalid_utf8"} | ({"broken_roles"} if form == "transcripts" else set())
+    pairs, rule = pairs_or_rule(row, "pairs")
+    invalid = {"lone_surrogate", "invalid_utf8", "broken_roles"}  # a text can be a transcript of its own
     assert rule in invalid if rule else len(pairs) == 1
 
 
@@ -523,11 +529,11 @@ def test_a_well_formed_row_gives_pairs_unless_its_text_is_invalid(row):
 @given(st.lists(rows, max_size=3))
 def test_any_rows_have_a_known_format_or_raise_input_error(some):
     with contextlib.suppress(InputError):
-        assert detect(some, "x") in FORMATS
+        assert detect(some, "x", Spelling()) in LAYOUTS
 
 
 def test_ranks_are_not_stored_as_ratings():
-    (pair,) = to_pairs(RANKED, "rated responses", "best_worst")
+    (pair,) = pairs_of(RANKED)
     assert (pair["chosen"], pair["rejected"]) == ("A joy.", "A bore.")
     assert pair["chosen_rating"] is None
     assert pair["rejected_rating"] is None

@@ -15,9 +15,12 @@ from ruamel.yaml import YAML
 
 from dpo.common.errors import InputError
 from dpo.config import load_params
-from dpo.data.formats import FORMATS, RowError, detect, to_pairs
+from dpo.data.formats import Spelling, convert, detect
+from dpo.data.layouts import LAYOUTS
 from dpo.data.readers import read_files
-from dpo.engine.tokenization import encode_pairs, pair_ids
+from dpo.data.turns import RowError
+from dpo.engine.chat import render_pairs
+from dpo.engine.tokenization import encode_pairs
 from tasks.commands.lineage import of_folder
 from tests.support.models import chat_tokenizer, plain_tokenizer
 
@@ -96,10 +99,10 @@ def test_any_file_gives_rows_and_pairs_or_an_input_error(tmp_path, kind, content
     path.write_bytes(complete[: len(complete) - cut] if cut < 10 else complete)
     with result_or_error(str(path)):
         rows = [raw.row for raw in read_files([str(path)]) if raw.row is not None]
-        form = detect(rows, str(path))
+        layout = detect(rows, str(path), Spelling())
         for row in rows:
             with result_or_error():
-                check(to_pairs(row, form, "best_rest"))
+                check(convert(row, Spelling(pairing="best_rest"), layout).pairs)
 
 
 def check(pairs):
@@ -108,10 +111,10 @@ def check(pairs):
 
 @fuzz
 @given(row=ROWS | LIKELY)
-@pytest.mark.parametrize("form", FORMATS)
-def test_any_row_gives_pairs_or_a_row_error(row, form):
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_any_row_gives_pairs_or_a_row_error(row, layout):
     with result_or_error():
-        check(to_pairs(row, form, "best_rest"))
+        check(convert(row, Spelling(pairing="best_rest"), layout).pairs)
 
 
 @fuzz
@@ -150,7 +153,7 @@ def test_any_chat_template_renders_or_raises_input_error(template):
     tokenizer = chat_tokenizer()
     tokenizer.chat_template = template
     with result_or_error("chat template fails", "chat_template.jinja"):
-        pair_ids(tokenizer, [{"prompt": "Film 3?", "chosen": "A joy.", "rejected": "A bore."}])
+        render_pairs(tokenizer, [{"prompt": "Film 3?", "chosen": "A joy.", "rejected": "A bore."}])
 
 
 @fuzz

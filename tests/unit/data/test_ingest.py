@@ -11,10 +11,12 @@ from hypothesis import strategies as st
 
 from dpo.common.errors import InputError
 from dpo.data import ingest
-from dpo.data.ingest import write_raw_pairs
+from dpo.data.formats import REPEATED_PROMPT
+from dpo.data.ingest import read_file_summaries, write_raw_pairs
 from dpo.data.readers import BOM, RawRow, read_files
 from dpo.data.schema import RAW_PAIRS_SCHEMA, RawPairs, validate_schema
 from dpo.data.settings import DataSettings
+from dpo.engine.chat import read_turns
 
 
 def data_params(**changes):
@@ -96,11 +98,17 @@ def test_every_row_is_written_as_pairs_or_with_the_rule_that_it_breaks(tmp_path)
     assert rows[0]["weight"] == 2.0
 
 
-def test_the_detected_format_is_returned(tmp_path):
-    for name, rows, form in (("a", texts(2), "pairs"), ("b", MIXED, "rated responses")):
-        path = write(tmp_path / f"{name}.jsonl", rows)
-        target = tmp_path / "table.parquet"
-        assert write_raw_pairs(read_files([str(path)]), target, name, data_params()) == form
+def test_a_summary_of_each_file_is_returned_and_stored(tmp_path):
+    first = write(tmp_path / "a.jsonl", [{**row, "note": "x", "empty": ""} for row in texts(2)])
+    repeated = {"prompt": "Film?", "chosen": "Film? A joy.", "rejected": "Film? A bore."}
+    second = write(tmp_path / "b.jsonl", [repeated, {"prompt": "p", "responses": ["a", "b"], "ranks": [1, 2]}, {}])
+    target = tmp_path / "table.parquet"
+    files = write_raw_pairs(read_files([str(first), str(second)]), target, "both", data_params())
+    assert read_file_summaries(target) == files
+    one, other = files[str(first)], files[str(second)]
+    assert (one.rows, dict(one.layouts), dict(one.unread), dict(one.notes)) == (2, {"pairs": 2}, {"note": 2}, {})
+    assert (other.rows, dict(other.layouts)) == (3, {"pairs": 1, "rated completions": 1})
+    assert dict(other.notes) == {REPEATED_PROMPT: 1}
 
 
 def test_the_pairing_setting_is_used(tmp_path):
@@ -111,7 +119,7 @@ def test_the_pairing_setting_is_used(tmp_path):
 def test_turns_are_written(tmp_path):
     turns = MIXED[-1]["prompt"]
     (row,) = table_of(write(tmp_path / "a.jsonl", [{"prompt": turns, "chosen": "d", "rejected": "e"}]))
-    assert row["turns"] == turns
+    assert read_turns(row["turns"]) == turns
     assert row["prompt"] == "User: a\n\nAssistant: b\n\nUser: c\n\nAssistant:"
 
 
@@ -177,7 +185,7 @@ def test_all_row_groups_are_written(tmp_path, monkeypatch):
         (BOM, "a.jsonl: no rows"),
         (b"\nbroken\n[]\n", "a.jsonl: line 2: not JSON: .*; none of the first 2 rows is readable"),
         (b"[]\n3\n", "a.jsonl: line 1: a JSON list, not an object; none of the first 2 rows is readable"),
-        (b'{"a": 1}\n', "a.jsonl: unknown format"),
+        (b'{"a": 1}\n', "a.jsonl: unknown layout"),
         (b'{"prompt": "a", "completion": "b", "label": true}\n', "unpaired data for KTO"),
     ],
 )

@@ -22,9 +22,10 @@ from datasets import Dataset, DatasetDict
 from dpo.common.errors import InputError, TransientError
 from dpo.config import load_params
 from dpo.data import readers
-from dpo.data.formats import RowError, detect, to_pairs
-from dpo.data.readers import LIST_FIELDS, read_files, read_source
+from dpo.data.formats import Spelling, convert, detect
+from dpo.data.readers import read_files, read_source
 from dpo.data.settings import DataSettings
+from dpo.data.turns import RowError
 from tasks.commands.validate import check_files
 
 ROOT = Path(__file__).parents[3]
@@ -145,8 +146,8 @@ FORMS = {
 
 
 def pairs_of(rows):
-    form = detect(rows, "x")
-    return [pair for row in rows for pair in to_pairs(row, form, "best_rest")]
+    layout = detect(rows, "x", Spelling())
+    return [pair for row in rows for pair in convert(row, Spelling(pairing="best_rest"), layout).pairs]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -156,12 +157,6 @@ def test_every_format_is_read_from_every_file_type(tmp_path, form, kind):
     assert pairs_of(rows) == pairs_of(FORMS[form])
     if "csv" not in kind:
         assert rows == FORMS[form]
-
-
-def test_list_fields_are_parsed_in_csv(tmp_path):
-    fields = {"scores": [1], "ratings": [], "ranks": [2], "rankings": [3], "responses": ["a"], "completions": []}
-    assert set(fields) == LIST_FIELDS
-    assert rows_of(write(tmp_path / "a.csv", [fields])) == [fields]
 
 
 @pytest.mark.parametrize("text", ["[sic] a film", "[1, 2]", "[", "[]", '["a"]', '{"role": "user"}', "3", "null"])
@@ -327,7 +322,7 @@ def test_an_incomplete_saved_data_set_is_rejected(tmp_path, damage):
 def test_a_hub_data_set_is_loaded_at_its_revision_with_its_splits(own, monkeypatch):
     calls = []
 
-    def load_dataset(name, revision):
+    def load_dataset(name, config, revision):
         calls.append((name, revision))
         return DatasetDict({"train": Dataset.from_list(texts(6)), "test": Dataset.from_list(texts(3, 6))})
 
@@ -341,7 +336,7 @@ def test_a_hub_data_set_is_loaded_at_its_revision_with_its_splits(own, monkeypat
 
 def test_a_hub_data_set_without_eval_data_sets_no_split(own, monkeypatch):
     loaded = DatasetDict({"train_prefs": Dataset.from_list(texts(2)), "train_sft": Dataset.from_list(texts(2, 2))})
-    monkeypatch.setattr(datasets, "load_dataset", lambda name, revision: loaded)
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, config, revision: loaded)
     rows = [raw.row for raw in read_source(data_params(source="someone/pairs", revision="abc"), 1)]
     assert rows == texts(4)
 
@@ -350,7 +345,7 @@ def test_a_hub_data_set_without_eval_data_sets_no_split(own, monkeypatch):
     "error", [datasets.exceptions.DatasetNotFoundError("gone"), OSError("gone"), ValueError("gone")]
 )
 def test_a_hub_data_set_that_cannot_be_loaded_raises_input_error(own, monkeypatch, error):
-    def load_dataset(name, revision):
+    def load_dataset(name, config, revision):
         raise error
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
@@ -389,7 +384,7 @@ def caused_by(error, cause):
     ],
 )
 def test_connection_errors_of_the_hub_are_transient(own, monkeypatch, error, kind):
-    def load_dataset(name, revision):
+    def load_dataset(name, config, revision):
         raise error
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
@@ -398,7 +393,7 @@ def test_connection_errors_of_the_hub_are_transient(own, monkeypatch, error, kin
 
 
 def test_a_connection_error_in_offline_mode_is_not_transient(own, monkeypatch):
-    def load_dataset(name, revision):
+    def load_dataset(name, config, revision):
         raise ConnectionError("offline mode is enabled")
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
@@ -483,7 +478,7 @@ def test_invalid_utf8_in_json_and_csv_breaks_a_rule_for_that_row_only(tmp_path, 
     assert [before.row, after.row] == texts()[::2]
     assert raw.violation is None
     with pytest.raises(RowError, match="byte 0xe9 is not UTF-8") as error:
-        to_pairs(raw.row, "pairs", "best_worst")
+        convert(raw.row, Spelling(), "pairs")
     assert error.value.rule == "invalid_utf8"
     assert json.loads(raw.original)["prompt"] == "Film \udce9?"
     raw.original.encode()

@@ -21,7 +21,7 @@ def load(folder, rules):
 def test_every_rule_has_a_meaning_a_fix_and_an_allowed_default():
     assert len(RULES) == len(ROW_RULES) + len(TABLE_RULES) + len(DATA_RULES)
     assert all(rule.meaning and rule.fix and rule.default in rule.allowed for rule in RULES.values())
-    assert RULES["completion_too_long"].allowed == ("error",)
+    assert RULES["completion_too_long"].allowed == ("error", "quarantine")
     assert {RULES[name].allowed for name in DATA_RULES} == {("error", "warn")}
 
 
@@ -42,7 +42,10 @@ def test_validate_rules_overrides_the_defaults(tmp_path):
         ),
         ("{wrong_type: warn}", "validate.rules.wrong_type: input should be 'error' or 'quarantine', got 'warn'"),
         ("{drift: quarantine}", "validate.rules.drift: input should be 'error' or 'warn', got 'quarantine'"),
-        ("{completion_too_long: warn}", "validate.rules.completion_too_long: input should be 'error', got 'warn'"),
+        (
+            "{completion_too_long: warn}",
+            "validate.rules.completion_too_long: input should be 'error' or 'quarantine', got 'warn'",
+        ),
         ("warn", "validate.rules: input should be an object, got 'warn'"),
     ],
 )

@@ -25,6 +25,7 @@ from dpo.data.schema import PAIRS_SCHEMA, RAW_PAIRS_SCHEMA
 from dpo.data.settings import DataSettings, ValidateSettings
 from dpo.data.summary import wilson_interval
 from dpo.data.validate import EXAMPLES, MAX_SERIAL_GROUPS, validate
+from dpo.engine.chat import read_turns
 from tasks import validate as task
 from tasks.commands import validate as command
 from tasks.common.paths import (
@@ -38,7 +39,7 @@ from tasks.common.paths import (
     TRAIN,
 )
 from tasks.report import validation as report
-from tests.support.models import bare_tokenizer
+from tests.support.models import bare_tokenizer, chat_tokenizer
 
 PARAMS = load_params(Path(__file__).parents[3] / "params.yaml")
 DATA = DataSettings(
@@ -101,6 +102,7 @@ def check(folder, rows, params=None, *, tokenizer=None, max_length=512, caps=Non
 
 def validated(folder, params=None, **arguments):
     defaults = {"tokenizer": None, "max_length": 512, "caps": dict.fromkeys(SPLITS), "seed": 1, "previous": None}
+    defaults |= {"origin": "data", "benchmarks": folder / "benchmarks"}
     outputs = {name: folder / f"{name}.parquet" for name in (*SPLITS, "quarantine")}
     result = validate(
         folder / "raw_pairs.parquet", params or settings_of(), outputs=outputs, **defaults | arguments
@@ -154,13 +156,22 @@ def test_a_row_that_breaks_a_rule_is_quarantined_unchanged(tmp_path, tiny_model_
     assert (result.metrics["rows"], result.metrics["accepted"], result.metrics["quarantined"]) == (13, 12, 1)
     (example,) = result.examples[rule]
     assert (example["line"], example["rule"], example["reason"]) == (13, rule, removed["reason"])
-    if rule == "completion_too_long":
-        assert [(error.code, error.rule) for error in result.errors] == [("rule_broken", rule)]
-        assert set(tables) == {"quarantine"}
-    else:
-        assert result.errors == []
-        assert ids(tables["train"]) == [r["id"] for r in ROWS if r["split"] == "train"]
-        assert ids(tables["eval"]) == [r["id"] for r in ROWS if r["split"] == "eval"]
+    assert result.errors == []
+    assert ids(tables["train"]) == [r["id"] for r in ROWS if r["split"] == "train"]
+    assert ids(tables["eval"]) == [r["id"] for r in ROWS if r["split"] == "eval"]
+
+
+def test_a_completion_that_is_too_long_names_the_length_that_takes_all_rows(tmp_path, tiny_model_dir):
+    rows = [*ROWS, BAD["completion_too_long"]]
+    settings = settings_of(completion_too_long="error")
+    result, tables = check(tmp_path / "error", rows, settings, tokenizer=tiny_model_dir, max_length=150)
+    assert set(tables) == {"quarantine"}
+    (error,) = result.errors
+    assert (error.code, error.rule) == ("rule_broken", "completion_too_long")
+    needed = int(re.search(r"engine.max_length: (\d+) takes all completions", error.message)[1])
+    result, tables = check(tmp_path / "enough", rows, settings, tokenizer=tiny_model_dir, max_length=needed)
+    assert result.metrics["rules"]["completion_too_long"] == 0
+    assert result.errors == []
 
 
 def test_contradictions_quarantine_both_rows_and_near_duplicates_the_second(tmp_path):
@@ -230,7 +241,7 @@ def test_a_split_without_valid_pairs_is_an_error(tmp_path, split):
 def test_data_without_valid_pairs_is_reported(tmp_path):
     result, tables = check(tmp_path, [row(i, chosen="") for i in range(7)])
     assert [error.split for error in result.errors] == ["train", "eval"]
-    assert result.summary.profile == {}
+    assert result.summary.profile == {"origin": "data"}
     assert result.metrics["accepted"] == 0
     assert len(tables["quarantine"]) == 7
     assert len(result.examples["empty_completion"]) == EXAMPLES
@@ -428,8 +439,8 @@ def test_conversations_keep_their_turns(tmp_path, tiny_model_dir):
     ]
     result, tables = check(tmp_path, rows, tokenizer=tiny_model_dir)
     assert result.errors == []
-    assert [list(turns) for turns in tables["train"]["turns"]] == [conversation(i) for i in range(1, 6)]
-    assert [list(turns) for turns in tables["eval"]["turns"]] == [conversation(0)]
+    assert [read_turns(turns) for turns in tables["train"]["turns"]] == [conversation(i) for i in range(1, 6)]
+    assert [read_turns(turns) for turns in tables["eval"]["turns"]] == [conversation(0)]
     assert pq.read_schema(tmp_path / "train.parquet").equals(PAIRS_SCHEMA)
     assert check(tmp_path / "plain", ROWS)[1]["train"]["turns"].isna().all()
 
@@ -507,8 +518,17 @@ def test_a_pair_that_the_tokenizer_cannot_encode_is_reported_with_its_rows(tmp_p
         check(tmp_path, [*ROWS[:11], row(11, prompt="")], tokenizer=tmp_path / "bare")
     tokenizer.chat_template = "{{ raise_exception('no system turns') }}"
     tokenizer.save_pretrained(tmp_path / "strict")
-    with pytest.raises(InputError, match="no system turns"):
-        check(tmp_path, ROWS, tokenizer=tmp_path / "strict")
+
+
+def test_a_row_that_the_chat_template_refuses_is_quarantined(tmp_path):
+    tokenizer = chat_tokenizer()
+    refusal = "{% if messages[0]['content'] == 'No.' %}{{ raise_exception('no system turns') }}{% endif %}"
+    tokenizer.chat_template = refusal + tokenizer.chat_template
+    tokenizer.save_pretrained(tmp_path / "strict")
+    _, tables = check(tmp_path, [*ROWS, row(100, prompt="No.")], tokenizer=tmp_path / "strict")
+    (refused,) = tables["quarantine"].to_dict("records")
+    assert (refused["rule"], refused["line"]) == ("template_refuses", 13)
+    assert "no system turns" in refused["reason"]
 
 
 WORDS = st.sampled_from(
@@ -610,7 +630,9 @@ def test_check_files_writes_report_metrics_and_quarantine(workdir, capsys, tiny_
     command.check_files(PARAMS, ["data.jsonl"], tiny_model_dir, Path("checked"))
     shown = capsys.readouterr()
     assert "41 rows: 40 accepted, 1 quarantined; train 30 (30 used), eval 10 (10 used)" in shown.out
-    assert re.search(r"^mojibake +1  quarantine +data.jsonl:41$", shown.out, re.MULTILINE)
+    assert re.search(
+        r"^mojibake +1  quarantine +data.jsonl:41: field 'chosen' looks wrongly decoded", shown.out, re.MULTILINE
+    )
     assert "tokens, median / 99th percentile / maximum" in shown.out
     assert shown.out.splitlines()[-1] == "report: checked/report.html"
     assert "no tokenizer" not in shown.err
@@ -618,6 +640,21 @@ def test_check_files_writes_report_metrics_and_quarantine(workdir, capsys, tiny_
     assert (metrics["rows"], metrics["unit"], metrics["errors"]) == (41, "tokens", [])
     assert len(pd.read_parquet("checked/quarantine.parquet")) == 1
     assert not (workdir / PROFILE).exists()
+
+
+def test_pairs_are_shown_as_the_model_reads_them(workdir, capsys, tiny_model_dir):
+    turns = [{"role": "user", "content": "And?"}, {"role": "assistant", "content": "The end."}]
+    first = row(1, chosen=[{"role": "assistant", "content": "A joy."}, *turns])
+    (workdir / "data.jsonl").write_bytes(lines_of([first, *ROWS[2:], ROWS[0]]))
+    command.check_files(PARAMS, ["data.jsonl"], tiny_model_dir, Path("checked"), show=1)
+    shown = capsys.readouterr().out.partition("\npair ")[2]
+    assert re.findall(r"^\[(\w+)\]", shown, re.MULTILINE) == [
+        *("prompt", "chosen", "context", "chosen", "end", "rejected", "end"),
+    ]
+    assert "[chosen] A joy.<|im_end|>\n[context] \n<|im_start|>user\nAnd?" in shown
+    assert "[chosen] The end.\n[end] <|im_end|>\n" in shown
+    with pytest.raises(InputError, match="--show: pairs are shown as tokens; set --model"):
+        command.check_files(PARAMS, ["data.jsonl"], None, Path("checked"), show=1)
 
 
 def test_check_files_without_a_tokenizer_reports_lengths_in_characters(workdir, capsys):
@@ -722,13 +759,13 @@ def everything(broken_result):
     )
 
 
-def test_the_terminal_table_has_at_most_twenty_lines(broken_result):
+def test_the_terminal_table_has_at_most_twenty_five_lines(broken_result):
     for result in (broken_result, everything(broken_result)):
         shown = report.table(result, PARAMS, Path("reports/validate.html")).splitlines()
-        assert len(shown) <= 20
+        assert len(shown) <= 25
         assert all(line.isprintable() for line in shown)
     assert f"and {len(RULES) - report.SHOWN_RULES} more rules, see the report" in shown
-    counts = [int(line.split()[1]) for line in shown[2 : 2 + report.SHOWN_RULES]]
+    counts = [int(line.split()[1]) for line in shown[3 : 3 + report.SHOWN_RULES]]
     assert counts == sorted(range(len(RULES) + 1), reverse=True)[: report.SHOWN_RULES]
 
 

@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 
 from dpo.common.errors import InputError
 from dpo.engine import tokenization
+from dpo.engine.chat import render_pairs
 from dpo.engine.packing import pack
-from dpo.engine.tokenization import encode_pairs, pair_ids
+from dpo.engine.tokenization import encode_pairs, token_rows
 from tests.support.models import (
     bare_tokenizer,
     bos_tokenizer,
@@ -26,11 +27,12 @@ def prompt_ids(tokenizer, prompt):
 
 
 def completion_ids(tokenizer, prompt, completion):
-    ((_, chosen, rejected),) = pair_ids(
-        tokenizer, [{"prompt": prompt, "chosen": completion, "rejected": completion}]
+    pairs = [{"id": "1", "prompt": prompt, "chosen": completion, "rejected": completion}]
+    ((chosen, rejected),) = (
+        row.completions for row in token_rows(tokenizer, pairs, render_pairs(tokenizer, pairs))
     )
     assert chosen == rejected
-    return chosen
+    return list(chosen)
 
 
 def bos_chat_tokenizer():
@@ -187,15 +189,41 @@ def test_rows_have_the_chosen_completion_first(tokenizer):
     ]
 
 
-def test_prompts_are_truncated_on_the_left_and_completions_never(tokenizer):
-    (full,) = encode_pairs([pair()], tokenizer, 1000)
+def test_a_prompt_loses_the_start_of_its_last_turn_and_completions_lose_nothing(tokenizer):
+    long = pair(prompt="Say something about a film that was long. " * 9)
+    (full,) = encode_pairs([long], tokenizer, 1000)
     longer = max(map(len, full.completions))
-    exact = len(full.prompt) + longer
-    for max_length in (exact, exact - 1, longer + 3, longer + 1):
-        (cut,) = encode_pairs([pair()], tokenizer, max_length)
+    for room in (len(full.prompt), len(full.prompt) - 1, 60, 3, 1):
+        (cut,) = encode_pairs([long], tokenizer, room + longer)
         assert cut.completions == full.completions
-        assert cut.prompt == full.prompt[-(max_length - longer) :]
-        assert len(cut.prompt) + longer == max_length
+        assert len(cut.prompt) == room
+        head = next((n for n in range(room, -1, -1) if cut.prompt[:n] == full.prompt[:n]), 0)
+        assert cut.prompt[head:] == full.prompt[len(full.prompt) - (room - head) :]
+        if tokenizer.chat_template and room == 60:
+            start = tokenizer.decode(cut.prompt)
+            whole = tokenizer.decode(full.prompt)
+            assert start[: whole.index("Say")] == whole[: whole.index("Say")], (
+                "what the template writes first stays"
+            )
+
+
+def test_a_conversation_loses_its_oldest_turns_first_and_keeps_its_system_turn():
+    tokenizer = chat_tokenizer()
+    turns = [{"role": "system", "content": "Be brief."}]
+    for number in range(4):
+        turns += [
+            {"role": "user", "content": f"Film {number}?"},
+            {"role": "assistant", "content": f"A joy {number}."},
+        ]
+    turns.append({"role": "user", "content": "Why?"})
+    conversation = pair(turns=turns)
+    (full,) = encode_pairs([conversation], tokenizer, 1000)
+    longer = max(map(len, full.completions))
+    (cut,) = encode_pairs([conversation], tokenizer, len(full.prompt) - 1 + longer)
+    kept = [turns[0], *turns[3:]]
+    assert list(cut.prompt) == prompt_ids(tokenizer, kept)
+    (short,) = encode_pairs([conversation], tokenizer, len(prompt_ids(tokenizer, [turns[0], turns[-1]])) + longer)
+    assert list(short.prompt) == prompt_ids(tokenizer, [turns[0], turns[-1]])
 
 
 @pytest.mark.parametrize("field", ["chosen", "rejected"])

@@ -179,7 +179,8 @@ def test_response_table_has_ids_text_and_end_and_truncates_long_prompts(tiny_mod
     long = response_table(model, tokenizer, ["film " * 500], max_new_tokens=30, max_prompt_tokens=70, seed=3)
     (ids,) = prompt_ids(tokenizer, ["film " * 500])
     assert len(ids) > 70
-    monkeypatch.setattr(sampling, "prompt_ids", lambda *_: [ids[-70:]])
+    (short,) = prompt_ids(tokenizer, ["film " * 500], 70)
+    monkeypatch.setattr(sampling, "prompt_ids", lambda *_: [short])
     assert response_table(model, tokenizer, ["film"], max_new_tokens=30, max_prompt_tokens=70, seed=3).equals(long)
 
 

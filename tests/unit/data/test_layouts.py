@@ -1,0 +1,296 @@
+"""Layouts of published data sets and of other tools: what is read, what is reported and what is refused."""
+
+import csv
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dpo.common.errors import InputError
+from dpo.data.formats import REPEATED_PROMPT, Spelling, convert, detect, layout_of
+from dpo.data.ingest import write_raw_pairs
+from dpo.data.readers import read_files
+from dpo.data.settings import DataSettings
+from dpo.data.turns import RowError
+from dpo.engine.chat import read_turns
+
+ASK, GOOD, BAD = "How do rivers move?", "They follow the slope.", "No idea."
+USER = {"role": "user", "content": ASK}
+SYSTEM = {"role": "system", "content": "Be brief."}
+EARLIER = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi."}]
+ANSWER, OTHER = {"role": "assistant", "content": GOOD}, {"role": "assistant", "content": BAD}
+PLAIN = {"prompt": ASK, "chosen": GOOD, "rejected": BAD}
+HH = f"\n\nHuman: {ASK}\n\nAssistant:"
+
+
+def sharegpt(turn):
+    names = {"system": "system", "user": "human", "assistant": "gpt"}
+    return {"from": names[turn["role"]], "value": turn["content"]}
+
+
+def one(row, **spelling):
+    (pair,) = convert(row, Spelling(**spelling), "pairs").pairs
+    return pair
+
+
+SINGLE_TURN = {
+    "texts": PLAIN,
+    "Orca without a system prompt": {"question": ASK, "chosen": GOOD, "rejected": BAD},
+    "ms-swift query": {"query": ASK, "response": GOOD, "rejected_response": BAD},
+    "ms-swift messages": {"messages": [USER, ANSWER], "rejected_response": BAD},
+    "ms-swift rejected messages": {"messages": [USER, ANSWER], "rejected_messages": [USER, OTHER]},
+    "OpenAI": {
+        "input": {"messages": [USER], "tools": [], "parallel_tool_calls": True},
+        "preferred_output": [ANSWER],
+        "non_preferred_output": [OTHER],
+    },
+    "ShareGPT": {"conversations": [sharegpt(USER)], "chosen": sharegpt(ANSWER), "rejected": sharegpt(OTHER)},
+    "messages and objects": {"messages": [USER], "chosen": ANSWER, "rejected": OTHER},
+    "parts of text": {
+        "prompt": [{"role": "user", "content": [{"type": "text", "text": ASK}]}],
+        "chosen": [{"role": "assistant", "content": [{"type": "text", "text": GOOD}]}],
+        "rejected": [{"role": "assistant", "content": [{"type": "text", "text": BAD}]}],
+    },
+    "JSON in texts": {"prompt": json.dumps([USER]), "chosen": json.dumps([ANSWER]), "rejected": json.dumps(OTHER)},
+    "JSON in texts without a prompt": {
+        "chosen": json.dumps([USER, ANSWER]),
+        "rejected": json.dumps([USER, OTHER]),
+    },
+    "HelpSteer3": {"context": [USER], "response1": BAD, "response2": GOOD, "overall_preference": 2},
+    "PKU-SafeRLHF": {"prompt": ASK, "response_0": BAD, "response_1": GOOD, "better_response_id": 1},
+    "SHP": {"history": ASK, "human_ref_A": GOOD, "human_ref_B": BAD, "labels": 1},
+    "Chatbot Arena": {"conversation_a": [USER, OTHER], "conversation_b": [USER, ANSWER], "winner": "model_b"},
+    "Alpaca ranking": {"instruction": ASK, "input": "", "output": [GOOD, BAD]},
+    "Label Studio": {
+        "data": {"prompt": ASK, "answer1": GOOD, "answer2": BAD},
+        "annotations": [{"result": [{"value": {"selected": "left"}}]}],
+    },
+    "UltraFeedback binarized": {
+        **{"prompt": ASK, "chosen": [USER, ANSWER], "rejected": [USER, OTHER], "messages": [USER, ANSWER]},
+        **{"score_chosen": None, "score_rejected": None},
+    },
+    "the prompt is repeated": {"prompt": ASK, "chosen": f"{ASK}\n{GOOD}", "rejected": f"{ASK}\n{BAD}"},
+}
+
+
+@pytest.mark.parametrize("row", SINGLE_TURN.values(), ids=SINGLE_TURN)
+def test_a_layout_gives_the_same_pair_as_texts(row):
+    assert layout_of(row, Spelling()) is not None
+    assert one(row) == one(PLAIN)
+
+
+CONVERSATIONS = {
+    "Alpaca with a system prompt": ({"system": SYSTEM["content"], **PLAIN}, [SYSTEM, USER]),
+    "Alpaca with history": ({**PLAIN, "history": [["Hello", "Hi."]]}, [*EARLIER, USER]),
+    "history of turns": ({**PLAIN, "history": EARLIER}, [*EARLIER, USER]),
+    "Orca": ({"system": SYSTEM["content"], "question": ASK, "chosen": GOOD, "rejected": BAD}, [SYSTEM, USER]),
+    "the prompt is the first turn": (
+        {"prompt": "Hello", "chosen": [*EARLIER, USER, ANSWER], "rejected": [*EARLIER, USER, OTHER]},
+        [*EARLIER, USER],
+    ),
+    "the prompt is the last turn": (
+        {"prompt": ASK, "chosen": [*EARLIER, USER, ANSWER], "rejected": [*EARLIER, USER, OTHER]},
+        [*EARLIER, USER],
+    ),
+    "the prompt follows the system turn": (
+        {"prompt": ASK, "chosen": [SYSTEM, USER, ANSWER], "rejected": [SYSTEM, USER, OTHER]},
+        [SYSTEM, USER],
+    ),
+    "a system prompt and whole conversations": (
+        {"system": SYSTEM["content"], "chosen": [USER, ANSWER], "rejected": [USER, OTHER]},
+        [SYSTEM, USER],
+    ),
+    "an HH transcript as prompt": ({"prompt": HH, "chosen": f" {GOOD}", "rejected": f" {BAD}"}, [USER]),
+    "HH transcripts with their prompt": (
+        {"prompt": HH, "chosen": f"{HH} {GOOD}", "rejected": f"{HH} {BAD}"},
+        [USER],
+    ),
+    "Nectar": (
+        {"prompt": f"{HH} ", "answers": [{"answer": BAD, "rank": 2.0}, {"answer": GOOD, "rank": 1.0}], "turns": 1},
+        [USER],
+    ),
+    "two assistant turns in a row": (
+        {"chosen": [*EARLIER, EARLIER[1], USER, ANSWER], "rejected": [*EARLIER, EARLIER[1], USER, OTHER]},
+        [*EARLIER, EARLIER[1], USER],
+    ),
+}
+
+
+@pytest.mark.parametrize(("row", "turns"), CONVERSATIONS.values(), ids=CONVERSATIONS)
+def test_system_prompts_and_earlier_turns_are_kept(row, turns):
+    pair = one(row)
+    assert pair["turns"] == turns
+    assert (pair["chosen"], pair["rejected"]) == (GOOD, BAD)
+
+
+def test_the_input_of_an_instruction_joins_it():
+    row = {"instruction": "Explain what follows.", "input": ASK, "chosen": GOOD, "rejected": BAD}
+    assert one(row)["prompt"] == f"Explain what follows.\n\n{ASK}"
+
+
+def test_a_system_prompt_of_each_completion_is_that_of_the_chosen_one():
+    completions = [
+        {"response": BAD, "overall_score": 3.0, "custom_system_prompt": "Be grumpy."},
+        {"response": GOOD, "overall_score": 8.0, "custom_system_prompt": "Be kind."},
+    ]
+    pair = one({"instruction": ASK, "completions": completions})
+    assert pair["turns"] == [{"role": "system", "content": "Be kind."}, USER]
+    assert (pair["chosen_rating"], pair["rejected_rating"]) == (8.0, 3.0)
+
+
+def test_several_rejected_answers_are_paired_by_the_setting():
+    row = {**PLAIN, "rejected": [BAD, "Who knows?"]}
+    pairs = convert(row, Spelling(pairing="best_rest"), "pairs").pairs
+    assert [(pair["chosen"], pair["rejected"]) for pair in pairs] == [(GOOD, BAD), (GOOD, "Who knows?")]
+    assert len(convert(row, Spelling(), "pairs").pairs) == 1
+
+
+def test_conversations_that_part_before_the_last_turn_keep_all_later_turns():
+    more = [{"role": "user", "content": "And then?"}, {"role": "assistant", "content": "The sea."}]
+    pair = one({"chosen": [USER, ANSWER, *more], "rejected": [USER, OTHER]})
+    assert (pair["prompt"], pair["rejected"], pair["rejected_turns"]) == (ASK, BAD, None)
+    assert pair["chosen_turns"] == [ANSWER, *more]
+    with pytest.raises(RowError, match="part at a turn of the user"):
+        one({"chosen": [USER, ANSWER, *more], "rejected": [USER, ANSWER, {**USER, "content": "Else?"}, OTHER]})
+
+
+def test_tools_calls_and_reasoning_are_kept():
+    call = {"name": "flow", "arguments": {"river": "Elbe"}}
+    tools = [{"name": "flow", "parameters": {"type": "object"}}]
+    chosen = {
+        "role": "assistant",
+        "content": None,
+        "tool_calls": [{"function": {**call, "arguments": '{"river": "Elbe"}'}}],
+    }
+    rejected = {"from": "function_call", "value": json.dumps({**call, "arguments": {"river": "Oder"}})}
+    pair = one({"prompt": ASK, "tools": json.dumps(tools), "chosen": chosen, "rejected": rejected})
+    assert pair["tools"] == [{"type": "function", "function": tools[0]}]
+    assert pair["chosen_turns"][0]["tool_calls"] == [{"type": "function", "function": call}]
+    assert pair["chosen"] != pair["rejected"]
+    thought = {**ANSWER, "reasoning_content": "Water flows down."}
+    assert one({**PLAIN, "chosen": [thought]})["chosen_turns"] == [thought]
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({**PLAIN, "images": ["a.png"]}, "field 'images' has content that is not read"),
+        (
+            {**PLAIN, "prompt": [{"role": "user", "content": [{"type": "image_url"}]}]},
+            "a part of type 'image_url'",
+        ),
+        ({**PLAIN, "document": "A long text."}, "field 'document' has content that is not read"),
+        ({**PLAIN, "messages": [USER, {**ANSWER, "content": "Else."}]}, "field 'messages' has content"),
+    ],
+)
+def test_content_that_is_not_read_costs_the_row(row, words):
+    with pytest.raises(RowError, match=words) as error:
+        one(row)
+    assert error.value.rule == "unread_content"
+
+
+def test_other_fields_are_reported_and_empty_ones_are_not():
+    row = {**PLAIN, "source": ["wiki"], "language": "en", "images": [], "system": "", "score": 3, "meta": None}
+    converted = convert(row, Spelling(), "pairs")
+    assert converted.unread == ["language", "score"]
+    assert converted.pairs[0]["source"] == "wiki"
+    turn = {**USER, "weight": 1, "name": "Ann"}
+    assert convert({**PLAIN, "prompt": [turn]}, Spelling(), "pairs").unread == ["prompt.name", "prompt.weight"]
+
+
+def test_columns_and_roles_of_the_source_are_mapped():
+    row = {"frage": [{"role": "kunde", "content": ASK}], "gut": GOOD, "schlecht": BAD}
+    columns = {"prompt": "frage", "chosen": "gut", "rejected": "schlecht"}
+    assert one(row, columns=columns, roles={"kunde": "user"}) == one(PLAIN)
+    with pytest.raises(RowError, match=r"role 'kunde' is none of .*map it in data\.roles"):
+        one(row, columns=columns)
+
+
+def test_a_repeated_prompt_is_noted():
+    assert convert(SINGLE_TURN["the prompt is repeated"], Spelling(), "pairs").notes == [REPEATED_PROMPT]
+
+
+def test_rows_of_single_responses_are_refused_with_the_conversion():
+    row = {"prompt": ASK, "response": GOOD, "helpfulness": 4, "correctness": 3}
+    with pytest.raises(InputError, match=r"as in HelpSteer2; combine the rows of a prompt: table.groupby"):
+        detect([row], "a.jsonl", Spelling())
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet"])
+def test_a_row_means_the_same_in_every_kind_of_file(tmp_path, kind):
+    rows = [
+        {"prompt": json.dumps([SYSTEM, USER]), "chosen": json.dumps([ANSWER]), "rejected": json.dumps([OTHER])},
+        {"prompt": ASK, "chosen": '["a", "list"]', "rejected": "[sic]"},
+        {"prompt": "{", "chosen": GOOD, "rejected": BAD},
+    ]
+    path = tmp_path / f"a.{kind}"
+    if kind == "jsonl":
+        path.write_text("\n".join(map(json.dumps, rows)))
+    elif kind == "json":
+        path.write_text(json.dumps(rows))
+    elif kind == "parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    else:
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+    write_raw_pairs(read_files([str(path)]), tmp_path / "raw.parquet", "a", DataSettings(source="default"))
+    table = pq.read_table(tmp_path / "raw.parquet").to_pylist()
+    assert [read_turns(row["turns"] or []) for row in table] == [[SYSTEM, USER], [], []]
+    assert [(row["chosen"], row["rejected"]) for row in table] == [
+        (GOOD, BAD),
+        ('["a", "list"]', "[sic]"),
+        (GOOD, BAD),
+    ]
+
+
+@pytest.mark.parametrize("split", ["train_prefs", ("train_prefs", "test_prefs")])
+def test_splits_of_a_folder_are_selected(tmp_path, split):
+    for name in ("train_prefs", "train_sft", "test_prefs", "test_gen"):
+        table = pa.Table.from_pylist([{**PLAIN, "prompt": f"{name} {n}"} for n in range(3)])
+        pq.write_table(table, tmp_path / f"{name}-00000-of-00001.parquet")
+    params = DataSettings(source="default", split=split)
+    rows = [raw.row for raw in read_files([str(tmp_path)], params.splits)]
+    assert {row["prompt"].split()[0] for row in rows} == set(params.splits)
+    with pytest.raises(
+        InputError, match=r"data.split: .* has no split 'dev'; use test_gen, test_prefs, train_prefs"
+    ):
+        list(read_files([str(tmp_path)], ["dev"]))
+
+
+words = st.text(st.characters(codec="ascii", categories=["Ll"]), min_size=4, max_size=9)
+prompts = st.lists(words, min_size=1, max_size=4, unique=True)
+
+
+@settings(max_examples=150, deadline=None)
+@given(prompts, words, words, st.booleans(), st.sampled_from(["turns", "sharegpt", "whole", "history", "json"]))
+def test_every_text_of_a_row_is_in_its_pair(texts, chosen, rejected, system, form):
+    roles = ["user", "assistant"] * 2
+    texts = texts[: len(texts) - (len(texts) % 2 == 0)]
+    turns = [
+        {"role": role, "content": f"{text} {n}"} for n, (role, text) in enumerate(zip(roles, texts, strict=False))
+    ]
+    given_turns = [{"role": "system", "content": "system text"}, *turns] if system else turns
+    good, bad = ({"role": "assistant", "content": text} for text in (f"{chosen} good", f"{rejected} bad"))
+    row = {
+        "turns": {"prompt": given_turns, "chosen": [good], "rejected": [bad]},
+        "sharegpt": {
+            "conversations": list(map(sharegpt, given_turns)),
+            "chosen": sharegpt(good),
+            "rejected": sharegpt(bad),
+        },
+        "whole": {"chosen": [*given_turns, good], "rejected": [*given_turns, bad]},
+        "history": {
+            **({"system": "system text"} if system else {}),
+            **{"history": turns[:-1], "prompt": turns[-1]["content"]},
+            **{"chosen": good["content"], "rejected": bad["content"]},
+        },
+        "json": {"prompt": json.dumps(given_turns), "chosen": json.dumps([good]), "rejected": json.dumps([bad])},
+    }[form]
+    pair = one(row)
+    assert (pair["turns"] or [{"role": "user", "content": pair["prompt"]}]) == given_turns
+    assert (pair["chosen"], pair["rejected"]) == (good["content"], bad["content"])
