@@ -251,7 +251,7 @@ def _check_group(
     prints = fingerprint(pairs, rows)
     prompts = dict(zip(prints.texts[:, 0].tolist(), (pair["prompt"] for pair in pairs), strict=True))
     return CheckedRows(
-        [Violation(row, *rule) for row, rules in broken.items() for rule in rules],
+        [Violation(row, *rule) for row, rules in broken.items() for rule in dict(reversed(rules)).items()],
         prints,
         lengths,
         [pair["source"] for pair in pairs],
