@@ -89,6 +89,7 @@ def name_flow_run() -> str:
 def bring_up_to_date(stage: str, stop: threading.Event, stale: bool) -> str | State[str]:
     """Run one stage, if it is stale, as a task run whose state says what DVC did. Raise StageError if it fails."""
     if not stale:
+        get_run_logger().info("Stage '%s' didn't change, skipping", stage)
         return Completed(name="UpToDate", message="nothing changed", data=UP_TO_DATE)
     start, verdict = time.monotonic(), FAILED
     with TemporaryDirectory(prefix="dpo-progress-") as folder:

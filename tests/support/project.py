@@ -23,7 +23,7 @@ def make_project(folder: Path, model: Path) -> Path:
     """Copy this repository to a folder, with a tiny model and 40 pairs in place of the default ones."""
     for name in ("dpo", "tasks", "flows"):
         shutil.copytree(ROOT / name, folder / name)
-    for name in ("dvc.yaml", "params.yaml", "pyproject.toml", ".gitignore", "prefect.toml"):
+    for name in ("dvc.yaml", "params.yaml", "pyproject.toml", ".gitignore", ".dvcignore", "prefect.toml"):
         shutil.copy(ROOT / name, folder / name)
     shutil.copytree(model, folder / "models/own/tiny")
     shutil.copytree(ROOT / "data/benchmarks", folder / "data/benchmarks")

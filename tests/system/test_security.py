@@ -128,7 +128,7 @@ def test_data_set_with_code_or_a_pickle_is_an_error(tmp_path, monkeypatch, kind)
     else:
         pd.to_pickle({"prompt": Payload()}, hub / "train.pkl")
     load = datasets.load_dataset
-    monkeypatch.setattr(datasets, "load_dataset", lambda name, revision: load(str(hub)))
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, config, revision: load(str(hub)))
     params = load_params(ROOT / "params.yaml").data
     params = DataSettings(**{**vars(params), "source": "someone/pairs", "revision": "main"})
     with pytest.raises(InputError, match=r"data\.source: cannot load 'someone/pairs'"):
