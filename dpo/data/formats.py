@@ -125,7 +125,7 @@ def convert(row: Row, spelling: Spelling, usual_layout: str) -> Converted:
     reading = Reading(fields, {**ROLES, **spelling.roles} if spelling.roles else ROLES)
     example = LAYOUTS[name].read(reading)
     shared = _metadata(fields)
-    shared["tools"] = _tools(fields.get(*TOOLS)) or reading.tools
+    shared["tools"] = _tools(fields.get(*TOOLS) or reading.tools)
     pairs = _pairs(example, reading, spelling.pairing)
     _check_unread_content(fields, reading, pairs)
     label = shared.pop("id")

@@ -38,7 +38,7 @@ def sample(
     """Sample one response per prompt.
 
     A batch has at most `max_tokens_per_batch` tokens, those of its prompts and `max_new_tokens` for each response.
-    It is halved if memory runs out. Prompts of more than `max_prompt_tokens` tokens are truncated on the left.
+    It is halved if memory runs out. Prompts of more than `max_prompt_tokens` tokens are shortened.
 
     Each response has random numbers of its own, given by the seed and by its number in `numbers` (default: 0 to
     R - 1). So it does not depend on the other prompts and batches, except for rounding, if the packed stream is
