@@ -148,7 +148,8 @@ def _refuse_credentials(path: Path, value: object, key: str = "") -> None:
 
 def _explain(fault: ErrorDetails) -> str:
     """Return key, problem and fix of one of pydantic's errors."""
-    key = ".".join(str(part) for part in fault["loc"]) or "top level"
+    parts = [str(part) for part in fault["loc"]]
+    key = ".".join(part for part in parts if not part.startswith("<")) or "top level"  # <list> is a kind of value
     kind, message, value = fault["type"], fault["msg"], fault["input"]
     if kind in ("unexpected_keyword_argument", "extra_forbidden"):
         return f"{key}: {FORMER_KEYS.get(key, 'unknown key; remove it or correct its name')}"

@@ -108,12 +108,11 @@ def _retrain(landing: str, branch: str | None, parallel: int, push: bool) -> Sta
 @task(name="check project", cache_policy=NO_CACHE)
 def check_project() -> None:
     """Raise InputError if the project cannot take in new files, StageError if git has no committer identity."""
-    source = load_params().data.source
-    names = [source] if isinstance(source, str) else source
-    if not any(Path(name) in (LANDED, LANDED.parent) for name in names):
+    data = load_params().data
+    if not any(source.path and Path(source.path) in (LANDED, LANDED.parent) for source in data.sources):
         raise InputError(
-            f"params.yaml: data.source: {source!r} does not contain {LANDED}, the folder of new files; add it, "
-            f"for example data.source: [data/own/pairs.jsonl, {LANDED}]"
+            f"params.yaml: data.source: {data.origin!r} does not contain {LANDED}, the folder of new files; add "
+            f"it, for example data.source: [data/own/pairs.jsonl, {LANDED}]"
         )
     versioned = tuple(path for path in VERSIONED if not path.endswith(".yaml"))
     if changed := [path for path in uncommitted() if not path.startswith(versioned)]:

@@ -2,7 +2,7 @@
 
 from dpo.config import load_params
 from dpo.data.ingest import write_raw_pairs
-from dpo.data.readers import read_source
+from dpo.data.sources import read_source
 from tasks.common.paths import RAW_PAIRS
 from tasks.common.runner import run
 
@@ -11,8 +11,7 @@ def main() -> None:
     """Run the stage."""
     params = load_params()
     data = params.data
-    origin = data.source if isinstance(data.source, str) else ", ".join(data.source)
-    write_raw_pairs(read_source(data, params.seed), RAW_PAIRS, origin, data)
+    write_raw_pairs(read_source(data, params.seed), RAW_PAIRS, data.origin, data)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ def main() -> None:
     caps = {"train": params.data.max_train_pairs, "eval": params.data.max_eval_pairs}
     files = {"report": REPORTS / "validate.html", "metrics": METRICS / "validate.json"}
     outputs = {"train": TRAIN, "eval": EVAL, "quarantine": QUARANTINE, **files}
-    result = validate_and_report(params, RAW_PAIRS, str(params.data.source), BASE, caps, outputs)
+    result = validate_and_report(params, RAW_PAIRS, params.data.origin, BASE, caps, outputs)
     with atomic_write(REPORTS / "validate.md") as tmp:
         tmp.write_text(markdown(result, params))
     from tasks.tracking.runs import log_validation  # after the checks: MLflow starts slowly

@@ -35,6 +35,8 @@ class FileSummary:
     """What was read of one file."""
 
     rows: int = 0
+    left_out: int = 0
+    """Number of rows that the share of their source leaves out."""
     layouts: Counter[str] = field(default_factory=Counter)
     """Number of converted rows by layout."""
     unread: Counter[str] = field(default_factory=Counter)
@@ -49,7 +51,7 @@ def write_raw_pairs(
     """Write the raw table of the source `origin` atomically. Return a summary of each file, as in its metadata.
 
     If a row has no `split`, a hash of the normalized prompt decides, so that added rows do not move old rows to
-    the other split. If a row has no `source`, it is the name of the file.
+    the other split. If a row has no `source`, it is the name of its source, if there are several, or of the file.
 
     Raises:
         InputError: the source is unreadable or empty, or the layout of a file is unknown.
@@ -78,7 +80,7 @@ def read_file_summaries(path: Path) -> dict[str, FileSummary]:
     stored = json.loads((pq.read_metadata(path).metadata or {}).get(FILES.encode(), b"{}"))
     counted = ("layouts", "unread", "notes")
     return {
-        name: FileSummary(values["rows"], **{key: Counter(values[key]) for key in counted})
+        name: FileSummary(**{**values, **{key: Counter(values[key]) for key in counted}})
         for name, values in stored.items()
     }
 
@@ -100,6 +102,9 @@ def _all_pairs(
         summary = files.setdefault(name, FileSummary())
         for raw in chain(first, group):
             summary.rows += 1
+            if not raw.is_used:
+                summary.left_out += 1
+                continue
             yield from _raw_pairs(raw, spelling, layout, params.eval_fraction, summary)
 
 
@@ -121,7 +126,7 @@ def _raw_pairs(
                 digest = hashlib.sha256(normalize(pair["prompt"]).encode()).hexdigest()
                 is_held_out = int(digest[:8], 16) < eval_fraction * 2**32
                 pair["split"] = pair["split"] or ("eval" if is_held_out else "train")
-                pair["source"] = pair["source"] or Path(raw.file).name
+                pair["source"] = pair["source"] or raw.source or Path(raw.file).name
                 yield as_columns(pair) | origin
             return
     yield origin | {"rule": rule, "reason": reason}

@@ -1,4 +1,4 @@
-"""Readers of preference data: files, folders, hub data sets and the default data, row by row.
+"""Readers of preference data: files, folders and data sets, row by row.
 
 Readers yield each row with its file and line, for messages and the quarantine. Unreadable files raise InputError.
 Unreadable rows are yielded with the rule that they break.
@@ -10,7 +10,6 @@ import io
 import json
 import re
 import reprlib
-import tempfile
 import zlib
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -23,11 +22,8 @@ import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dpo.common.bundled import RATINGS_SDIST, fetch
-from dpo.common.errors import InputError, TransientError
+from dpo.common.errors import InputError
 from dpo.data.formats import SPLITS, Row, optional
-from dpo.data.human_ratings import rating_pairs, read_ratings
-from dpo.data.settings import DataSettings
 
 OWN_DATA = Path("data/own")
 MAX_LINE_BYTES = 64 * 2**20
@@ -51,33 +47,10 @@ class RawRow:
     """The row as text: the line of a JSONL file, or the row as JSON."""
     violation: tuple[str, str] | None = None
     """Rule and reason, if `row` is None."""
-
-
-def read_source(params: DataSettings, seed: int) -> Iterator[RawRow]:
-    """Read the rows of `params.source`.
-
-    Raises:
-        InputError: the source is missing, unreadable, or in a folder that DVC does not track.
-        TransientError: the hub is unreachable.
-    """
-    names = [params.source] if isinstance(params.source, str) else list(params.source)
-    local = [name for name in names if name != "default" and (Path(name).exists() or _kind(Path(name)))]
-    if params.revision is not None and (local or names == ["default"]):
-        raise InputError("params.yaml: data.revision has no effect without a hub id; set it to null")
-    if names == ["default"]:
-        return _default(params, seed)
-    if len(local) == len(names):
-        for name in names:
-            path = Path(name).absolute()
-            if ".." in path.parts or OWN_DATA.absolute() not in (path, *path.parents):
-                raise InputError(
-                    f"params.yaml: data.source: {name} is outside {OWN_DATA}/, the folder that DVC tracks; "
-                    f"copy it to {OWN_DATA / Path(name).name} and set that path"
-                )
-        return read_files(names, params.splits)
-    if len(names) > 1:
-        raise InputError("params.yaml: data.source: a list may contain files and folders only; remove other names")
-    return _hub(names[0], params)
+    source: str | None = None
+    """Name of its source, if there are several."""
+    is_used: bool = True
+    """False if the share of its source leaves it out."""
 
 
 def read_files(names: Iterable[str], splits: Collection[str] = ()) -> Iterator[RawRow]:
@@ -92,7 +65,7 @@ def read_files(names: Iterable[str], splits: Collection[str] = ()) -> Iterator[R
         path = Path(name)
         if not path.exists():
             raise InputError(f"{name}: no such file or folder; check the name, or put your data into {OWN_DATA}/")
-        files = sorted(file for file in path.rglob("*") if file.is_file() and _kind(file))
+        files = sorted(file for file in path.rglob("*") if file.is_file() and kind_of(file))
         if not path.is_dir():
             yield from _read_file(path)
         elif any((path / file).exists() for file in ("dataset_dict.json", "state.json")):
@@ -105,7 +78,8 @@ def read_files(names: Iterable[str], splits: Collection[str] = ()) -> Iterator[R
             raise InputError(f"{name}: the folder contains no data; add files that end in {endings}, or .gz")
 
 
-def _kind(path: Path) -> str | None:
+def kind_of(path: Path) -> str | None:
+    """Return the ending by which a file is read, a key of `READERS`, or None."""
     suffix = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
     return suffix if suffix in READERS else None
 
@@ -142,7 +116,7 @@ def _with_splits(parts: Mapping[Path, Iterable[RawRow]], source: str) -> Iterato
 
 
 def _read_file(path: Path) -> Iterator[RawRow]:
-    kind = _kind(path)
+    kind = kind_of(path)
     if kind is None:
         raise InputError(f"{path}: unknown file type; use {', '.join(READERS)}, each also with .gz")
     try:
@@ -197,7 +171,7 @@ def _json(file: BinaryIO, name: str) -> Iterator[RawRow]:
         raise InputError(f"{name}: not a complete JSON file: {error}; copy or export it again") from error
     if not isinstance(rows, list):
         raise InputError(f"{name}: a JSON {type(rows).__name__}; save an array of objects")
-    yield from _numbered(rows, name)
+    yield from numbered(rows, name)
 
 
 def _read_all(file: BinaryIO, what: str, fix: str) -> bytes:
@@ -242,7 +216,7 @@ def _short_lines(text: io.TextIOWrapper, name: str) -> Iterator[str]:
 def _parquet(file: BinaryIO, name: str) -> Iterator[RawRow]:
     if isinstance(file, gzip.GzipFile):
         file = io.BytesIO(_read_all(file, f"{name}: Parquet in gzip", "unpack it"))
-    yield from _numbered(_arrow_rows(pq.ParquetFile(file).iter_batches(batch_size=BATCH_ROWS)), name)
+    yield from numbered(_arrow_rows(pq.ParquetFile(file).iter_batches(batch_size=BATCH_ROWS)), name)
 
 
 def _arrow_rows(batches: Iterable[Any]) -> Iterator[Any]:
@@ -258,7 +232,8 @@ def _arrow_rows(batches: Iterable[Any]) -> Iterator[Any]:
 READERS = {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet}
 
 
-def _numbered(rows: Iterable[Any], name: str) -> Iterator[RawRow]:
+def numbered(rows: Iterable[Any], name: str) -> Iterator[RawRow]:
+    """Yield rows with their numbers, from 1."""
     for number, row in enumerate(rows, 1):
         if isinstance(row, dict):
             yield RawRow(name, number, row, _as_text(row))
@@ -288,57 +263,15 @@ def _saved_dataset(path: Path, splits: Collection[str]) -> Iterator[RawRow]:
         loaded = load_from_disk(str(path))
     except (OSError, ValueError, LookupError, TypeError, pa.ArrowException, DatasetsError) as error:
         raise InputError(f"{path}: not a complete saved data set: {error}; save it again") from error
-    yield from _dataset_rows(loaded, str(path), splits)
+    yield from dataset_rows(loaded, str(path), splits)
 
 
-def _hub(name: str, params: DataSettings) -> Iterator[RawRow]:
-    import datasets
-
-    revision = params.revision
-    if revision is None:
-        raise InputError(
-            f"params.yaml: data.source: '{name}' is not `default`, a file or a folder, so it is read as a hub id, "
-            "which needs data.revision to be reproducible; correct the path, or set the revision"
-        )
-    try:
-        loaded = datasets.load_dataset(name, params.config, revision=revision)
-    except Exception as error:
-        message = f"params.yaml: data.source: cannot load '{name}' at '{revision}': {error}"
-        if _is_connection_error(error):
-            raise TransientError(message) from error
-        if isinstance(error, OSError | ValueError | RuntimeError | datasets.exceptions.DatasetsError):
-            raise InputError(message) from error
-        raise
-    return _dataset_rows(loaded, name, params.splits)
-
-
-def _is_connection_error(error: BaseException) -> bool:
-    """Return whether an error, or its cause, is a connection fault or a server error (HTTP 429 or 5xx)."""
-    from huggingface_hub import constants
-
-    if constants.HF_HUB_OFFLINE:
-        return False
-    status = getattr(getattr(error, "response", None), "status_code", 0)
-    names = {base.__name__ for base in type(error).__mro__}  # TransportError is the base class in httpx
-    if status == 429 or status >= 500 or names & {"ConnectionError", "TimeoutError", "TransportError"}:
-        return True
-    return error.__cause__ is not None and _is_connection_error(error.__cause__)
-
-
-def _dataset_rows(loaded: Any, name: str, splits: Collection[str]) -> Iterator[RawRow]:
+def dataset_rows(loaded: Any, name: str, splits: Collection[str]) -> Iterator[RawRow]:
+    """Read the rows of a data set, or of the parts of one in `splits`."""
     parts = loaded if isinstance(loaded, dict) else {"train": loaded}
     rows = {
-        Path(part): _numbered(_arrow_rows(data.with_format("arrow").iter(BATCH_ROWS)), f"{name}:{part}")
+        Path(part): numbered(_arrow_rows(data.with_format("arrow").iter(BATCH_ROWS)), f"{name}:{part}")
         for part, data in parts.items()
     }
     rows = _chosen(rows, splits, name)
     yield from _with_splits(rows, name) if len(rows) > 1 else chain(*rows.values())
-
-
-def _default(params: DataSettings, seed: int) -> Iterator[RawRow]:
-    with tempfile.TemporaryDirectory() as folder:
-        domains = read_ratings(fetch(RATINGS_SDIST, Path(folder), source=True))
-    table = rating_pairs(
-        domains, min_rating_gap=params.min_rating_gap, eval_fraction=params.eval_fraction, seed=seed
-    )
-    return _numbered(table.to_dict("records"), RATINGS_SDIST[0])

@@ -1,9 +1,9 @@
 """Settings of the preference data and its validation."""
 
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, GetPydanticSchema
+from pydantic import AfterValidator, Discriminator, Field, GetPydanticSchema, Tag
 from pydantic_core.core_schema import literal_schema, typed_dict_field, typed_dict_schema
 
 from dpo.common.settings import Positive, Rate, Settings, Share
@@ -17,11 +17,75 @@ ACTIONS = typed_dict_schema(
 
 
 @dataclass(frozen=True, kw_only=True)
+class Source(Settings):
+    """One of several sources of preference pairs."""
+
+    path: str | None = None
+    """File or folder under `data/own/`."""
+    id: str | None = None
+    """Hub id of a data set, instead of `path`."""
+    revision: str | None = None
+    """Commit, tag or branch of `id`."""
+    split: str | tuple[str, ...] | None = None
+    """Splits to read; null reads all."""
+    config: str | None = None
+    """Configuration of `id`, if it has several."""
+    share: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of its rows that is used, drawn at random with `seed`."""
+
+    def __post_init__(self) -> None:
+        if (self.path is None) == (self.id is None):
+            raise ValueError("a source has either a path (file or folder) or an id (hub data set)")
+        if (self.id is None) != (self.revision is None) or (self.id is None and self.config is not None):
+            raise ValueError("an id needs a revision, and a path has neither a revision nor a config")
+
+    @property
+    def name(self) -> str:
+        """The path below `data/own/`, or the id."""
+        return self.id or str(self.path).removeprefix("data/own/")
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """The names in `split`."""
+        return _names(self.split)
+
+
+def _names(value: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    return (value,) if isinstance(value, str) else value or ()
+
+
+def _tag(value: object) -> str:
+    return "<text>" if isinstance(value, str) else "<list>" if isinstance(value, list | tuple) else "<section>"
+
+
+def _one_of(message: str) -> Discriminator:
+    """Return the choice of a type by the kind of value, so that an error is about that type only."""
+    return Discriminator(_tag, custom_error_type="kind", custom_error_message=message)
+
+
+def _not_empty(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    if not values:
+        raise ValueError("the list is empty")
+    return values
+
+
+Text = Annotated[str, Tag("<text>")]
+Several = Annotated[
+    tuple[
+        Annotated[Text | Annotated[Source, Tag("<section>")], _one_of("Items should be names or sections")], ...
+    ],
+    AfterValidator(_not_empty),
+    Tag("<list>"),
+]
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataSettings(Settings):
     """Where preference pairs come from and how many are used."""
 
-    source: str | Annotated[tuple[str, ...], Field(min_length=1)]
-    """`default`, a file or folder (or a list of them) under `data/own/`, or the hub id of a data set."""
+    source: Annotated[Text | Several, _one_of("Input should be a name, or a list of names and sections")]
+    """`default`, a file or folder under `data/own/`, the hub id of a data set, or a list of files, folders and
+    sections `{path or id, revision, split, config, share}`."""
     revision: str | None = None
     """Commit, tag or branch of a hub id. Required for a hub id."""
     columns: dict[str, str] = field(default_factory=dict)
@@ -46,7 +110,18 @@ class DataSettings(Settings):
     @property
     def splits(self) -> tuple[str, ...]:
         """The names in `split`."""
-        return (self.split,) if isinstance(self.split, str) else self.split or ()
+        return _names(self.split)
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """The items of `source`. A text is a path, or the id of the only source."""
+        items = (self.source,) if isinstance(self.source, str) else self.source
+        return tuple(Source(path=item) if isinstance(item, str) else item for item in items)
+
+    @property
+    def origin(self) -> str:
+        """The names in `source`, for messages."""
+        return ", ".join(source.path or source.name for source in self.sources)
 
 
 @dataclass(frozen=True, kw_only=True)

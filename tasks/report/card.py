@@ -31,8 +31,7 @@ def write_card(params: Params, trial: Trial, metrics: dict[str, Any]) -> None:
     shown = {name: words for name, words in METRICS.items() if name in metrics}
     shown |= {f"win_rate/{judge}": f"win rate against the reference, judged by {judge}" for judge in judges[1:]}
     base = MODEL_NAME if params.model.base == "default" else params.model.base
-    source = params.data.source if isinstance(params.data.source, str) else ", ".join(params.data.source)
-    dataset = ("text-generation", "preferences", f"{source}, held-out pairs")
+    dataset = ("text-generation", "preferences", f"{params.data.origin}, held-out pairs")
     data = ModelCardData(
         base_model=base if params.model.base == "default" or params.model.revision else None,
         library_name="peft" if params.dpo.lora else "transformers",
@@ -44,7 +43,7 @@ def write_card(params: Params, trial: Trial, metrics: dict[str, Any]) -> None:
     template = Template(Path(__file__).with_name("card.md.jinja").read_text(), trim_blocks=True)
     body = template.render(
         base=base,
-        source=source,
+        source=params.data.origin,
         trial=trial,
         metrics=metrics,
         shown=shown,

@@ -47,6 +47,8 @@ def file_lines(files: dict[str, Any]) -> list[str]:
     lines = []
     for name, file in list(files.items())[:SHOWN_FILES]:
         parts = [f"read as {_counted(file['layouts']) or 'no layout'}"]
+        if file["left_out"]:
+            parts.append(f"{file['left_out']} of {file['rows']} rows left out by the share of their source")
         parts += [f"not read: {_counted(file['unread'])}"] if file["unread"] else []
         lines.append(f"{name}: {'; '.join(parts + [_counted({note: n}) for note, n in file['notes'].items()])}")
     if len(files) > SHOWN_FILES:

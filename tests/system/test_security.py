@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from dpo.common.errors import InputError
 from dpo.config import load_params
-from dpo.data import readers
+from dpo.data import sources
 from dpo.data.settings import DataSettings
 from dpo.engine.base_model import load_base, load_checkpoint
 from dpo.engine.settings import ModelSettings
@@ -132,7 +132,7 @@ def test_data_set_with_code_or_a_pickle_is_an_error(tmp_path, monkeypatch, kind)
     params = load_params(ROOT / "params.yaml").data
     params = DataSettings(**{**vars(params), "source": "someone/pairs", "revision": "main"})
     with pytest.raises(InputError, match=r"data\.source: cannot load 'someone/pairs'"):
-        list(readers.read_source(params, 0))
+        list(sources.read_source(params, 0))
     assert not (tmp_path / "ran").exists()
 
 

@@ -23,8 +23,9 @@ from dpo.common.errors import InputError, TransientError
 from dpo.config import load_params
 from dpo.data import readers
 from dpo.data.formats import Spelling, convert, detect
-from dpo.data.readers import read_files, read_source
+from dpo.data.readers import read_files
 from dpo.data.settings import DataSettings
+from dpo.data.sources import read_source
 from dpo.data.turns import RowError
 from tasks.commands.validate import check_files
 
@@ -413,8 +414,8 @@ def test_a_connection_error_in_offline_mode_is_not_transient(own, monkeypatch):
         ({"source": ("data/own/a.csv", "secret.csv")}, ["secret.csv is outside data/own/"]),
         ({"source": "someone/pairs"}, ["'someone/pairs' is not `default`, a file or a folder", "data.revision"]),
         ({"source": ("someone/pairs",)}, ["'someone/pairs' is not `default`", "data.revision"]),
-        ({"source": ("a/b", "data/own/a.csv")}, ["a list may contain files and folders only"]),
-        ({"source": ("default", "data/own/a.csv")}, ["a list may contain files and folders only"]),
+        ({"source": ("a/b", "data/own/a.csv")}, ["texts of a list may contain files and folders only"]),
+        ({"source": ("default", "data/own/a.csv")}, ["texts of a list may contain files and folders only"]),
         ({"source": "default", "revision": "main"}, ["data.revision has no effect"]),
         ({"source": ("default",), "revision": "main"}, ["data.revision has no effect"]),
         ({"source": "data/own/a.csv", "revision": "main"}, ["data.revision has no effect"]),
