@@ -8,7 +8,8 @@ from typing import Any
 def flatten(nested: Mapping[str, Any], prefix: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
     """Yield every value inside nested mappings and dataclasses with the path of names that leads to it."""
     for name, value in nested.items():
-        value = dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value  # type: ignore[arg-type]
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            value = dataclasses.asdict(value)
         if isinstance(value, Mapping):
             yield from flatten(value, (*prefix, name))
         else:
