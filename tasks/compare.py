@@ -8,6 +8,7 @@ from dpo.common.files import atomic_write, write_json
 from dpo.config import Params, load_params
 from dpo.evaluation.pair_metrics import reliability, slices
 from dpo.evaluation.selection import compare_policies, failure_modes, select
+from dpo.evaluation.yardsticks import yardsticks
 from tasks.common import paths
 from tasks.common.runner import run
 from tasks.report.comparison import Results, concatenate, draw_figures, write_report
@@ -39,6 +40,7 @@ def compare(params: Params) -> Results:
     column, tables = ("win", samples) if "win_rate" in params.compare.select else ("correct", pairs)
     outcomes = {name: table[column].tolist() for name, table in tables.items()}
     comparisons = compare_policies(outcomes, tables[trials[0].name]["prompt"].tolist(), params.seed)
+    responses = samples[trials[0].name]  # the reference's responses are the same for all policies
     selected, reason = select(policies, comparisons, params.compare)
     return Results(
         trials=trials,
@@ -50,6 +52,7 @@ def compare(params: Params) -> Results:
         tests=pd.DataFrame([vars(each) | {"verdict": each.verdict} for each in comparisons]),
         pairs=concatenate(pairs, names),
         samples=samples,
+        yardsticks=yardsticks(responses.get("reference_score", []), responses["prompt"].tolist()),
         train_logs=concatenate({trial.name: pd.read_csv(paths.train_log(trial)) for trial in trials}, names),
         calibration=concatenate({name: reliability(table) for name, table in pairs.items()}, names),
         slices=concatenate({name: slices(table, params.seed) for name, table in pairs.items()}, names),
@@ -68,6 +71,7 @@ def write_metrics(results: Results) -> None:
         {"policy": name, "beta": metrics["trial"]["beta"], "kl": metrics["kl"], "reward": metrics[reward]}
         for name, metrics in results.policies.items()
     )
+    frontier = pd.concat([frontier, results.yardsticks])
     tables = {"calibration": results.calibration, "slices": results.slices, "tests": results.tests}
     for name, table in {"frontier": frontier, **tables}.items():
         with atomic_write(paths.METRICS / f"{name}.csv") as tmp:

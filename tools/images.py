@@ -5,8 +5,10 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+import pandas as pd
+
 from dpo.config import load_params
-from tasks.common.paths import COMPARISON
+from tasks.common.paths import COMPARISON, METRICS
 from tasks.report.figures import frontier
 from tools.browser import screenshot
 
@@ -18,7 +20,8 @@ def main() -> None:
     dot = subprocess.run(["dvc", "dag", "--dot"], check=True, capture_output=True, text=True).stdout
     subprocess.run(["dot", "-Tsvg", "-o", str(IMAGES / "dag.svg")], input=dot, check=True, text=True)
     policies = json.loads(COMPARISON.read_text())["policies"]
-    figure = frontier(load_params().trials(), policies)
+    points = pd.read_csv(METRICS / "frontier.csv").dropna(subset="yardstick")
+    figure = frontier(load_params().trials(), policies, points)
     with tempfile.TemporaryDirectory() as folder:
         page = Path(folder) / "frontier.html"
         page.write_text(figure.update_layout(width=900, height=520).to_html(config={"displayModeBar": False}))

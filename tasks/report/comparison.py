@@ -12,6 +12,7 @@ from plotly.offline import get_plotlyjs
 from dpo.common.files import atomic_write
 from dpo.config import Params
 from dpo.evaluation.selection import FailureMode
+from dpo.evaluation.yardsticks import kl_at
 from dpo.training.settings import Trial
 from tasks.common.paths import REFERENCE, REPORT, policy_folder
 from tasks.report.figures import calibration, curve, frontier, margins
@@ -33,6 +34,7 @@ class Results:
     failure_modes: dict[str, list[FailureMode]]
     tests: pd.DataFrame  # of all policies and the reference
     samples: dict[str, pd.DataFrame]
+    yardsticks: pd.DataFrame  # points of best-of-n and of the optimum
     pairs: pd.DataFrame  # of all trials, with the short name in the column `policy`, as the next three tables
     train_logs: pd.DataFrame
     calibration: pd.DataFrame
@@ -47,7 +49,7 @@ def concatenate(tables: dict[str, pd.DataFrame], names: dict[str, str]) -> pd.Da
 def draw_figures(results: Results) -> list[go.Figure]:
     """Return the figures of the page. Calibration needs pairs with agreement."""
     return [
-        frontier(results.trials, results.policies),
+        frontier(results.trials, results.policies, results.yardsticks),
         margins(results.pairs),
         *([calibration(results.calibration)] if len(results.calibration) else []),
         *(curve(results.train_logs, name) for name in ("rewards/margins", "rewards/accuracies", "loss")),
@@ -67,6 +69,9 @@ def write_report(params: Params, results: Results, figures: list[go.Figure]) -> 
         params_text=Path("params.yaml").read_text(),
         results=results,
         judges=judges,
+        kl_of_optimum={
+            name: kl_at(row.get("reward"), results.yardsticks) for name, row in results.policies.items()
+        },
         metrics={
             "win_rate": "win rate",
             **{f"win_rate/{judge}": f"win rate by {judge}" for judge in judges[1:]},

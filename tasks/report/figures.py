@@ -39,8 +39,13 @@ def reward_metric(policies: Mapping[str, dict[str, Any]]) -> str:
     return next(name for name in REWARD_METRICS if name in metrics)
 
 
-def frontier(trials: Sequence[Trial], policies: Mapping[str, dict[str, Any]]) -> go.Figure:
-    """Plot reward against KL, one point per beta, with 95% intervals (Rafailov et al. 2023, fig. 2)."""
+def frontier(
+    trials: Sequence[Trial], policies: Mapping[str, dict[str, Any]], yardsticks: pd.DataFrame
+) -> go.Figure:
+    """Plot reward against KL, one point per beta, with 95% intervals (Rafailov et al. 2023, fig. 2).
+
+    The points of `dpo.evaluation.yardsticks.yardsticks` are dotted lines.
+    """
     reward = reward_metric(policies)
     figure = go.Figure()
     lines = defaultdict(list)
@@ -64,12 +69,14 @@ def frontier(trials: Sequence[Trial], policies: Mapping[str, dict[str, Any]]) ->
     figure.add_scatter(
         x=[0], y=[start], text=["reference"], mode="markers+text", textposition="bottom right", name="reference"
     )
+    for name, points in yardsticks.groupby("yardstick"):
+        figure.add_scatter(x=points["kl"], y=points["reward"], mode="lines", line_dash="dot", name=name)
     return figure.update_layout(
         title="Reward against KL to the reference",
         xaxis_title="KL(π ‖ π_ref), nats per response",
         yaxis_title=REWARD_METRICS[reward],
         template="plotly_white",
-        showlegend=len(lines) > 1,
+        showlegend=len(figure.data) > 2,
     )
 
 

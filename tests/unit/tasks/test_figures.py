@@ -3,9 +3,12 @@
 import pandas as pd
 import pytest
 
+from dpo.evaluation.yardsticks import yardsticks
 from dpo.training.losses import LOSSES
 from dpo.training.settings import Trial
 from tasks.report.figures import calibration, curve, frontier, labels, margins, reward_metric
+
+NO_POINTS = yardsticks([], [])
 
 
 def trial(loss="sigmoid", beta=0.1, learning_rate=5e-5, seed=17):
@@ -28,7 +31,7 @@ def test_label_has_the_beta_and_the_settings_that_vary():
 def test_frontier_has_a_line_per_loss_and_a_point_with_error_bars_per_beta():
     trials = [trial(loss, beta) for loss in ("sigmoid", "ipo") for beta in (0.5, 0.1)]
     policies = {each.name: metrics(kl=1 / each.beta, reward=each.beta) for each in trials}
-    figure = frontier(trials, policies)
+    figure = frontier(trials, policies, NO_POINTS)
     lines = {trace.name: trace for trace in figure.data}
     assert list(lines) == ["sigmoid", "ipo", "reference"]
     assert lines["ipo"].x == (2.0, 10.0)
@@ -39,10 +42,19 @@ def test_frontier_has_a_line_per_loss_and_a_point_with_error_bars_per_beta():
     assert (lines["reference"].x, lines["reference"].y) == ((0,), (0.05,))
 
 
+def test_frontier_has_a_dotted_line_per_yardstick():
+    scores = [i / 96 for i in range(96)]
+    figure = frontier([trial()], {trial().name: metrics(kl=2, reward=0.6)}, yardsticks(scores, ["prompt"] * 96))
+    dotted = {trace.name: trace for trace in figure.data if trace.line.dash == "dot"}
+    assert list(dotted) == ["best-of-n", "optimum"]
+    assert dotted["best-of-n"].y[0] == pytest.approx(2 / 3, abs=0.01)  # the larger of two uniform numbers
+    assert figure.layout.showlegend
+
+
 def test_frontier_shows_the_win_rate_if_there_are_no_scores():
     policies = {trial().name: {k: v for k, v in metrics(3, 1).items() if "reward" not in k}}
     assert reward_metric(policies) == "win_rate"
-    figure = frontier([trial()], policies)
+    figure = frontier([trial()], policies, NO_POINTS)
     assert figure.data[-1].y == (0.5,)
     assert figure.data[0].y == (0.5,)
 
