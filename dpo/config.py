@@ -120,6 +120,7 @@ def load_params(path: Path = Path("params.yaml")) -> Params:
             f"{path}: compare.select: {params.compare.select} needs a judge; add one to evaluate.judges, or "
             "select reward_accuracy or margin"
         )
+    _check_frozen_weights(path, params)
     for key, name in (("model.base", params.model.base), ("data.source", params.data.source)):
         if name == "embedded":
             raise InputError(f"{path}: {key}: the value embedded is renamed; use default")
@@ -129,6 +130,19 @@ def load_params(path: Path = Path("params.yaml")) -> Params:
             f"engine.max_length, {params.engine.max_length}; lower the former or raise the latter"
         )
     return params
+
+
+def _check_frozen_weights(path: Path, params: Params) -> None:
+    """Raise InputError if settings for weights that are not trained meet a training of all weights."""
+    engine = params.engine
+    if engine.vocabulary == "bf16" and engine.precision != "bf16":
+        raise InputError(f"{path}: engine.vocabulary: bf16 needs engine.precision: bf16; set one of them")
+    for key, value in (("quantization", engine.quantization), ("vocabulary", engine.vocabulary)):
+        if value not in (None, "fp32") and params.dpo.lora is None:
+            raise InputError(
+                f"{path}: engine.{key}: {value}: these weights cannot be trained; set dpo.lora, as "
+                f"{{rank: 16, alpha: 32}}, or remove engine.{key}"
+            )
 
 
 def _refuse_credentials(path: Path, value: object, key: str = "") -> None:

@@ -37,7 +37,7 @@ def main() -> None:
     reference = pd.read_parquet(paths.REFERENCE_SAMPLES)
     prompts = [prompt_of(pair, tokenizer) for pair in reference.to_dict("records")]
     state, folder = this_process(), paths.policy_folder(trial)
-    policy = load_model(folder, params.engine.precision, params.engine.compile).to(state.device)
+    policy = load_model(folder, **params.engine.loading, frozen=True).to(state.device)
 
     pairs = evaluate_pairs(params, trial, policy, tokenizer, held_out)
     samples = sample_responses(params, trial, policy, tokenizer, prompts)
@@ -85,7 +85,9 @@ def sample_responses(
     responses = samples["ids"].tolist()
 
     def kl_to_reference(mine: list[int]) -> list[Any]:
-        reference = load_model(paths.REFERENCE, params.engine.precision, params.engine.compile).to(policy.device)
+        reference = None  # the policy without its adapter
+        if not policy.is_adapter_of(paths.REFERENCE):
+            reference = load_model(paths.REFERENCE, **params.engine.loading, frozen=True).to(policy.device)
         prompt_tokens = prompt_ids(tokenizer, [prompts[i] for i in mine], params.max_prompt_tokens)
         max_tokens = params.engine.max_tokens_per_microbatch
         table = divergence(policy, reference, prompt_tokens, [responses[i] for i in mine], max_tokens)

@@ -14,7 +14,7 @@ def main() -> None:
     engine = load_params().engine
     state = this_process()
     tokenizer = load_tokenizer(REFERENCE)
-    model = load_model(REFERENCE, engine.precision, engine.compile).to(state.device)
+    model = load_model(REFERENCE, **engine.loading, frozen=True).to(state.device)
     key = policy_key(REFERENCE, tokenizer, engine)
     for pairs, folder in ((TRAIN, REFERENCE_TRAIN), (EVAL, REFERENCE_EVAL)):
         compute_reference(folder, key, pairs, model, tokenizer, engine, REFERENCE_PROGRESS, state)

@@ -19,7 +19,7 @@ def main() -> None:
     params = load_params()
     judges = load_judges(params.evaluate.judges)
     tokenizer = load_tokenizer(REFERENCE)
-    model = load_model(REFERENCE, params.engine.precision, params.engine.compile).to(this_process().device)
+    model = load_model(REFERENCE, **params.engine.loading, frozen=True).to(this_process().device)
     pairs, count = pd.read_parquet(EVAL), params.evaluate.samples
     table = pairs.sample(count, replace=len(pairs) < count, random_state=params.seed)
     table = table[["prompt", "turns", "tools"]].reset_index(drop=True)

@@ -30,7 +30,7 @@ def main() -> None:
     reference = {}
     if trial.loss.needs_reference:
         reference = load_reference(REFERENCE_TRAIN, cache_key(REFERENCE, tokenizer, rows, engine))
-    model = load_model(REFERENCE, engine.precision, engine.compile)
+    model = load_model(REFERENCE, **engine.loading)
     store = CheckpointStore(TRAINING_PROGRESS / trial.name, params.run.checkpoint_minutes)
     main_process = this_process().is_main_process
     with policy_run(params, trial, table) if main_process else nullcontext() as run_id:

@@ -9,6 +9,14 @@ from torch import Tensor, nn
 
 from dpo.engine.settings import GPU_HEAD_CHUNK, HEAD_CHUNK
 
+VOCABULARY_PART = 16_384
+"""Rows of a bf16 weight that are cast to fp32 at a time: 0.25 GiB for a width of 4,096."""
+
+
+def project(hidden: Tensor, head: nn.Linear) -> Tensor:
+    """Return fp32 logits [n, vocabulary] of hidden states [n, width]."""
+    return _project(hidden, head.weight, head.bias)
+
 
 def token_logps(hidden: Tensor, head: nn.Linear, targets: Tensor, *, accumulate_in_place: bool) -> Tensor:
     """Return log softmax(head(hidden))[target] in fp32, shape [N], of hidden [N, width] and token ids [N].
@@ -23,7 +31,7 @@ def token_logps(hidden: Tensor, head: nn.Linear, targets: Tensor, *, accumulate_
 def chunked_logits(hidden: Tensor, head: nn.Linear) -> Iterator[Tensor]:
     """Yield fp32 logits [n, vocabulary] in chunks of `HEAD_CHUNK` rows of `hidden`."""
     for chunk in hidden.split(HEAD_CHUNK):
-        yield F.linear(chunk, head.weight, head.bias).float()
+        yield project(chunk, head)
 
 
 class _TokenLogps(torch.autograd.Function):
@@ -75,7 +83,7 @@ class _FrozenHeadLogps(torch.autograd.Function):
             exp_logits, sum_exp, logps[part] = _exp_logits(hidden[part], weight, bias, targets[part])
             if grad_hidden is not None:
                 grad_logits = _grad_logits(exp_logits, sum_exp, targets[part], torch.ones_like(logps[part]))
-                grad_hidden[part] = grad_logits.to(hidden.dtype) @ weight
+                grad_hidden[part] = _project_back(grad_logits.to(hidden.dtype), weight)
                 del grad_logits
             del exp_logits  # free memory before the next chunk
         ctx.save_for_backward(grad_hidden)
@@ -108,9 +116,27 @@ class FusedEmbedding(torch.autograd.Function):
         return None, None, None
 
 
+def _project(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if weight.dtype == hidden.dtype:
+        return F.linear(hidden, weight, bias).float()
+    logits = torch.empty(len(hidden), len(weight), dtype=hidden.dtype, device=hidden.device)
+    for start in range(0, len(weight), VOCABULARY_PART):
+        part = slice(start, start + VOCABULARY_PART)
+        logits[:, part] = F.linear(hidden, weight[part].to(hidden.dtype))
+    return logits if bias is None else logits.add_(bias)
+
+
+def _project_back(grad_logits: Tensor, weight: Tensor) -> Tensor:
+    """Return the gradient [n, width] of the hidden states."""
+    if weight.dtype == grad_logits.dtype:
+        return grad_logits @ weight
+    parts = zip(grad_logits.split(VOCABULARY_PART, 1), weight.split(VOCABULARY_PART), strict=True)
+    return sum((grads @ rows.to(grads.dtype) for grads, rows in parts), torch.zeros(()).to(grad_logits))
+
+
 def _exp_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> tuple[Tensor, ...]:
     """Return exp(logits - max) [n, vocabulary], its sums [n] and the targets' log-probs [n], in fp32, in place."""
-    logits = F.linear(hidden, weight, bias).float()
+    logits = _project(hidden, weight, bias)
     target_logits = logits.gather(1, targets[:, None])[:, 0]
     max_logits = logits.max(1).values
     exp_logits = logits.sub_(max_logits[:, None]).exp_()

@@ -12,17 +12,17 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from dpo.common.errors import InputError
 from dpo.common.progress import progress
 from dpo.engine.attention import PACKED_ATTENTION, VarlenMetadata, supports_varlen, varlen_metadata
-from dpo.engine.head import FusedEmbedding, chunked_logits, token_logps
+from dpo.engine.frozen import hold_frozen_in_bf16, multiply_in_bf16, nf4_options, use_one_product
+from dpo.engine.head import FusedEmbedding, chunked_logits, project, token_logps
 from dpo.engine.kv_cache import KVCache
 from dpo.engine.packing import Layout, PackedBatch, budget_batches, pack, pack_prompts
 from dpo.engine.pretrained import load_weights
@@ -46,15 +46,23 @@ class LogProbModel(nn.Module):
     Attributes:
         model: the transformers model, unchanged.
         precision: precision of matrix products.
+        vocabulary: data type of the embedding and the projection to the vocabulary, if they are not trained.
         in_stream: whether the packed stream is exact for this model. If not, it is computed row by row.
         accumulate_in_place: whether the backward pass adds gradients of the vocabulary matrices directly to
             `.grad`. This saves one gradient of each matrix per micro-batch. Set it only for training in one
             process: DDP, FSDP and `torch.autograd.grad` need gradients from autograd.
     """
 
-    def __init__(self, model: PreTrainedModel, precision: Precision = "fp32", *, in_stream: bool) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        precision: Precision = "fp32",
+        *,
+        in_stream: bool,
+        vocabulary: Precision = "fp32",
+    ) -> None:
         super().__init__()
-        self.model, self.precision, self.in_stream = model, precision, in_stream
+        self.model, self.precision, self.in_stream, self.vocabulary = model, precision, in_stream, vocabulary
         self.accumulate_in_place = False
         self._no_split_modules = model._no_split_modules
 
@@ -117,8 +125,37 @@ class LogProbModel(nn.Module):
         return self._next_logits(states[:, 0])
 
     def _next_logits(self, states: Tensor) -> Tensor:
-        head = self.get_output_embeddings()
-        return F.linear(states, head.weight, head.bias).float()
+        return project(states, self.get_output_embeddings())
+
+    def hold_frozen_weights(self) -> None:
+        """Hold weights that require no gradient in bf16 if the precision is `bf16`. Results do not change."""
+        if self.precision == "bf16":
+            hold_frozen_in_bf16(self.model, vocabulary=self.vocabulary == "bf16")
+
+    def is_adapter_of(self, base: Path) -> bool:
+        """Return whether the model is a LoRA adapter on the model in the folder `base`, which has no adapter."""
+        adapted = getattr(self.model, "_hf_peft_config_loaded", False)
+        has_own = (base / "adapter_config.json").is_file()
+        return bool(adapted and not has_own and Path(self.model.name_or_path).resolve() == base.resolve())
+
+    def logits_without_adapter(self, batch: PackedBatch) -> Iterator[Tensor]:
+        """Yield the logits of the model without its LoRA adapter, as `logits` does."""
+        with self._adapter_disabled():
+            chunks = self.logits(batch)
+        while True:
+            with self._adapter_disabled():
+                chunk = next(chunks, None)
+            if chunk is None:
+                return
+            yield chunk
+
+    @contextmanager
+    def _adapter_disabled(self) -> Iterator[None]:
+        self.model.disable_adapters()
+        try:
+            yield
+        finally:
+            self.model.enable_adapters()
 
     @contextmanager
     def generation(self) -> Iterator[PreTrainedModel]:
@@ -168,7 +205,7 @@ class LogProbModel(nn.Module):
         with self._autocast(), torch.compiler.set_stance("force_eager") if eager else nullcontext():
             output = self.model.get_decoder()(**inputs, use_cache=False)
         states: Tensor = output.last_hidden_state
-        return states.to(self.get_output_embeddings().weight.dtype)
+        return states.float()
 
     def _plain_logits(self, batch: PackedBatch) -> Iterator[Tensor]:
         """Yield the logits of one completion at a time from the model's own forward pass."""
@@ -190,11 +227,20 @@ class LogProbModel(nn.Module):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled, cache_enabled=False)
 
 
-def load_model(path: Path, precision: Precision = "fp32", compiled: bool = False) -> LogProbModel:
-    """Load a causal language model with fp32 weights, without dropout, in eval mode.
+def load_model(
+    path: Path,
+    precision: Precision = "fp32",
+    compiled: bool = False,
+    *,
+    quantization: Literal["nf4"] | None = None,
+    vocabulary: Precision = "fp32",
+    frozen: bool = False,
+) -> LogProbModel:
+    """Load a causal language model without dropout, in eval mode. Weights are fp32, or NF4 with `quantization`.
 
-    `path` is a folder with safetensors weights, or with a LoRA adapter that names its base model. On a GPU, `bf16`
-    also enables TF32 for fp32 matrix products in this process. `compiled` fuses the operations of each block.
+    `path` is a folder with safetensors weights, or with a LoRA adapter that names its base model. A model that is
+    `frozen` is not trained, so that `bf16` also holds its weights in bf16. On a GPU, `bf16` enables TF32 for fp32
+    matrix products in this process. `compiled` fuses the operations of each block.
 
     Raises:
         InputError: `compiled` is set without a GPU or without `bf16`.
@@ -202,7 +248,9 @@ def load_model(path: Path, precision: Precision = "fp32", compiled: bool = False
     if compiled and not (torch.cuda.is_available() and precision == "bf16"):
         raise InputError("params.yaml: engine.compile: true needs a CUDA GPU and precision: bf16; set it to false")
     torch.backends.cuda.matmul.allow_tf32 = precision == "bf16"
-    model = load_weights(AutoModelForCausalLM, path).eval()
+    options = {} if quantization is None else nf4_options()
+    model = load_weights(AutoModelForCausalLM, path, **options).eval()
+    use_one_product(model)
     for module in model.modules():
         rates = [name for name, value in vars(module).items() if "drop" in name and isinstance(value, float)]
         for name in ["p"] if isinstance(module, nn.Dropout) else rates:
@@ -216,7 +264,13 @@ def load_model(path: Path, precision: Precision = "fp32", compiled: bool = False
         for block in model.modules():
             if type(block).__name__ in (model._no_split_modules or ()):
                 block.compile(dynamic=True)
-    return LogProbModel(model, precision, in_stream=not fault).eval()
+    engine = LogProbModel(model, precision, in_stream=not fault, vocabulary=vocabulary).eval()
+    if precision == "bf16":
+        multiply_in_bf16(model)
+    if frozen:
+        model.requires_grad_(False)
+        engine.hold_frozen_weights()
+    return engine
 
 
 @torch.no_grad()

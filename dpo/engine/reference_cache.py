@@ -45,6 +45,8 @@ def policy_key(model: Path, tokenizer: PreTrainedTokenizerBase, engine: EngineSe
         "engine": ENGINE_VERSION,
         "precision": engine.precision,
         "compile": engine.compile,
+        "quantization": engine.quantization,
+        "vocabulary": engine.vocabulary,
         "weights": sha256(*sorted(model.glob("*.safetensors"))),
         "config": sha256(model / "config.json"),
         "tokenizer": sha256(*sorted(model.glob("tokenizer*"))),

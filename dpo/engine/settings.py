@@ -1,7 +1,7 @@
 """Settings of the model and of the log-prob engine."""
 
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -37,7 +37,23 @@ class EngineSettings(Settings):
     max_tokens_per_microbatch: Positive
     """Maximum number of tokens in one forward pass. It bounds memory and does not change results."""
     precision: Precision = "fp32"
-    """`fp32` is exact. `bf16` multiplies the matrices of the layers in bfloat16; weights and the projection to the
-    vocabulary stay fp32. A GPU computes that projection in TF32."""
+    """`fp32` is exact. `bf16` multiplies the matrices of the layers in bfloat16, and holds those that are not
+    trained in bfloat16. The projection to the vocabulary stays fp32; a GPU computes it in TF32."""
     compile: bool = False
     """Fuse the operations between matrix products with `torch.compile`. Needs a CUDA GPU and `bf16`."""
+    quantization: Literal["nf4"] | None = None
+    """`nf4` holds the matrices of the layers in 4 bits (Dettmers et al. 2023, "QLoRA"), in the reference and in
+    the policy. Training needs `dpo.lora`."""
+    vocabulary: Precision = "fp32"
+    """Data type of the embedding and of the projection to the vocabulary. `bf16` halves their memory; weights are
+    cast to fp32 in parts for each product. Needs `precision: bf16` and `dpo.lora`."""
+
+    @property
+    def loading(self) -> dict[str, Any]:
+        """Arguments of `dpo.engine.logprobs.load_model`."""
+        return {
+            "precision": self.precision,
+            "compiled": self.compile,
+            "quantization": self.quantization,
+            "vocabulary": self.vocabulary,
+        }

@@ -17,7 +17,11 @@ Rows = Sequence[Sequence[int]]
 
 @torch.no_grad()
 def divergence(
-    policy: LogProbModel, reference: LogProbModel, prompts: Rows, responses: Rows, max_tokens_per_microbatch: int
+    policy: LogProbModel,
+    reference: LogProbModel | None,
+    prompts: Rows,
+    responses: Rows,
+    max_tokens_per_microbatch: int,
 ) -> pd.DataFrame:
     """Estimate KL(pi || pi_ref) on responses y ~ pi, as a sum over the tokens of each response.
 
@@ -25,6 +29,8 @@ def divergence(
     pi_ref(v|x, y_<t)); only the prefixes y_<t are sampled. The mean over responses has the expectation of the
     plain estimate log(pi(y|x) / pi_ref(y|x)) and at most its variance (Rao-Blackwell; Amini et al. 2025, "Better
     Estimation of the KL Divergence Between Language Models"), and no response has a negative value.
+
+    Without `reference`, the reference is the policy without its LoRA adapter.
 
     Prompts and responses are N rows of token ids; no response is empty. Equal prompts are computed once. One
     forward pass has at most `max_tokens_per_microbatch` tokens.
@@ -34,14 +40,14 @@ def divergence(
         The entropy is the policy's, estimated in the same way.
     """
     rows, order = _by_prompt(prompts, responses, max_tokens_per_microbatch)
+    reference_logits = policy.logits_without_adapter if reference is None else reference.logits
     columns = ("policy_logp", "reference_logp", "kl", "entropy")
     parts = []
     with progress(total=len(rows), desc="KL to the reference", unit="row", mininterval=2) as bar:
         for batch in packed_batches(rows, max_tokens_per_microbatch, policy.device):
             sums = torch.zeros(batch.completions, len(columns), dtype=torch.float64)
             start = 0
-            both = (model.logits(batch) for model in (policy, reference))
-            for ours, theirs in zip(*both, strict=True):
+            for ours, theirs in zip(policy.logits(batch), reference_logits(batch), strict=True):
                 part = slice(start, start := start + len(ours))
                 tokens = _compare(ours.log_softmax(1), theirs.log_softmax(1), batch.targets[part])
                 sums.index_add_(0, batch.completion_index[part].cpu(), tokens.double().cpu())

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
+import torch
 from transformers import PreTrainedModel
 
 from dpo.common.files import sha256, write_json
@@ -33,7 +34,7 @@ def training_key(model: PreTrainedModel, rows: Sequence[TokenRow], settings: Map
     digest = hashlib.sha256()
     for name, weight in model.state_dict().items():
         digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
-        digest.update(weight.detach().cpu().contiguous().numpy().data)
+        digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     for row in rows:
         digest.update(row.digest)
     versions = {name: version(name) for name in ("torch", "transformers", "accelerate")}

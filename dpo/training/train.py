@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from dpo.common.distributed import this_process
 from dpo.common.errors import InputError
 from dpo.common.files import PROVENANCE, atomic_write, sha256, write_json
+from dpo.engine.frozen import is_quantised
 from dpo.engine.logprobs import LogProbModel
 from dpo.engine.tokenization import TokenRow
 from dpo.training.callbacks import Callback, DivergenceAlarm
@@ -109,10 +110,17 @@ def _train(
     set_seed(seed)
     key = {**key, "params": params, "learning_rate": learning_rate, "seed": seed, "precision": model.precision}
     key["max_tokens_per_microbatch"] = max_tokens_per_microbatch
+    sharded = os.environ.get("ACCELERATE_USE_FSDP") == "true"
+    if sharded and is_quantised(model.model):
+        raise InputError(
+            "params.yaml: engine.quantization does not work with sharded weights (FSDP); set it to null, or train "
+            "in one process or with DDP"
+        )
+    model.hold_frozen_weights()
     validation: list[TokenRow] = []
     early_stop = params.early_stop if isinstance(params, DpoSettings) else None
     if early_stop is not None:
-        if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        if sharded:
             raise InputError(
                 "params.yaml: dpo.early_stop does not work with sharded weights (FSDP); set it to null"
             )

@@ -156,7 +156,7 @@ def against_champion(params: Params, trial: Trial, version: str) -> Evidence:
         uri = f"models:/{registry.REGISTERED}/{version}"
         champion = Path(mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=folder))
         tokenizer = load_tokenizer(champion / "components/tokenizer")
-        model = load_model(champion / "model", params.engine.precision, params.engine.compile)
+        model = load_model(champion / "model", params.engine.precision, params.engine.compile, frozen=True)
         model = model.to(this_process().device)
         judged = bool(params.evaluate.judges)
         prompts, wins = (judged_wins if judged else ranked_wins)(params, trial, model, tokenizer)

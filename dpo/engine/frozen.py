@@ -1,0 +1,92 @@
+"""Less memory for weights that are not trained: bf16, or NF4 by bitsandbytes.
+
+Under `precision: bf16`, matrices of the layers are rounded to bf16 for every product. Weights that are not trained
+are held in bf16 instead, with the same results. NF4 (Dettmers et al. 2023, "QLoRA") holds 4 bits per weight, with
+the scales of each block of 64 weights quantised too.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from dpo.common.distributed import this_process
+from dpo.common.errors import InputError
+
+
+def nf4_options() -> dict[str, Any]:
+    """Return the arguments of `from_pretrained` that quantise the linear layers except the output to NF4.
+
+    Products are computed in fp32 until `multiply_in_bf16` is called.
+    """
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
+    )
+    return {"quantization_config": config, "device_map": {"": this_process().device}}
+
+
+def is_quantised(model: nn.Module) -> bool:
+    """Return whether a model has weights in NF4."""
+    return bool(getattr(model, "is_loaded_in_4bit", False))
+
+
+def use_one_product(model: PreTrainedModel) -> None:
+    """Multiply NF4 weights in evaluation as in training, so that the margin at step 0 is exactly 0.
+
+    On CPUs with AVX512-BF16, bitsandbytes would use another layout and another product in evaluation.
+    """
+    for module in _quantised_layers(model):
+        module.support_avx512bf16_for_cpu = False
+
+
+def multiply_in_bf16(model: PreTrainedModel) -> None:
+    """Compute products of NF4 weights in bf16, as autocast does with other weights."""
+    for module in _quantised_layers(model):
+        module.compute_dtype = torch.bfloat16
+        # The result has the dtype of the input, so the input is rounded first.
+        module.register_forward_pre_hook(lambda _, inputs: (inputs[0].to(torch.bfloat16), *inputs[1:]))
+
+
+def _quantised_layers(model: PreTrainedModel) -> list[Any]:
+    if not is_quantised(model):
+        return []
+    from bitsandbytes.nn import Linear4bit
+
+    return [module for module in model.modules() if isinstance(module, Linear4bit)]
+
+
+def hold_frozen_in_bf16(model: PreTrainedModel, *, vocabulary: bool) -> None:
+    """Round weights of linear layers that require no gradient to bf16, and with `vocabulary` the vocabulary.
+
+    Biases of these layers are rounded too. Norms, embeddings and the projection to the vocabulary stay in fp32.
+
+    Raises:
+        InputError: `vocabulary` is set, and the embedding is not a plain one or is trained.
+    """
+    head = model.get_output_embeddings()
+    for module in model.modules():
+        if type(module) in (nn.Linear, Conv1D) and module is not head:
+            for weight in module.parameters(recurse=False):
+                _round(weight)
+    if not vocabulary:
+        return
+    table = model.get_input_embeddings()
+    if type(table) is not nn.Embedding or table.weight.requires_grad or head.weight.requires_grad:
+        reason = "is trained" if type(table) is nn.Embedding else f"is a {type(table).__name__}"
+        raise InputError(
+            f"params.yaml: engine.vocabulary: bf16: the embedding of {type(model).__name__} {reason}, which is "
+            "not supported; set it to fp32"
+        )
+    _round(head.weight)
+    _round(table.weight)
+    table.register_forward_hook(lambda module, inputs, output: output.float())
+
+
+def _round(weight: Tensor) -> None:
+    if not weight.requires_grad and weight.dtype == torch.float32:
+        weight.data = weight.data.to(torch.bfloat16)
