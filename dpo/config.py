@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, GetCoreSchemaHandler, GetPydanticSchema, TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
@@ -63,7 +63,8 @@ class Params(Settings):
     data: DataSettings
     validate: ValidateSettings
     engine: EngineSettings
-    sft: SftSettings
+    sft: SftSettings | None
+    """Null: the base model is the reference."""
     dpo: DpoSettings
     losses: Annotated[Mapping[str, Loss], GetPydanticSchema(_losses_schema)]
     """Every loss with its settings, by name. A loss that the section omits has its defaults."""
@@ -79,6 +80,18 @@ class Params(Settings):
             Trial(loss=self.losses[name], beta=beta, learning_rate=rate, seed=seed)
             for name, beta, rate, seed in itertools.product(*lists)
         ]
+
+    @property
+    def imitated(self) -> Literal["both", "chosen"]:
+        """Completions whose perplexity the evaluation reports: those of supervised fine-tuning, else both."""
+        return self.sft.completions if self.sft else "both"
+
+    @property
+    def hub_reference(self) -> tuple[str, str] | None:
+        """Hub id and revision of the reference, if it is a model of the hub without changes."""
+        model = self.model
+        unchanged = self.sft is None and model.adapter is None
+        return (model.base, model.revision) if unchanged and model.revision else None
 
     @property
     def max_prompt_tokens(self) -> int:
@@ -120,6 +133,7 @@ def load_params(path: Path = Path("params.yaml")) -> Params:
             f"{path}: compare.select: {params.compare.select} needs a judge; add one to evaluate.judges, or "
             "select reward_accuracy or margin"
         )
+    _check_continued_adapter(path, params)
     _check_frozen_weights(path, params)
     for key, name in (("model.base", params.model.base), ("data.source", params.data.source)):
         if name == "embedded":
@@ -132,13 +146,25 @@ def load_params(path: Path = Path("params.yaml")) -> Params:
     return params
 
 
+def _check_continued_adapter(path: Path, params: Params) -> None:
+    """Raise InputError if another setting would replace the adapter that is trained further."""
+    if params.model.adapter != "continue":
+        return
+    for key, value, reason in (
+        ("sft", params.sft, "the reference is the base model with the adapter as loaded"),
+        ("dpo.lora", params.dpo.lora, "rank and alpha are those of the adapter"),
+    ):
+        if value is not None:
+            raise InputError(f"{path}: {key}: must be null with model.adapter: continue; {reason}")
+
+
 def _check_frozen_weights(path: Path, params: Params) -> None:
     """Raise InputError if settings for weights that are not trained meet a training of all weights."""
     engine = params.engine
     if engine.vocabulary == "bf16" and engine.precision != "bf16":
         raise InputError(f"{path}: engine.vocabulary: bf16 needs engine.precision: bf16; set one of them")
     for key, value in (("quantization", engine.quantization), ("vocabulary", engine.vocabulary)):
-        if value not in (None, "fp32") and params.dpo.lora is None:
+        if value not in (None, "fp32") and params.dpo.lora is None and params.model.adapter != "continue":
             raise InputError(
                 f"{path}: engine.{key}: {value}: these weights cannot be trained; set dpo.lora, as "
                 f"{{rank: 16, alpha: 32}}, or remove engine.{key}"

@@ -47,7 +47,7 @@ def main() -> None:
     metrics = {
         "trial": trial.settings,
         "weights": weights(folder)[:16],
-        **preference_metrics(pairs, params.seed, completions=params.sft.completions),
+        **preference_metrics(pairs, params.seed, completions=params.imitated),
         **response_metrics(samples, params.seed),
     }
     for path, table in ((paths.policy_margins(trial), pairs), (paths.policy_samples(trial), samples)):

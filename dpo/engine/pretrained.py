@@ -1,14 +1,20 @@
 """Loading of models and tokenizers: weights only from safetensors, and never code that comes with a model."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import constants
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors import SafetensorError
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from dpo.common.errors import InputError, TransientError
+from dpo.common.files import PROVENANCE
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER = "default"
+"""transformers' name of the only adapter of a model."""
 
 
 def load_tokenizer(
@@ -37,14 +43,102 @@ def load_weights(kind: Any, source: str | Path, revision: str | None = None, **o
         InputError: the model is missing, unreadable, has no safetensors, or needs its own code.
         TransientError: the hub is unreachable.
     """
-    adapter, weights = (Path(source) / f"adapter_{name}" for name in ("config.json", "model.safetensors"))
-    if adapter.is_file() and not weights.is_file():  # peft would load a pickle instead
-        raise _load_error(source, FileNotFoundError(f"it has no {weights.name}"))
     safe = {"revision": revision or "main", "trust_remote_code": False, "use_safetensors": True}
     try:
         return kind.from_pretrained(source, **{"dtype": "float32", **options, **safe})
     except (OSError, ValueError, SafetensorError) as error:
         raise _load_error(source, error) from error
+
+
+def load_causal_lm(folder: Path, **options: Any) -> PreTrainedModel:
+    """Load a model folder like `load_weights`. A LoRA adapter is loaded on top of its base model, not merged.
+
+    Raises:
+        InputError: model, adapter or base model are missing, unreadable, or do not fit each other.
+        TransientError: the hub is unreachable.
+    """
+    if not (folder / ADAPTER_CONFIG).is_file():
+        return load_weights(AutoModelForCausalLM, folder, **options)
+    if (folder / "config.json").is_file():  # a base model and its adapter in one folder
+        _check_adapter(folder)
+        return load_weights(AutoModelForCausalLM, folder, **options)
+    model = load_weights(AutoModelForCausalLM, *adapter_base(folder), **options)
+    load_adapter(model, folder)
+    return model
+
+
+def load_adapter(model: PreTrainedModel, folder: Path) -> None:
+    """Load the LoRA adapter in a folder into a model, in place. It replaces the model's own adapter.
+
+    Raises:
+        InputError: the adapter is no LoRA adapter, or does not fit the model.
+    """
+    _check_adapter(folder)
+    try:
+        info = model.load_adapter(str(folder), ADAPTER, hotswap=has_adapter(model))
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise InputError(f"{folder}: the adapter does not fit its base model: {error}") from error
+    if info.missing_keys or info.unexpected_keys:
+        names = sorted({*info.missing_keys, *info.unexpected_keys})
+        raise InputError(f"{folder}: the adapter does not fit its base model: {len(names)} weights, {names[0]}")
+
+
+def _check_adapter(folder: Path) -> None:
+    """Raise InputError if the adapter in a folder is no LoRA adapter or has no safetensors."""
+    kind = read_adapter_config(folder).get("peft_type")
+    if kind != "LORA":
+        raise InputError(f"{folder / ADAPTER_CONFIG}: peft_type is {kind!r}; only LORA is supported")
+    if not (folder / "adapter_model.safetensors").is_file():  # peft would load a pickle instead
+        raise _load_error(folder, FileNotFoundError("it has no adapter_model.safetensors"))
+
+
+def has_adapter(model: PreTrainedModel) -> bool:
+    """Return whether a model has a LoRA adapter."""
+    return bool(getattr(model, "_hf_peft_config_loaded", False))
+
+
+def read_adapter_config(folder: Path) -> dict[str, Any]:
+    """Return the content of `adapter_config.json`.
+
+    Raises:
+        InputError: the file is missing or unreadable.
+    """
+    try:
+        return dict(json.loads((folder / ADAPTER_CONFIG).read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"{folder / ADAPTER_CONFIG}: not a readable adapter configuration: {error}") from error
+
+
+def adapter_base(folder: Path) -> tuple[str | Path, str | None]:
+    """Return the base model of the adapter in a folder: a folder, or a hub id with its revision.
+
+    The base of an adapter of this pipeline is in its `provenance.json`. A relative path is searched in the current
+    folder, then beside the adapter, so that both folders can be moved together.
+
+    Raises:
+        InputError: the adapter names a folder that does not exist.
+    """
+    config, own = read_adapter_config(folder), None
+    if (folder / PROVENANCE).is_file():
+        own = json.loads((folder / PROVENANCE).read_text()).get("adapter_of")
+    name = str(config.get("base_model_name_or_path") or "")
+    on_hub = is_hub_id(name) and name != own
+    for place in filter(None, (own, name)):
+        beside = [] if on_hub and place == name else [folder.resolve().parent / Path(place).name]
+        for path in (Path(place), *beside):
+            if (path / "config.json").is_file():
+                return path, None
+    if on_hub:
+        return name, config.get("revision")
+    raise InputError(
+        f"{folder}: its base model {own or name!r} is neither in {Path.cwd()} nor beside it; copy the base "
+        "model's folder beside it, or run `dpo merge` in the project, which writes a model that loads anywhere"
+    )
+
+
+def is_hub_id(name: str) -> bool:
+    """Return whether a name of a model that is not an existing path can be a hub id, OWNER/NAME."""
+    return name.count("/") == 1 and not name.startswith((".", "/")) and not Path(name).exists()
 
 
 def _load_error(source: str | Path, error: Exception) -> Exception:

@@ -24,6 +24,12 @@ class ModelSettings(Settings):
     """Commit, tag or branch of a hub id. Required for a hub id."""
     template_kwargs: dict[str, bool | int | float | str] = field(default_factory=dict)
     """Variables of the chat template, as `{enable_thinking: false}`. They become part of the saved template."""
+    adapter: Literal["merge", "continue"] | None = None
+    """Required if `base` is a LoRA adapter. `merge` merges it into its base model. `continue` trains it further;
+    the reference is the base model with the adapter as loaded."""
+    adapter_base_revision: str | None = None
+    """Commit, tag or branch of the adapter's base model, if that is a hub id without a revision in
+    `adapter_config.json`."""
     date: Annotated[str, Field(pattern=r"^\d{4}-\d\d-\d\d$")] | None = None
     """The day that a chat template writes, if it writes today's date, as 2026-11-26."""
 

@@ -33,18 +33,6 @@ class OptimizerSettings(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SftSettings(OptimizerSettings):
-    """Supervised fine-tuning of the reference."""
-
-    learning_rate: Rate
-    """Peak learning rate."""
-    completions: Literal["both", "chosen"] = "both"
-    """Completions to train on. `both` keeps the reference neutral (Rafailov et al. 2023, section 6)."""
-    max_pairs: Positive | None = None
-    """Maximum number of training pairs whose texts are used; null uses all."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class LoraSettings(Settings):
     """Low-rank adapters on every linear layer except the output (Hu et al. 2021), without dropout."""
 
@@ -52,6 +40,20 @@ class LoraSettings(Settings):
     """Inner dimension of each update."""
     alpha: Positive
     """Updates are scaled by alpha / rank."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SftSettings(OptimizerSettings):
+    """Supervised fine-tuning of the reference. `sft: null` uses the base model as the reference."""
+
+    learning_rate: Rate
+    """Peak learning rate."""
+    completions: Literal["both", "chosen"] = "both"
+    """Completions to train on. `both` keeps the reference neutral (Rafailov et al. 2023, section 6)."""
+    max_pairs: Positive | None = None
+    """Maximum number of training pairs whose texts are used; null uses all."""
+    lora: LoraSettings | None = None
+    """Train adapters and merge them into the reference; null trains all weights."""
 
 
 @dataclass(frozen=True, kw_only=True)

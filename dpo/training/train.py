@@ -16,8 +16,10 @@ from transformers import PreTrainedModel
 from dpo.common.distributed import this_process
 from dpo.common.errors import InputError
 from dpo.common.files import PROVENANCE, atomic_write, sha256, write_json
+from dpo.engine.base_model import load_checkpoint
 from dpo.engine.frozen import is_quantised
 from dpo.engine.logprobs import LogProbModel
+from dpo.engine.pretrained import ADAPTER, ADAPTER_CONFIG, has_adapter, load_tokenizer, read_adapter_config
 from dpo.engine.tokenization import TokenRow
 from dpo.training.callbacks import Callback, DivergenceAlarm
 from dpo.training.checkpoints import CheckpointStore, training_key
@@ -39,6 +41,14 @@ def add_lora(model: PreTrainedModel, params: LoraSettings) -> None:
     config.target_modules = sorted(config.target_modules or ())  # the order of a set varies
 
 
+def continue_lora(model: PreTrainedModel) -> None:
+    """Freeze a model and make the adapter that it was loaded with trainable, in place."""
+    model.requires_grad_(False)
+    model.set_adapter(ADAPTER)
+    config = model.peft_config[ADAPTER]
+    config.target_modules = sorted(config.target_modules or ())  # the order of a set varies
+
+
 def train_sft(
     model: LogProbModel,
     rows: Sequence[TokenRow],
@@ -53,6 +63,9 @@ def train_sft(
 
     The loss is the mean over the completion tokens of each step, without prompts. See `train_dpo` for the rest.
     """
+    if params.lora is not None:
+        set_seed(seed)  # adapters start from random weights
+        add_lora(model.model, params.lora)
     return _train(
         model, rows, SftObjective(), params, params.learning_rate, seed, max_tokens_per_microbatch, store,
         callbacks, key={},
@@ -73,9 +86,9 @@ def train_dpo(
     """Train `model` in place on preference pairs, and return one log entry per step.
 
     Under `torch.distributed` all processes call this with the same arguments and share the work of each step.
-    `reference` has the (chosen, rejected) reference log-probs of every row id. The model gets adapters if
-    `params.lora` is set. If training with a `store` is interrupted, the next call resumes from its last checkpoint
-    and reaches the same weights and log, on a CPU bit for bit.
+    `reference` has the (chosen, rejected) reference log-probs of every row id. If the model has an adapter, it is
+    trained further. If `params.lora` is set, the model gets a new one. If training with a `store` is interrupted,
+    the next call resumes from its last checkpoint and reaches the same weights and log, on a CPU bit for bit.
 
     Raises:
         KeyError: a row has no reference log-probs.
@@ -86,7 +99,9 @@ def train_dpo(
     compared = rows if trial.loss.needs_reference else []
     objective = DpoObjective(trial.loss, trial.beta, cached_reference(reference, compared))
     key = {"trial": trial.settings, "reference": [reference[row.id] for row in compared]}
-    if params.lora is not None:
+    if has_adapter(model.model):
+        continue_lora(model.model)
+    elif params.lora is not None:
         set_seed(trial.seed)  # adapters start from random weights
         add_lora(model.model, params.lora)
     return _train(
@@ -159,11 +174,19 @@ def _hold_out(rows: Sequence[TokenRow], share: float) -> tuple[list[TokenRow], l
     return sides
 
 
-def save_checkpoint(policy: LogProbModel, tokenizer: Any, folder: Path, facts: Mapping[str, object]) -> None:
+def save_checkpoint(
+    policy: LogProbModel,
+    tokenizer: Any,
+    folder: Path,
+    facts: Mapping[str, object],
+    base: tuple[str, str] | None = None,
+) -> None:
     """Write weights as safetensors (with LoRA, only the adapter) and the tokenizer to `folder`, atomically.
 
     Under `torch.distributed` all processes call this. The main process gathers the weights and writes them.
-    `facts` about the origin of the checkpoint go into its `provenance.json`, with the SHA-256 of the weights.
+    `facts` about the origin of the checkpoint go into its `provenance.json`, with the SHA-256 of the weights and,
+    for an adapter, the folder of its base model. If that model is on the hub, `base` is its id and revision;
+    `adapter_config.json` then names it, so that other libraries load the adapter from any folder.
     """
     model = policy.model
     weights = dict(model.named_parameters())  # tied weights only once
@@ -173,8 +196,28 @@ def save_checkpoint(policy: LogProbModel, tokenizer: Any, folder: Path, facts: M
         full = get_model_state_dict(model, options=options)
         state = {name: value for name, value in full.items() if name in weights}
     if this_process().is_main_process:
+        if has_adapter(model):
+            facts = {**facts, "adapter_of": model.name_or_path}
         with atomic_write(folder) as tmp:
             model.save_pretrained(tmp, state_dict=state)
-            tokenizer.save_pretrained(tmp)
-            write_json(tmp / PROVENANCE, {**facts, "weights": sha256(*sorted(tmp.glob("*.safetensors")))})
+            if has_adapter(model) and base:
+                named = dict(zip(("base_model_name_or_path", "revision"), base, strict=True))
+                write_json(tmp / ADAPTER_CONFIG, read_adapter_config(tmp) | named)
+            _finish(tmp, tokenizer, facts)
     this_process().wait_for_everyone()
+
+
+def save_merged(adapter: Path, folder: Path, facts: Mapping[str, object]) -> None:
+    """Merge the adapter of a checkpoint into its base model in fp32, and write the result to `folder`, atomically.
+
+    `facts` go into its `provenance.json`, with the SHA-256 of the weights.
+    """
+    with atomic_write(folder) as tmp:
+        load_checkpoint(adapter).save_pretrained(tmp)
+        _finish(tmp, load_tokenizer(adapter), facts)
+
+
+def _finish(folder: Path, tokenizer: Any, facts: Mapping[str, object]) -> None:
+    """Add tokenizer and provenance to a checkpoint."""
+    tokenizer.save_pretrained(folder)
+    write_json(folder / PROVENANCE, {**facts, "weights": sha256(*sorted(folder.glob("*.safetensors")))})

@@ -1,6 +1,5 @@
 """Merge a LoRA adapter into the weights of its base model."""
 
-import json
 from pathlib import Path
 
 from dpo.common.errors import InputError
@@ -20,16 +19,15 @@ def merge(adapter: Path, folder: Path) -> None:
     if folder.exists():
         raise InputError(f"{folder}: exists; name a new folder")
     facts = of_folder(adapter)
-    base = json.loads(config.read_text())["base_model_name_or_path"]
-    recorded = facts.get("models", {}).get(base)
-    if recorded is not None and weights(Path(base)) != recorded:
+    from dpo.engine.pretrained import adapter_base  # after the checks: torch and transformers start slowly
+    from dpo.training.train import save_merged
+
+    base, _ = adapter_base(adapter)
+    recorded = facts.get("models", {}).get(facts.get("adapter_of"))
+    if recorded is not None and isinstance(base, Path) and weights(base) != recorded:
         raise InputError(
             f"{adapter}: the weights in {base} are not those it was trained on (SHA-256 {recorded}); restore both "
             "from one commit with `git checkout` and `dvc checkout`"
         )
-    from dpo.engine.base_model import load_checkpoint  # after the checks: torch and transformers start slowly
-    from dpo.engine.pretrained import load_tokenizer
-    from dpo.training.train import save_checkpoint
-
-    facts["merged_from"] = facts["weights"]
-    save_checkpoint(load_checkpoint(adapter), load_tokenizer(adapter), folder, facts)
+    facts["merged_from"] = facts.pop("weights")
+    save_merged(adapter, folder, facts)

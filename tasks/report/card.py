@@ -10,6 +10,7 @@ from jinja2 import Template
 from dpo.common.bundled import MODEL_NAME
 from dpo.common.files import atomic_write, md5
 from dpo.config import Params
+from dpo.engine.pretrained import ADAPTER_CONFIG, read_adapter_config
 from dpo.training.settings import Trial
 from tasks.common.paths import BASE, EVAL, REFERENCE, TRAIN, model_card, policy_folder
 from tasks.tracking.provenance import weights
@@ -32,9 +33,11 @@ def write_card(params: Params, trial: Trial, metrics: dict[str, Any]) -> None:
     shown |= {f"win_rate/{judge}": f"win rate against the reference, judged by {judge}" for judge in judges[1:]}
     base = MODEL_NAME if params.model.base == "default" else params.model.base
     dataset = ("text-generation", "preferences", f"{params.data.origin}, held-out pairs")
+    folder = policy_folder(trial)
+    adapter = read_adapter_config(folder) if (folder / ADAPTER_CONFIG).is_file() else None
     data = ModelCardData(
         base_model=base if params.model.base == "default" or params.model.revision else None,
-        library_name="peft" if params.dpo.lora else "transformers",
+        library_name="peft" if adapter else "transformers",
         pipeline_tag="text-generation",
         tags=["dpo", "preference-optimization", trial.loss.name],
         model_name=trial.name,
@@ -45,6 +48,8 @@ def write_card(params: Params, trial: Trial, metrics: dict[str, Any]) -> None:
         base=base,
         source=params.data.origin,
         trial=trial,
+        sft=params.sft,
+        adapter=adapter,
         metrics=metrics,
         shown=shown,
         interval=lambda ends: f"{ends[0]:.3f} to {ends[1]:.3f}",
@@ -52,7 +57,7 @@ def write_card(params: Params, trial: Trial, metrics: dict[str, Any]) -> None:
         judge=judges[0] if judges else None,
         settings=trial.settings | dataclasses.asdict(params.dpo),
         hashes={f"{path} (MD5)": md5(path) for path in (TRAIN, EVAL)}
-        | {f"{path} (SHA-256)": weights(path) for path in (BASE, REFERENCE, policy_folder(trial))},
+        | {f"{path} (SHA-256)": weights(path) for path in (BASE, REFERENCE, folder)},
     )
     with atomic_write(model_card(trial)) as tmp:
         ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}").save(tmp)

@@ -32,7 +32,7 @@ def packages() -> dict[str, str]:
 def made_by(params: Params, mlflow_run: str | None, trial: Trial | None = None) -> dict[str, Any]:
     """Return the content of a checkpoint's provenance file. Without a trial, the checkpoint is the reference."""
     groups = {"engine": params.engine, "model": params.model, "data": params.data, "sft": params.sft}
-    settings = {"seed": params.seed} | {name: asdict(group) for name, group in groups.items()}
+    settings = {"seed": params.seed} | {name: group and asdict(group) for name, group in groups.items()}
     if trial is not None:
         settings |= {"loss": asdict(trial.loss), "dpo": asdict(params.dpo), "trial": trial.settings}
     return {

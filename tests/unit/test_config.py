@@ -143,6 +143,9 @@ ABSENT = type(None)
         ("evaluate.judges", [{"kind": "scoer"}], "evaluate.judges.0: input tag 'scoer'"),
         ("evaluate.judges", [{"kind": "scorer"}], "evaluate.judges.0.scorer.function: missing; add it"),
         ("evaluate.judges", [], "compare.select: win_rate needs a judge; add one to evaluate.judges, or"),
+        ("sft", 3, "sft: "),
+        ("model.adapter", "keep", "model.adapter: input should be 'merge' or 'continue', got 'keep'"),
+        ("model.adapter", "continue", "sft: must be null with model.adapter: continue; the reference is the base"),
         ("evaluate.max_new_tokens", 512, "evaluate.max_new_tokens: 512 leaves no room for a prompt in engine.max"),
     ],
 )
@@ -240,6 +243,19 @@ def test_cells_are_every_combination_named_as_dvc_names_them(change):
     ]
     assert trials[-1].loss == Ipo()
     assert (trials[-1].beta, trials[-1].learning_rate, trials[-1].seed) == (1, 5e-5, 2)
+
+
+def test_without_sft_the_reference_is_the_base_model(change):
+    assert load_params(PARAMS).hub_reference is None
+    path = change("sft", None)
+    assert (load_params(path).sft, load_params(path).hub_reference, load_params(path).imitated) == (
+        None,
+        None,
+        "both",
+    )
+    text = path.read_text().replace("revision:", "revision: abc", 1).replace("base: default", "base: Org/Model")
+    path.write_text(text)
+    assert load_params(path).hub_reference == ("Org/Model", "abc")
 
 
 def test_without_a_judge_another_figure_selects(change):

@@ -16,11 +16,14 @@ from tasks.tracking.provenance import weights
 from tests.support.models import make_model
 
 
-def test_a_merged_model_has_the_log_probs_of_base_and_adapter(tiny_model_dir, tmp_path):
+@pytest.mark.parametrize("architecture", ["llama", "qwen2"])
+def test_a_merged_model_has_the_log_probs_of_base_and_adapter(tiny_model_dir, tmp_path, architecture):
+    """The head of the tiny Llama is tied to its embedding, that of the tiny Qwen2 is not."""
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
+    base = make_model(architecture, tmp_path / "base", vocab_size=len(tokenizer), max_position_embeddings=512)
     pair = {"id": "1", "prompt": "Say something.", "chosen": "A joy.", "rejected": "A bore, alas."}
     rows = encode_pairs([pair], tokenizer, 100)
-    model = load_model(tiny_model_dir)
+    model = load_model(base)
     before = sequence_logps(model, rows, 500)
     add_lora(model.model, LoraSettings(rank=4, alpha=8))
     for name, parameter in model.named_parameters():
