@@ -93,17 +93,11 @@ class Params(Settings):
         unchanged = self.sft is None and model.adapter is None
         return (model.base, model.revision) if unchanged and model.revision else None
 
-    @property
-    def max_prompt_tokens(self) -> int:
-        """Maximum number of prompt tokens that leave room for a response. Longer prompts are cut from the left."""
-        return self.engine.max_length - self.evaluate.max_new_tokens
-
-    @property
-    def sampling(self) -> dict[str, int]:
-        """Arguments of `dpo.evaluation.sampling.response_table`."""
+    def sampling(self, max_new_tokens: int) -> dict[str, int]:
+        """Return arguments of `dpo.evaluation.sampling.response_table`. Longer prompts are shortened."""
         return {
-            "max_new_tokens": self.evaluate.max_new_tokens,
-            "max_prompt_tokens": self.max_prompt_tokens,
+            "max_new_tokens": max_new_tokens,
+            "max_prompt_tokens": self.engine.max_length - max_new_tokens,
             "max_tokens_per_batch": self.evaluate.max_tokens_per_batch,
             "seed": self.seed,
         }
@@ -138,9 +132,10 @@ def load_params(path: Path = Path("params.yaml")) -> Params:
     for key, name in (("model.base", params.model.base), ("data.source", params.data.source)):
         if name == "embedded":
             raise InputError(f"{path}: {key}: the value embedded is renamed; use default")
-    if params.max_prompt_tokens < 1:
+    longest = params.evaluate.max_new_tokens
+    if longest != "auto" and longest >= params.engine.max_length:
         raise InputError(
-            f"{path}: evaluate.max_new_tokens: {params.evaluate.max_new_tokens} leaves no room for a prompt in "
+            f"{path}: evaluate.max_new_tokens: {longest} leaves no room for a prompt in "
             f"engine.max_length, {params.engine.max_length}; lower the former or raise the latter"
         )
     return params

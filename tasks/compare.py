@@ -7,7 +7,7 @@ import pandas as pd
 from dpo.common.files import atomic_write, write_json
 from dpo.config import Params, load_params
 from dpo.evaluation.pair_metrics import reliability, slices
-from dpo.evaluation.selection import compare_policies, failure_modes, select
+from dpo.evaluation.selection import compare_policies, failure_modes, select, tested_metric
 from dpo.evaluation.yardsticks import yardsticks
 from tasks.common import paths
 from tasks.common.runner import run
@@ -25,8 +25,9 @@ def main() -> None:
     from tasks.tracking.models import log_models  # after the comparison: MLflow starts slowly
     from tasks.tracking.runs import log_comparison
 
-    log_comparison(params, results.policies, results.selected, results.reason, figures)
-    selected = [paths.policy_folder(trial) for trial in results.trials if trial.name == results.selected]
+    selection = results.selection
+    log_comparison(params, results.policies, selection.name, selection.reason, figures)
+    selected = [paths.policy_folder(trial) for trial in results.trials if trial.name == selection.name]
     log_models(params, [paths.REFERENCE, *selected])
 
 
@@ -37,17 +38,16 @@ def compare(params: Params) -> Results:
     policies = {trial.name: json.loads(paths.evaluation(trial).read_text()) for trial in trials}
     pairs = {trial.name: pd.read_parquet(paths.policy_margins(trial)) for trial in trials}
     samples = {trial.name: pd.read_parquet(paths.policy_samples(trial)) for trial in trials}
-    column, tables = ("win", samples) if "win_rate" in params.compare.select else ("correct", pairs)
+    column, tables = ("win", samples) if tested_metric(params.compare) == "win_rate" else ("correct", pairs)
     outcomes = {name: table[column].tolist() for name, table in tables.items()}
     comparisons = compare_policies(outcomes, tables[trials[0].name]["prompt"].tolist(), params.seed)
     responses = samples[trials[0].name]  # the reference's responses are the same for all policies
-    selected, reason = select(policies, comparisons, params.compare)
+    selection = select(policies, comparisons, params.compare)
     return Results(
         trials=trials,
         names=names,
         policies=policies,
-        selected=selected,
-        reason=reason,
+        selection=selection,
         failure_modes={name: failure_modes(metrics, params.compare) for name, metrics in policies.items()},
         tests=pd.DataFrame([vars(each) | {"verdict": each.verdict} for each in comparisons]),
         pairs=concatenate(pairs, names),
@@ -62,10 +62,13 @@ def compare(params: Params) -> Results:
 def write_metrics(results: Results) -> None:
     """Write `comparison.json`, and the tables for plots as CSV."""
     policies = {
-        name: metrics | {"failure_modes": [mode.name for mode in results.failure_modes[name] if mode.detected]}
+        name: metrics
+        | {"failure_modes": sorted({mode.name for mode in results.failure_modes[name] if mode.detected})}
         for name, metrics in results.policies.items()
     }
-    write_json(paths.COMPARISON, {"selected": results.selected, "reason": results.reason, "policies": policies})
+    selection = results.selection
+    verdict = {"selected": selection.name, "against_reference": selection.against_reference}
+    write_json(paths.COMPARISON, verdict | {"reason": selection.reason, "policies": policies})
     reward = reward_metric(results.policies)
     frontier = pd.DataFrame(
         {"policy": name, "beta": metrics["trial"]["beta"], "kl": metrics["kl"], "reward": metrics[reward]}

@@ -19,7 +19,7 @@ from dpo.evaluation.judges import Judge, load_judges
 from dpo.evaluation.kl import divergence
 from dpo.evaluation.pair_metrics import pair_table, preference_metrics
 from dpo.evaluation.response_metrics import response_metrics
-from dpo.evaluation.sampling import response_table
+from dpo.evaluation.sampling import response_limit, response_table
 from dpo.training.settings import Trial
 from tasks.common import paths
 from tasks.common.runner import run_launched, trial_argument
@@ -40,7 +40,8 @@ def main() -> None:
     policy = load_model(folder, **params.engine.loading, frozen=True).to(state.device)
 
     pairs = evaluate_pairs(params, trial, policy, tokenizer, held_out)
-    samples = sample_responses(params, trial, policy, tokenizer, prompts)
+    limit = response_limit(params.evaluate.max_new_tokens, held_out, tokenizer, params.engine.max_length)
+    samples = sample_responses(params, trial, policy, tokenizer, prompts, limit)
     if not state.is_main_process:
         return
     samples = compare_responses(judges, prompts, samples, reference)
@@ -78,17 +79,23 @@ def evaluate_pairs(
 
 
 def sample_responses(
-    params: Params, trial: Trial, policy: LogProbModel, tokenizer: PreTrainedTokenizerBase, prompts: list[Prompt]
+    params: Params,
+    trial: Trial,
+    policy: LogProbModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[Prompt],
+    max_new_tokens: int,
 ) -> pd.DataFrame:
     """Return one sampled response per prompt with its KL to the reference and its implicit reward."""
-    samples = response_table(policy, tokenizer, prompts, **params.sampling)
+    sampling = params.sampling(max_new_tokens)
+    samples = response_table(policy, tokenizer, prompts, **sampling)
     responses = samples["ids"].tolist()
 
     def kl_to_reference(mine: list[int]) -> list[Any]:
         reference = None  # the policy without its adapter
         if not policy.is_adapter_of(paths.REFERENCE):
             reference = load_model(paths.REFERENCE, **params.engine.loading, frozen=True).to(policy.device)
-        prompt_tokens = prompt_ids(tokenizer, [prompts[i] for i in mine], params.max_prompt_tokens)
+        prompt_tokens = prompt_ids(tokenizer, [prompts[i] for i in mine], sampling["max_prompt_tokens"])
         max_tokens = params.engine.max_tokens_per_microbatch
         table = divergence(policy, reference, prompt_tokens, [responses[i] for i in mine], max_tokens)
         return table.to_dict("records")

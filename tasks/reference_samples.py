@@ -9,7 +9,7 @@ from dpo.engine.chat import prompt_of
 from dpo.engine.logprobs import load_model
 from dpo.engine.pretrained import load_tokenizer
 from dpo.evaluation.judges import load_judges
-from dpo.evaluation.sampling import response_table
+from dpo.evaluation.sampling import response_limit, response_table
 from tasks.common.paths import EVAL, REFERENCE, REFERENCE_SAMPLES
 from tasks.common.runner import run_launched
 
@@ -24,7 +24,8 @@ def main() -> None:
     table = pairs.sample(count, replace=len(pairs) < count, random_state=params.seed)
     table = table[["prompt", "turns", "tools"]].reset_index(drop=True)
     prompts = [prompt_of(pair, tokenizer) for pair in table.to_dict("records")]
-    table = table.join(response_table(model, tokenizer, prompts, **params.sampling))
+    limit = response_limit(params.evaluate.max_new_tokens, pairs, tokenizer, params.engine.max_length)
+    table = table.join(response_table(model, tokenizer, prompts, **params.sampling(limit)))
     if not this_process().is_main_process:
         return
     for judge in judges:

@@ -35,8 +35,8 @@ def pair_table(
 
     Returns:
         One row per pair: its `id`, `prompt`, `source` and `agreement`; `tokens` of both completions; rewards,
-        `margin` and `loss` as defined in `dpo.training.losses`; `correct`, which is 0.5 at a margin of 0;
-        `chosen_logp_change`, policy minus reference; and log-probs and tokens of each completion.
+        `margin` and `loss` as defined in `dpo.training.losses`; `initial_loss`, at step 0; `correct`, which is 0.5
+        at a margin of 0; `chosen_logp_change`, policy minus reference; log-probs and tokens of each completion.
 
     Raises:
         InputError: a log-prob is not finite.
@@ -49,6 +49,7 @@ def pair_table(
             "diverged; lower the learning rate in params.yaml"
         )
     loss = trial.loss(PairBatch(policy, reference, lengths), trial.beta)
+    initial_loss = trial.loss(PairBatch(reference, reference, lengths), trial.beta)
     rewards = trial.loss.rewards(policy, reference, lengths, trial.beta)
     margin = (rewards[:, 0] - rewards[:, 1]).numpy()
     return pairs[["id", "prompt", "source", "agreement"]].assign(
@@ -57,6 +58,7 @@ def pair_table(
         rejected_reward=rewards[:, 1].numpy(),
         margin=margin,
         loss=loss.numpy(),
+        initial_loss=initial_loss.numpy(),
         correct=(np.sign(margin) + 1) / 2,
         chosen_logp_change=(policy - reference)[:, 0].numpy(),
         chosen_logp=policy[:, 0].numpy(),
@@ -74,8 +76,8 @@ def preference_metrics(
     """Return the metrics of a `pair_table`, each with its 95% interval `*_ci`, resampled by prompt.
 
     - `reward_accuracy`, `margin`, `chosen_reward`, `rejected_reward`, `loss`, `chosen_logp_change`: means.
-      `margin_p05` to `margin_p95`: quantiles. `chosen_logp_fell_share`: share of pairs whose chosen completion
-      is less likely than under the reference.
+      `loss_rise`: loss above the loss at step 0. `margin_p05` to `margin_p95`: quantiles.
+      `chosen_logp_fell_share`: share of pairs whose chosen completion is less likely than under the reference.
     - `perplexity`, `reference_perplexity`, per token of the `completions` that supervised fine-tuning imitated;
       `perplexity_ratio`, their quotient.
     - If the data has human agreement: `human_ceiling`, its mean, which is the accuracy of one person against
@@ -93,6 +95,7 @@ def preference_metrics(
         "margin": mean(table["margin"]),
         **{f"margin_p{percent:02}": quantile(table["margin"], percent / 100) for percent in (5, 25, 50, 75, 95)},
         **{name: mean(table[name]) for name in ("chosen_reward", "rejected_reward", "loss", "chosen_logp_change")},
+        "loss_rise": mean(table["loss"] - table["initial_loss"]),
         "chosen_logp_fell_share": mean(table["chosen_logp_change"] < 0),
         "perplexity": _exp(ratio(-policy, tokens)),
         "reference_perplexity": _exp(ratio(-reference, tokens)),

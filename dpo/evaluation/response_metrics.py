@@ -29,7 +29,8 @@ def response_metrics(table: pd.DataFrame, seed: int) -> dict[str, float | list[f
       Diversity-Promoting Objective Function"), 0 without n-grams; `reference_distinct_2`; `distinct_2_ratio`,
       the quotient. In resamples each n-gram keeps the weight 1 / occurrences of the full set.
     - `empty`: share of responses without a visible character. `unfinished`: share without an end token;
-      `unfinished_rise`, the difference from the reference's.
+      `reference_unfinished`; `unfinished_rise`, the difference. `unchanged`: share of responses that equal the
+      reference's.
     - With a judge: `win_rate`, mean of `win`; `tie_rate`, share of 0.5; `length_controlled_win_rate`, see
       `length_controlled`; `judged_gain`, the mean difference of the scores, or without scores the win rate minus
       0.5; with scores `reward` and `reference_reward`, their means. `failed_verdicts` counts the responses whose
@@ -48,7 +49,8 @@ def response_metrics(table: pd.DataFrame, seed: int) -> dict[str, float | list[f
         np.array([_repetition(ids) for ids in side]) for side in (responses, reference_responses)
     )
     distinct, reference_distinct = _distinct(responses, 2), _distinct(reference_responses, 2)
-    unfinished = 1.0 - table["finished"]
+    unfinished, reference_unfinished = 1.0 - table["finished"], 1.0 - table["reference_finished"]
+    both = zip(table["ids"], table["reference_ids"], strict=True)
     statistics = {
         "kl": mean(table["kl"]),
         "kl_per_token": ratio(table["kl"], tokens),
@@ -64,7 +66,9 @@ def response_metrics(table: pd.DataFrame, seed: int) -> dict[str, float | list[f
         "distinct_2_ratio": over(distinct, reference_distinct),
         "empty": mean([not _has_visible_character(text) for text in table["response"]]),
         "unfinished": mean(unfinished),
-        "unfinished_rise": mean(unfinished - (1.0 - table["reference_finished"])),
+        "reference_unfinished": mean(reference_unfinished),
+        "unfinished_rise": mean(unfinished - reference_unfinished),
+        "unchanged": mean([list(ids) == list(others) for ids, others in both]),
         "implicit_reward": mean(table["implicit_reward"]),
     }
     counts: dict[str, float | list[float]] = {"samples": len(table)}

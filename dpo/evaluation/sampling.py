@@ -1,8 +1,11 @@
 """Sampling of responses from the full distribution of a model: no top-k, no top-p."""
 
 import logging
+import math
 from collections.abc import Sequence
+from typing import Literal
 
+import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
@@ -16,11 +19,26 @@ from dpo.common.progress import progress
 from dpo.engine.chat import Prompt, end_tokens
 from dpo.engine.logprobs import LogProbModel
 from dpo.engine.packing import budget_batches
-from dpo.engine.tokenization import prompt_ids
+from dpo.engine.tokenization import encode_pairs, prompt_ids
 
 BLOCK = 256  # tokens of the vocabulary whose probabilities `draw` adds first
 
 log = logging.getLogger(__name__)
+
+
+def response_limit(
+    setting: int | Literal["auto"], held_out: pd.DataFrame, tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> int:
+    """Return the maximum number of tokens of a response, as `evaluate.max_new_tokens` sets it.
+
+    `auto` is the 95% quantile of the tokens of the held-out completions, end token included, rounded up, but at
+    most three quarters of `max_length`, so that prompts have room.
+    """
+    if setting != "auto":
+        return setting
+    rows = encode_pairs(held_out.to_dict("records"), tokenizer, max_length)
+    longest = np.quantile([length for row in rows for length in row.lengths], 0.95)
+    return min(math.ceil(longest), max_length * 3 // 4)
 
 
 def sample(

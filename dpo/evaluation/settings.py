@@ -4,7 +4,8 @@ import re
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, GetPydanticSchema
+from pydantic_core.core_schema import custom_error_schema
 
 from dpo.common.settings import Positive, Rate, Settings, Share
 
@@ -67,14 +68,23 @@ def _distinct_names(judges: tuple[JudgeSettings, ...]) -> tuple[JudgeSettings, .
     return judges
 
 
+ONE_ERROR = GetPydanticSchema(
+    lambda kind, handler: custom_error_schema(
+        handler(kind), "limit", custom_error_message="must be auto or an integer above 0"
+    )
+)
+"""Report one error for a union, not one for each of its members."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class EvaluateSettings(Settings):
     """Sampling and judging on held-out prompts."""
 
     samples: Positive
     """Number of responses sampled from each policy and from the reference."""
-    max_new_tokens: Positive
-    """Maximum number of tokens of a response."""
+    max_new_tokens: Annotated[Positive | Literal["auto"], ONE_ERROR]
+    """Maximum number of tokens of a response. `auto` is the 95% quantile of the held-out completions, but at most
+    three quarters of `engine.max_length`."""
     max_tokens_per_batch: Positive = 16_384
     """Maximum number of tokens of prompts and responses that are sampled together. Halved if memory runs out."""
     judges: Annotated[tuple[JudgeSettings, ...], AfterValidator(_distinct_names)] = ()
@@ -98,8 +108,17 @@ class GuardrailSettings(Settings):
     """Share of distinct 2-grams in all responses, divided by the reference's."""
     max_empty: Share = 0.02
     """Share of responses without a visible character."""
+    max_unfinished: Share = 0.5
+    """Share of responses truncated at `max_new_tokens`, of the policy and of the reference."""
     max_unfinished_rise: Share = 0.25
     """Share of responses truncated at `max_new_tokens`, above the reference's."""
+    max_loss_rise: float = 0.0
+    """Held-out loss, above the loss at step 0, when the policy equals the reference."""
+    min_kl: Annotated[float, Field(ge=0)] = 0.01
+    """KL divergence from the reference, in nats per response. By Pinsker's inequality, a policy below 0.01 has a
+    win rate of at most 0.57."""
+    max_unchanged: Share = 0.95
+    """Share of responses that equal the reference's response to the same prompt."""
     min_judged_gain: float = 0.0
     """Judged gain over the reference. An interval entirely below it while the margin is positive is
     over-optimisation."""
@@ -107,10 +126,12 @@ class GuardrailSettings(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class CompareSettings(Settings):
-    """How one policy is selected: the highest `select` of the policies within `max_kl` and all guardrails."""
+    """How one policy is selected among those within `max_kl` and all guardrails."""
 
     select: Literal["win_rate", "length_controlled_win_rate", "reward_accuracy", "margin"]
     """The metric to maximise."""
+    ties: Literal["least_kl", "highest"] = "least_kl"
+    """Which policy to select of those that the paired test does not separate from the best one."""
     max_kl: Rate = 10.0
     """Maximum KL divergence from the reference, in nats per response."""
     guardrails: GuardrailSettings = field(default_factory=GuardrailSettings)

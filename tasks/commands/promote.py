@@ -30,7 +30,7 @@ from dpo.engine.tokenization import encode_pairs
 from dpo.evaluation.bootstrap import bootstrap, mean, paired_test
 from dpo.evaluation.judges import load_judges
 from dpo.evaluation.pair_metrics import pair_table
-from dpo.evaluation.sampling import response_table
+from dpo.evaluation.sampling import response_limit, response_table
 from dpo.training.settings import Trial
 from tasks.commands.lineage import of_version
 from tasks.common import paths
@@ -172,9 +172,10 @@ def judged_wins(
     The policy's responses are those of the stage `evaluate`. The champion responds to the same prompts with the
     same seed and settings.
     """
-    own = pd.read_parquet(paths.policy_samples(trial))
+    own, held_out = pd.read_parquet(paths.policy_samples(trial)), pd.read_parquet(paths.EVAL)
+    limit = response_limit(params.evaluate.max_new_tokens, held_out, tokenizer, params.engine.max_length)
     prompts = [prompt_of(row, tokenizer) for row in pd.read_parquet(paths.REFERENCE_SAMPLES).to_dict("records")]
-    responses = response_table(champion, tokenizer, prompts, **params.sampling)["response"].tolist()
+    responses = response_table(champion, tokenizer, prompts, **params.sampling(limit))["response"].tolist()
     verdicts = load_judges(params.evaluate.judges)[0].compare(
         prompts, responses, own["response"].tolist(), own.get("score")
     )

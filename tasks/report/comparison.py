@@ -11,7 +11,7 @@ from plotly.offline import get_plotlyjs
 
 from dpo.common.files import atomic_write
 from dpo.config import Params
-from dpo.evaluation.selection import FailureMode
+from dpo.evaluation.selection import FailureMode, Selection
 from dpo.evaluation.yardsticks import kl_at
 from dpo.training.settings import Trial
 from tasks.common.paths import REFERENCE, REPORT, policy_folder
@@ -29,8 +29,7 @@ class Results:
     trials: list[Trial]
     names: dict[str, str]  # short names for figures and tables
     policies: dict[str, dict[str, Any]]  # metrics
-    selected: str | None
-    reason: str
+    selection: Selection
     failure_modes: dict[str, list[FailureMode]]
     tests: pd.DataFrame  # of all policies and the reference
     samples: dict[str, pd.DataFrame]

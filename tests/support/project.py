@@ -52,6 +52,7 @@ def make_project(folder: Path, model: Path) -> Path:
             "sweep.betas": [0.1],
             "evaluate.samples": 8,
             "evaluate.max_new_tokens": 6,
+            "compare.guardrails.max_unfinished": 1.0,
         },
     )
     for command in (

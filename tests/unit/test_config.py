@@ -146,6 +146,11 @@ ABSENT = type(None)
         ("sft", 3, "sft: "),
         ("model.adapter", "keep", "model.adapter: input should be 'merge' or 'continue', got 'keep'"),
         ("model.adapter", "continue", "sft: must be null with model.adapter: continue; the reference is the base"),
+        (
+            "evaluate.max_new_tokens",
+            "all",
+            "evaluate.max_new_tokens: must be auto or an integer above 0, got 'all'",
+        ),
         ("evaluate.max_new_tokens", 512, "evaluate.max_new_tokens: 512 leaves no room for a prompt in engine.max"),
     ],
 )

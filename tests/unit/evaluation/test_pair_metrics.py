@@ -62,6 +62,7 @@ def test_pairs_by_hand():
     assert table["correct"].tolist() == [1, 0, 0.5]
     assert table["chosen_logp_change"].tolist() == [1, -2, 0]
     np.testing.assert_allclose(table["loss"], [math.log1p(math.exp(-margin)) for margin in (1, -1, 0)])
+    np.testing.assert_allclose(table["initial_loss"], [math.log(2)] * 3)
     assert table["chosen_logp"].tolist() == [-9, -12, -5]
     assert table["rejected_reference_logp"].tolist() == [-10, -10, -7]
     assert table["rejected_tokens"].tolist() == [4, 6, 5]
@@ -76,6 +77,8 @@ def test_metrics_by_hand():
     assert metrics["rejected_reward"] == pytest.approx(-0.5 / 3)
     assert metrics["chosen_logp_change"] == pytest.approx(-1 / 3)
     assert metrics["chosen_logp_fell_share"] == pytest.approx(1 / 3)
+    expected = math.log1p(math.e) + math.log1p(1 / math.e) + math.log(2)
+    assert metrics["loss_rise"] == pytest.approx(expected / 3 - math.log(2))
     assert metrics["margin_p50"] == 0
     assert metrics["margin_p75"] == 0.5
     assert metrics["margin_p05"] == pytest.approx(-0.9)
@@ -112,6 +115,7 @@ def test_policy_equal_to_its_reference_has_accuracy_one_half_and_margin_zero():
     assert metrics["reward_accuracy"] == 0.5
     assert metrics["margin"] == 0
     assert metrics["loss"] == pytest.approx(math.log(2))
+    assert metrics["loss_rise"] == 0
     assert metrics["perplexity_ratio"] == 1
     assert metrics["ece"] == 0
     assert metrics["brier"] == 0.25

@@ -50,7 +50,14 @@ def test_kl_entropy_and_lengths_by_hand():
     assert metrics["length_ratio"] == 8 / 4
     assert metrics["implicit_reward"] == 0.375
     assert metrics["unfinished"] == 0.5
+    assert metrics["reference_unfinished"] == 0
     assert metrics["unfinished_rise"] == 0.5
+    assert metrics["unchanged"] == 0
+
+
+def test_unchanged_counts_responses_that_equal_the_references():
+    table = samples([[1, END], [1, 2], [3, END], [4]], [[1, END], [1, 2, END], [3, END], [5]])
+    assert response_metrics(table, 0)["unchanged"] == 2 / 4
 
 
 def test_repetition_by_hand():

@@ -2,6 +2,7 @@
 
 import logging
 
+import pandas as pd
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
@@ -10,7 +11,7 @@ from dpo.engine.logprobs import load_model
 from dpo.engine.packing import pack
 from dpo.engine.tokenization import TokenRow, prompt_ids
 from dpo.evaluation import sampling
-from dpo.evaluation.sampling import draw, response_table, sample
+from dpo.evaluation.sampling import draw, response_limit, response_table, sample
 from tests.support.models import ARCHITECTURES, GROUPED, make_model
 
 CACHES = {
@@ -201,3 +202,16 @@ def test_the_sampled_distribution_is_the_scored_one(architecture, precision, tol
             sampled.append(logits.log_softmax(1).gather(1, tokens[:, None])[:, 0])
             logits = model.continue_responses(tokens, cache)
     torch.testing.assert_close(torch.stack(sampled, 1), scored, rtol=0, atol=tolerance)
+
+
+def test_the_automatic_limit_is_the_95_percent_quantile_of_the_held_out_completions(tokenizer):
+    words = [1] * 30 + [20] * 8 + [90] * 2  # of 40 completions
+    texts = [" ".join(["film"] * count) for count in words]
+    table = pd.DataFrame(
+        {"id": map(str, range(20)), "prompt": "film", "chosen": texts[:20], "rejected": texts[20:]}
+    )
+    lengths = sorted(len(tokenizer.encode(text, add_special_tokens=False)) + 1 for text in texts)
+    assert response_limit(7, table, tokenizer, 512) == 7
+    assert lengths[37] <= response_limit("auto", table, tokenizer, 512) < lengths[39]
+    assert response_limit("auto", table, tokenizer, lengths[-1] + 1) <= (lengths[-1] + 1) * 3 // 4
+    assert response_limit("auto", table.head(1), tokenizer, 512) == lengths[0]

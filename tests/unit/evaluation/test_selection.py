@@ -12,7 +12,8 @@ from dpo.evaluation.selection import Comparison, compare_policies, failure_modes
 COMPARE = load_params(Path(__file__).parents[3] / "params.yaml").compare
 GOOD = {
     "chosen_logp_change": -3.0, "kl": 5.0, "perplexity_ratio": 1.1, "length_ratio": 1.0, "repetition_rise": 0.0,
-    "distinct_2_ratio": 1.0, "empty": 0.0, "unfinished_rise": 0.0, "margin": 0.5, "judged_gain": 0.2,
+    "distinct_2_ratio": 1.0, "empty": 0.0, "unfinished": 0.2, "reference_unfinished": 0.2, "unfinished_rise": 0.0,
+    "unchanged": 0.1, "loss_rise": -0.2, "margin": 0.5, "judged_gain": 0.2,
     "judged_gain_ci": [0.1, 0.3], "win_rate": 0.7, "win_rate_ci": [0.6, 0.8],
 }  # fmt: skip
 
@@ -31,7 +32,12 @@ def detected(**changes):
         ("repetition_rise", 0.11, 0.09, "repetition"),
         ("distinct_2_ratio", 0.69, 0.71, "lost diversity"),
         ("empty", 0.03, 0.01, "empty responses"),
-        ("unfinished_rise", 0.3, 0.2, "unfinished responses"),
+        ("unfinished", 0.51, 0.49, "unfinished responses"),
+        ("reference_unfinished", 0.85, 0.49, "unfinished reference"),
+        ("unfinished_rise", 0.3, 0.2, "rise of unfinished responses"),
+        ("kl", 0.0, 0.02, "no effect"),
+        ("unchanged", 1.0, 0.9, "no effect"),
+        ("loss_rise", 0.01, -0.01, "worse than the reference"),
     ],
 )
 def test_each_failure_mode_is_detected_beyond_its_limit(metric, bad, good, name):
@@ -95,41 +101,65 @@ def comparison(first, second, p):
     return Comparison(first=first, second=second, difference=0.1, low=0.0, high=0.2, p=p)
 
 
-def test_highest_win_rate_of_the_policies_that_pass_all_guardrails_is_selected():
+def test_a_separable_best_policy_that_passes_all_guardrails_is_selected():
     policies = {
         "far": policy(win_rate=0.9, kl=12.0),
         "best": policy(win_rate=0.8, win_rate_ci=[0.7, 0.9]),
-        "next": policy(win_rate=0.7),
+        "next": policy(win_rate=0.7, kl=1.0),
     }
-    comparisons = [comparison("best", "reference", 0.001), comparison("next", "best", 0.01)]
-    selected, reason = select(policies, comparisons, COMPARE)
-    assert selected == "best"
-    assert reason == (
+    comparisons = [comparison("best", "reference", 0.001), comparison("best", "next", 0.01)]
+    selection = select(policies, comparisons, COMPARE)
+    assert (selection.name, selection.against_reference) == ("best", "better")
+    assert selection.reason == (
         "best has the highest win rate, 0.800 [0.700, 0.900], of the policies that pass all guardrails (2 of 3; "
-        "KL budget 10 nats per response). Excluded: far (KL blow-up: kl 12, limit 10)."
+        "KL budget 10 nats per response). Excluded: far (KL blow-up: kl 12, limit 10). best is better than the "
+        "reference: win rate 0.800 [0.700, 0.900]."
     )
 
 
-def test_ties_are_reported_and_the_lowest_kl_wins_between_equal_values():
-    policies = {"near": policy(kl=2.0), "far": policy(kl=8.0)}
-    comparisons = [comparison("near", "reference", 0.5), comparison("far", "near", 0.9)]
-    selected, reason = select(policies, comparisons, COMPARE)
-    assert selected == "near"
-    assert reason.endswith(
-        " Its win rate is not significantly different from that of far, the reference (paired test, p ≥ 0.05)."
+def test_of_policies_that_the_test_does_not_separate_the_one_with_the_least_kl_is_selected():
+    policies = {"far": policy(win_rate=0.8, kl=8.0), "near": policy(kl=2.0), "weak": policy(win_rate=0.5, kl=1.0)}
+    comparisons = [
+        *(comparison(name, "reference", 0.001) for name in ("far", "near")),
+        comparison("weak", "reference", 0.5),
+        comparison("near", "far", 0.9),
+        comparison("weak", "far", 0.06),
+        comparison("weak", "near", 0.3),
+    ]
+    selection = select(policies, comparisons, COMPARE)
+    assert (selection.name, selection.against_reference) == ("near", "better"), "weak does not beat the reference"
+    assert "The paired test does not separate it from near, weak (p ≥ 0.05)." in selection.reason
+    assert "Of these policies that beat the reference, near has the least KL, 2.00 nats" in selection.reason
+    highest = select(policies, comparisons, dataclasses.replace(COMPARE, ties="highest"))
+    assert (highest.name, "least KL" in highest.reason) == ("far", False)
+    nothing_beats = [dataclasses.replace(each, p=0.5) for each in comparisons]
+    tie = select(policies, nothing_beats, COMPARE)
+    assert (tie.name, tie.against_reference) == ("weak", "tie")
+    assert tie.reason.endswith(
+        "weak is not significantly different from the reference: win rate 0.500 [0.600, 0.800]."
     )
-    policies = {name: {**each, "margin": 1.0, "margin_ci": [0.5, 1.5]} for name, each in policies.items()}
-    _, reason = select(policies, comparisons, dataclasses.replace(COMPARE, select="margin"))
-    assert "Its reward accuracy is not significantly different from that of far, the reference" in reason
+
+
+def test_a_policy_that_loses_to_the_reference_is_reported_as_worse():
+    lost = dataclasses.replace(comparison("only", "reference", 0.001), difference=-0.3)
+    selection = select({"only": policy()}, [lost], COMPARE)
+    assert (selection.name, selection.against_reference) == ("only", "worse")
+    assert "only is worse than the reference" in selection.reason
 
 
 def test_no_policy_is_selected_if_every_policy_fails_a_guardrail():
-    selected, reason = select({"a": policy(kl=99.0), "b": policy(empty=0.5)}, [], COMPARE)
-    assert selected is None
-    assert reason == (
+    selection = select({"a": policy(kl=99.0), "b": policy(empty=0.5)}, [], COMPARE)
+    assert (selection.name, selection.against_reference) == (None, None)
+    assert selection.reason == (
         "No policy is selected, because every policy fails a guardrail: a (KL blow-up: kl 99, limit 10), "
         "b (empty responses: empty 0.5, limit 0.02)."
     )
+
+
+def test_policies_that_equal_the_reference_are_reported_as_nothing_learned():
+    selection = select({"a": policy(kl=0.0, unchanged=1.0), "b": policy(kl=1e-5)}, [], COMPARE)
+    assert selection.name is None
+    assert selection.reason.startswith("Nothing was learned. No policy is selected")
 
 
 def test_compare_select_chooses_the_metric():
@@ -138,5 +168,5 @@ def test_compare_select_chooses_the_metric():
         "b": policy(margin=0.2, margin_ci=[0.1, 0.3], win_rate=0.9),
     }
     by_margin = dataclasses.replace(COMPARE, select="margin")
-    assert select(policies, [], by_margin)[0] == "a"
-    assert select(policies, [], COMPARE)[0] == "b"
+    assert select(policies, [], by_margin).name == "a"
+    assert select(policies, [], COMPARE).name == "b"
