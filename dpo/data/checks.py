@@ -31,7 +31,11 @@ RENDERED = re.compile(
     "|".join(f"(?P<t{n}>^\\s*{start}|{end}\\s*$)" for n, (start, end) in enumerate(TEMPLATES.values()))
 )
 ROLE_MARK = re.compile(r"\s*(assistant|answer|response|bot|ai|gpt)\s*:", re.IGNORECASE)
-"""A role mark at the start of a completion, or in the last line of a prompt."""
+"""A role mark at the start of a completion."""
+PROMPT_MARK = re.compile(
+    r"^\s*(human|user)\s*:|(^|\s)(assistant|answer|response|bot|ai|gpt)\s*:\s*$", re.IGNORECASE
+)
+"""A role mark at the start or at the end of a prompt."""
 
 
 class Violation(NamedTuple):
@@ -70,10 +74,9 @@ def check_texts(pair: Mapping[str, Any], special: re.Pattern[str], ends: Sequenc
 
 
 def has_role_mark(pair: Mapping[str, Any]) -> bool:
-    """Return whether the prompt of a pair ends with a role mark, or both completions start with one."""
-    last = pair["prompt"].rstrip().rpartition("\n")[2]
-    ends = pair["turns"] is None and ROLE_MARK.fullmatch(last) is not None
-    return ends or all(ROLE_MARK.match(pair[field]) for field in COMPLETIONS)
+    """Return whether the prompt of a pair starts or ends with a role mark, or both completions start with one."""
+    is_marked = pair["turns"] is None and PROMPT_MARK.search(pair["prompt"]) is not None
+    return is_marked or all(ROLE_MARK.match(pair[field]) for field in COMPLETIONS)
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase | None) -> re.Pattern[str]:

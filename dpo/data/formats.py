@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from dpo.common.errors import InputError
-from dpo.data.layouts import ANY_PROMPT, CONVERSATIONS, LAYOUTS, SYSTEMS, Example, Reading, number
+from dpo.data.layouts import LAYOUTS
+from dpo.data.reading import ANY_PROMPT, CONVERSATIONS, SYSTEMS, Example, Reading, number, same
 from dpo.data.turns import ROLES, Fields, RowError, Turn, content_text, from_json, shown, storable, transcript
 
 Row = Mapping[str, Any]
@@ -28,18 +29,27 @@ TOOLS = ("tools", "functions")
 CONTENT_FIELDS = frozenset(
     (
         *ANY_PROMPT, *SYSTEMS, *TOOLS, "article", "audio", "audios", "background", "chat_history",
-        "custom_system_prompt", "demonstrations", "document", "documents", "few_shot", "history", "image",
-        "images", "input", "inputs", "objects", "passage", "passages", "video", "videos",
+        "chosen_reasoning", "contexts", "custom_system_prompt", "demonstrations", "document", "documents",
+        "evidence", "few_shot", "history", "image", "images", "inputs", "knowledge", "objects", "passage",
+        "passages", "rejected_reasoning", "retrieved_contexts", "retrieved_documents", "search_results",
+        "video", "videos",
     )
 )  # fmt: skip
 """Fields that are known to carry content. A row with a value in one that is not read is not used."""
 RATINGS = {
-    "chosen_rating": ("score_chosen", "chosen_score"),
-    "rejected_rating": ("score_rejected", "rejected_score"),
+    "chosen_rating": ("score_chosen", "chosen_score", "chosen-rating"),
+    "rejected_rating": ("score_rejected", "rejected_score", "rejected-rating"),
 }
 """Other names of the ratings."""
 SPLITS = {"train": "train"} | dict.fromkeys(("eval", "test", "validation", "valid", "dev"), "eval")
+LEFT_OUT = "more than two completions; data.pairing: best_worst uses two"
+PARTS = ("content", "message", "parts", "text", "value")
+"""Keys inside of fields that are known to carry content, besides the names of such fields."""
 REPEATED_PROMPT = "completions start with their prompt; it was removed"
+
+
+KTO = "rows of one completion with a label are unpaired data for KTO; DPO needs pairs"
+COMBINE = "combine a good and a bad completion of each prompt as 'chosen' and 'rejected'"
 
 
 @dataclass(frozen=True)
@@ -93,11 +103,11 @@ def detect(rows: Collection[Row], origin: str, spelling: Spelling) -> str:
         return max(LAYOUTS, key=found.count)
     fields = {str(name) for row in rows for name in row}
     for needed, problem, fix in (
-        (
-            {"completion", "label"},
-            "rows with 'completion' and 'label' are unpaired data for KTO; DPO needs pairs",
-            "combine a good and a bad completion of each prompt as 'chosen' and 'rejected'",
-        ),
+        ({"completion", "label"}, KTO, COMBINE),
+        ({"messages", "label"}, KTO, COMBINE),
+        ({"conversations", "label"}, KTO, COMBINE),
+        ({"messages", "kto_tag"}, KTO, COMBINE),
+        ({"conversations", "kto_tag"}, KTO, COMBINE),
         (
             {"prompt", "response", "helpfulness"},
             "rows with one 'response' and its ratings, as in HelpSteer2",
@@ -127,7 +137,7 @@ def convert(row: Row, spelling: Spelling, usual_layout: str) -> Converted:
     shared = _metadata(fields)
     shared["tools"] = _tools(fields.get(*TOOLS) or reading.tools)
     pairs = _pairs(example, reading, spelling.pairing)
-    _check_unread_content(fields, reading, pairs)
+    _check_unread_content(fields, reading)
     label = shared.pop("id")
     for place, pair in enumerate(pairs):
         pair |= {key: value for key, value in shared.items() if pair.get(key) is None}
@@ -154,6 +164,8 @@ def _pairs(example: Example, reading: Reading, pairing: Pairing) -> list[Pair]:
     scores = example.scores
     order = sorted(range(len(scores)), key=lambda place: -scores[place])
     lower = [place for place in order if scores[place] < scores[order[0]]]
+    if len(lower) > 1 and pairing == "best_worst":
+        reading.notes.add(LEFT_OUT)
     if not lower:
         raise RowError("no_preference", f"{len(scores)} completions, none rated higher than another")
     best, prompt = order[0], example.prompt
@@ -176,12 +188,13 @@ def _pair(prompt: list[Turn], chosen: list[Turn], rejected: list[Turn], reading:
         if not turns or turns[-1]["role"] != "assistant":
             raise RowError("broken_roles", f"field '{name}' does not end with an assistant turn")
     longest = min(len(ours), len(theirs)) - 1
-    parting = next((place for place in range(longest) if not _same(ours[place], theirs[place])), longest)
+    parting = next((place for place in range(longest) if not same(ours[place], theirs[place])), longest)
     if {ours[parting]["role"], theirs[parting]["role"]} != {"assistant"}:
         raise RowError(
             "broken_roles", f"the conversations part at a turn of the {_other_role(ours, theirs, parting)}"
         )
     before, tails = ours[:parting], [ours[parting:], theirs[parting:]]
+    reading.conversations += [before, ours, theirs]
     if reading.is_transcript:
         tails = [[{**turn, "content": turn["content"].strip()} for turn in tail] for tail in tails]
     tails = _without_prompt(before, tails, reading.notes)
@@ -205,15 +218,11 @@ def _conversation(prompt: list[Turn], completion: list[Turn], name: str) -> list
     if system and completion[0]["role"] != "system":
         completion = system + completion
     rest = completion[1:] if completion[0]["role"] == "system" else completion
-    starts = len(asked) <= len(rest) and all(map(_same, asked, rest))
-    asks = len(asked) == 1 and any(_same(asked[0], turn) for turn in rest)
-    if (system and not _same(system[0], completion[0])) or not (starts or asks):
+    starts = len(asked) <= len(rest) and all(map(same, asked, rest))
+    asks = len(asked) == 1 and any(same(asked[0], turn) for turn in rest)
+    if (system and not same(system[0], completion[0])) or not (starts or asks):
         raise RowError("broken_roles", f"field 'prompt' differs from the start of the conversation in '{name}'")
     return completion
-
-
-def _same(turn: Turn, other: Turn) -> bool:
-    return {**turn, "content": turn["content"].strip()} == {**other, "content": other["content"].strip()}
 
 
 def _without_prompt(before: list[Turn], tails: list[list[Turn]], notes: set[str]) -> list[list[Turn]]:
@@ -245,25 +254,18 @@ def _prompt_fields(turns: list[Turn], is_transcript: bool) -> Pair:
     return {"prompt": transcript(turns), "turns": turns}
 
 
-def _check_unread_content(fields: Fields, reading: Reading, pairs: list[Pair]) -> None:
+def _check_unread_content(fields: Fields, reading: Reading) -> None:
     """Raise RowError if a field that carries content was not read. A copy of a conversation is not content."""
+    fix = "name it in data.columns if it is the prompt, or remove the field"
     for name in set(fields.unread()) & CONTENT_FIELDS:
-        if name in CONVERSATIONS:
-            turns, pair = reading.turns(fields.peek(name), name), pairs[0]
-            known = [*(pair["turns"] or [{"role": "user", "content": pair["prompt"]}])]
-            answers = [
-                pair[f"{side}_turns"] or [{"role": "assistant", "content": pair[side]}] for side in COMPLETIONS
-            ]
-            if any(
-                len(turns) == len(whole) and all(map(_same, turns, whole))
-                for whole in (known, *(known + a for a in answers))
-            ):
-                fields.get(name)
-                continue
-        fix = "name it in data.columns if it is the prompt, or remove the field"
-        raise RowError(
-            "unread_content", f"field '{name}' has content that is not read: {shown(fields.peek(name))}; {fix}"
-        )
+        value = fields.peek(name)
+        if name in CONVERSATIONS and isinstance(value, str | list) and reading.is_copy(value, name):
+            fields.get(name)
+            continue
+        raise RowError("unread_content", f"field '{name}' has content that is not read: {shown(value)}; {fix}")
+    inner = {name for name in reading.unread if name.rpartition(".")[2] in CONTENT_FIELDS | set(PARTS)}
+    if inner:
+        raise RowError("unread_content", f"field '{min(inner)}' has content that is not read; remove the field")
 
 
 def _tools(value: Any) -> list[Any] | None:

@@ -6,133 +6,40 @@ their order come from.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-from dpo.data.turns import (
-    Fields,
-    RowError,
-    Turn,
-    conversation_from_json,
-    from_json,
-    is_transcript,
-    parse_transcript,
-    read_turns,
-    shown,
-    storable,
-    text_of,
+from dpo.data.annotations import argilla, is_argilla, label_studio
+from dpo.data.reading import (
+    ANY_PROMPT,
+    CHOSEN,
+    CONVERSATIONS,
+    RANK_LISTS,
+    REJECTED,
+    RESPONSE_LISTS,
+    SCORE_LISTS,
+    SCORES,
+    SYSTEMS,
+    TEXTS,
+    Example,
+    Reading,
+    number,
+    side,
 )
+from dpo.data.turns import Fields, RowError, from_json, shown, text_of
 
-PROMPTS = ("prompt", "instruction", "question", "query")
-CONVERSATIONS = ("messages", "conversations", "conversation", "context")
-SYSTEMS = ("system", "system_prompt")
-CHOSEN = ("chosen", "preferred", "chosen_response", "preferred_output")
-REJECTED = ("rejected", "dispreferred", "rejected_response", "non_preferred_output", "rejected_messages")
-RESPONSE_LISTS = ("completions", "responses", "generations", "answers")
-TEXTS = ("response", "text", "content", "completion", "answer", "output")
-SCORES = ("score", "overall_score", "rating")
-SCORE_LISTS = ("scores", "ratings")
-RANK_LISTS = ("ranks", "rankings", "rank")
 CHOICES = {
     ("response1", "response2", "overall_preference"): lambda value: -number(value, "overall_preference"),
     ("response_0", "response_1", "better_response_id"): lambda value: 0.5 - number(value, "better_response_id"),
+    ("response_0", "response_1", "safer_response_id"): lambda value: 0.5 - number(value, "safer_response_id"),
+    ("response_1", "response_2", "preference_strength"): lambda value: -number(value, "preference_strength"),
     ("human_ref_A", "human_ref_B", "labels"): lambda value: number(value, "labels") - 0.5,
-    ("response_a", "response_b", "winner"): lambda value: _side(value, "winner"),
-    ("conversation_a", "conversation_b", "winner"): lambda value: _side(value, "winner"),
-    ("answer1", "answer2", "selected"): lambda value: _side(value, "selected"),
+    ("response_a", "response_b", "winner"): lambda value: side(value, "winner"),
+    ("conversation_a", "conversation_b", "winner"): lambda value: side(value, "winner"),
 }
 """Two completions and the field that compares them: the result is above 0 if the first one is better, 0 for a tie.
-HelpSteer3, PKU-SafeRLHF, SHP, Chatbot Arena (two) and Label Studio."""
-SIDES = dict.fromkeys(("a", "model_a", "left", "1", "first"), 1.0) | dict.fromkeys(
-    ("b", "model_b", "right", "2", "second"), -1.0
-)
-
-
-@dataclass
-class Example:
-    """A prompt with its completions, as a row has them."""
-
-    prompt: list[Turn]
-    """The turns before the completions. Empty if the completions are whole conversations."""
-    completions: list[list[Turn]]
-    scores: list[float]
-    """Score of each completion, higher is better."""
-    is_rating: bool = False
-    """Whether the scores are ratings, and not ranks or a choice."""
-    systems: list[str | None] | None = None
-    """The system prompt of each completion, if they have their own."""
-
-
-@dataclass
-class Reading:
-    """A row while it is read.
-
-    Attributes:
-        fields: its fields.
-        roles: role by its name in the source.
-        unread: keys of turns that were not read.
-        notes: what was removed from the texts.
-        tools: tools in a place of their own.
-        is_transcript: whether a text was a `Human:` and `Assistant:` transcript.
-    """
-
-    fields: Fields
-    roles: Mapping[str, str]
-    unread: set[str] = field(default_factory=set)
-    notes: set[str] = field(default_factory=set)
-    tools: list[Any] | None = None
-    is_transcript: bool = False
-
-    def turns(self, value: Any, name: str) -> list[Turn]:
-        """Return the turns of a conversation, of its JSON, of a transcript, or of a text by the user."""
-        return self._turns(value, name, "user")
-
-    def completion(self, value: Any, name: str) -> list[Turn]:
-        """Return the turns of a completion. A text is one assistant turn."""
-        return self._turns(value, name, "assistant")
-
-    def _turns(self, value: Any, name: str, role: str) -> list[Turn]:
-        value = conversation_from_json(value)
-        if value is None:
-            raise RowError("missing_text", f"field '{name}' contains null instead of a text")
-        if isinstance(value, str) and is_transcript(value):
-            self.is_transcript = True
-            return parse_transcript(storable(value, name), name)
-        if isinstance(value, str):
-            return [{"role": role, "content": storable(value, name)}]
-        return read_turns(value, name, self.roles, self.unread)
-
-    def prompt(self) -> list[Turn]:
-        """Return the turns before the completions: system, earlier turns, and the prompt with its input."""
-        fields = self.fields
-        name = next((name for name in (*PROMPTS, *CONVERSATIONS, "history") if name in fields), "prompt")
-        turns = self.turns(fields.required(*PROMPTS, *CONVERSATIONS, "history"), name)
-        if name in PROMPTS and isinstance(fields.peek("input"), str):
-            turns[-1]["content"] = "\n\n".join([turns[-1]["content"], text_of(fields["input"], "input")])
-        return self.with_context(turns)
-
-    def with_context(self, turns: list[Turn]) -> list[Turn]:
-        """Add the system prompt and the earlier turns that have fields of their own."""
-        if isinstance(history := from_json(self.fields.peek("history")), list):
-            self.fields.get("history")
-            turns = [turn for item in history for turn in self._exchange(item)] + turns
-        if (system := self.fields.get(*SYSTEMS)) is not None:
-            turn = {"role": "system", "content": text_of(system, "system")}
-            turns = turns if turns[:1] == [turn] else [turn, *turns]
-        return turns
-
-    def _exchange(self, item: Any) -> list[Turn]:
-        """Return the turns of an item of `history`: a turn, or a question with its answer."""
-        if isinstance(item, list) and len(item) == 2:
-            texts = zip(("user", "assistant"), item, strict=True)
-            return [{"role": role, "content": text_of(text, "history")} for role, text in texts]
-        return self.turns(item, "history")
-
-    def has_prompt(self) -> bool:
-        """Return whether a field holds the prompt."""
-        return any(name in self.fields for name in (*PROMPTS, *CONVERSATIONS))
+HelpSteer3, PKU-SafeRLHF (two), HelpSteer2's preferences, SHP, Chatbot Arena (two)."""
 
 
 def pairs(row: Reading) -> Example:
@@ -140,24 +47,11 @@ def pairs(row: Reading) -> Example:
 
     `rejected` may be a list of texts or conversations, each of which is paired with `chosen`.
     """
-    chosen, rejected = row.fields.required(*CHOSEN), row.fields.required(*REJECTED)
-    if isinstance(rejected, list) and all(isinstance(item, str | list) for item in rejected):
-        others = [row.completion(item, "rejected") for item in rejected]
-    else:
-        others = [row.completion(rejected, "rejected")]
-    completions = [row.completion(chosen, "chosen"), *others]
-    return _choice(row, completions, [1.0, *[0.0] * len(others)])
-
-
-def _choice(row: Reading, completions: list[list[Turn]], scores: list[float]) -> Example:
-    """Return the example of completions that may be whole conversations, in a row that may have a prompt."""
-    starts = {turns[0]["role"] for turns in completions if turns}
-    if starts == {"assistant"} or row.has_prompt():
-        return Example(row.prompt(), completions, scores)
-    context = row.with_context([])
-    return Example(
-        [], [turns if turns[: len(context)] == context else context + turns for turns in completions], scores
-    )
+    chosen = row.fields.required(*CHOSEN)
+    if isinstance(chosen, list) and len(chosen) == 1 and isinstance(chosen[0], str):
+        (chosen,) = chosen
+    completions = [row.completion(chosen, "chosen"), *row.rejected()]
+    return row.example(completions, [1.0, *[0.0] * (len(completions) - 1)])
 
 
 def swift(row: Reading) -> Example:
@@ -166,15 +60,15 @@ def swift(row: Reading) -> Example:
     if "query" in fields:
         prompt, chosen = row.prompt(), row.completion(fields.required("response"), "response")
     else:
-        turns = row.with_context(row.turns(fields.required("messages"), "messages"))
+        turns = row.with_context(row.turns(fields.required(*CONVERSATIONS), "messages"))
         prompt, chosen = turns[:-1], turns[-1:]
-    rejected = row.completion(fields.required(*REJECTED), "rejected_response")
-    return Example(prompt, [chosen, rejected], [1.0, 0.0])
+    completions = [chosen, *row.rejected()]
+    return Example(prompt, completions, [1.0, *[0.0] * (len(completions) - 1)])
 
 
 def openai(row: Reading) -> Example:
     """Read OpenAI's preference format: `input` with messages and tools, `preferred_output` and the other one."""
-    given = row.fields.required("input")
+    given = from_json(row.fields.required("input"))
     if not isinstance(given, Mapping):
         raise RowError("wrong_type", f"field 'input' is {shown(given)}, not an object with messages")
     inner = Fields(given, "input.")
@@ -225,63 +119,17 @@ def _rated_objects(row: Reading, items: list[Any], name: str) -> Example:
 
 def ranked_outputs(row: Reading) -> Example:
     """Read Alpaca rankings: `output` is a list, the best one first."""
-    completions = [row.completion(item, "output") for item in row.fields.required("output")]
+    completions = [row.completion(item, "output") for item in from_json(row.fields.required("output"))]
     return Example(row.prompt(), completions, [float(-rank) for rank in range(len(completions))])
 
 
 def compared(row: Reading) -> Example:
     """Read two completions and a field that says which one is better, as `CHOICES` lists them."""
-    found = (names for names in CHOICES if all(name in row.fields for name in names[:2]))
-    first, second, choice = next(found, next(iter(CHOICES)))
+    found = [names for names in CHOICES if all(name in row.fields for name in names[:2])] or list(CHOICES)
+    first, second, choice = next((names for names in found if names[2] in row.fields), found[0])
     preference = CHOICES[first, second, choice](row.fields.required(choice))
     completions = [row.completion(row.fields.required(name), name) for name in (first, second)]
-    return _choice(row, completions, [preference, 0.0])
-
-
-def label_studio(row: Reading) -> Example:
-    """Read an export of Label Studio: `data` with prompt and answers, `annotations` with the selected side."""
-    annotations, data = row.fields.required("annotations"), row.fields.required("data")
-    try:
-        sides = [
-            value["selected"]
-            for annotation in annotations
-            for result in annotation["result"]
-            if "selected" in (value := result["value"])
-        ]
-        data = dict(data)
-    except (TypeError, KeyError, ValueError) as error:
-        raise RowError("wrong_type", "field 'annotations' has no result with a selected side") from error
-    if len(set(sides)) != 1:
-        raise RowError(
-            "no_preference",
-            f"{len(sides)} annotations select {', '.join(sorted(set(map(str, sides)))) or 'nothing'}",
-        )
-    inner = Reading(Fields({**data, "selected": sides[0]}, "data."), row.roles, row.unread, row.notes)
-    example = compared(inner)
-    row.unread |= set(inner.fields.unread())
-    return example
-
-
-def _side(value: Any, name: str) -> float:
-    side = SIDES.get(str(value).lower())
-    if side is None:
-        raise RowError("no_preference", f"field '{name}' is {shown(value)}, so no completion is better")
-    return side
-
-
-def number(value: Any, name: str) -> float:
-    """Return a finite number, also if it is written as text.
-
-    Raises:
-        RowError: the value is something else.
-    """
-    try:
-        result = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError, OverflowError):
-        result = math.nan
-    if not math.isfinite(result):
-        raise RowError("wrong_type", f"field '{name}' is {shown(value)}, not a number")
-    return result
+    return row.example(completions, [preference, 0.0])
 
 
 @dataclass(frozen=True)
@@ -304,10 +152,10 @@ def _has_ratings(fields: Fields) -> bool:
 
 
 def _has_ranked_outputs(fields: Fields) -> bool:
-    return isinstance(fields.peek("output"), list) and len(fields.peek("output")) > 1
+    outputs = from_json(fields.peek("output"))
+    return isinstance(outputs, list) and len(outputs) > 1
 
 
-ANY_PROMPT = (*PROMPTS, *CONVERSATIONS)
 LAYOUTS = {
     "OpenAI": Layout(_has(("input",), ("preferred_output",), ("non_preferred_output",)), openai),
     "ms-swift": Layout(
@@ -318,7 +166,11 @@ LAYOUTS = {
     "ranked outputs": Layout(
         lambda fields: _has(ANY_PROMPT)(fields) and _has_ranked_outputs(fields), ranked_outputs
     ),
-    "Label Studio": Layout(_has(("data",), ("annotations",)), label_studio),
+    "Label Studio": Layout(
+        lambda fields: _has(("data",), ("annotations",))(fields) or _has(("comparison",), ("answer1",))(fields),
+        label_studio,
+    ),
+    "Argilla": Layout(is_argilla, argilla),
     "compared completions": Layout(
         lambda fields: any(first in fields and second in fields for first, second, _ in CHOICES), compared
     ),

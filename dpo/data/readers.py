@@ -224,9 +224,18 @@ def _arrow_rows(batches: Iterable[Any]) -> Iterator[Any]:
     for batch in batches:
         try:
             rows = batch.to_pylist()
+            if nested := [field.name for field in batch.schema if pa.types.is_nested(field.type)]:
+                rows = [{**row, **{name: _without_padding(row[name]) for name in nested}} for row in rows]
         except (ValueError, OverflowError) as error:  # bytes that are not UTF-8, dates after the year 9999
             rows = [error] if len(batch) == 1 else _arrow_rows(batch.slice(i, 1) for i in range(len(batch)))
         yield from rows
+
+
+def _without_padding(value: Any) -> Any:
+    """Return a value without the nulls that Arrow adds to objects, so that all have the same keys."""
+    if isinstance(value, dict):
+        return {key: _without_padding(inner) for key, inner in value.items() if inner is not None}
+    return [_without_padding(item) for item in value] if isinstance(value, list) else value
 
 
 READERS = {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet}

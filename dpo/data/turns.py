@@ -1,5 +1,6 @@
 """Turns of conversations in the spellings of data sets: keys, roles, parts, tool calls, transcripts, JSON."""
 
+import ast
 import json
 import re
 import reprlib
@@ -18,9 +19,11 @@ ROLES = {
 """Role by its name in data sets. `data.roles` adds others."""
 CALLS = ("function_call", "tool_call")
 """Roles of turns whose content is one call of the assistant."""
-ROLE_KEYS, CONTENT_KEYS = ("role", "from"), ("content", "value", "text")
+ROLE_KEYS, CONTENT_KEYS = ("role", "from", "speaker"), ("content", "value", "text", "message", "parts")
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 
+PYTHON_TURNS = re.compile(r"\[?\s*\{\s*'(role|from|content|value)'\s*:\s*['\"]")
+"""The start of turns as Python writes them."""
 HH_TURN = re.compile(r"\n\n(Human|Assistant):")
 HH_ANSWER = "\n\nAssistant:"
 HH_ROLES = {"Human": "user", "Assistant": "assistant"}
@@ -75,9 +78,13 @@ class Fields:
             return ""
         raise RowError("missing_text", f"field '{self.prefix}{names[0]}' is missing or null")
 
+    def unread_names(self) -> list[str]:
+        """Return the names of the fields with a value that were not read, without prefix."""
+        return [name for name in self._row if name in self._unread]
+
     def unread(self) -> list[str]:
         """Return the names of the fields with a value that were not read."""
-        return [f"{self.prefix}{name}" for name in self._row if name in self._unread]
+        return [f"{self.prefix}{name}" for name in self.unread_names()]
 
 
 def _has_value(value: Any) -> bool:
@@ -91,9 +98,19 @@ def read_turns(value: Any, field: str, roles: Mapping[str, str], unread: set[str
         RowError: an item is not a turn, has an unknown role, or content other than text.
     """
     items = [value] if isinstance(value, Mapping) else value
+    if isinstance(items, list) and any(isinstance(item, Mapping) and "output" in item for item in items):
+        items = [turn for item in items for turn in _exchange(item)]
     if not isinstance(items, list):
         raise RowError("wrong_type", f"field '{field}' is {type(value).__name__} {shown(value)}, not turns")
     return [_read_turn(item, field, roles, unread) for item in items]
+
+
+def _exchange(item: Any) -> list[Any]:
+    """Return the turns of an item with `input` and `output`, and any other item as it is."""
+    if not isinstance(item, Mapping) or item.keys() != {"input", "output"}:
+        return [item]
+    texts = zip(("user", "assistant"), (item["input"], item["output"]), strict=True)
+    return [{"role": role, "content": text} for role, text in texts if text is not None]
 
 
 def _read_turn(item: Any, field: str, roles: Mapping[str, str], unread: set[str]) -> Turn:
@@ -104,9 +121,10 @@ def _read_turn(item: Any, field: str, roles: Mapping[str, str], unread: set[str]
     if name is None:
         raise RowError("wrong_type", f"field '{field}' contains an item without 'role' or 'from'")
     calls = fields.get("tool_calls", "function_call")
-    fields.get(*CONTENT_KEYS)
-    content = next((item[key] for key in CONTENT_KEYS if item.get(key) is not None), None)
-    role = "assistant" if name in CALLS else roles.get(name) if isinstance(name, str) else None
+    content = fields.get(*CONTENT_KEYS)
+    if content is None and any(item.get(key) is not None for key in CONTENT_KEYS):
+        content = ""
+    role = "assistant" if name in CALLS else _role(name, roles)
     if role is None:
         known = ", ".join(dict.fromkeys(roles.values()))
         raise RowError(
@@ -114,6 +132,8 @@ def _read_turn(item: Any, field: str, roles: Mapping[str, str], unread: set[str]
         )
     if name in CALLS:
         calls, content = content, None
+    if role == "tool" and isinstance(content, Mapping):
+        content = json.dumps(content, ensure_ascii=False)
     turn: Turn = {"role": role, "content": "" if content is None else text_of(content, field)}
     if content is None and calls is None:
         raise RowError(
@@ -128,6 +148,10 @@ def _read_turn(item: Any, field: str, roles: Mapping[str, str], unread: set[str]
             turn[key] = text_of(label, field)
     unread |= set(fields.unread())
     return turn
+
+
+def _role(name: Any, roles: Mapping[str, str]) -> str | None:
+    return (roles.get(name) or roles.get(name.lower())) if isinstance(name, str) else None
 
 
 def _read_call(call: Any, field: str) -> dict[str, Any]:
@@ -147,6 +171,8 @@ def text_of(value: Any, field: str) -> str:
     Raises:
         RowError: the value is something else, or a part is an image or another kind that is not read.
     """
+    if isinstance(value, Mapping) and "text" in value:
+        value = [value]
     if isinstance(value, list) and all(isinstance(part, Mapping | str) for part in value):
         return "".join(_part_text(part, field) for part in value)
     if not isinstance(value, str):
@@ -178,6 +204,8 @@ def from_json(value: Any) -> Any:
 def conversation_from_json(value: Any) -> Any:
     """Return the turns that a text contains as JSON. A text with other JSON is an answer, and stays a text."""
     parsed = from_json(value.strip()) if isinstance(value, str) else value
+    if isinstance(parsed, str) and PYTHON_TURNS.match(parsed):
+        parsed = _from_python(parsed)
     items = parsed if isinstance(parsed, list) else [parsed]
     is_turns = items and all(
         isinstance(item, Mapping)
@@ -186,6 +214,15 @@ def conversation_from_json(value: Any) -> Any:
         for item in items
     )
     return parsed if is_turns else value
+
+
+def _from_python(text: str) -> Any:
+    """Return the turns of a text that Python wrote, such as a list in a CSV file of pandas."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError) as error:
+        reason = "a conversation as Python writes it, which cannot be read back; export it as JSON"
+        raise RowError("wrong_type", f"{shown(text)} is {reason}") from error
 
 
 def is_transcript(text: str) -> bool:

@@ -265,7 +265,7 @@ BROKEN = {
         {"chosen": [ASK, JOY], "rejected": [WHY, BORE]},
         {"prompt": "Film 4?", **turned(ASK)},
         {"prompt": [SYSTEM, ASK], **turned({**SYSTEM, "content": "Be long."}, ASK)},
-        {**TEXTS, "prompt": [ASK, JOY]},
+        {**TEXTS, "prompt": [ASK, BORE, WHY, {**JOY, "content": "Else."}]},
         {**TEXTS, "chosen": [ASK]},
         {**HH, "rejected": "\n\nHuman: a"},
         {**HH, "rejected": "\n\nHuman: b\n\nAssistant: c"},

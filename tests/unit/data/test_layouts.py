@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpo.common.errors import InputError
-from dpo.data.formats import REPEATED_PROMPT, Spelling, convert, detect, layout_of
+from dpo.data.formats import LEFT_OUT, REPEATED_PROMPT, Spelling, convert, detect, layout_of
 from dpo.data.ingest import write_raw_pairs
 from dpo.data.readers import read_files
 from dpo.data.settings import DataSettings
@@ -36,6 +36,7 @@ def one(row, **spelling):
     return pair
 
 
+FIELDS = {"prompt": ASK, "answer_1": GOOD, "answer_2": BAD}
 SINGLE_TURN = {
     "texts": PLAIN,
     "Orca without a system prompt": {"question": ASK, "chosen": GOOD, "rejected": BAD},
@@ -72,6 +73,87 @@ SINGLE_TURN = {
         **{"prompt": ASK, "chosen": [USER, ANSWER], "rejected": [USER, OTHER], "messages": [USER, ANSWER]},
         **{"score_chosen": None, "score_rejected": None},
     },
+    "Label Studio, right side": {
+        "data": json.dumps({"prompt": ASK, "left": BAD, "right": GOOD}),
+        "annotations": json.dumps(
+            [
+                {"was_cancelled": True, "result": [{"value": {"selected": "left"}}]},
+                {"was_cancelled": False, "result": [{"value": {"selected": "right"}}]},
+            ]
+        ),
+    },
+    "Label Studio, list": {
+        "data": {"prompt": ASK, "completions": [GOOD, BAD]},
+        "annotations": [{"result": [{"value": {"choices": ["A"]}}]}],
+    },
+    "Label Studio, JSON-MIN": {"prompt": ASK, "answer1": BAD, "answer2": GOOD, "comparison": "right"},
+    "Argilla 1, record": {
+        "fields": {"prompt": ASK, "response1": BAD, "response2": GOOD},
+        "responses": [
+            {
+                "status": "submitted",
+                "values": {
+                    "preference": {"value": [{"value": "response1", "rank": 2}, {"value": "response2", "rank": 1}]}
+                },
+            },
+            {"status": "discarded", "values": {"preference": {"value": [{"value": "response1", "rank": 1}]}}},
+        ],
+        "suggestions": [{"question_name": "preference", "value": "response1"}],
+    },
+    "Argilla 1, suggestion": {
+        "fields": {"prompt": ASK, "response1": BAD, "response2": GOOD},
+        "responses": [],
+        "suggestions": [
+            {
+                "question_name": "preference",
+                "value": [{"value": "response2", "rank": 1}, {"value": "response1", "rank": 2}],
+            }
+        ],
+    },
+    "Argilla 1, columns": {
+        **{"prompt": ASK, "response-1": GOOD, "response-2": BAD, "ranking-suggestion": None},
+        "ranking": [{"status": "submitted", "value": {"rank": [1, 2], "value": ["response-1", "response-2"]}}],
+    },
+    "Argilla 2, suggestion": {
+        "fields": {"chat": [USER], "response_1": BAD, "response_2": GOOD},
+        **{"suggestions": {"preference": {"value": "response_2", "agent": "a"}}, "responses": {}},
+    },
+    "Argilla 2, response": {
+        "fields": {"prompt": ASK, "response_1": BAD, "response_2": GOOD},
+        "suggestions": {"preference": {"value": "response_1"}},
+        "responses": {"preference": [{"value": ["response_2", "response_1"], "status": "submitted"}]},
+    },
+    "Argilla 2, columns": {
+        **{"prompt": ASK, "response_1": BAD, "response_2": GOOD, "preference.suggestion": "response_1"},
+        **{"preference.responses": ["response_2"], "preference.responses.status": ["submitted"]},
+    },
+    "distilabel": {"input": ASK, "generations": [BAD, GOOD], "rank": [2, 1]},
+    "HelpSteer2, preferences": {"prompt": ASK, "response_1": BAD, "response_2": GOOD, "preference_strength": 2},
+    "PKU-SafeRLHF, safety only": {"prompt": ASK, "response_0": GOOD, "response_1": BAD, "safer_response_id": 0},
+    "the prompt is the input": {"input": ASK, "chosen": GOOD, "rejected": BAD},
+    "OpenAI as JSON": {
+        "input": json.dumps({"messages": [USER]}),
+        **{"preferred_output": json.dumps([ANSWER]), "non_preferred_output": json.dumps([OTHER])},
+    },
+    "Alpaca ranking as JSON": {"instruction": ASK, "output": json.dumps([GOOD, BAD])},
+    "ms-swift conversations": {"conversations": [sharegpt(USER), sharegpt(ANSWER)], "rejected_response": [BAD]},
+    "lists of one text": {"prompt": ASK, "chosen": [GOOD], "rejected": [BAD]},
+    "Gemini": {
+        "contents": [{"role": "user", "parts": [{"text": ASK}]}],
+        "chosen": {"role": "model", "parts": [{"text": GOOD}]},
+        "rejected": {"role": "model", "parts": [{"text": BAD}]},
+    },
+    "other keys and roles": {
+        "dialogue": [{"speaker": "Human", "message": ASK}],
+        "chosen": {"from": "GPT", "content": "", "value": GOOD},
+        "rejected": {"role": "Assistant", "content": {"type": "text", "text": BAD}},
+    },
+    "conversations as Python writes them": {"chosen": str([USER, ANSWER]), "rejected": str([USER, OTHER])},
+    "a copy of the chosen conversation": {"messages": [USER, ANSWER], "chosen": GOOD, "rejected": BAD},
+    "Capybara": {
+        "conversation": [{"input": ASK, "output": GOOD}],
+        **{"chosen": [USER, ANSWER], "rejected": [USER, OTHER]},
+    },
     "the prompt is repeated": {"prompt": ASK, "chosen": f"{ASK}\n{GOOD}", "rejected": f"{ASK}\n{BAD}"},
 }
 
@@ -84,6 +166,7 @@ def test_a_layout_gives_the_same_pair_as_texts(row):
 
 CONVERSATIONS = {
     "Alpaca with a system prompt": ({"system": SYSTEM["content"], **PLAIN}, [SYSTEM, USER]),
+    "a system message": ({"system_message": SYSTEM["content"], **PLAIN}, [SYSTEM, USER]),
     "Alpaca with history": ({**PLAIN, "history": [["Hello", "Hi."]]}, [*EARLIER, USER]),
     "history of turns": ({**PLAIN, "history": EARLIER}, [*EARLIER, USER]),
     "Orca": ({"system": SYSTEM["content"], "question": ASK, "chosen": GOOD, "rejected": BAD}, [SYSTEM, USER]),
@@ -183,6 +266,13 @@ def test_tools_calls_and_reasoning_are_kept():
             "a part of type 'image_url'",
         ),
         ({**PLAIN, "document": "A long text."}, "field 'document' has content that is not read"),
+        ({**PLAIN, "contexts": ["A long text."]}, "field 'contexts' has content that is not read"),
+        ({**PLAIN, "prompt": [{**USER, "images": ["a.png"]}]}, r"field 'prompt\.images' has content"),
+        ({**PLAIN, "prompt": [{**USER, "text": "More."}]}, r"field 'prompt\.text' has content"),
+        (
+            {"fields": {**FIELDS, "document": "x"}, "suggestions": {"a": {"value": "answer_1"}}},
+            r"'fields\.document'",
+        ),
         ({**PLAIN, "messages": [USER, {**ANSWER, "content": "Else."}]}, "field 'messages' has content"),
     ],
 )
@@ -190,6 +280,30 @@ def test_content_that_is_not_read_costs_the_row(row, words):
     with pytest.raises(RowError, match=words) as error:
         one(row)
     assert error.value.rule == "unread_content"
+
+
+def test_judgements_that_disagree_or_compare_nothing_are_no_preference():
+    fields = {"prompt": ASK, "response_1": BAD, "response_2": GOOD}
+    both = [{"value": "response_1"}, {"value": "response_2"}]
+    for responses, words in (
+        ({"best": both}, "2 responses disagree"),
+        ({"note": [{"value": "Hm."}]}, "no response"),
+    ):
+        with pytest.raises(RowError, match=words) as error:
+            one({"fields": fields, "responses": responses, "suggestions": {}})
+        assert error.value.rule == "no_preference"
+
+
+def test_a_conversation_that_python_wrote_without_commas_is_refused():
+    row = {"chosen": f"[{USER}\n {ANSWER}]", "rejected": str([USER, OTHER])}  # as numpy writes it
+    with pytest.raises(RowError, match="a conversation as Python writes it"):
+        one(row)
+
+
+def test_completions_that_the_pairing_leaves_out_are_noted():
+    row = {"prompt": ASK, "responses": [GOOD, "Hm.", BAD], "scores": [3, 2, 1]}
+    assert convert(row, Spelling(), "pairs").notes == [LEFT_OUT]
+    assert convert(row, Spelling(pairing="best_rest"), "pairs").notes == []
 
 
 def test_other_fields_are_reported_and_empty_ones_are_not():
@@ -246,6 +360,14 @@ def test_a_row_means_the_same_in_every_kind_of_file(tmp_path, kind):
         ('["a", "list"]', "[sic]"),
         (GOOD, BAD),
     ]
+
+
+def test_nulls_that_parquet_adds_to_calls_are_no_arguments(tmp_path):
+    calls = [{"function": {"name": "flow", "arguments": arguments}} for arguments in ({"a": 1}, {"b": 2})]
+    rows = [{"prompt": ASK, "chosen": [{**ANSWER, "tool_calls": [call]}], "rejected": BAD} for call in calls]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    read = [raw.row["chosen"][0]["tool_calls"] for raw in read_files([str(tmp_path / "a.parquet")])]
+    assert read == [[call] for call in calls]
 
 
 @pytest.mark.parametrize("split", ["train_prefs", ("train_prefs", "test_prefs")])
