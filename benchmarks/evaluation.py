@@ -22,7 +22,7 @@ from dpo.training.settings import Trial
 RESULTS = Path("benchmarks/results/evaluation.json")
 PAGE = Path("docs/guides/evaluation.md")
 RESPONSES, NEW_TOKENS = 256, 32
-NEEDED = ("params.yaml", "dpo", "tasks", "data", "models/base", "models/reference", "reference")
+NEEDED = ("params.yaml", "dpo", "tasks", "data", "models/base", "models/reference", "tokens", "reference")
 
 
 def prepare(folder: Path) -> None:

@@ -28,6 +28,7 @@ from dpo.common.files import write_json
 from dpo.engine.logprobs import load_model
 from dpo.engine.reference_cache import compute_reference, policy_key
 from dpo.engine.settings import EngineSettings
+from dpo.engine.token_table import open_table, write_table
 from tasks.common.paths import BASE, TRAIN
 
 RESULTS, PAGE = Path("benchmarks/results/reference.json"), Path("docs/guides/larger-models.md")
@@ -79,12 +80,11 @@ def write_pairs(path: Path, rows: int, sentences: list[str]) -> None:
 def measure(folder: Path, rows: int) -> Run:
     """Score one table in this process."""
     model, tokenizer = load_model(folder / "model"), AutoTokenizer.from_pretrained(folder / "model")
-    key = policy_key(folder / "model", tokenizer, ENGINE)
+    key, pairs = policy_key(folder / "model", tokenizer, ENGINE), folder / f"{rows}.parquet"
     before, start = resident(), time.perf_counter()
-    compute_reference(
-        folder / "cache", key, folder / f"{rows}.parquet", model, tokenizer, ENGINE, folder / "progress",
-        PartialState(cpu=True),
-    )  # fmt: skip
+    write_table(folder / "tokens", pairs, tokenizer, ENGINE.max_length)
+    table = open_table(folder / "tokens", pairs, tokenizer, ENGINE.max_length)
+    compute_reference(folder / "cache", key, table, model, ENGINE, folder / "progress", PartialState(cpu=True))
     return Run(rows, time.perf_counter() - start, before, peak())
 
 

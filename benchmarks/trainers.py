@@ -85,7 +85,10 @@ def train_ours(case: Case, model: Path, rows: Sequence[TokenRow], reference: Ref
         warmup_ratio=0.0,
         max_grad_norm=TRAINING["max_grad_norm"],
     )
-    objective, clock = DpoObjective(Sigmoid(), BETA, cached_reference(reference, rows)), Clock()
+    objective, clock = (
+        DpoObjective(Sigmoid(), BETA, cached_reference(reference, [row.id for row in rows])),
+        Clock(),
+    )
     sampler = InOrder(rows, case.pairs_per_step, case.micro_batch)
     with tempfile.TemporaryDirectory() as folder:
         log = TrainingLoop(

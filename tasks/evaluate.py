@@ -14,7 +14,8 @@ from dpo.engine.chat import Prompt, prompt_of
 from dpo.engine.logprobs import LogProbModel, load_model, sequence_logps
 from dpo.engine.pretrained import load_tokenizer
 from dpo.engine.reference_cache import cache_key, load_reference
-from dpo.engine.tokenization import encode_pairs, prompt_ids
+from dpo.engine.token_table import open_table
+from dpo.engine.tokenization import prompt_ids
 from dpo.evaluation.judges import Judge, load_judges
 from dpo.evaluation.kl import divergence
 from dpo.evaluation.pair_metrics import pair_table, preference_metrics
@@ -58,7 +59,7 @@ def main() -> None:
     write_card(params, trial, metrics)
     from tasks.tracking.runs import log_evaluation  # after the evaluation: MLflow starts slowly
 
-    log_evaluation(params, trial, held_out, metrics, samples.drop(columns=["ids", "reference_ids"]))
+    log_evaluation(params, trial, metrics, samples.drop(columns=["ids", "reference_ids"]))
 
 
 def evaluate_pairs(
@@ -66,16 +67,15 @@ def evaluate_pairs(
 ) -> pd.DataFrame:
     """Return rewards, margin and loss of each held-out pair; the processes of a launch share the pairs."""
     max_tokens = params.engine.max_tokens_per_microbatch
-    rows = encode_pairs(held_out.to_dict("records"), tokenizer, params.engine.max_length)
+    rows = open_table(paths.TOKENS_EVAL, paths.EVAL, tokenizer, params.engine.max_length)
     cached = load_reference(paths.REFERENCE_EVAL, cache_key(paths.REFERENCE, tokenizer, rows, params.engine))
     logps = share(
         len(rows),
-        lambda mine: sequence_logps(policy, [rows[i] for i in mine], max_tokens, "policy log-probs").tolist(),
+        lambda mine: sequence_logps(policy, rows.select(mine), max_tokens, "policy log-probs").tolist(),
     )
     lengths = torch.tensor([row.lengths for row in rows])
-    return pair_table(
-        held_out, torch.tensor(logps), torch.tensor([cached[row.id] for row in rows]), lengths, trial
-    )
+    reference = torch.tensor([cached[each] for each in rows.ids])
+    return pair_table(held_out, torch.tensor(logps), reference, lengths, trial)
 
 
 def sample_responses(

@@ -5,19 +5,22 @@ from dpo.config import load_params
 from dpo.engine.logprobs import load_model
 from dpo.engine.pretrained import load_tokenizer
 from dpo.engine.reference_cache import compute_reference, policy_key
-from tasks.common.paths import EVAL, REFERENCE, REFERENCE_EVAL, REFERENCE_PROGRESS, REFERENCE_TRAIN, TRAIN
+from dpo.engine.token_table import open_table
+from tasks.common import paths
 from tasks.common.runner import run_launched
 
 
 def main() -> None:
     """Write the reference log-probs of the training and the held-out pairs."""
     engine = load_params().engine
+    tokenizer = load_tokenizer(paths.REFERENCE)
+    train = open_table(paths.TOKENS_TRAIN, paths.TRAIN, tokenizer, engine.max_length)
+    held_out = open_table(paths.TOKENS_EVAL, paths.EVAL, tokenizer, engine.max_length)
     state = this_process()
-    tokenizer = load_tokenizer(REFERENCE)
-    model = load_model(REFERENCE, **engine.loading, frozen=True).to(state.device)
-    key = policy_key(REFERENCE, tokenizer, engine)
-    for pairs, folder in ((TRAIN, REFERENCE_TRAIN), (EVAL, REFERENCE_EVAL)):
-        compute_reference(folder, key, pairs, model, tokenizer, engine, REFERENCE_PROGRESS, state)
+    model = load_model(paths.REFERENCE, **engine.loading, frozen=True).to(state.device)
+    key = policy_key(paths.REFERENCE, tokenizer, engine)
+    for rows, folder in ((train, paths.REFERENCE_TRAIN), (held_out, paths.REFERENCE_EVAL)):
+        compute_reference(folder, key, rows, model, engine, paths.REFERENCE_PROGRESS, state)
     state.destroy_process_group()
 
 

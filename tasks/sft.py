@@ -3,7 +3,6 @@
 With `sft: null`, the base model is the reference.
 """
 
-import dataclasses
 import os
 import shutil
 from contextlib import nullcontext
@@ -15,11 +14,11 @@ from dpo.common.files import PROVENANCE, atomic_write, write_json
 from dpo.config import Params, load_params
 from dpo.engine.logprobs import load_model
 from dpo.engine.pretrained import load_tokenizer
-from dpo.engine.tokenization import encode_pairs
+from dpo.engine.token_table import open_table
 from dpo.training.checkpoints import CheckpointStore
 from dpo.training.settings import SftSettings
 from dpo.training.train import save_checkpoint, save_merged, train_sft
-from tasks.common.paths import BASE, METRICS, REFERENCE, TRAIN, TRAINING_PROGRESS
+from tasks.common.paths import BASE, METRICS, REFERENCE, TOKENS_TRAIN, TRAIN, TRAINING_PROGRESS
 from tasks.common.runner import run_launched
 from tasks.tracking.provenance import made_by, weights
 from tasks.tracking.runs import reference_run, tag_checkpoint
@@ -57,16 +56,16 @@ def _link(source: str, target: str) -> None:
 def fine_tune(params: Params, sft: SftSettings) -> None:
     """Fine-tune the base model on completions and save it as the reference. Adapters are merged into it."""
     engine, tokenizer = params.engine, load_tokenizer(BASE)
-    table = pd.read_parquet(TRAIN)
+    rows = open_table(TOKENS_TRAIN, TRAIN, tokenizer, engine.max_length)
     if sft.max_pairs is not None:
-        table = table.sample(min(sft.max_pairs, len(table)), random_state=params.seed)
-    rows = encode_pairs(table.to_dict("records"), tokenizer, engine.max_length)
+        places = pd.RangeIndex(len(rows)).to_series()
+        rows = rows.select(places.sample(min(sft.max_pairs, len(rows)), random_state=params.seed).to_numpy())
     if sft.completions == "chosen":
-        rows = [dataclasses.replace(row, completions=row.completions[:1], context=row.context[:1]) for row in rows]
+        rows = rows.first_completions(1)
     model = load_model(BASE, **engine.loading) if sft.lora else load_model(BASE, engine.precision, engine.compile)
     store = CheckpointStore(TRAINING_PROGRESS / "sft", params.run.checkpoint_minutes)
     main_process = this_process().is_main_process
-    with reference_run(params, table) if main_process else nullcontext() as run_id:
+    with reference_run(params) if main_process else nullcontext() as run_id:
         log = train_sft(
             model, rows, sft, seed=params.seed, store=store,
             max_tokens_per_microbatch=engine.max_tokens_per_microbatch,

@@ -10,10 +10,18 @@ from dpo.config import load_params
 from dpo.engine.logprobs import load_model
 from dpo.engine.pretrained import load_tokenizer
 from dpo.engine.reference_cache import cache_key, load_reference
-from dpo.engine.tokenization import encode_pairs
+from dpo.engine.token_table import open_table
 from dpo.training.checkpoints import CheckpointStore
 from dpo.training.train import save_checkpoint, train_dpo
-from tasks.common.paths import REFERENCE, REFERENCE_TRAIN, TRAIN, TRAINING_PROGRESS, policy_folder, train_log
+from tasks.common.paths import (
+    REFERENCE,
+    REFERENCE_TRAIN,
+    TOKENS_TRAIN,
+    TRAIN,
+    TRAINING_PROGRESS,
+    policy_folder,
+    train_log,
+)
 from tasks.common.runner import run_launched, trial_argument
 from tasks.tracking.provenance import made_by
 from tasks.tracking.runs import policy_run, tag_checkpoint
@@ -25,15 +33,14 @@ def main() -> None:
     params = load_params()
     trial, engine = trial_argument(params), params.engine
     tokenizer = load_tokenizer(REFERENCE)
-    table = pd.read_parquet(TRAIN)
-    rows = encode_pairs(table.to_dict("records"), tokenizer, engine.max_length)
+    rows = open_table(TOKENS_TRAIN, TRAIN, tokenizer, engine.max_length)
     reference = {}
     if trial.loss.needs_reference:
         reference = load_reference(REFERENCE_TRAIN, cache_key(REFERENCE, tokenizer, rows, engine))
     model = load_model(REFERENCE, **engine.loading)
     store = CheckpointStore(TRAINING_PROGRESS / trial.name, params.run.checkpoint_minutes)
     main_process = this_process().is_main_process
-    with policy_run(params, trial, table) if main_process else nullcontext() as run_id:
+    with policy_run(params, trial) if main_process else nullcontext() as run_id:
         log = train_dpo(
             model, rows, reference, params.dpo, trial, store=store,
             max_tokens_per_microbatch=engine.max_tokens_per_microbatch,

@@ -16,10 +16,11 @@ from dataclasses import dataclass
 from os.path import commonprefix
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from dpo.engine.tokenization import TokenRow
+from dpo.engine.tokenization import TokenRow, Tokens
 
 Layout = tuple[tuple[int, tuple[int, ...]], ...]
 """The prompt length and the completion lengths of each row."""
@@ -69,34 +70,40 @@ def pack(rows: Sequence[TokenRow]) -> PackedBatch:
     Raises:
         ValueError: a prompt or a completion is empty. The last prompt token predicts the first completion token.
     """
-    input_ids: list[int] = []
-    position_ids: list[int] = []
-    logit_positions: list[int] = []
-    targets: list[int] = []
-    lengths: list[int] = []
+    input_ids: list[Tokens] = []
+    position_ids: list[np.ndarray] = []
+    logit_positions: list[np.ndarray] = []
+    targets: list[np.ndarray] = []
+    end = 0
     for row in rows:
-        start, length = len(input_ids), len(row.prompt)
+        length = len(row.prompt)
         if not length or not all(row.lengths):
             raise ValueError(f"row {row.id!r}: the prompt and every completion need at least one token")
-        input_ids += row.prompt
-        position_ids += range(length)
+        input_ids.append(row.prompt)
+        position_ids.append(np.arange(length))
+        end += length
+        last = end - 1  # of the prompt, predicts the first token of every completion
         for completion, context in itertools.zip_longest(row.completions, row.context, fillvalue=()):
-            first = len(input_ids)
-            scored = sorted({*range(len(completion))} - {*context})
-            logit_positions += [first + place - 1 if place else start + length - 1 for place in scored]
-            targets += [completion[place] for place in scored]
-            lengths.append(len(scored))
-            input_ids += completion
-            position_ids += range(length, length + len(completion))
+            places = np.arange(len(completion))
+            scored = np.delete(places, context) if len(context) else places
+            logit_positions.append(np.where(scored, end + scored - 1, last))
+            targets.append(np.asarray(completion)[scored])
+            input_ids.append(completion)
+            position_ids.append(length + places)
+            end += len(completion)
     return PackedBatch(
-        input_ids=torch.tensor([input_ids]),
-        position_ids=torch.tensor([position_ids]),
+        input_ids=_tensor(input_ids)[None],
+        position_ids=_tensor(position_ids)[None],
         layout=tuple((len(row.prompt), tuple(map(len, row.completions))) for row in rows),
-        logit_positions=torch.tensor(logit_positions),
-        targets=torch.tensor(targets),
-        completion_index=torch.tensor([i for i, length in enumerate(lengths) for _ in range(length)]),
+        logit_positions=_tensor(logit_positions),
+        targets=_tensor(targets),
+        completion_index=torch.arange(len(targets)).repeat_interleave(torch.tensor([*map(len, targets)])),
         ids=tuple(row.id for row in rows),
     )
+
+
+def _tensor(parts: Sequence[Tokens]) -> Tensor:
+    return torch.from_numpy(np.concatenate(parts).astype(np.int64))
 
 
 def pack_prompts(prompts: Sequence[Sequence[int]]) -> tuple[list[int], list[int], Layout, list[list[int]]]:

@@ -8,11 +8,14 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from os.path import commonprefix
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from dpo.common.errors import InputError
-from dpo.common.progress import progress
 from dpo.engine.chat import (
     Conversation,
     Prompt,
@@ -28,18 +31,21 @@ from dpo.engine.chat import (
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-PAIRS_AT_ONCE = 1000
+Tokens = Sequence[int] | NDArray[np.int32]
 MIN_TAIL = 16  # tokens of a shortened prompt besides what the chat template writes first
 
 
 @dataclass(frozen=True)
 class TokenRow:
-    """One prompt with its completions as token ids. A completion includes its end token."""
+    """One prompt with its completions as token ids. A completion includes its end token.
+
+    Token ids are tuples, or int32 views of a file (`dpo.engine.token_table`).
+    """
 
     id: str
-    prompt: tuple[int, ...]
-    completions: tuple[tuple[int, ...], ...]
-    context: tuple[tuple[int, ...], ...] = ()
+    prompt: Tokens
+    completions: tuple[Tokens, ...]
+    context: tuple[Tokens, ...] = ()
     """Places in each completion of tokens that are not scored: the turns of others between those of the assistant.
     Empty if all tokens are scored."""
 
@@ -51,8 +57,9 @@ class TokenRow:
     @property
     def lengths(self) -> tuple[int, ...]:
         """Number of scored tokens of each completion."""
-        context = self.context or ((),) * len(self.completions)
-        return tuple(len(ids) - len(places) for ids, places in zip(self.completions, context, strict=True))
+        return tuple(
+            len(ids) - len(places) for ids, places in zip_longest(self.completions, self.context, fillvalue=())
+        )
 
     @property
     def completion_tokens(self) -> int:
@@ -63,7 +70,11 @@ class TokenRow:
     def digest(self) -> bytes:
         """SHA-256 of the id and the tokens."""
         parts = [self.id, self.prompt, self.completions, *([self.context] if self.context else [])]
-        return hashlib.sha256(json.dumps(parts).encode()).digest()
+        return hashlib.sha256(json.dumps(parts, default=np.ndarray.tolist).encode()).digest()
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields with token ids as lists."""
+        return dict(json.loads(json.dumps(vars(self), default=np.ndarray.tolist)))
 
 
 def prompt_ids(
@@ -216,19 +227,14 @@ def encode_pairs(
         InputError: a completion leaves no room for a prompt token.
     """
     rows = []
-    with progress(total=len(pairs), desc="tokens", unit="pair", mininterval=2, delay=2) as bar:
-        for start in range(0, len(pairs), PAIRS_AT_ONCE):
-            part = pairs[start : start + PAIRS_AT_ONCE]
-            encoded = token_rows(tokenizer, part, render_pairs(tokenizer, part))
-            for pair, row in zip(part, encoded, strict=True):
-                for field, ids in zip(("chosen", "rejected"), row.completions, strict=True):
-                    if len(ids) >= max_length:
-                        raise InputError(
-                            f"pair {row.id}: field '{field}' has {len(ids)} tokens; with max_length "
-                            f"{max_length} no prompt token fits. Raise engine.max_length or drop the pair."
-                        )
-                room = max_length - max(map(len, row.completions))
-                prompt = shortened(tokenizer, prompt_of(pair, tokenizer), row.prompt, room)
-                rows.append(dataclasses.replace(row, prompt=tuple(prompt)))
-            bar.update(len(part))
+    for pair, row in zip(pairs, token_rows(tokenizer, pairs, render_pairs(tokenizer, pairs)), strict=True):
+        for field, ids in zip(("chosen", "rejected"), row.completions, strict=True):
+            if len(ids) >= max_length:
+                raise InputError(
+                    f"pair {row.id}: field '{field}' has {len(ids)} tokens; with max_length {max_length} no "
+                    "prompt token fits. Raise engine.max_length or drop the pair."
+                )
+        room = max_length - max(map(len, row.completions))
+        prompt = shortened(tokenizer, prompt_of(pair, tokenizer), list(row.prompt), room)
+        rows.append(dataclasses.replace(row, prompt=tuple(prompt)))
     return rows

@@ -9,7 +9,7 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from dpo.common.files import sha256, write_json
 from dpo.engine.logprobs import ENGINE_VERSION
-from dpo.engine.tokenization import TokenRow
+from dpo.engine.token_table import TokenTable
 
 CHECKSUMS, NON_FINITE = "sha256.json", "non-finite-"
 KEPT = 2
@@ -29,14 +29,13 @@ KEPT = 2
 log = logging.getLogger(__name__)
 
 
-def training_key(model: PreTrainedModel, rows: Sequence[TokenRow], settings: Mapping[str, object]) -> str:
+def training_key(model: PreTrainedModel, rows: TokenTable, settings: Mapping[str, object]) -> str:
     """Return the hash of the initial weights, the rows in their order, the settings and the package versions."""
     digest = hashlib.sha256()
     for name, weight in model.state_dict().items():
         digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
         digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    for row in rows:
-        digest.update(row.digest)
+    digest.update(rows.digest.encode())
     versions = {name: version(name) for name in ("torch", "transformers", "accelerate")}
     facts = {"engine": ENGINE_VERSION, **versions, **settings}
     digest.update(json.dumps(facts, sort_keys=True, default=dataclasses.asdict).encode())

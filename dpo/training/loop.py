@@ -225,7 +225,7 @@ class TrainingLoop:
         """Save the rows of a step with a non-finite loss or gradient, then stop training or skip the step."""
         step, process = self.step + 1, self.accelerator.process_index
         file = self.folder / f"{NON_FINITE}step-{step}-process-{process}.json"
-        write_json(file, {"step": step, "fault": what, "rows": [vars(row) for row in rows]})
+        write_json(file, {"step": step, "fault": what, "rows": [row.to_json() for row in rows]})
         ids = ", ".join(row.id for row in rows)
         message = f"step {step}: {what}, from the pairs {ids}; their tokens are in {file}"
         if self.settings.non_finite == "skip":

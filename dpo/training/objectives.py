@@ -1,7 +1,7 @@
 """What a training step minimizes, and what it logs."""
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -87,13 +87,13 @@ class DpoObjective:
 Objective = SftObjective | DpoObjective
 
 
-def cached_reference(table: Mapping[str, tuple[float, float]], rows: Sequence[TokenRow]) -> Reference:
+def cached_reference(table: Mapping[str, tuple[float, float]], ids: Iterable[str]) -> Reference:
     """Return a function that looks reference log-probs up by pair id.
 
     Raises:
-        KeyError: a row has no reference log-probs.
+        KeyError: one of the `ids` has no reference log-probs.
     """
-    missing = [row.id for row in rows if row.id not in table]
+    missing = [each for each in ids if each not in table]
     if missing:
         raise KeyError(f"no reference log-probs for {len(missing)} pairs, the first is {missing[0]!r}")
     return lambda batch: torch.tensor([table[i] for i in batch.ids], dtype=torch.float32).flatten()

@@ -20,6 +20,7 @@ from dpo.engine.base_model import load_checkpoint
 from dpo.engine.frozen import is_quantised
 from dpo.engine.logprobs import LogProbModel
 from dpo.engine.pretrained import ADAPTER, ADAPTER_CONFIG, has_adapter, load_tokenizer, read_adapter_config
+from dpo.engine.token_table import TokenTable
 from dpo.engine.tokenization import TokenRow
 from dpo.training.callbacks import Callback, DivergenceAlarm
 from dpo.training.checkpoints import CheckpointStore, training_key
@@ -67,8 +68,8 @@ def train_sft(
         set_seed(seed)  # adapters start from random weights
         add_lora(model.model, params.lora)
     return _train(
-        model, rows, SftObjective(), params, params.learning_rate, seed, max_tokens_per_microbatch, store,
-        callbacks, key={},
+        model, TokenTable.of(rows), SftObjective(), params, params.learning_rate, seed,
+        max_tokens_per_microbatch, store, callbacks, key={},
     )  # fmt: skip
 
 
@@ -96,23 +97,24 @@ def train_dpo(
         FloatingPointError: loss or gradient is not finite, and `params.non_finite` is `stop`.
         Stopped: SIGTERM was received. A checkpoint has been written.
     """
-    compared = rows if trial.loss.needs_reference else []
+    table = TokenTable.of(rows)
+    compared = table.ids if trial.loss.needs_reference else []
     objective = DpoObjective(trial.loss, trial.beta, cached_reference(reference, compared))
-    key = {"trial": trial.settings, "reference": [reference[row.id] for row in compared]}
+    key = {"trial": trial.settings, "reference": [reference[each] for each in compared]}
     if has_adapter(model.model):
         continue_lora(model.model)
     elif params.lora is not None:
         set_seed(trial.seed)  # adapters start from random weights
         add_lora(model.model, params.lora)
     return _train(
-        model, rows, objective, params, trial.learning_rate, trial.seed, max_tokens_per_microbatch, store,
+        model, table, objective, params, trial.learning_rate, trial.seed, max_tokens_per_microbatch, store,
         [DivergenceAlarm(), *callbacks], key=key,
     )  # fmt: skip
 
 
 def _train(
     model: LogProbModel,
-    rows: Sequence[TokenRow],
+    rows: TokenTable,
     objective: Objective,
     params: SftSettings | DpoSettings,
     learning_rate: float,
@@ -132,7 +134,7 @@ def _train(
             "in one process or with DDP"
         )
     model.hold_frozen_weights()
-    validation: list[TokenRow] = []
+    validation = rows.select([])
     early_stop = params.early_stop if isinstance(params, DpoSettings) else None
     if early_stop is not None:
         if sharded:
@@ -144,7 +146,7 @@ def _train(
         model.model.gradient_checkpointing_enable({"use_reentrant": False})
     state = this_process()
     sampler = StepSampler(
-        [row.tokens for row in rows], rows_per_step=params.pairs_per_step, epochs=params.epochs, seed=seed,
+        rows.tokens, rows_per_step=params.pairs_per_step, epochs=params.epochs, seed=seed,
         max_tokens_per_microbatch=max_tokens_per_microbatch, processes=state.num_processes,
         process=state.process_index,
     )  # fmt: skip
@@ -160,18 +162,18 @@ def _train(
     return history
 
 
-def _hold_out(rows: Sequence[TokenRow], share: float) -> tuple[list[TokenRow], list[TokenRow]]:
+def _hold_out(rows: TokenTable, share: float) -> tuple[TokenTable, TokenTable]:
     """Split rows into training and validation rows by a hash of the prompt, so that both share no prompt."""
-    sides: tuple[list[TokenRow], list[TokenRow]] = ([], [])
-    for row in rows:
-        digest = hashlib.sha256(repr(row.prompt).encode()).digest()
-        sides[int.from_bytes(digest[:4]) < share * 2**32].append(row)
+    sides: tuple[list[int], list[int]] = ([], [])
+    for place, row in enumerate(rows):
+        digest = hashlib.sha256(repr(tuple(map(int, row.prompt))).encode()).digest()
+        sides[int.from_bytes(digest[:4]) < share * 2**32].append(place)
     if not all(sides):
         raise InputError(
             f"params.yaml: dpo.early_stop.validation_share {share} of {len(rows)} pairs leaves no pairs to "
             f"{'validate' if sides[0] else 'train'} on; change it or add more prompts"
         )
-    return sides
+    return rows.select(sides[0]), rows.select(sides[1])
 
 
 def save_checkpoint(

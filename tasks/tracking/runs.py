@@ -6,6 +6,7 @@ the parent run by the hash of the reference cache, in any process and at any tim
 """
 
 import hashlib
+import json
 import logging
 import re
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import mlflow
 import pandas as pd
+import pyarrow.parquet as pq
 from mlflow import MlflowClient
 from mlflow.data.sources import LocalArtifactDatasetSource
 from mlflow.entities import Dataset, DatasetInput, InputTag, Run
@@ -36,6 +38,8 @@ if TYPE_CHECKING:
 TRIAL, RESUMED = "dpo.trial", "dpo.resumed_at_step"
 INPUTS = "dpo.inputs"
 """Tag of runs that do not belong to a sweep: a hash of settings and data."""
+SCHEMA_ROWS = 100
+"""Rows of a table from which the schema of a run's data is inferred."""
 
 
 def log_validation(params: Params, metrics: dict[str, Any], files: list[Path]) -> None:
@@ -50,28 +54,28 @@ def log_validation(params: Params, metrics: dict[str, Any], files: list[Path]) -
     run.close()
 
 
-def reference_run(params: Params, table: pd.DataFrame) -> AbstractContextManager[str]:
+def reference_run(params: Params) -> AbstractContextManager[str]:
     """Create a run for the fine-tuning of the reference; yield its id."""
     offline.connect_or_offline()
     settings = _settings(seed=params.seed, model=params.model, sft=params.sft)
     tags = {ROLE: "reference", INPUTS: _hash(settings, TRAIN)}
-    return _training("reference (SFT)", tags, settings, table)
+    return _training("reference (SFT)", tags, settings)
 
 
-def policy_run(params: Params, trial: Trial, table: pd.DataFrame) -> AbstractContextManager[str]:
+def policy_run(params: Params, trial: Trial) -> AbstractContextManager[str]:
     """Create a child run of the sweep for the training of a trial; yield its id."""
     offline.connect_or_offline()
     tags = {SWEEP: _sweep(), TRIAL: trial.name, ROLE: "policy", MLFLOW_PARENT_RUN_ID: sweep_run(params)}
     groups = {"model": params.model, "data": params.data, "engine": params.engine, "dpo": params.dpo}
-    return _training(trial.name, tags, _settings(**groups, **trial.settings), table)
+    return _training(trial.name, tags, _settings(**groups, **trial.settings))
 
 
 @contextmanager
-def _training(name: str, tags: dict[str, str], settings: dict[str, Any], table: pd.DataFrame) -> Iterator[str]:
+def _training(name: str, tags: dict[str, str], settings: dict[str, Any]) -> Iterator[str]:
     """Create a run that records the library's warnings and ends with the block."""
     run = RunLogger(_begin(name, tags))
     run.log_params(settings)
-    run.log_datasets([_dataset(table, "training")])
+    run.log_datasets([_dataset(TRAIN, "training")])
     library, handler, status = logging.getLogger("dpo"), WarningsHandler(run), "FAILED"
     library.addHandler(handler)
     try:
@@ -115,9 +119,7 @@ def run_of(folder: Path) -> Run | None:
     return next(iter(search(MlflowClient(), f"tags.`{CHECKPOINT}` = '{weights(folder)}'")), None)
 
 
-def log_evaluation(
-    params: Params, trial: Trial, table: pd.DataFrame, metrics: dict[str, Any], samples: pd.DataFrame
-) -> None:
+def log_evaluation(params: Params, trial: Trial, metrics: dict[str, Any], samples: pd.DataFrame) -> None:
     """Add held-out metrics and responses to the run that trained this checkpoint.
 
     If this MLflow has no such run (DVC may have pulled the checkpoint), create a child run of the sweep for it.
@@ -125,13 +127,13 @@ def log_evaluation(
     offline.connect_or_offline()
     made = run_of(policy_folder(trial))
     if made is None:
-        with policy_run(params, trial, pd.read_parquet(TRAIN)) as run_id:
+        with policy_run(params, trial) as run_id:
             tag_checkpoint(run_id, policy_folder(trial))
     else:
         run_id = made.info.run_id
     run = RunLogger(run_id)
     run.log_table(samples, "samples.json")
-    run.log_datasets([_dataset(table, "evaluation")])
+    run.log_datasets([_dataset(EVAL, "evaluation")])
     run.log_metrics(metric_points(_numbers(metrics, "eval")))
     run.close()
 
@@ -185,8 +187,12 @@ def _sweep() -> str:
     return sha256(REFERENCE_TRAIN / "manifest.json")
 
 
-def _dataset(table: pd.DataFrame, context: str) -> DatasetInput:
-    path = TRAIN if context == "training" else EVAL
+def _dataset(path: Path, context: str) -> DatasetInput:
+    """Describe a Parquet file. The schema is that of its first rows."""
     source = LocalArtifactDatasetSource(str(path))
-    data = mlflow.data.from_pandas(table, source=source, name=path.stem, digest=md5(path))
-    return DatasetInput(Dataset.from_dictionary(data.to_dict()), [InputTag(MLFLOW_DATASET_CONTEXT, context)])
+    with pq.ParquetFile(path) as file:
+        first = next(file.iter_batches(SCHEMA_ROWS)).to_pandas()
+        profile = json.dumps({"num_rows": file.metadata.num_rows})
+    data = mlflow.data.from_pandas(first, source=source, name=path.stem, digest=md5(path))
+    facts = {**data.to_dict(), "profile": profile}
+    return DatasetInput(Dataset.from_dictionary(facts), [InputTag(MLFLOW_DATASET_CONTEXT, context)])

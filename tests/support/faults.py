@@ -44,6 +44,7 @@ RESULTS, PAGE = ROOT / "benchmarks/results/faults.json", ROOT / "docs/operations
 RESULT_FILES = (
     "data/*.parquet",
     "models/*/*.safetensors",
+    "tokens/*/*",
     "reference/*/*",
     "samples/*",
     "margins/*",
@@ -53,7 +54,7 @@ RESULT_FILES = (
 POLICY_FILES = (f"models/{TRIAL}/*.safetensors", f"metrics/train/{TRIAL}.csv")
 POLICY = Path("models") / TRIAL
 MODULES = (
-    "fetch_model", "ingest", "validate", "sft", "reference_logprobs", "reference_samples",
+    "fetch_model", "ingest", "validate", "tokens", "sft", "reference_logprobs", "reference_samples",
     "train", "evaluate", "compare"
 )  # fmt: skip
 KILLS_PER_RUN = 10
@@ -104,7 +105,7 @@ def make_quick(folder: Path) -> Projects:
     """Run the stages up to the policy without DVC."""
     raw = make_raw(folder)
     done = shutil.copytree(raw, folder / "done")
-    for name in MODULES[:7]:
+    for name in MODULES[:8]:
         Stage(done, name).wait()
     return Projects(raw, done, {})
 
@@ -413,6 +414,7 @@ def out_of_memory(projects: Projects, folder: Path, draw: random.Random) -> None
     pairs["prompt"] += " A long, long film." * 25
     pairs = pd.concat([pairs.assign(id=pairs["id"].astype(str) + f" {n}") for n in range(12)], ignore_index=True)
     pairs.to_parquet(folder / paths.TRAIN)
+    Stage(folder, "tokens").wait()
     Stage(folder, "reference_logprobs").wait()
     change(folder, {"engine.max_tokens_per_microbatch": 1_000_000})
     measured = re.search(r"VmSize (\d+) VmPeak (\d+)", Stage(folder, "train", before=MemoryLimit(None)).wait())
@@ -473,22 +475,23 @@ TAMPERED: list[tuple[str, Callable[[Path], None], str]] = [
     (f"{REFERENCE}/config.json", append_space, "config"),
     (f"{REFERENCE}/tokenizer.json", append_space, "tokenizer"),
     (f"{REFERENCE}/chat_template.jinja", append_space, "template"),
-    ("data/train.parquet", other_order, "rows"),
-    ("data/train.parquet", another_text, "rows"),
+    ("data/train.parquet", other_order, "pairs"),
+    ("data/train.parquet", another_text, "pairs"),
+    ("tokens/train/table.arrow", flip, "table"),
     ("params.yaml", lambda path: change(path.parent, {"engine.max_length": 127}), "max_length"),
     ("params.yaml", lambda path: change(path.parent, {"engine.precision": "bf16"}), "precision"),
     ("params.yaml", lambda path: change(path.parent, {"engine.compile": True}), "compile"),
     ("reference/train/logps.parquet", flip, "logps"),
 ]
-"""Inputs of the reference cache: a file, how it is changed, and the name in the error."""
+"""Inputs of a training's token table and reference cache: a file, how it is changed, and the name in the error."""
 
 
 def tampered_by_hand(projects: Projects, folder: Path, draw: random.Random) -> None:
-    """Change each input of the reference cache without DVC; the stage refuses the cache and names the input."""
+    """Change each input of a training without DVC; the stage refuses table or cache, and names the input."""
     projects.trained(folder)
     for name, tamper, key in TAMPERED:
         tamper(folder / name)
-        refused = rf"reference/train: stale reference cache, refused: .*\b{key}\b.* differ"
+        refused = rf"(tokens|reference)/train: stale (token table|reference cache), refused: .*\b{key}\b.* differ"
         Stage(folder, "train").wait(2, refused)
         shutil.copy2(projects.done / name, folder / name)
     Stage(folder, "train", before=another_engine).wait(2, "refused: engine differ")
@@ -501,7 +504,8 @@ def tampered_under_dvc(projects: Projects, folder: Path, draw: random.Random) ->
     """Flip a bit of every result that later stages read; `dvc repro` recomputes or restores it."""
     shutil.copytree(projects.done, folder, dirs_exist_ok=True)
     weights = [f"{model}/model.safetensors" for model in ("models/base", REFERENCE, str(POLICY))]
-    names = ["data/train.parquet", "data/eval.parquet", "reference/train/logps.parquet", *weights]
+    names = ["data/train.parquet", "data/eval.parquet", "tokens/train/table.arrow"]
+    names += ["reference/train/logps.parquet", *weights]
     for name in names:
         flip(folder / name, draw.random())
     Repro(folder).wait()

@@ -33,7 +33,7 @@ BEFORE, DURING, OFFLINE, CONCURRENT = (
 
 def train(trial, halfway=lambda: None):
     """Log a training of 25 steps as the stage `train` does."""
-    with tracking.policy_run(PARAMS, trial, TABLE) as run_id:
+    with tracking.policy_run(PARAMS, trial) as run_id:
         log = StepLog(run_id)
         for number in range(1, 26):
             log.on_log({"step": number, "loss": 1 / number})
@@ -46,7 +46,7 @@ def train(trial, halfway=lambda: None):
 
 
 def evaluate(trial):
-    tracking.log_evaluation(PARAMS, trial, TABLE, {"kl": 1.5, "kl_ci": [1.0, 2.0]}, TABLE)
+    tracking.log_evaluation(PARAMS, trial, {"kl": 1.5, "kl_ci": [1.0, 2.0]}, TABLE)
 
 
 def lose_responses(number):

@@ -324,7 +324,7 @@ POLICY = f"models/{TRIAL}/model.safetensors"
 UNINTERRUPTED = f"""
 import sys
 from importlib import import_module
-for name in ("fetch_model", "ingest", "validate", "sft", "reference_logprobs", "train"):
+for name in ("fetch_model", "ingest", "validate", "tokens", "sft", "reference_logprobs", "train"):
     sys.argv = [name] if name != "train" else [name, "{TRIAL}"]
     import_module(f"tasks.{{name}}").main()
 """
@@ -341,7 +341,7 @@ def prepare_training(project: Project, place: Path, model: Path) -> bytes:
     command = [sys.executable, "-c", UNINTERRUPTED]
     subprocess.run(command, cwd=done, env=project.environment, check=True, capture_output=True)
     change(done, {"run.checkpoint_minutes": 0})
-    for name in ("data", "models/reference", "reference"):
+    for name in ("data", "tokens", "models/reference", "reference"):
         shutil.copytree(done / name, project.folder / name, dirs_exist_ok=True)
     shutil.copy(done / "params.yaml", project.folder / "params.yaml")
     ours = YAML().load(ROOT / "dvc.yaml")

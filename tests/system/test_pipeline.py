@@ -17,7 +17,7 @@ from huggingface_hub import ModelCard
 from tests.support.project import ENV, ROOT, TRIAL, change, execute, make_project
 
 LINEAGE = (sys.executable, "-m", "tasks.commands.cli", "lineage")
-STAGES = ["fetch_model", "ingest", "validate", "sft", "reference_logprobs", "reference_samples"]
+STAGES = ["fetch_model", "ingest", "validate", "tokens", "sft", "reference_logprobs", "reference_samples"]
 
 
 def stages_run(output: str) -> list[str]:

@@ -155,7 +155,7 @@ CANARIES = {
 
 
 STAGES = [
-    "fetch_model", "ingest", "validate", "sft", "reference_logprobs", "reference_samples",
+    "fetch_model", "ingest", "validate", "tokens", "sft", "reference_logprobs", "reference_samples",
     "train", "evaluate", "compare"
 ]  # fmt: skip
 ALL_STAGES = f"""

@@ -17,7 +17,7 @@ from accelerate import PartialState
 from transformers import AutoTokenizer
 
 from dpo.common.errors import InputError
-from dpo.engine import reference_cache
+from dpo.engine import reference_cache, token_table
 from dpo.engine.logprobs import load_model, sequence_logps
 from dpo.engine.reference_cache import (
     cache_key,
@@ -28,6 +28,7 @@ from dpo.engine.reference_cache import (
     write_cache,
 )
 from dpo.engine.settings import EngineSettings
+from dpo.engine.token_table import open_table, write_table
 from dpo.engine.tokenization import TokenRow, encode_pairs
 from tasks import reference_logprobs as stage
 
@@ -152,9 +153,10 @@ def compute(tmp_path, model, tokenizer):
     engine = load_model(model)
 
     def run(pairs, folder=tmp_path / "cache"):
-        key = policy_key(model, tokenizer, ENGINE)
-        progress = tmp_path / ".reference-progress"
-        compute_reference(folder, key, pairs, engine, tokenizer, ENGINE, progress, PartialState(cpu=True))
+        write_table(tmp_path / "tokens", pairs, tokenizer, ENGINE.max_length)
+        table = open_table(tmp_path / "tokens", pairs, tokenizer, ENGINE.max_length)
+        key, progress = policy_key(model, tokenizer, ENGINE), tmp_path / ".reference-progress"
+        compute_reference(folder, key, table, engine, ENGINE, progress, PartialState(cpu=True))
 
     return run
 
@@ -232,6 +234,8 @@ def test_two_processes_resume_the_computation_of_one(tmp_path, model, tokenizer,
     )
     pairs = write_pairs(tmp_path / "data/train.parquet", 900)
     held_out = write_pairs(tmp_path / "data/eval.parquet", 20)
+    for name in ("train", "eval"):
+        write_table(tmp_path / "tokens" / name, tmp_path / f"data/{name}.parquet", tokenizer, ENGINE.max_length)
     first = stop_after(256, monkeypatch)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(KeyboardInterrupt):
@@ -266,6 +270,7 @@ def test_two_processes_resume_the_computation_of_one(tmp_path, model, tokenizer,
 def test_memory_does_not_grow_with_the_number_of_pairs(tmp_path, compute, monkeypatch):
     monkeypatch.setattr(reference_cache, "SHARD_ROWS", 64)
     monkeypatch.setattr(reference_cache, "JOINED_SHARDS", 4)
+    monkeypatch.setattr(token_table, "PAIRS_AT_ONCE", 64)
     read = []
 
     def score(model, rows, *args):

@@ -13,9 +13,11 @@ from safetensors.torch import load_file
 
 from dpo.config import load_params
 from dpo.engine.logprobs import load_model, sequence_logps
+from dpo.engine.pretrained import load_tokenizer
+from dpo.engine.token_table import write_table
 from dpo.training.settings import LoraSettings
 from tasks import sft as stage
-from tasks.common.paths import BASE, METRICS, REFERENCE, TRAIN
+from tasks.common.paths import BASE, METRICS, REFERENCE, TOKENS_TRAIN, TRAIN
 from tasks.tracking.provenance import weights
 from tests.support.training import make_pairs, make_rows
 
@@ -29,6 +31,7 @@ def base(tmp_path, monkeypatch, tiny_model_dir) -> Path:
     shutil.copytree(tiny_model_dir, BASE)
     TRAIN.parent.mkdir()
     pd.DataFrame(make_pairs(12)).to_parquet(TRAIN)
+    write_table(TOKENS_TRAIN, TRAIN, load_tokenizer(BASE), PARAMS.engine.max_length)
     monkeypatch.setattr(stage, "reference_run", lambda *_: nullcontext())
     return BASE
 

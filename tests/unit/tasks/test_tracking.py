@@ -28,10 +28,10 @@ WRITER = """
 import multiprocessing, sys
 from tasks.tracking.steplog import StepLog
 from tasks.tracking.runs import policy_run
-from tests.unit.tasks.test_tracking import PARAMS, TABLE, trial
+from tests.unit.tasks.test_tracking import PARAMS, trial
 
 def write(seed, together):
-    with policy_run(PARAMS, trial(seed), TABLE) as run_id:
+    with policy_run(PARAMS, trial(seed)) as run_id:
         log = StepLog(run_id)
         log.STEPS_PER_CALL = 1
         together.wait(timeout=300)
@@ -99,7 +99,7 @@ def test_eight_concurrent_trainings_log_all_points_to_a_new_sqlite_store(project
 
 def test_a_clock_that_jumps_back_keeps_all_steps_in_order(project, monkeypatch):
     times = iter([2e9, 2e9, 1e9, 1e9, 1.5e9])
-    with tracking.reference_run(PARAMS, TABLE) as run_id:
+    with tracking.reference_run(PARAMS) as run_id:
         log = StepLog(run_id)
         for number in range(1, 6):
             now = next(times)
@@ -113,7 +113,7 @@ def test_a_clock_that_jumps_back_keeps_all_steps_in_order(project, monkeypatch):
 def test_the_run_of_a_resumed_training_has_the_steps_before_the_checkpoint(project):
     history = [{"loss": 1 / n, "rewards/margins": n, "epoch": n / 9, "step": n} for n in range(1, 4)]
     history[-1]["eval_loss"] = 0.5
-    with tracking.reference_run(PARAMS, TABLE) as run_id:
+    with tracking.reference_run(PARAMS) as run_id:
         log = StepLog(run_id)
         log.on_start(3, history)
         assert mlflow.get_run(run_id).data.metrics["train/loss"] == 1 / 3, "sent before the first step"
@@ -129,7 +129,7 @@ def test_the_run_of_a_resumed_training_has_the_steps_before_the_checkpoint(proje
 
 
 def test_a_training_that_starts_at_step_0_is_not_tagged_as_resumed(project):
-    with tracking.reference_run(PARAMS, TABLE) as run_id:
+    with tracking.reference_run(PARAMS) as run_id:
         StepLog(run_id).on_start(0, [])
     assert tracking.RESUMED not in mlflow.get_run(run_id).data.tags
 
@@ -137,7 +137,7 @@ def test_a_training_that_starts_at_step_0_is_not_tagged_as_resumed(project):
 def test_warnings_of_the_library_during_a_training_are_in_its_run(project, caplog):
     library = logging.getLogger("dpo.training.train")
     library.warning("before")
-    with tracking.policy_run(PARAMS, trial(99), TABLE) as run_id:
+    with tracking.policy_run(PARAMS, trial(99)) as run_id:
         library.warning("step %d: runs away", 7)
         assert mlflow.get_run(run_id).data.tags[run_logger.WARNINGS] == "step 7: runs away\n"
         library.info("all is well")
@@ -160,8 +160,8 @@ def test_the_run_of_a_failed_training_has_the_status_failed(project):
 def test_an_interrupted_run_is_marked_as_killed_when_its_stage_runs_again(project):
     def begin():
         with (
-            tracking.reference_run(PARAMS, TABLE) as reference,
-            tracking.policy_run(PARAMS, trial(71), TABLE) as policy,
+            tracking.reference_run(PARAMS) as reference,
+            tracking.policy_run(PARAMS, trial(71)) as policy,
         ):
             tracking.log_validation(PARAMS, {}, [])
         return [reference, policy, *data_runs()]
@@ -172,7 +172,7 @@ def test_an_interrupted_run_is_marked_as_killed_when_its_stage_runs_again(projec
 
     client = mlflow.MlflowClient()
     ours = begin()
-    with tracking.reference_run(dataclasses.replace(PARAMS, seed=PARAMS.seed + 1), TABLE) as theirs:
+    with tracking.reference_run(dataclasses.replace(PARAMS, seed=PARAMS.seed + 1)) as theirs:
         pass
     for run in (*ours, theirs):
         client.update_run(run, "RUNNING")
@@ -182,7 +182,7 @@ def test_an_interrupted_run_is_marked_as_killed_when_its_stage_runs_again(projec
 
 
 def fail(runs):
-    with tracking.reference_run(PARAMS, TABLE) as run_id:
+    with tracking.reference_run(PARAMS) as run_id:
         runs.append(run_id)
         raise ZeroDivisionError
 
