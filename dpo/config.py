@@ -177,7 +177,7 @@ def _refuse_credentials(path: Path, value: object, key: str = "") -> None:
     elif isinstance(value, str) and re.search(r"//[^/\s]*@", value):
         raise InputError(
             f"{path}: {key}: the address contains a user or a password; remove them and set them in the "
-            "environment, as OPENAI_API_KEY or HF_TOKEN"
+            "environment, as OPENAI_API_KEY, SAMPLER_API_KEY or HF_TOKEN"
         )
 
 

@@ -21,6 +21,7 @@ from dpo.evaluation.kl import divergence
 from dpo.evaluation.pair_metrics import pair_table, preference_metrics
 from dpo.evaluation.response_metrics import response_metrics
 from dpo.evaluation.sampling import response_limit, response_table
+from dpo.evaluation.server_sampling import check_sampled, served_responses
 from dpo.training.settings import Trial
 from tasks.common import paths
 from tasks.common.runner import run_launched, trial_argument
@@ -38,17 +39,21 @@ def main() -> None:
     reference = pd.read_parquet(paths.REFERENCE_SAMPLES)
     prompts = [prompt_of(pair, tokenizer) for pair in reference.to_dict("records")]
     state, folder = this_process(), paths.policy_folder(trial)
+    limit = response_limit(params.evaluate.max_new_tokens, held_out, tokenizer, params.engine.max_length)
+    served = served_responses(
+        params.evaluate.sampler, params.engine, folder, tokenizer, prompts, params.sampling(limit)
+    )
     policy = load_model(folder, **params.engine.loading, frozen=True).to(state.device)
 
     pairs = evaluate_pairs(params, trial, policy, tokenizer, held_out)
-    limit = response_limit(params.evaluate.max_new_tokens, held_out, tokenizer, params.engine.max_length)
-    samples = sample_responses(params, trial, policy, tokenizer, prompts, limit)
+    samples = sample_responses(params, trial, policy, tokenizer, prompts, limit, served)
     if not state.is_main_process:
         return
     samples = compare_responses(judges, prompts, samples, reference)
     metrics = {
         "trial": trial.settings,
         "weights": weights(folder)[:16],
+        "sampler": params.evaluate.sampler.kind,
         **preference_metrics(pairs, params.seed, completions=params.imitated),
         **response_metrics(samples, params.seed),
     }
@@ -85,10 +90,11 @@ def sample_responses(
     tokenizer: PreTrainedTokenizerBase,
     prompts: list[Prompt],
     max_new_tokens: int,
+    served: pd.DataFrame | None,
 ) -> pd.DataFrame:
-    """Return one sampled response per prompt with its KL to the reference and its implicit reward."""
+    """Return the responses (sampled here unless `served`) with KL to the reference and implicit reward."""
     sampling = params.sampling(max_new_tokens)
-    samples = response_table(policy, tokenizer, prompts, **sampling)
+    samples = response_table(policy, tokenizer, prompts, **sampling) if served is None else served
     responses = samples["ids"].tolist()
 
     def kl_to_reference(mine: list[int]) -> list[Any]:
@@ -103,6 +109,8 @@ def sample_responses(
     kl = pd.DataFrame(share(len(prompts), kl_to_reference))
     logps, reference_logps = (torch.tensor(kl[name].to_numpy()) for name in ("policy_logp", "reference_logp"))
     lengths = torch.tensor([len(ids) for ids in responses])
+    if served is not None:
+        check_sampled(kl, lengths.tolist(), paths.policy_folder(trial))
     rewards = trial.loss.rewards(logps, reference_logps, lengths, trial.beta)
     return samples.join(kl).assign(implicit_reward=rewards.numpy())
 

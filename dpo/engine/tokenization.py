@@ -166,7 +166,7 @@ def _completion_ids(
     rows = []
     for tail, ids, (first, *more) in zip(tails, both, completions, strict=True):
         cut = len(heads[tail])
-        own = ids[cut:] if ids[:cut] == heads[tail] else _encode_continuation(tokenizer, first)
+        own = ids[cut:] if ids[:cut] == heads[tail] else encode_continuation(tokenizer, first)
         context: list[int] = []
         for number, part in enumerate(_encode(tokenizer, more) if more else []):
             context += range(len(own), len(own) + len(part)) if number % 2 == 0 else ()
@@ -193,7 +193,7 @@ def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[i
     return [shared + encoding.ids for encoding in rests]
 
 
-def _encode_continuation(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+def encode_continuation(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Return the token ids of a text that continues a line. Some tokenizers add a space to a first word."""
     prefix = tokenizer.encode("\n", add_special_tokens=False)
     ids = tokenizer.encode("\n" + text, add_special_tokens=False)

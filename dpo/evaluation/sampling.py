@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from dpo.common.distributed import share
 from dpo.common.progress import progress
@@ -74,7 +74,7 @@ def sample(
     order = sorted(range(len(rows)), key=lambda row: (len(rows[row]), rows[row]))
     places = budget_batches([len(rows[row]) + max_new_tokens for row in order], max_tokens_per_batch)
     batches = [[order[place] for place in batch] for batch in places]
-    ends = end_ids(model, tokenizer)
+    ends = end_ids(model.model.generation_config, tokenizer)
     respond = _decode if model.in_stream else _generate
     responses: dict[int, list[int]] = {}
     bar = progress(total=len(rows), desc="responses", unit="response", disable=len(rows) == 1)
@@ -98,9 +98,8 @@ def sample(
     return [responses[row] for row in range(len(rows))]
 
 
-def end_ids(model: LogProbModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def end_ids(settings: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Return the tokens that end a response: of the chat template, the tokenizer and the model's settings."""
-    settings = model.model.generation_config
     given = getattr(settings, "eos_token_id", None)
     named = [] if given is None else [given] if isinstance(given, int) else list(given)
     return sorted({*tokenizer.convert_tokens_to_ids(list(end_tokens(tokenizer))), *named})
@@ -195,7 +194,11 @@ def response_table(
         return sample(model, tokenizer, [prompts[i] for i in mine], temperature=1.0, numbers=mine, **settings)
 
     responses = share(len(prompts), sample_mine)
+    return as_table(responses, tokenizer, end_ids(model.model.generation_config, tokenizer))
+
+
+def as_table(responses: list[list[int]], tokenizer: PreTrainedTokenizerBase, ends: Sequence[int]) -> pd.DataFrame:
+    """Return responses as the table that `response_table` describes. `ends` are the end tokens."""
     texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
-    ends = end_ids(model, tokenizer)
     finished = [ids[-1] in ends for ids in responses]
     return pd.DataFrame({"response": texts, "ids": responses, "finished": finished})

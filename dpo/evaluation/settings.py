@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, GetPydanticSchema
+from pydantic import AfterValidator, BeforeValidator, Field, GetPydanticSchema
 from pydantic_core.core_schema import custom_error_schema
 
 from dpo.common.settings import Positive, Rate, Settings, Share
@@ -77,6 +77,48 @@ ONE_ERROR = GetPydanticSchema(
 
 
 @dataclass(frozen=True, kw_only=True)
+class TransformersSampler(Settings):
+    """The stage samples in its own process, with the model that scores the responses."""
+
+    kind: Literal["transformers"] = "transformers"
+
+
+@dataclass(frozen=True, kw_only=True)
+class VllmSampler(Settings):
+    """The stage starts a vLLM server for the checkpoint, and stops it before it loads the model."""
+
+    kind: Literal["vllm"]
+    executable: str = "vllm"
+    """Name or path of the command. vLLM may be in an environment of its own."""
+    arguments: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    """Further arguments of `vllm serve`, as ["--tensor-parallel-size", "2"]."""
+    start_minutes: Rate = 15
+    """Maximum number of minutes until the server is ready."""
+    parallel: Positive = 128
+    """Number of concurrent requests."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenaiSampler(Settings):
+    """An OpenAI-compatible server that you start. Its key is read from SAMPLER_API_KEY only."""
+
+    kind: Literal["openai"]
+    base_url: str
+    """For example http://127.0.0.1:8000/v1."""
+    model: str = "{name}"
+    """Name of the model on the server. `{name}` becomes `reference` or the name of the trial."""
+    parallel: Positive = 32
+    """Number of concurrent requests."""
+
+
+SamplerSettings = Annotated[
+    TransformersSampler | VllmSampler | OpenaiSampler,
+    Field(discriminator="kind"),
+    BeforeValidator(lambda value: {"kind": value} if isinstance(value, str) else value),
+]
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvaluateSettings(Settings):
     """Sampling and judging on held-out prompts."""
 
@@ -87,6 +129,8 @@ class EvaluateSettings(Settings):
     three quarters of `engine.max_length`."""
     max_tokens_per_batch: Positive = 16_384
     """Maximum number of tokens of prompts and responses that are sampled together. Halved if memory runs out."""
+    sampler: SamplerSettings = field(default_factory=TransformersSampler)
+    """What samples the responses: `transformers`, `vllm`, or a section. The engine scores them in every case."""
     judges: Annotated[tuple[JudgeSettings, ...], AfterValidator(_distinct_names)] = ()
     """Judges of responses. The first one decides win rate, guardrails, selection and promotion; the win rate of
     each further one is reported as `win_rate/NAME`. An empty list leaves the win rate out."""

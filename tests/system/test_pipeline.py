@@ -94,6 +94,9 @@ def test_model_card_is_valid_for_the_hub_and_names_the_weights(project):
     assert results["reward_accuracy"] == metrics["reward_accuracy"]
     assert card.data.library_name == "transformers"
     assert metrics["weights"] in card.text
+    assert metrics["sampler"] == "transformers"
+    assert "sampled with `transformers`" in card.text
+    assert "sampled with <code>transformers</code>" in (project / "reports/index.html").read_text()
 
 
 def test_lineage_of_a_checkpoint_and_of_its_mlflow_model_are_equal(project, tmp_path):

@@ -148,6 +148,7 @@ SCRIPTS = [
 ]
 CANARIES = {
     "OPENAI_API_KEY": "canary-key-5d1f",
+    "SAMPLER_API_KEY": "canary-key-6a2b",
     "AWS_SECRET_ACCESS_KEY": "canary-secret-83ab",
     "MLFLOW_TRACKING_PASSWORD": "canary-password-17c2",
     "HF_TOKEN": "canary-token-9e04",

@@ -9,40 +9,22 @@ import itertools
 import json
 import logging
 import math
-import os
-import random
 import re
 import threading
-import time
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
 from typing import Any
 
 import httpx
 import pandas as pd
 from numpy.typing import ArrayLike
 
-from dpo.common.errors import InputError, TransientError
-from dpo.common.progress import progress
+from dpo.common.errors import InputError
 from dpo.engine.chat import Prompt, turns_of
+from dpo.evaluation.endpoint import Endpoint
 from dpo.evaluation.judges.reply_cache import Reply, read_reply, write_reply
 from dpo.evaluation.settings import LlmSettings
 
 MAX_REPLY_TOKENS = 512  # enough for a model that reasons before its verdict
 FRAME_TOKENS = 256  # upper bound of the tokens that a server adds around a question
-MAX_ATTEMPTS = 8
-FIRST_WAIT = 1.0  # maximum seconds before the second attempt; it doubles with each attempt
-MAX_RETRY_AFTER = 120.0  # seconds; if a server asks for a longer wait, the judge gives up
-TIMEOUT = httpx.Timeout(300, connect=10)
-RETRIED_STATUSES = {408, 409, 429}  # besides those from 500 on
-FIXES = {
-    400: "use a chat model whose context fits the question",
-    401: "set OPENAI_API_KEY to a key of this server",
-    403: "set OPENAI_API_KEY to a key with access to the model",
-    404: "correct the model or base_url, which usually ends in /v1",
-}
 
 QUESTION = """\
 Below are a conversation and two responses to it. Decide which response is better. Criterion: {criterion} \
@@ -77,13 +59,14 @@ class LlmJudge:
     def __init__(self, settings: LlmSettings, key: str) -> None:
         self.settings, self.name = settings, settings.name
         self.where = f"params.yaml: {key}"
-        self.url = f"{settings.base_url.rstrip('/')}/chat/completions"
-        self.api_key = os.environ.get("OPENAI_API_KEY", "").strip()
-        if not _is_http_url(self.url):
-            fault = f"'{settings.base_url}' is not an http address; write it as http://127.0.0.1:8000/v1"
-            raise InputError(f"{self.where}.base_url: {fault}")
-        if not (self.api_key.isascii() and self.api_key.isprintable()):
-            raise InputError("OPENAI_API_KEY contains characters that are not allowed in a key; set it again")
+        self.endpoint = Endpoint(
+            settings.base_url,
+            "chat/completions",
+            self.where,
+            "OPENAI_API_KEY",
+            fixes={400: "use a chat model whose context fits the question"},
+            after="replies up to now are saved; run the stage again later, or lower `parallel`",
+        )
         self.costs: dict[str, float] = {}  # dollars per request; the maximum while it is in flight
         self.in_flight: set[str] = set()
         self.changed = threading.Condition()
@@ -107,7 +90,7 @@ class LlmJudge:
         Raises:
             InputError: `max_cost` is too low for the next request, the server rejects a request, its reply is not
                 a chat completion, or every pair has failed. Replies up to then are saved.
-            TransientError: the server does not reply in `MAX_ATTEMPTS`.
+            TransientError: the server does not reply in `dpo.evaluation.endpoint.MAX_ATTEMPTS`.
         """
         question = functools.partial(_question, self.settings.criterion)
         pairs = [
@@ -138,25 +121,11 @@ class LlmJudge:
         for question in questions:  # saved replies count towards the cost before the first request
             self._saved_reply(question)
             self._saved_reply(question + REMINDER)
-        failed = threading.Event()
-        headers = {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
-        with (
-            httpx.Client(headers=headers, timeout=TIMEOUT) as client,
-            ThreadPoolExecutor(self.settings.parallel) as pool,
-            progress(total=len(questions), desc="verdicts", unit="question", mininterval=2) as bar,
-        ):
 
-            def ask(question: str) -> None:
-                if failed.is_set():
-                    return
-                try:
-                    verdicts[question] = self._verdict(client, question)
-                except BaseException:
-                    failed.set()
-                    raise
+        def ask(client: httpx.Client, question: str) -> None:
+            verdicts[question] = self._verdict(client, question)
 
-            for _ in pool.map(ask, questions):
-                bar.update()
+        self.endpoint.for_each(questions, ask, self.settings.parallel, "verdicts", "question")
 
     def _verdict(self, client: httpx.Client, question: str) -> float:
         """Return 1 if response A is better, 0.5 for a tie, 0 if B is better, NaN if there is no verdict."""
@@ -176,7 +145,7 @@ class LlmJudge:
         }
 
     def _cache_key(self, question: str) -> str:
-        return hashlib.sha256(json.dumps([self.url, self._body(question)]).encode()).hexdigest()
+        return hashlib.sha256(json.dumps([self.endpoint.url, self._body(question)]).encode()).hexdigest()
 
     def _saved_reply(self, question: str) -> Reply | None:
         """Return the saved reply, if there is one, and count its cost."""
@@ -198,7 +167,7 @@ class LlmJudge:
             self.costs[key] = bound
         cost = 0.0
         try:
-            reply = self._send(client, self._body(question))
+            reply = self._read(self.endpoint.post(client, self._body(question)))
             cost = self._cost(question, reply)
             write_reply(key, reply)
         finally:
@@ -215,31 +184,6 @@ class LlmJudge:
         received = MAX_REPLY_TOKENS if received is None else received
         return (sent * self.settings.input_price + received * self.settings.output_price) / 1e6
 
-    def _send(self, client: httpx.Client, body: dict[str, Any]) -> Reply:
-        """Send a request, and retry transient faults with exponential backoff."""
-        for attempt in range(MAX_ATTEMPTS):
-            retry_after = 0.0
-            try:
-                response = client.post(self.url, json=body)
-            except httpx.RequestError as error:
-                fault = f"{type(error).__name__}: {error}"
-            else:
-                if response.is_success:
-                    return self._read(response.text)
-                status, retry_after = response.status_code, _retry_after(response.headers)
-                fault = f"status {status}: {self._excerpt(response.text)}"
-                if status not in RETRIED_STATUSES and not response.is_server_error:
-                    fix = FIXES.get(status, "correct this judge's settings")
-                    raise InputError(f"{self.where}: {self.url} rejected the request, {fault}; {fix}")
-            if attempt + 1 == MAX_ATTEMPTS or retry_after > MAX_RETRY_AFTER:
-                break
-            time.sleep(max(FIRST_WAIT * 2**attempt * random.uniform(0.5, 1), retry_after))
-        waiting = f" (it asks to wait {retry_after:.0f} seconds)" if retry_after else ""
-        raise TransientError(
-            f"{self.where}: {self.url} did not reply in {attempt + 1} attempts, {fault}{waiting}; replies up to "
-            "now are saved; run the stage again later, or lower `parallel`"
-        )
-
     def _read(self, text: str) -> Reply:
         """Return the reply in the body of a chat completion."""
         try:
@@ -249,19 +193,13 @@ class LlmJudge:
             usage = body.get("usage") or {}
             counts = [usage.get(name) for name in ("prompt_tokens", "completion_tokens")]
         except (ValueError, LookupError, TypeError, AttributeError) as error:
-            fault = f"the reply of {self.url} is not a chat completion: {self._excerpt(text)!r}"
+            fault = f"the reply of {self.endpoint.url} is not a chat completion: {self.endpoint.excerpt(text)!r}"
             raise InputError(f"{self.where}: {fault}; correct base_url, which usually ends in /v1") from error
         return Reply(
-            self._without_key(content) if isinstance(content, str) else "",
+            self.endpoint.without_key(content) if isinstance(content, str) else "",
             choice.get("finish_reason") == "length",
             *(count if isinstance(count, int) and count >= 0 else None for count in counts),
         )
-
-    def _excerpt(self, text: str) -> str:
-        return " ".join(self._without_key(text).split())[:300]
-
-    def _without_key(self, text: str) -> str:
-        return text.replace(self.api_key, "[key]") if self.api_key else text
 
 
 def read_verdict(text: str) -> float | None:
@@ -275,12 +213,6 @@ def read_verdict(text: str) -> float | None:
     return WINS[verdicts.pop()] if len(verdicts) == 1 else None
 
 
-def _is_http_url(url: str) -> bool:
-    with suppress(httpx.InvalidURL):
-        return httpx.URL(url).scheme in ("http", "https") and bool(httpx.URL(url).host)
-    return False
-
-
 def _question(criterion: str, prompt: Prompt, first: str, second: str) -> str:
     """Return the text of a question. The mark is a hash of all texts, so no text can contain its closing tag."""
     parts = [(f"turn-of-{turn['role']}", turn["content"]) for turn in turns_of(prompt)]
@@ -288,13 +220,3 @@ def _question(criterion: str, prompt: Prompt, first: str, second: str) -> str:
     mark = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
     texts = "\n\n".join(f"<{name}-{mark}>\n{text}\n</{name}-{mark}>" for name, text in parts)
     return QUESTION.format(criterion=criterion.strip(), mark=mark, texts=texts)
-
-
-def _retry_after(headers: httpx.Headers) -> float:
-    """Return the seconds in the header Retry-After, or 0 if there are none."""
-    value = headers.get("Retry-After", "")
-    with suppress(ValueError):
-        return float(value)
-    with suppress(ValueError, TypeError):
-        return (parsedate_to_datetime(value) - datetime.now(UTC)).total_seconds()
-    return 0.0

@@ -1,6 +1,5 @@
 """Judges: functions, reward models against plain forward passes, language models behind a real HTTP server."""
 
-import http.server
 import json
 import logging
 import math
@@ -29,10 +28,12 @@ from transformers import (
 )
 
 from dpo.common.errors import InputError, TransientError
-from dpo.evaluation.judges import llm, load_judges, reply_cache
+from dpo.evaluation import endpoint
+from dpo.evaluation.judges import load_judges, reply_cache
 from dpo.evaluation.judges.reward_model import BATCH_SIZE, reward_scores
 from dpo.evaluation.settings import EvaluateSettings, LlmSettings, RewardModelSettings, ScorerSettings
 from tests.support.models import CHAT_TEMPLATE, SENTENCES, TINY, byte_level_bpe, chat_tokenizer
+from tests.support.openai_server import DROPPED, FakeServer, failure
 
 
 def load_judge(settings):
@@ -409,45 +410,15 @@ def completion(text, usage=None, finish_reason="stop"):
     return 200, {}, json.dumps(body if usage is None else {**body, "usage": usage})
 
 
-def failure(status, message, **headers):
-    return status, headers, json.dumps({"error": {"message": message}})
-
-
-DROPPED = None
-"""Close the connection without a response."""
-
-
 FREE = {"input_price": 0.0, "output_price": 0.0, "max_cost": 1.0}
 
 
-class ChatServer:
+class ChatServer(FakeServer):
     """A chat completions server. A test may replace its `respond(question)`."""
 
     def __init__(self):
-        self.requests = []
+        super().__init__(lambda body: self.respond(body["messages"][-1]["content"]))
         self.respond = lambda question: completion(longer(question))
-        outer = self
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def do_POST(self):
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                outer.requests.append(SimpleNamespace(path=self.path, headers=dict(self.headers), body=body))
-                response = outer.respond(body["messages"][-1]["content"])
-                if response is DROPPED:
-                    self.close_connection = True
-                    return
-                status, headers, text = response
-                self.send_response(status)
-                for name, value in {"Content-Length": len(text.encode()), **headers}.items():
-                    self.send_header(name.replace("_", "-"), str(value))
-                self.end_headers()
-                self.wfile.write(text.encode())
-
-            def log_message(self, *args):
-                pass
-
-        self.http = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
 
     def judge(self, **changes):
         settings = {"criterion": "Length.", "parallel": 4, **FREE, **changes}
@@ -465,20 +436,15 @@ def server(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    server = ChatServer()
-    thread = threading.Thread(target=server.http.serve_forever, args=[0.01])
-    thread.start()
-    yield server
-    server.http.shutdown()
-    server.http.server_close()
-    thread.join()
+    with ChatServer().running() as server:
+        yield server
 
 
 @pytest.fixture
 def waits(monkeypatch):
     """Replace the judge's `time.sleep` and return the list of requested seconds."""
     waits = []
-    monkeypatch.setattr(llm, "time", SimpleNamespace(sleep=waits.append))
+    monkeypatch.setattr(endpoint, "time", SimpleNamespace(sleep=waits.append))
     return waits
 
 
@@ -707,7 +673,7 @@ def test_unreachable_server_is_a_transient_error_with_its_url(server, waits):
         (401, "set OPENAI_API_KEY"),
         (403, "set OPENAI_API_KEY"),
         (404, "base_url"),
-        (307, "correct this judge's settings"),
+        (307, "correct the settings in"),
     ],
 )
 def test_rejected_request_is_an_error_with_a_fix(server, waits, status, fix):
