@@ -122,6 +122,12 @@ def load_params(path: Path = Path("params.yaml")) -> Params:
         params: Params = TypeAdapter(Params).validate_json(as_json)
     except ValidationError as error:
         raise InputError("\n".join(f"{path}: {_explain(fault)}" for fault in error.errors())) from error
+    unlisted = [name for name in params.sweep.losses if name not in values["losses"]]
+    if unlisted:
+        raise InputError(
+            f"{path}: losses.{unlisted[0]}: missing, but sweep.losses uses it, and DVC tracks its settings; add "
+            f"`{unlisted[0]}: {{}}` to losses, or run `dvc exp run -S '+losses.{unlisted[0]}={{}}'`"
+        )
     if not params.evaluate.judges and "win_rate" in params.compare.select:
         raise InputError(
             f"{path}: compare.select: {params.compare.select} needs a judge; add one to evaluate.judges, or "

@@ -58,6 +58,8 @@ def set_lists(lists: dict[str, list[LossName] | list[float] | list[int]]) -> Non
     params = yaml.load(before)
     for name, values in lists.items():
         params["sweep"][name][:] = values
+    for loss in lists.get("losses", []):
+        params["losses"].setdefault(loss, {})  # DVC tracks the settings of every loss of the sweep
     with atomic_write(PARAMS) as tmp:
         yaml.dump(params, tmp)
     try:

@@ -35,8 +35,9 @@ def main() -> None:
     tokenizer = load_tokenizer(REFERENCE)
     rows = open_table(TOKENS_TRAIN, TRAIN, tokenizer, engine.max_length)
     reference = {}
-    if trial.loss.needs_reference:
+    if "reference" in trial.loss.needs:
         reference = load_reference(REFERENCE_TRAIN, cache_key(REFERENCE, tokenizer, rows, engine))
+    table = pd.read_parquet(TRAIN, columns=["id", "weight", "agreement"])
     model = load_model(REFERENCE, **engine.loading)
     store = CheckpointStore(TRAINING_PROGRESS / trial.name, params.run.checkpoint_minutes)
     main_process = this_process().is_main_process
@@ -44,6 +45,7 @@ def main() -> None:
         log = train_dpo(
             model, rows, reference, params.dpo, trial, store=store,
             max_tokens_per_microbatch=engine.max_tokens_per_microbatch,
+            weights=_known(table, "weight"), agreement=_known(table, "agreement"),
             callbacks=[StepLog(run_id)] if run_id else [],
         )  # fmt: skip
         facts = made_by(params, run_id, trial)
@@ -54,6 +56,12 @@ def main() -> None:
         with atomic_write(train_log(trial)) as tmp:
             pd.DataFrame(log).to_csv(tmp, index=False)
         store.discard()
+
+
+def _known(table: pd.DataFrame, column: str) -> dict[str, float]:
+    """Return the values of a column by the id of the pair, without those that are null."""
+    known = table[table[column].notna()]
+    return dict(zip(known["id"].tolist(), known[column].tolist(), strict=True))
 
 
 if __name__ == "__main__":

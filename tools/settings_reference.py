@@ -80,11 +80,12 @@ def _sections(path: str, hint: Any) -> Iterator[tuple[str, type]]:
 
 
 def _registry(base: type) -> dict[str, type]:
-    """Return the mapping of names to subclasses in the module of `base`, such as `LOSSES`."""
-    values = vars(sys.modules[base.__module__]).values()
+    """Return the mapping of names to subclasses in the module or package of `base`, such as `LOSSES`."""
+    places = (base.__module__, base.__module__.rpartition(".")[0])
     return next(
         value
-        for value in values
+        for place in places
+        for value in vars(sys.modules[place]).values()
         if isinstance(value, dict)
         and value
         and all(isinstance(c, type) and issubclass(c, base) for c in value.values())

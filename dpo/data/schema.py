@@ -51,7 +51,7 @@ class Fields(pa.DataFrameModel):
     source: Series[str] = pa.Field(nullable=True)
     """Origin of the pair. Metrics are also reported by source."""
     weight: Series[float] = pa.Field(gt=0, nullable=True)
-    """Importance of the pair, if known. Stored, not used in training."""
+    """Factor of the loss of the pair in preference training, if known."""
     agreement: Series[float] = pa.Field(ge=0, le=1, nullable=True)
     """Probability that a random person prefers `chosen`, if known."""
     chosen_rating: Series[float] = pa.Field(nullable=True)

@@ -88,8 +88,14 @@ class LogProbModel(nn.Module):
         """Device of the model."""
         return self.model.device
 
-    def forward(self, batch: PackedBatch, *, per_token: bool = False) -> Tensor:
-        """Return log-probs [C] of the completions, in nats, summed over their tokens; [N] with `per_token`."""
+    def forward(self, batch: PackedBatch, *, per_token: bool = False, collisions: bool = False) -> Tensor:
+        """Return log-probs [C] of the completions, in nats, summed over their tokens; [N] with `per_token`.
+
+        With `collisions`, return log sum_v pi(v)^2 over the vocabulary at each completion token instead, [N]: the
+        log of the probability that two samples of this token are equal.
+        """
+        if collisions:
+            return torch.cat([(2 * logits.log_softmax(1)).logsumexp(1) for logits in self.logits(batch)])
         logps = self._token_logps(batch)
         return logps if per_token else batch.sum_per_completion(logps)
 

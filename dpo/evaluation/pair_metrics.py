@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Literal
 
@@ -35,8 +36,9 @@ def pair_table(
 
     Returns:
         One row per pair: its `id`, `prompt`, `source` and `agreement`; `tokens` of both completions; rewards,
-        `margin` and `loss` as defined in `dpo.training.losses`; `initial_loss`, at step 0; `correct`, which is 0.5
-        at a margin of 0; `chosen_logp_change`, policy minus reference; log-probs and tokens of each completion.
+        `margin` and `loss` as defined in `dpo.training.losses`, with all pairs in one step; `initial_loss`, at
+        step 0; `correct`, which is 0.5 at a margin of 0; `chosen_logp_change`, policy minus reference; log-probs
+        and tokens of each completion.
 
     Raises:
         InputError: a log-prob is not finite.
@@ -48,8 +50,9 @@ def pair_table(
             f"pair '{pairs['id'].iloc[non_finite.argmax()]}': its log-probs are not finite, so the weights have "
             "diverged; lower the learning rate in params.yaml"
         )
-    loss = trial.loss(PairBatch(policy, reference, lengths), trial.beta)
-    initial_loss = trial.loss(PairBatch(reference, reference, lengths), trial.beta)
+    loss, initial_loss = (
+        _losses(pairs, PairBatch(logps, reference, lengths), trial) for logps in (policy, reference)
+    )
     rewards = trial.loss.rewards(policy, reference, lengths, trial.beta)
     margin = (rewards[:, 0] - rewards[:, 1]).numpy()
     return pairs[["id", "prompt", "source", "agreement"]].assign(
@@ -57,8 +60,8 @@ def pair_table(
         chosen_reward=rewards[:, 0].numpy(),
         rejected_reward=rewards[:, 1].numpy(),
         margin=margin,
-        loss=loss.numpy(),
-        initial_loss=initial_loss.numpy(),
+        loss=loss,
+        initial_loss=initial_loss,
         correct=(np.sign(margin) + 1) / 2,
         chosen_logp_change=(policy - reference)[:, 0].numpy(),
         chosen_logp=policy[:, 0].numpy(),
@@ -68,6 +71,16 @@ def pair_table(
         chosen_tokens=lengths[:, 0].numpy(),
         rejected_tokens=lengths[:, 1].numpy(),
     )
+
+
+def _losses(pairs: pd.DataFrame, batch: PairBatch, trial: Trial) -> np.ndarray:
+    """Return the loss of each pair. All pairs are one optimizer step."""
+    batch = dataclasses.replace(
+        batch, agreement=batch.policy.new_tensor(pairs["agreement"].fillna(1.0).to_numpy())
+    )
+    if "statistics" in trial.loss.needs:
+        batch = dataclasses.replace(batch, statistics=trial.loss.statistics(batch, trial.beta))
+    return trial.loss(batch, trial.beta).numpy()
 
 
 def preference_metrics(

@@ -11,9 +11,13 @@ from torch import Tensor, nn
 from dpo.engine.packing import PackedBatch
 from dpo.engine.tokenization import TokenRow
 from dpo.training.losses import Loss, PairBatch
+from dpo.training.losses.base import PER_TOKEN
 
 Reference = Callable[[PackedBatch], Tensor]
 """Returns the reference log-probs [2P] of the completions of P pairs, chosen first."""
+
+Weights = Mapping[str, float]
+"""A number for each pair by its id, 1 for the others."""
 
 
 class SftObjective:
@@ -32,10 +36,19 @@ class SftObjective:
 
 
 class DpoObjective:
-    """A preference loss, and metrics under the names that TRL uses. The loss of a step is the mean over pairs."""
+    """A preference loss, and metrics under the names that TRL uses. The loss of a step is the mean over pairs.
 
-    def __init__(self, loss: Loss, beta: float, reference: Reference) -> None:
+    The loss of a pair is multiplied by its weight. `reference_tokens` has the reference log-probs of each row's
+    completion tokens, if the loss needs them.
+    """
+
+    def __init__(
+        self, loss: Loss, beta: float, reference: Reference, *, weights: Weights | None = None,
+        agreement: Weights | None = None, reference_tokens: Mapping[str, Tensor] | None = None,
+    ) -> None:  # fmt: skip
         self.loss, self.beta, self.reference = loss, beta, reference
+        self.weights, self.agreement = weights or {}, agreement or {}
+        self.reference_tokens = reference_tokens or {}
         self.statistics: Mapping[str, Tensor] | None = None
 
     def units(self, row: TokenRow) -> int:
@@ -48,7 +61,7 @@ class DpoObjective:
 
         `batches` are all micro-batches of this process. Those with weight 0 are placeholders and do not count.
         """
-        if not self.loss.needs_statistics:
+        if "statistics" not in self.loss.needs:
             return
         pairs = [vars(self._pairs(model, batch)) for batch in batches]
         tensors = [{name: t.cpu() for name, t in each.items() if isinstance(t, Tensor)} for each in pairs]
@@ -70,18 +83,35 @@ class DpoObjective:
             "rewards/accuracies": ((margins.sign() + 1) / 2).sum(),  # ties count one half
         }
         sums["logps/chosen"], sums["logps/rejected"] = policy.sum(0)
-        if self.loss.needs_reference:
+        if "reference" in self.loss.needs:
             sums["logratios/chosen"], sums["logratios/rejected"] = (policy - reference).sum(0)
-        return self.loss(pairs, self.beta).sum(), sums
+        losses = self.loss(pairs, self.beta)
+        if self.weights:
+            losses = losses * _by_id(self.weights, batch)
+        return losses.sum(), sums
 
     def _pairs(self, model: nn.Module, batch: PackedBatch) -> PairBatch:
-        tokens = model(batch, per_token=True) if self.loss.needs_token_logps else None
+        needs = self.loss.needs
+        tokens = model(batch, per_token=True) if needs & PER_TOKEN else None
         policy = (model(batch) if tokens is None else batch.sum_per_completion(tokens)).view(-1, 2)
-        lengths = batch.lengths.view(-1, 2)
-        reference = torch.zeros_like(policy)
-        if self.loss.needs_reference:
-            reference = self.reference(batch).to(policy.device).view(-1, 2)
-        return PairBatch(policy, reference, lengths, tokens, self.statistics)
+        device, reference, reference_tokens, collisions = policy.device, torch.zeros_like(policy), None, None
+        if "reference" in needs:
+            reference = self.reference(batch).to(device).view(-1, 2)
+        if "reference_token_logps" in needs:
+            reference_tokens = torch.cat([self.reference_tokens[i] for i in batch.ids]).to(device)
+        if "collision_logps" in needs:
+            with torch.no_grad():
+                collisions = model(batch, collisions=True)
+        return PairBatch(
+            policy, reference, batch.lengths.view(-1, 2),
+            agreement=_by_id(self.agreement, batch) if "agreement" in needs else None,
+            token_logps=tokens, reference_token_logps=reference_tokens, collision_logps=collisions,
+            statistics=self.statistics,
+        )  # fmt: skip
+
+
+def _by_id(values: Weights, batch: PackedBatch) -> Tensor:
+    return torch.tensor([values.get(i, 1.0) for i in batch.ids], device=batch.input_ids.device)
 
 
 Objective = SftObjective | DpoObjective

@@ -8,24 +8,25 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate.utils import set_seed
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from dpo.common.distributed import this_process
+from dpo.common.distributed import share, this_process
 from dpo.common.errors import InputError
 from dpo.common.files import PROVENANCE, atomic_write, sha256, write_json
 from dpo.engine.base_model import load_checkpoint
 from dpo.engine.frozen import is_quantised
-from dpo.engine.logprobs import LogProbModel
+from dpo.engine.logprobs import LogProbModel, packed_batches
 from dpo.engine.pretrained import ADAPTER, ADAPTER_CONFIG, has_adapter, load_tokenizer, read_adapter_config
 from dpo.engine.token_table import TokenTable
 from dpo.engine.tokenization import TokenRow
 from dpo.training.callbacks import Callback, DivergenceAlarm
 from dpo.training.checkpoints import CheckpointStore, training_key
 from dpo.training.loop import TrainingLoop
-from dpo.training.objectives import DpoObjective, Objective, SftObjective, cached_reference
+from dpo.training.objectives import DpoObjective, Objective, SftObjective, Weights, cached_reference
 from dpo.training.sampler import StepSampler
 from dpo.training.settings import DpoSettings, LoraSettings, SftSettings, Trial
 
@@ -81,6 +82,8 @@ def train_dpo(
     trial: Trial,
     *,
     max_tokens_per_microbatch: int,
+    weights: Weights | None = None,
+    agreement: Weights | None = None,
     store: CheckpointStore | None = None,
     callbacks: Sequence[Callback] = (),
 ) -> list[dict[str, float]]:
@@ -88,19 +91,33 @@ def train_dpo(
 
     Under `torch.distributed` all processes call this with the same arguments and share the work of each step.
     `reference` has the (chosen, rejected) reference log-probs of every row id. If the model has an adapter, it is
-    trained further. If `params.lora` is set, the model gets a new one. If training with a `store` is interrupted,
-    the next call resumes from its last checkpoint and reaches the same weights and log, on a CPU bit for bit.
+    trained further. If `params.lora` is set, the model gets a new one. `weights` multiply the losses of rows by
+    their id, `agreement` is the probability that a person prefers chosen; both are 1 for other rows. If training
+    with a `store` is interrupted, the next call resumes from its last checkpoint and reaches the same weights and
+    log, on a CPU bit for bit.
 
     Raises:
         KeyError: a row has no reference log-probs.
-        InputError: the optimizer is not available, the memory is too small, or early stopping leaves no rows.
+        InputError: the optimizer is not available, the memory is too small, or early stopping leaves no rows,
+            or the loss needs an agreement that no row has.
         FloatingPointError: loss or gradient is not finite, and `params.non_finite` is `stop`.
         Stopped: SIGTERM was received. A checkpoint has been written.
     """
-    table = TokenTable.of(rows)
-    compared = table.ids if trial.loss.needs_reference else []
-    objective = DpoObjective(trial.loss, trial.beta, cached_reference(reference, compared))
-    key = {"trial": trial.settings, "reference": [reference[each] for each in compared]}
+    needs, tokens, table = trial.loss.needs, None, TokenTable.of(rows)
+    compared = table.ids if "reference" in needs else []
+    if "agreement" in needs and not agreement:
+        raise InputError(
+            f"params.yaml: losses.{trial.loss.name}: label_smoothing needs the agreement of pairs, but no "
+            "training pair has one; add the field `agreement` to the data, or set a number"
+        )
+    if "reference_token_logps" in needs:
+        tokens = _token_logps(model, table, max_tokens_per_microbatch)
+    objective = DpoObjective(
+        trial.loss, trial.beta, cached_reference(reference, compared), weights=weights, agreement=agreement,
+        reference_tokens=tokens,
+    )  # fmt: skip
+    key: dict[str, object] = {"trial": trial.settings, "reference": [reference[each] for each in compared]}
+    key |= {"weights": weights or {}, "agreement": agreement if "agreement" in needs else {}}
     if has_adapter(model.model):
         continue_lora(model.model)
     elif params.lora is not None:
@@ -110,6 +127,25 @@ def train_dpo(
         model, table, objective, params, trial.learning_rate, trial.seed, max_tokens_per_microbatch, store,
         [DivergenceAlarm(), *callbacks], key=key,
     )  # fmt: skip
+
+
+@torch.no_grad()
+def _token_logps(
+    model: LogProbModel, rows: Sequence[TokenRow], max_tokens_per_microbatch: int
+) -> dict[str, torch.Tensor]:
+    """Return the log-probs of each row's completion tokens, by id. Processes divide the rows among themselves."""
+    device = model.device
+    model.to(this_process().device)
+
+    def compute(mine: list[int]) -> list[torch.Tensor]:
+        own = [rows[i] for i in mine]
+        batches = packed_batches(own, max_tokens_per_microbatch, model.device)
+        logps = torch.cat([model(batch, per_token=True).cpu() for batch in batches])
+        return list(logps.split([row.completion_tokens for row in own]))
+
+    table = share(len(rows), compute)
+    model.to(device)
+    return {row.id: logps for row, logps in zip(rows, table, strict=True)}
 
 
 def _train(

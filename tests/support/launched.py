@@ -36,7 +36,8 @@ def main(model_folder, out, settings):
     if settings.pop("sharded", False):
         shard_on_cpu()
     callbacks = [Exit()] if settings.pop("interrupted", False) else []
-    loss = Centered() if settings.pop("statistics", False) else "sigmoid"
+    loss = settings.pop("loss", "sigmoid")
+    loss = Centered() if loss == "centered" else loss
     if settings.pop("lora", False):
         settings["lora"] = LORA
     tokenizer = AutoTokenizer.from_pretrained(model_folder)

@@ -5,6 +5,7 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
 import torch
 from torch.nn.functional import logsigmoid
 from transformers import AutoTokenizer
@@ -13,7 +14,9 @@ from dpo.config import load_params
 from dpo.engine.logprobs import load_model, sequence_logps
 from dpo.engine.tokenization import encode_pairs
 from dpo.training.losses import Sigmoid
+from dpo.training.losses.base import WITH_REFERENCE
 from dpo.training.settings import DpoSettings, LoraSettings, OptimizerSettings, SftSettings, Trial
+from tests.support.losses import EXAMPLES
 
 SHARED = {field.name for field in dataclasses.fields(OptimizerSettings)}
 
@@ -40,7 +43,16 @@ def dpo_params(**changes):
 PARAMS = load_params(Path(__file__).parents[2] / "params.yaml")
 
 
-LOSSES = PARAMS.losses
+LOSSES = {**PARAMS.losses, "custom": EXAMPLES["custom"]}
+
+
+KINDS = ("sigmoid", "simpo", "wpo", "ld_dpo", "aot_unpaired")
+"""Losses that need different things. Tests of training with the others are slow together."""
+
+
+def every_loss(names=LOSSES):
+    """Parameters of a test, of which only one per kind is not slow."""
+    return [pytest.param(name, marks=() if name in KINDS else pytest.mark.slow) for name in names]
 
 
 def trial(beta=0.1, learning_rate=1e-3, seed=3, loss="sigmoid"):
@@ -86,7 +98,7 @@ class Centered(Sigmoid):
     """The sigmoid loss of h minus its mean over the optimizer step, and weighted by its rank in the step."""
 
     name = "centered"
-    needs_statistics = True
+    needs = WITH_REFERENCE | {"statistics"}
 
     def statistics(self, step, beta):
         h = self._h(step)

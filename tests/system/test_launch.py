@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from dpo.engine.logprobs import load_model
 from tests.support.models import free_ports
+from tests.support.training import LOSSES
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "tests/support/launched.py"
@@ -51,11 +52,18 @@ def assert_close(log, other):
     ("config", "settings"),
     [
         pytest.param(None, {}, marks=pytest.mark.slow),
-        (None, {"statistics": True}),
+        (None, {"loss": "centered"}),
+        *[pytest.param(None, {"loss": name}, marks=pytest.mark.slow) for name in LOSSES if name != "sigmoid"],
         pytest.param(FSDP, {"gradient_checkpointing": True}, marks=pytest.mark.slow),
         pytest.param(FSDP, {"lora": True}, marks=pytest.mark.slow),
     ],
-    ids=["ddp", "ddp and step-wide statistics", "fsdp2 and checkpointing", "fsdp2 and lora"],
+    ids=[
+        "ddp",
+        "ddp and step-wide statistics",
+        *[n for n in LOSSES if n != "sigmoid"],
+        "fsdp2 and checkpointing",
+        "fsdp2 and lora",
+    ],
 )
 def test_two_processes_train_like_one_and_their_checkpoint_loads_in_one(
     tiny_model_dir, tmp_path, config, settings

@@ -175,6 +175,26 @@ def test_unchanged_stages_are_skipped_and_a_new_beta_runs_only_its_trial(project
 
 
 @pytest.mark.slow
+def test_a_loss_that_params_yaml_does_not_list_needs_an_entry(project, tmp_path):
+    folder = shutil.copytree(project, tmp_path / "project", symlinks=True)
+    sweep = ("dvc", "exp", "run", "-S", "sweep.losses=[sigmoid, simpo, wpo, ld_dpo, custom]")
+    refused = execute(folder, *sweep, fails=True)
+    assert "losses.simpo" in refused
+    assert "missing" in refused
+    mine = "def loss(pairs, beta):\n    return -beta * (pairs.policy[:, 0] - pairs.policy[:, 1])\n"
+    (folder / "dpo/training/losses/mine.py").write_text(mine)
+    entries = [f"+losses.{name}={{}}" for name in ("simpo", "wpo", "ld_dpo")]
+    entries += ["+losses.custom.function=dpo.training.losses.mine:loss"]
+    output = execute(folder, *sweep, *(word for entry in entries for word in ("-S", entry)))
+    trials = [f"{name}-{TRIAL.partition('-')[2]}" for name in ("simpo", "wpo", "ld_dpo", "custom")]
+    assert {f"train@{trial}" for trial in trials} <= set(stages_run(output))
+    for trial in trials:
+        metrics = json.loads((folder / f"metrics/evaluate/{trial}.json").read_text())
+        assert math.isfinite(metrics["loss_rise"])
+    assert "up to date" in execute(folder, "dvc", "status")
+
+
+@pytest.mark.slow
 def test_push_and_pull_bring_a_clean_clone_up_to_date(project, tmp_path):
     execute(project, "dvc", "remote", "add", "--default", "--local", "store", str(tmp_path / "store"))
     execute(project, "git", "add", "-A")

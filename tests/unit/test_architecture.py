@@ -17,7 +17,7 @@ NO_DEPS = {
     "dpo/data/settings.py": "types of settings; stages that use the data depend on the whole of dpo/data",
     "dpo/evaluation/settings.py": "types of settings; stages that evaluate depend on the whole of dpo/evaluation",
     "dpo/training/settings.py": "types of settings; stages that train depend on the whole of dpo/training",
-    "dpo/training/losses.py": "all stages read the settings in it; those that use its code declare it",
+    "dpo/training/losses": "all stages read the settings in it; those that use its code declare it",
     "dpo/engine/settings.py": "types of settings; stages that run the model depend on the whole of dpo/engine",
     "tasks/tracking": "logging does not change a result",
 }
@@ -185,7 +185,7 @@ def test_a_trial_depends_on_the_settings_of_its_own_loss_and_on_no_list_of_the_s
 
 @pytest.mark.parametrize("stage", ["train", "evaluate", "compare"])
 def test_stages_that_compute_losses_depend_on_their_code(stage):
-    assert {"dpo/training", "dpo/training/losses.py"} & set(STAGES[stage]["deps"])
+    assert {"dpo/training", "dpo/training/losses"} & set(STAGES[stage]["deps"])
 
 
 def test_sections_that_dvc_depends_on_are_in_params_yaml():

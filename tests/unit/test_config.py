@@ -229,8 +229,20 @@ def test_a_key_that_is_no_word_is_named(tmp_path):
 
 
 def test_losses_that_the_section_omits_have_their_defaults(change):
-    losses = load_params(change("losses", {"robust": {"label_smoothing": 0.3}})).losses
+    losses = load_params(change("losses", {"sigmoid": {}, "robust": {"label_smoothing": 0.3}})).losses
     assert losses == {name: cls() for name, cls in LOSSES.items()} | {"robust": Robust(label_smoothing=0.3)}
+
+
+def test_a_loss_of_the_sweep_that_the_section_omits_is_named_with_the_fix(change):
+    assert_one_fault(
+        change("sweep.losses", ["sigmoid", "simpo"]), "losses.simpo: missing, but sweep.losses uses it"
+    )
+
+
+@pytest.mark.parametrize("weights", [{}, {"kto": 1.0}, {"weighted_sum": 1.0}, {"custom": 1.0}])
+def test_the_parts_of_a_sum_are_known_losses(change, weights):
+    fault = "losses.weighted_sum.weights: value error, the losses must be among sigmoid, ipo"
+    assert_one_fault(change("losses.weighted_sum", {"weights": weights}), fault)
 
 
 def test_reading_settings_does_not_import_torch():

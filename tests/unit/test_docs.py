@@ -153,6 +153,7 @@ def test_the_guide_lists_every_rule():
 def test_the_guide_lists_every_loss():
     losses = get_args(get_args(get_type_hints(SweepSettings)["losses"])[0])
     assert rows("docs/guides/evaluation.md", "Losses") == list(losses)
+    assert rows("docs/reference/losses.md", "Equations") == list(losses)
 
 
 def test_the_guide_lists_every_guardrail():

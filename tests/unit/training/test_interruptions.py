@@ -18,7 +18,7 @@ from dpo.training.checkpoints import CheckpointStore, last_checkpoint
 from dpo.training.objectives import DpoObjective
 from dpo.training.settings import EarlyStopSettings
 from dpo.training.train import train_dpo, train_sft
-from tests.support.training import LORA, dpo_params, sft_params, trial
+from tests.support.training import LORA, LOSSES, dpo_params, every_loss, sft_params, trial
 
 EARLY_STOP = EarlyStopSettings(validation_share=0.3, every_steps=1, patience=2)
 
@@ -62,7 +62,7 @@ def train(tiny_model_dir, rows, reference):
 
     def run(
         root=None, *callbacks, max_tokens_per_microbatch=300, rows=rows, reference=reference, minutes=0,
-        learning_rate=1e-3, **changes,
+        learning_rate=1e-3, loss="sigmoid", **changes,
     ):  # fmt: skip
         model = load_model(tiny_model_dir)
         params = dpo_params(
@@ -72,7 +72,7 @@ def train(tiny_model_dir, rows, reference):
             callback.model = model
         store = None if root is None else CheckpointStore(root, minutes)
         log = train_dpo(
-            model, rows, reference, params, trial(learning_rate=learning_rate),
+            model, rows, reference, params, trial(learning_rate=learning_rate, loss=loss),
             max_tokens_per_microbatch=max_tokens_per_microbatch, store=store, callbacks=callbacks,
         )  # fmt: skip
         return log, {name: weight.detach().clone() for name, weight in model.model.state_dict().items()}
@@ -119,6 +119,14 @@ def test_training_killed_twice_ends_with_the_same_log_and_the_same_bits(train, t
     count = Steps()
     assert_same(train(tmp_path, count, **changes), uninterrupted)
     assert count.steps[0] == kills[-1] + 1
+
+
+@pytest.mark.parametrize("loss", every_loss(name for name in LOSSES if name != "sigmoid"))
+@pytest.mark.parametrize("lora", [pytest.param(None, marks=pytest.mark.slow), LORA], ids=["full", "lora"])
+def test_training_with_every_loss_resumes_to_the_same_bits(train, tmp_path, loss, lora):
+    with pytest.raises(Killed):
+        train(tmp_path, KillAfter(4), loss=loss, lora=lora)
+    assert_same(train(tmp_path, loss=loss, lora=lora), train(loss=loss, lora=lora))
 
 
 def test_sft_resumes_too(tiny_model_dir, rows, tmp_path):

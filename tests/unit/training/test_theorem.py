@@ -3,7 +3,21 @@
 import pytest
 import torch
 
-from dpo.training.losses import Conservative, Ipo, PairBatch, Robust, Sigmoid
+from dpo.training.losses import (
+    ApoZero,
+    Bco,
+    Conservative,
+    Exo,
+    Hinge,
+    Ipo,
+    LdDpo,
+    Nca,
+    PairBatch,
+    Robust,
+    Sigmoid,
+    SppoHard,
+    Wpo,
+)
 
 PROMPTS, ANSWERS = 3, 6
 FIRST, SECOND = torch.triu_indices(ANSWERS, ANSWERS, 1)
@@ -33,13 +47,22 @@ def learned_policy(reference, probability, beta, loss=None):
     def expected_loss():
         optimizer.zero_grad()
         sides = [table[:, PAIRS].flatten(0, 1) for table in (logits.log_softmax(1), reference)]
-        losses = (loss or Sigmoid())(PairBatch(*sides, torch.ones_like(sides[0])), beta)
+        losses = (loss or Sigmoid())(table_batch(sides), beta)
         total = (probability.flatten() * losses).sum()
         total.backward()
         return total
 
     optimizer.step(expected_loss)
     return logits.detach().softmax(1)
+
+
+def table_batch(sides, agreement=None):
+    """Answers of one token each: their log-probs are those of the token."""
+    policy, reference = sides
+    return PairBatch(
+        policy, reference, torch.ones_like(reference, dtype=torch.long), agreement, policy.flatten(),
+        reference.flatten(), torch.zeros_like(reference).flatten(),
+    )  # fmt: skip
 
 
 def optimal_policy(reference, reward, beta):
@@ -94,3 +117,52 @@ def test_ipo_maximises_the_probability_of_being_preferred(beta):
     optimum = optimal_policy(reference, (wins + 0.5) / ANSWERS, beta)
     assert total_variation(reference.exp(), optimum) > 0.05
     assert total_variation(learned_policy(reference, probability, beta, Ipo()), optimum) < 1e-6
+
+
+@pytest.mark.parametrize("loss", [Sigmoid(), LdDpo(alpha=0.3), Wpo()], ids=lambda loss: loss.name)
+def test_losses_that_are_stationary_at_the_optimum_of_dpo(loss):
+    # Answers have one token, so LD-DPO has no excess; the weights of WPO are the same for both orders of a pair.
+    reference, reward = known_world()
+    optimum = optimal_policy(reference, reward, 1.0)
+    for policy, stationary in ((optimum, True), (reference.exp(), False)):
+        logits = policy.log().requires_grad_()
+        sides = [table[:, PAIRS].flatten(0, 1) for table in (logits.log_softmax(1), reference)]
+        (bradley_terry(reward).flatten() * loss(table_batch(sides), 1.0)).sum().backward()
+        assert (logits.grad.abs().max() < 1e-12) == stationary
+
+
+@pytest.mark.parametrize("beta", [0.2, 1.0])
+def test_label_smoothing_by_agreement_finds_the_optimum_from_one_label_per_pair(beta):
+    # Each pair occurs in one order only. Without its agreement, DPO has no minimum.
+    reference, reward = known_world()
+    agreement = bradley_terry(reward)[:, : len(FIRST)].flatten()
+    logits = reference.clone().requires_grad_()
+    optimizer = torch.optim.LBFGS([logits], max_iter=2000, tolerance_grad=1e-10, line_search_fn="strong_wolfe")
+
+    def loss():
+        optimizer.zero_grad()
+        sides = [t[:, PAIRS[: len(FIRST)]].flatten(0, 1) for t in (logits.log_softmax(1), reference)]
+        total = Conservative(label_smoothing="agreement")(table_batch(sides, agreement), beta).sum()
+        total.backward()
+        return total
+
+    optimizer.step(loss)
+    assert total_variation(logits.detach().softmax(1), optimal_policy(reference, reward, beta)) < 1e-4
+
+
+@pytest.mark.parametrize("loss", [Hinge(), Exo(), ApoZero(), Nca(), Bco(), SppoHard()], ids=lambda loss: loss.name)
+def test_losses_with_another_optimum(loss):
+    reference, reward = known_world()
+    policy = learned_policy(reference, bradley_terry(reward), 1.0, loss)
+    assert total_variation(policy, optimal_policy(reference, reward, 1.0)) > 0.02
+
+
+def test_sppo_multiplies_each_answer_by_the_exponential_of_its_win_rate():
+    # Wu et al. 2024, eq. 4.4 to 4.7: log pi / pi_ref is (win rate - 1/2) / beta up to the normalisation, for pairs
+    # of answers of the reference. All answers are equally likely, and a large beta keeps the policy close to it.
+    reference, reward = known_world()
+    uniform = torch.full_like(reference, 1 / ANSWERS).log()
+    probability = bradley_terry(reward)
+    ratios = learned_policy(uniform, probability, 50.0, SppoHard()).log() - uniform
+    wins = torch.zeros_like(reference).index_add(1, PAIRS[:, 0], probability) / (ANSWERS - 1)
+    torch.testing.assert_close(ratios, (wins - wins.mean(1, keepdim=True)) / 50, rtol=0, atol=1e-4)

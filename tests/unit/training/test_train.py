@@ -18,7 +18,8 @@ from dpo.engine.reference_cache import cache_key, load_reference, shard_table, w
 from dpo.engine.token_table import TokenTable
 from dpo.engine.tokenization import TokenRow, encode_pairs
 from dpo.training.callbacks import Callback
-from dpo.training.losses import PairBatch, Sigmoid
+from dpo.training.losses import Conservative, LdDpo, PairBatch, Sigmoid, Wpo
+from dpo.training.losses.base import WITH_REFERENCE
 from dpo.training.sampler import StepSampler
 from dpo.training.settings import EarlyStopSettings
 from dpo.training.train import _hold_out, save_checkpoint, train_dpo, train_sft
@@ -30,6 +31,7 @@ from tests.support.training import (
     POINT,
     Centered,
     dpo_params,
+    every_loss,
     make_pairs,
     online_reference,
     sft_params,
@@ -198,7 +200,7 @@ def test_a_loss_with_step_wide_statistics_does_not_depend_on_micro_batches(tiny_
 
 def test_a_loss_gets_log_probs_per_token_if_it_needs_them(tiny_model_dir, rows, reference):
     class PerToken(Sigmoid):
-        needs_token_logps = True
+        needs = WITH_REFERENCE | {"token_logps"}
 
         def _forward(self, pairs, beta):
             parts = pairs.token_logps.split(pairs.lengths.flatten().tolist())
@@ -213,7 +215,7 @@ def test_a_loss_gets_log_probs_per_token_if_it_needs_them(tiny_model_dir, rows, 
 
 def test_a_loss_without_reference_trains_without_reference_log_probs(tiny_model_dir, rows, reference):
     class NoReference(Sigmoid):
-        needs_reference = False
+        needs = frozenset()
 
     log, _ = run_dpo(tiny_model_dir, rows, {}, loss=NoReference(), pairs_per_step=18, beta=0.5)
     logps = torch.tensor([reference[row.id] for row in rows])
@@ -503,7 +505,7 @@ def test_a_diverging_policy_raises_an_alarm_with_step_and_margin(tiny_model_dir,
     assert re.search(r"step \d+: the policy diverges from its reference: .* nats, .* margin .*, loss", caplog.text)
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", every_loss(n for n in LOSSES if "reference" in LOSSES[n].needs))
 def test_the_alarm_counts_nats_per_completion_with_every_loss(tiny_model_dir, rows, reference, loss, caplog):
     moved = {name: (chosen - 101.0, rejected) for name, (chosen, rejected) in reference.items()}
     run_dpo(tiny_model_dir, rows, moved, learning_rate=1e-12, loss=loss, beta=2.0)
@@ -524,9 +526,87 @@ def test_a_non_finite_loss_stops_training_with_step_and_pairs(tiny_model_dir, ro
         run_dpo(tiny_model_dir, rows, broken)
 
 
-@pytest.mark.parametrize("loss", LOSSES)
-def test_every_loss_trains_to_margins_above_zero(tiny_model_dir, rows, reference, loss):
+AVERAGED = {"length_normalised", "simpo", "orpo", "sft"}
+"""Losses whose implicit rewards are averaged over tokens."""
+
+
+@pytest.mark.parametrize("loss", every_loss())
+def test_every_loss_raises_the_margin(tiny_model_dir, rows, reference, loss):
     log, _ = run_dpo(tiny_model_dir, rows, reference, loss=loss, learning_rate=3e-3, epochs=3)
-    assert log[0]["rewards/margins"] == 0.0
-    assert log[-1]["rewards/margins"] > 0.05 * (0.1 if loss == "length_normalised" else 1)
+    if "reference" in LOSSES[loss].needs:
+        assert log[0]["rewards/margins"] == 0.0
+    assert log[-1]["rewards/margins"] > log[0]["rewards/margins"] + 0.05 * (0.1 if loss in AVERAGED else 1)
     assert log[-1]["loss"] < log[0]["loss"]
+
+
+@pytest.mark.parametrize("loss", every_loss())
+def test_no_loss_depends_on_micro_batches(tiny_model_dir, rows, reference, loss):
+    changes = {"loss": loss, "learning_rate": 1e-4, "epochs": 2}
+    expected, expected_weights = run_dpo(tiny_model_dir, rows, reference, **changes)
+    log, weights = run_dpo(tiny_model_dir, rows, reference, max_tokens_per_microbatch=1, **changes)
+    for name in ("loss", "grad_norm", "rewards/margins"):
+        assert [e[name] for e in log] == pytest.approx([e[name] for e in expected], rel=1e-3, abs=1e-4), name
+    for name, weight in expected_weights.items():
+        torch.testing.assert_close(weights[name], weight, rtol=1e-4, atol=2e-5)
+
+
+def test_the_weight_of_a_pair_multiplies_its_loss(tiny_model_dir, rows, reference):
+    weights = {row.id: 0.25 * i for i, row in enumerate(rows[:9], 1)}
+    shifted = {name: (chosen - 3, rejected) for name, (chosen, rejected) in reference.items()}
+    loss = math.log1p(math.exp(-0.3))
+    for max_tokens_per_microbatch in (60, 10_000):
+        log = train_dpo(
+            load_model(tiny_model_dir), rows, shifted, dpo_params(), trial(learning_rate=1e-12), weights=weights,
+            max_tokens_per_microbatch=max_tokens_per_microbatch,
+        )  # fmt: skip
+        expected = [loss * sum(weights.get(r.id, 1) for r in step) / len(step) for step in steps_of(rows, 3)]
+        assert [entry["loss"] for entry in log] == pytest.approx(expected, rel=1e-5)
+
+
+def test_weights_of_one_change_nothing(tiny_model_dir, rows, reference):
+    plain, weights = run_dpo(tiny_model_dir, rows, reference)
+    model = load_model(tiny_model_dir)
+    ones = {row.id: 1.0 for row in rows}
+    log = train_dpo(
+        model, rows, reference, dpo_params(), trial(), weights=ones, max_tokens_per_microbatch=10_000
+    )  # fmt: skip
+    assert log == plain
+    assert all(torch.equal(weight, weights[name]) for name, weight in model.model.state_dict().items())
+
+
+def test_label_smoothing_can_be_the_agreement_of_each_pair(tiny_model_dir, rows, reference):
+    agreement = {row.id: 0.5 + i / 20 for i, row in enumerate(rows[:9])}
+    shifted = {name: (chosen - 30, rejected) for name, (chosen, rejected) in reference.items()}
+    log = train_dpo(
+        load_model(tiny_model_dir), rows, shifted, dpo_params(), max_tokens_per_microbatch=60, agreement=agreement,
+        trial=trial(learning_rate=1e-12, loss=Conservative(label_smoothing="agreement")),
+    )  # fmt: skip
+    right, wrong = math.log1p(math.exp(-3)), math.log1p(math.exp(3))
+    expected = []
+    for step in steps_of(rows, 3):
+        shares = [agreement.get(row.id, 1.0) for row in step]
+        expected.append(sum(share * right + (1 - share) * wrong for share in shares) / len(step))
+    assert [entry["loss"] for entry in log] == pytest.approx(expected, rel=1e-4)
+
+
+def test_label_smoothing_by_agreement_without_any_is_an_input_error(tiny_model_dir, rows, reference):
+    with pytest.raises(InputError, match=r"losses\.conservative: label_smoothing needs the agreement of pairs"):
+        run_dpo(tiny_model_dir, rows, reference, loss=Conservative(label_smoothing="agreement"))
+
+
+def test_values_per_token_are_those_of_the_plain_model(tiny_model_dir, rows, reference):
+    plain = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
+    weights = []
+    for row in rows:
+        weight = 0.0
+        for completion in row.completions:
+            logits = plain(input_ids=torch.tensor([row.prompt + completion])).logits[0, len(row.prompt) - 1 : -1]
+            table = logits.detach().double().log_softmax(1)
+            logps = table.gather(1, torch.tensor(completion)[:, None])[:, 0]
+            weight += (logps - table.exp().square().sum(1).log()).mean().item()
+        weights.append(math.exp(weight))
+    change = {"pairs_per_step": 18, "learning_rate": 1e-12}
+    log, _ = run_dpo(tiny_model_dir, rows, reference, loss=Wpo(), **change)
+    assert log[0]["loss"] == pytest.approx(math.log(2) * sum(weights) / 18, rel=1e-4)
+    log, _ = run_dpo(tiny_model_dir, rows, reference, loss=LdDpo(alpha=0.0), **change)
+    assert log[0]["loss"] == pytest.approx(math.log(2), abs=1e-6), "the reference is the model before training"

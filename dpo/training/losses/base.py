@@ -1,0 +1,133 @@
+"""What all preference losses share: their input, their interface and their common terms.
+
+Notation: y_w is the chosen and y_l the rejected completion of a prompt x, r(y) = log pi(y|x) - log pi_ref(y|x),
+h = r(y_w) - r(y_l), s is the logistic function and |y| the number of tokens of y.
+
+The modules of this package import torch on first use, because every command reads the settings of the losses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from dpo.common.settings import Settings
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Smoothing = Annotated[float, Field(ge=0, lt=0.5)]
+
+Need = Literal[
+    "reference", "agreement", "token_logps", "reference_token_logps", "collision_logps", "statistics"
+]  # fmt: skip
+"""Names of fields of `PairBatch`. `reference_token_logps` cost a forward pass over all pairs before training,
+`collision_logps` and `statistics` a second forward pass in each step."""
+
+WITH_REFERENCE: frozenset[Need] = frozenset({"reference"})
+PER_TOKEN: frozenset[Need] = frozenset({"token_logps", "reference_token_logps", "collision_logps"})
+
+
+@dataclass(frozen=True)
+class PairBatch:
+    """P preference pairs, chosen first, with N completion tokens.
+
+    Raises:
+        ValueError: the shapes differ. Broadcasting would mix pairs.
+    """
+
+    policy: Tensor
+    """log pi(y|x), summed over completion tokens, in nats, shape [P, 2]."""
+    reference: Tensor
+    """log pi_ref(y|x), shape [P, 2]."""
+    lengths: Tensor
+    """Number of tokens of each completion, at least 1, shape [P, 2]."""
+    agreement: Tensor | None = None
+    """Probability that a random person prefers chosen, 1 if unknown, shape [P], if the loss needs it."""
+    token_logps: Tensor | None = None
+    """Log-probs of the policy for all completion tokens, in order, shape [N], if the loss needs them."""
+    reference_token_logps: Tensor | None = None
+    """The same of the reference."""
+    collision_logps: Tensor | None = None
+    """log sum_v pi(v)^2 over the vocabulary at each completion token, without gradient, shape [N], if needed."""
+    statistics: Mapping[str, Tensor] | None = None
+    """Result of `Loss.statistics` for the optimizer step, if the loss needs it."""
+
+    def __post_init__(self) -> None:
+        shapes = [tuple(t.shape) for t in (self.policy, self.reference, self.lengths)]
+        if shapes != [(self.policy.numel() // 2, 2)] * 3:
+            raise ValueError(f"policy, reference and lengths must have one shape [pairs, 2], got {shapes}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loss(Settings):
+    """A preference loss. Its fields are its settings in `params.yaml`."""
+
+    name: ClassVar[str]
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """What the loss needs besides log-probs of the policy. Without `reference`, r(y) is log pi(y|x)."""
+        return WITH_REFERENCE
+
+    def __call__(self, pairs: PairBatch, beta: float) -> Tensor:
+        """Return the loss of each pair, shape [P]. `beta` is the strength of the KL constraint.
+
+        Raises:
+            ValueError: beta is not positive.
+        """
+        if not beta > 0:
+            raise ValueError(f"beta must be positive, got {beta}")
+        return self._forward(pairs, beta)
+
+    def _forward(self, pairs: PairBatch, beta: float) -> Tensor:
+        raise NotImplementedError
+
+    def statistics(self, step: PairBatch, beta: float) -> Mapping[str, Tensor]:
+        """Return what the loss needs to know about all pairs of an optimizer step, without gradients.
+
+        Training passes the result on as `PairBatch.statistics`, so the loss does not depend on micro-batches.
+        """
+        raise NotImplementedError
+
+    def rewards(self, policy: Tensor, reference: Tensor, lengths: Tensor, beta: float) -> Tensor:
+        """Return the implicit rewards beta r(y), or beta r(y) / |y| if the loss averages over tokens.
+
+        Eq. 5 of Rafailov et al. 2023, up to beta log Z(x), which cancels between the completions of one prompt.
+        All three tensors have the same shape, which may be any.
+        """
+        return beta * self._log_ratios(policy, reference, lengths)
+
+    def _log_ratios(self, policy: Tensor, reference: Tensor, lengths: Tensor) -> Tensor:
+        """Return r(y). Override it to average over tokens."""
+        return policy - reference if "reference" in self.needs else policy
+
+    def _h(self, pairs: PairBatch) -> Tensor:
+        ratios = self._log_ratios(pairs.policy, pairs.reference, pairs.lengths)
+        return ratios[:, 0] - ratios[:, 1]
+
+    def _rewards(self, pairs: PairBatch, beta: float) -> tuple[Tensor, Tensor]:
+        """Return the implicit rewards of chosen and rejected, each [P]."""
+        chosen, rejected = self.rewards(pairs.policy, pairs.reference, pairs.lengths, beta).unbind(1)
+        return chosen, rejected
+
+
+def log_sigmoid(x: Tensor) -> Tensor:
+    """Return log s(x)."""
+    from torch.nn.functional import logsigmoid
+
+    return logsigmoid(x)
+
+
+def given(values: Tensor | None, name: str) -> Tensor:
+    """Return an optional field of a `PairBatch`.
+
+    Raises:
+        ValueError: it is absent.
+    """
+    if values is None:
+        raise ValueError(f"this loss needs PairBatch.{name}")
+    return values
