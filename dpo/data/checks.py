@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import ftfy
 import ftfy.badness
 
 from dpo.common.errors import InputError
@@ -15,8 +16,8 @@ from dpo.engine import chat
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-CONTROL = re.compile("[\x00-\x08\x0b\x0e-\x1f\x7f\x80-\x9f\ufeff\ufffe\uffff]")
-"""Characters that no text contains. Form feeds and bidirectional marks are text."""
+CONTROL = re.compile("[\x00-\x08\x0b\x0e-\x1f\x7f\x80-\x9f\ufffe\uffff]")
+"""Characters that no text contains. Form feeds, bidirectional marks and marks of the byte order are text."""
 TEMPLATES = {
     "ChatML": (r"<\|im_start\|>(system|user|assistant|developer)\b", r"<\|im_start\|>assistant"),
     "the template of Llama 3": (r"<\|start_header_id\|>", r"<\|end_header_id\|>"),
@@ -64,13 +65,23 @@ def check_texts(pair: Mapping[str, Any], special: re.Pattern[str], ends: Sequenc
         if found := CONTROL.search(text):
             code = f"U+{ord(found[0]):04X}"
             broken.append(("control_characters", f"field '{field}', character {found.start()}: {code}"))
-        if not text.isascii() and ftfy.badness.is_bad(text):
-            start = next(i for i, c in enumerate(text) if not c.isascii())
-            excerpt = text[max(0, start - 10) : start + 20]
+        if excerpt := _mojibake(text):
             broken.append(("mojibake", f"field '{field}' looks wrongly decoded: {excerpt!r}"))
         if found := special.search(text if field == "prompt" else chat.without_end(text, ends)):
             broken.append(("special_tokens", f"field '{field}', character {found.start()}: {found[0]}"))
     return broken
+
+
+def _mojibake(text: str) -> str | None:
+    """Return the first part of a text that was decoded with the wrong encoding, or None.
+
+    A sequence that is only unlikely, such as `ä”`, is no fault: a text is broken if it has replacement characters,
+    or if decoding it again gives another text.
+    """
+    found = None if text.isascii() else ftfy.badness.BADNESS_RE.search(text)
+    if found is None or ("\ufffd" not in text and ftfy.fix_encoding(text) == text):
+        return None
+    return text[max(0, found.start() - 10) : found.start() + 20]
 
 
 def has_role_mark(pair: Mapping[str, Any]) -> bool:

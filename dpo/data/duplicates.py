@@ -21,8 +21,10 @@ from dpo.data.formats import PAIR_TEXTS, Pair, normalize
 PERMUTATIONS, BAND = 64, 8
 """MinHash values per text, and per band. A near duplicate of similarity 0.9 is found with a probability of 99%."""
 SEED = 1
-STOCK_WORDS, STOCK_PROMPTS = 12, 5
+STOCK_PHRASES = ((3, 3), (12, 5))
 """A completion of at most so many words, to at least so many different prompts, is a stock phrase."""
+LONG_WORD, CHARACTERS_PER_WORD = 20, 2
+"""A text whose words are longer on average has no spaces, such as Chinese; it has a word per two characters."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +62,12 @@ def fingerprint(pairs: Sequence[Pair], rows: Sequence[int]) -> Fingerprints:
         _hash([pair["id"] for pair in pairs]),
         np.array([pair["split"] == "eval" for pair in pairs], bool),
         _minhash(words).reshape(-1, 3, PERMUTATIONS),
-        np.array([len(each) for each in words], np.int32).reshape(-1, 3),
+        np.array(list(map(_size, texts, words)), np.int32).reshape(-1, 3),
     )
+
+
+def _size(text: str, words: Sequence[str]) -> int:
+    return len(text) // CHARACTERS_PER_WORD if len(text) > LONG_WORD * len(words) else len(words)
 
 
 def concatenate(parts: Sequence[Fingerprints]) -> Fingerprints:
@@ -155,7 +161,7 @@ def _stock_phrases(prints: Fingerprints) -> NDArray[np.bool_]:
     texts = prints.texts[:, 1:].ravel()
     table = pd.DataFrame({"text": texts, "prompt": np.repeat(prints.texts[:, 0], 2)})
     prompts = table.groupby("text")["prompt"].transform("nunique").to_numpy().reshape(-1, 2)
-    return (prints.words[:, 1:] <= STOCK_WORDS) & (prompts >= STOCK_PROMPTS)
+    return np.logical_or.reduce([(prints.words[:, 1:] <= w) & (prompts >= p) for w, p in STOCK_PHRASES])
 
 
 def _leaks(prints: Fingerprints) -> Iterator[Violation]:

@@ -271,7 +271,7 @@ def _check_unread_content(fields: Fields, reading: Reading) -> None:
 def _tools(value: Any) -> list[Any] | None:
     """Return tools as {type, function}, as chat templates expect them."""
     tools = from_json(value)
-    if tools is None:
+    if not tools:
         return None
     if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
         raise RowError("wrong_type", f"field 'tools' is {shown(tools)}, not a list of objects")

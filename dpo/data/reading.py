@@ -26,7 +26,7 @@ CONVERSATIONS = ("messages", "conversations", "conversation", "context", "conten
 ANY_PROMPT = (*PROMPTS, *CONVERSATIONS, "input")
 """Fields of the prompt. `input` is the prompt if there is no other one, and else a part of an instruction."""
 SYSTEMS = ("system", "system_prompt", "system_message", "sys_prompt", "system_instruction")
-CHOSEN = ("chosen", "preferred", "chosen_response", "preferred_output")
+CHOSEN = ("chosen", "preferred", "chosen_response", "chosen_messages", "preferred_output")
 REJECTED = ("rejected", "dispreferred", "rejected_response", "non_preferred_output", "rejected_messages")
 RESPONSE_LISTS = ("completions", "responses", "generations", "answers")
 TEXTS = ("response", "text", "content", "completion", "answer", "output")

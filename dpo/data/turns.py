@@ -20,6 +20,8 @@ ROLES = {
 CALLS = ("function_call", "tool_call")
 """Roles of turns whose content is one call of the assistant."""
 ROLE_KEYS, CONTENT_KEYS = ("role", "from", "speaker"), ("content", "value", "text", "message", "parts")
+TEXT_KEYS = ("text", "value")
+"""Keys of the text of a part."""
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 
 PYTHON_TURNS = re.compile(r"\[?\s*\{\s*'(role|from|content|value)'\s*:\s*['\"]")
@@ -134,6 +136,7 @@ def _read_turn(item: Any, field: str, roles: Mapping[str, str], unread: set[str]
         calls, content = content, None
     if role == "tool" and isinstance(content, Mapping):
         content = json.dumps(content, ensure_ascii=False)
+    thoughts, content = _split_parts(content)
     turn: Turn = {"role": role, "content": "" if content is None else text_of(content, field)}
     if content is None and calls is None:
         raise RowError(
@@ -141,6 +144,8 @@ def _read_turn(item: Any, field: str, roles: Mapping[str, str], unread: set[str]
         )
     if calls is not None:
         turn["tool_calls"] = [_read_call(call, field) for call in (calls if isinstance(calls, list) else [calls])]
+    if thoughts:
+        turn["reasoning_content"] = text_of(thoughts, field)
     if (reasoning := fields.get(*REASONING_KEYS)) is not None:
         turn["reasoning_content"] = text_of(reasoning, field)
     for key in ("tool_call_id", "name") if role == "tool" else ():
@@ -148,6 +153,19 @@ def _read_turn(item: Any, field: str, roles: Mapping[str, str], unread: set[str]
             turn[key] = text_of(label, field)
     unread |= set(fields.unread())
     return turn
+
+
+def _split_parts(content: Any) -> tuple[list[Any], Any]:
+    """Return the parts of a content that are reasoning, as parts of text, and the other content."""
+    if not isinstance(content, list):
+        return [], content
+    kinds = [part.get("type") if isinstance(part, Mapping) else None for part in content]
+    thoughts = [
+        next((part[key] for key in (kind, *TEXT_KEYS) if part.get(key) is not None), None)
+        for part, kind in zip(content, kinds, strict=True)
+        if kind in REASONING_KEYS
+    ]
+    return thoughts, [part for part, kind in zip(content, kinds, strict=True) if kind not in REASONING_KEYS]
 
 
 def _role(name: Any, roles: Mapping[str, str]) -> str | None:
@@ -184,11 +202,12 @@ def _part_text(part: Any, field: str) -> str:
     if isinstance(part, str):
         return storable(part, field)
     kind = part.get("type", "text")
-    if kind != "text" or not isinstance(part.get("text"), str):
+    text = next((part[key] for key in TEXT_KEYS if isinstance(part.get(key), str)), None)
+    if kind not in ("text", "input_text", "output_text") or text is None:
         raise RowError(
             "unread_content", f"field '{field}' contains a part of type {shown(kind)}; only text is read"
         )
-    return storable(part["text"], field)
+    return storable(text, field)
 
 
 def from_json(value: Any) -> Any:

@@ -48,8 +48,8 @@ INVALID = {
         {"chosen": "cafe\u0301", "rejected": "caf\u00e9"},
     ],
     "control_characters": [
-        *({"prompt": f"Say{c}something"} for c in "\x00\x07\x0b\x1b\x7f\x85\x9f\ufeff\uffff"),
-        {"rejected": "A bore.\ufeff"},
+        *({"prompt": f"Say{c}something"} for c in "\x00\x07\x0b\x1b\x7f\x85\x9f\uffff"),
+        {"rejected": "A bore.\x80"},
     ],
     "rendered_text": [
         {"prompt": "<|im_start|>user\nSay.<|im_end|>\n<|im_start|>assistant\n"},
@@ -60,6 +60,7 @@ INVALID = {
     ],
     "mojibake": [
         {"prompt": "cafÃ©"},
+        {"rejected": "梦想职业规划所需的工\ufffd\ufffd\ufffd和知识"},
         {"chosen": "It’s a joy".encode().decode("cp1252")},
         {"rejected": "日本語".encode().decode("latin-1").replace("\x9c", "œ").replace("\x97", "—")},
     ],
@@ -88,6 +89,8 @@ VALID = {
         {"chosen": "日本語"},
         {"rejected": "🎬"},
         {"prompt": "naïveté — “so”, 5 µm²"},
+        {"chosen": "”etelä” on suomea"},
+        {"prompt": "\ufeffSay something."},
     ],
     "special_tokens": [
         {"chosen": f"A joy.{END}"},

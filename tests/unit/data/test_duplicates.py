@@ -123,15 +123,31 @@ def test_a_prompt_in_both_splits_is_found_in_the_training_row():
     assert found(pairs) == [("prompt_in_both_splits", 0)]
 
 
-@pytest.mark.parametrize(("chosen", "rejected"), [("good.", "New."), ("New.", "GOOD."), ("Bad.", "New.")])
+@pytest.mark.parametrize(
+    ("chosen", "rejected"), [("good  film, I say.", "New."), ("New.", "GOOD film, I say."), ("Bad.", "New.")]
+)
 def test_a_held_out_completion_is_found_in_the_training_row(chosen, rejected):
     pairs = pairs_of(
-        ("Film 1?", "Good.", "Bad.", "eval"),
+        ("Film 1?", "Good film, I say.", "Bad.", "eval"),
         ("Film 2?", chosen, rejected, "train"),
         ("Film 3?", "Other.", "Another.", "train"),
-        ("Film 4?", "Good.", "Third.", "eval"),
+        ("Film 4?", "Good film, I say.", "Third.", "eval"),
     )
     assert found(pairs) == [("eval_text_in_train", 1)]
+
+
+@pytest.mark.parametrize(
+    ("text", "count", "is_stock"),
+    [
+        ("Yes.", 3, True),
+        ("Yes.", 2, False),
+        ("是的", 3, True),
+        ("这部电影讲述了一个关于友谊和勇气的漫长故事。", 4, False),
+    ],
+)
+def test_a_very_short_answer_to_a_few_prompts_is_no_leak(text, count, is_stock):
+    rows = [(f"Film {n}?", text, f"No {n}.", "eval" if n == 0 else "train") for n in range(count)]
+    assert (found(pairs_of(*rows)) == []) == is_stock
 
 
 def test_excluded_rows_are_skipped_by_later_checks():

@@ -315,6 +315,22 @@ def test_other_fields_are_reported_and_empty_ones_are_not():
     assert convert({**PLAIN, "prompt": [turn]}, Spelling(), "pairs").unread == ["prompt.name", "prompt.weight"]
 
 
+def test_an_empty_list_of_tools_is_no_tools(tmp_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps({**PLAIN, "tools": "[]"}))
+    write_raw_pairs(
+        read_files([str(tmp_path / "a.jsonl")]), tmp_path / "raw.parquet", "a", DataSettings(source="a")
+    )
+    assert pq.read_table(tmp_path / "raw.parquet")["tools"].to_pylist() == [None]
+
+
+def test_parts_of_reasoning_are_kept():
+    parts = [{"type": "reasoning", "value": "Water flows down."}, {"type": "text", "value": GOOD}]
+    row = {"chosen_messages": [USER, {**ANSWER, "content": parts}], "rejected_messages": [USER, OTHER]}
+    assert one(row)["chosen_turns"] == [{**ANSWER, "reasoning_content": "Water flows down."}]
+    parts[0] = {"type": "thinking", "thinking": "Water flows down."}
+    assert one(row)["chosen_turns"] == [{**ANSWER, "reasoning_content": "Water flows down."}]
+
+
 def test_columns_and_roles_of_the_source_are_mapped():
     row = {"frage": [{"role": "kunde", "content": ASK}], "gut": GOOD, "schlecht": BAD}
     columns = {"prompt": "frage", "chosen": "gut", "rejected": "schlecht"}
