@@ -97,7 +97,7 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase | None) -> re.Pattern[str]
     """
     if tokenizer is None:
         return re.compile(r"(?!)")
-    tags = {tag for tag in (chat.THINK_OPEN, chat.THINK_CLOSE) if tag in (tokenizer.chat_template or "")}
+    tags = {tag for tag in (chat.THINK_OPEN, chat.THINK_CLOSE) if tag in str(tokenizer.chat_template)}
     names = chat.special_tokens(tokenizer) - tags
     return re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or r"(?!)")
 
@@ -116,8 +116,13 @@ def render(
     return rendered, [chat.changed_texts(pair, text) for pair, text in zip(pairs, rendered, strict=True) if text]
 
 
-def check_lengths(tokens: Sequence[int], max_length: int) -> list[tuple[str, str]]:
-    """Return the rules about `max_length` that a pair's numbers of tokens break, each with the reason."""
+def check_lengths(
+    tokens: Sequence[int], max_length: int, turns: Sequence[Mapping[str, Any]] | None = None
+) -> list[tuple[str, str]]:
+    """Return the rules about `max_length` that a pair's numbers of tokens break, each with the reason.
+
+    `turns` are those of the prompt, if they are more than one user turn.
+    """
     prompt, chosen, rejected = tokens
     longer = max(chosen, rejected)
     excess = prompt + longer - max_length
@@ -125,8 +130,9 @@ def check_lengths(tokens: Sequence[int], max_length: int) -> list[tuple[str, str
         field = COMPLETIONS[rejected > chosen]
         return [("completion_too_long", f"field '{field}' has {longer} tokens, max_length is {max_length}")]
     if excess > 0:
-        kept = "the oldest turns are dropped"
+        is_one = sum(turn["role"] == "user" for turn in turns or ()) < 2
+        lost = "the start of the prompt is cut" if is_one else "the oldest turns are dropped"
         return [
-            ("prompt_truncated", f"{excess} of {prompt} prompt tokens do not fit max_length {max_length}; {kept}")
+            ("prompt_truncated", f"{excess} of {prompt} prompt tokens do not fit max_length {max_length}; {lost}")
         ]
     return []

@@ -244,8 +244,8 @@ def _check_group(
             raise InputError(f"{where}: the tokenizer in {folder} cannot encode a pair: {error}") from error
         lengths = np.array([list(map(len, parts)) for parts in tokens], np.int32).reshape(-1, 3)
         longest = int(lengths[:, 1:].max(initial=0))
-        for row, sizes in zip(rows, lengths.tolist(), strict=True):
-            broken[row] += check_lengths(sizes, max_length)
+        for row, pair, sizes in zip(rows, pairs, lengths.tolist(), strict=True):
+            broken[row] += check_lengths(sizes, max_length, pair["turns"])
         fits = np.array([excluding.isdisjoint(rule for rule, _ in broken[row]) for row in rows], bool)
         rows, pairs, lengths = list(compress(rows, fits)), list(compress(pairs, fits)), lengths[fits]
     prints = fingerprint(pairs, rows)

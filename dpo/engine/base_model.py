@@ -82,7 +82,9 @@ def load_base(params: ModelSettings) -> tuple[PreTrainedModel, PreTrainedTokeniz
         if tokens > rows:
             fix = "resize the model's embeddings, or use the tokenizer that it was saved with"
             raise InputError(f"'{params.base}' has {rows} embeddings, its tokenizer {tokens} tokens; {fix}")
-        fix_template(tokenizer, params.template_kwargs, params.date)
+        fix_template(
+            tokenizer, params.template_kwargs, params.date, system_in_user_turn=params.system_in_user_turn
+        )
     except InputError as error:
         raise InputError(f"params.yaml: model.base: {error}") from error
     return model.eval(), tokenizer

@@ -240,19 +240,48 @@ def _render(
     options: dict[str, Any] = {"tokenize": False, "add_generation_prompt": add_generation_prompt}
     try:
         if any(chat.tools for chat in chats):
-            return [tokenizer.apply_chat_template(list(chat), tools=chat.tools, **options) for chat in chats]
+            return [
+                tokenizer.apply_chat_template(
+                    list(chat), tools=chat.tools, chat_template=template_of(tokenizer, chat.tools), **options
+                )
+                for chat in chats
+            ]
+        options["chat_template"] = template_of(tokenizer)
         return tokenizer.apply_chat_template([list(chat) for chat in chats], **options) if chats else []
     except (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         fix = "fix the model's chat_template.jinja, or the turns"
+        if any(turn["role"] == "system" for chat in chats for turn in chat):
+            fix += "; model.system_in_user_turn moves a system text into the first user turn"
         raise InputError(f"the tokenizer's chat template fails: {error}; {fix}") from error
 
 
+def template_of(tokenizer: PreTrainedTokenizerBase, tools: Sequence[Any] | None = None) -> str:
+    """Return the chat template of a conversation. Of several named templates, `tool_use` is used with tools.
+
+    Raises:
+        InputError: there are several templates, and none is `default`.
+    """
+    given = tokenizer.chat_template
+    if not isinstance(given, Mapping):
+        return str(given)
+    name = "tool_use" if tools and "tool_use" in given else "default"
+    if name not in given:
+        found = ", ".join(sorted(given))
+        raise InputError(f"the tokenizer has the chat templates {found}, and none is `default`; rename one")
+    return str(given[name])
+
+
 def fix_template(
-    tokenizer: PreTrainedTokenizerBase, variables: Mapping[str, bool | float | str], day: str | None
+    tokenizer: PreTrainedTokenizerBase,
+    variables: Mapping[str, bool | float | str],
+    day: str | None,
+    *,
+    system_in_user_turn: bool = False,
 ) -> None:
     """Make a tokenizer's chat template independent of the caller and of the clock, in place.
 
-    `variables` are set at the start of the template, and calls of `strftime_now` become the date `day`.
+    `variables` are set at the start of the template, and calls of `strftime_now` become the date `day`. With
+    `system_in_user_turn`, the template reads a system turn as the start of the user turn after it.
 
     Raises:
         InputError: the template writes a date and `day` is None, or the format of the date is not a literal.
@@ -261,10 +290,20 @@ def fix_template(
     if not given:
         return
     first = "".join(f"{{%- set {name} = {_literal(value)} -%}}\n" for name, value in variables.items())
+    if system_in_user_turn:
+        first += MERGE_SYSTEM
     if isinstance(given, dict):
         tokenizer.chat_template = {name: first + _fixed_date(text, day) for name, text in given.items()}
     else:
         tokenizer.chat_template = first + _fixed_date(given, day)
+
+
+MERGE_SYSTEM = (
+    "{%- if messages | length > 1 and messages[0]['role'] == 'system' and messages[1]['role'] == 'user' -%}\n"
+    "{%- set merged = messages[0]['content'] + '\\n\\n' + messages[1]['content'] -%}\n"
+    "{%- set messages = [{'role': 'user', 'content': merged}] + messages[2:] -%}\n"
+    "{%- endif -%}\n"
+)
 
 
 def _literal(value: bool | float | str) -> str:

@@ -30,6 +30,8 @@ class ModelSettings(Settings):
     adapter_base_revision: str | None = None
     """Commit, tag or branch of the adapter's base model, if that is a hub id without a revision in
     `adapter_config.json`."""
+    system_in_user_turn: bool = False
+    """Move a system text into the first user turn, for chat templates that refuse system turns."""
     date: Annotated[str, Field(pattern=r"^\d{4}-\d\d-\d\d$")] | None = None
     """The day that a chat template writes, if it writes today's date, as 2026-11-26."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import hashlib
 import json
@@ -108,9 +109,13 @@ def shortened(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, ids: Sequence[
     first = next((place for place, turn in enumerate(turns) if turn["role"] != "system"), 0)
     starts = [place for place, turn in enumerate(turns) if place > first and turn["role"] == "user"]
     if tokenizer.chat_template and starts:
-        newer = Conversation([*turns[:first], *turns[starts[0] :]], tools_of(prompt))
-        (rest,) = _prompt_ids(tokenizer, render_prompts(tokenizer, [newer]))
-        return shortened(tokenizer, newer, rest, longest)
+
+        def newer(start: int) -> tuple[Conversation, list[int]]:
+            rest = Conversation([*turns[:first], *turns[start:]], tools_of(prompt))
+            return rest, _prompt_ids(tokenizer, render_prompts(tokenizer, [rest]))[0]
+
+        fits = bisect.bisect_left(starts, True, key=lambda start: len(newer(start)[1]) <= longest)
+        return shortened(tokenizer, *newer(starts[min(fits, len(starts) - 1)]), longest)
     head: Sequence[int] = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     if tokenizer.chat_template:
         other = Conversation([*turns[:-1], {**turns[-1], "content": ""}], tools_of(prompt))

@@ -200,9 +200,12 @@ def test_length_rules_agree_with_truncation_and_errors_in_training(tokenizer, fi
     assert check_lengths([prompt, *completions], limit) == [
         (
             "prompt_truncated",
-            f"1 of {prompt} prompt tokens do not fit max_length {limit}; the oldest turns are dropped",
+            f"1 of {prompt} prompt tokens do not fit max_length {limit}; the start of the prompt is cut",
         )
     ]
+    turns = [{"role": role, "content": "a"} for role in ("system", "user", "assistant", "user")]
+    assert "the start of the prompt" in check_lengths([9, 1, 1], 9, turns[:2])[0][1]
+    assert "the oldest turns" in check_lengths([9, 1, 1], 9, turns)[0][1]
     assert [rule for rule, _ in check_lengths([prompt, *completions], longer + 1)] == ["prompt_truncated"]
     assert len(encode_pairs([row], tokenizer, longer + 1)[0].prompt) == 1
     ((rule, reason),) = check_lengths([prompt, *completions], longer)

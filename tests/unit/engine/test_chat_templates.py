@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from dpo.common.errors import InputError
+from dpo.data.checks import special_tokens
 from dpo.engine import base_model
 from dpo.engine.chat import changed_texts, end_tokens, fix_template, render_pairs, turn_end
 from dpo.engine.logprobs import LogProbModel, load_model, sequence_logps
@@ -132,6 +133,35 @@ def test_every_text_is_written_once_and_the_end_token_is_trained_once(name):
 def test_a_template_that_refuses_a_row_raises_an_input_error():
     with pytest.raises(InputError, match="System role not supported"):
         render_pairs(tokenizer_of("Gemma"), [{**PLAIN, "turns": [{"role": "system", "content": "x"}, USER]}])
+
+
+def test_a_system_text_is_moved_into_the_first_user_turn():
+    tokenizer = tokenizer_of("Gemma")
+    pair = {**PLAIN, "turns": [{"role": "system", "content": "Be brief."}, USER]}
+    with pytest.raises(InputError, match=r"model\.system_in_user_turn moves"):
+        render_pairs(tokenizer, [pair])
+    fix_template(tokenizer, {}, None, system_in_user_turn=True)
+    rendered, plain = render_pairs(tokenizer, [pair, PLAIN])
+    assert rendered.prompt == f"<|im_start|>user\nBe brief.\n\n{ASK}<|im_end|>\n<|im_start|>assistant\n"
+    assert changed_texts(pair, rendered) == []
+    assert plain == render_pairs(tokenizer_of("Gemma"), [PLAIN])[0]
+
+
+def test_of_several_templates_tool_use_renders_rows_with_tools(tmp_path):
+    tokenizer = tokenizer_of("ChatML, Phi")
+    tokenizer.chat_template = {"default": TEMPLATES["Qwen3"], "tool_use": TEMPLATES["tools"]}
+    tokenizer.save_pretrained(tmp_path)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    with_tools, without = render_pairs(tokenizer, [TOOL_PAIR, PLAIN])
+    assert with_tools == render_pairs(tokenizer_of("tools"), [TOOL_PAIR])[0]
+    assert without == render_pairs(tokenizer_of("Qwen3"), [PLAIN])[0]
+    assert end_tokens(tokenizer) == ("<|im_end|>",)
+    assert special_tokens(tokenizer).search("<think>") is None
+    fix_template(tokenizer, {"enable_thinking": False}, None)
+    assert render_pairs(tokenizer, [PLAIN])[0].prompt.endswith("<think>\n\n</think>\n\n")
+    tokenizer.chat_template = {"rag": TEMPLATES["tools"], "tool_use": TEMPLATES["tools"]}
+    with pytest.raises(InputError, match="has the chat templates rag, tool_use, and none is `default`"):
+        render_pairs(tokenizer, [PLAIN])
 
 
 def test_variables_become_part_of_the_template():

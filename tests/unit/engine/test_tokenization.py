@@ -226,6 +226,20 @@ def test_a_conversation_loses_its_oldest_turns_first_and_keeps_its_system_turn()
     assert list(short.prompt) == prompt_ids(tokenizer, [turns[0], turns[-1]])
 
 
+def test_a_long_conversation_is_shortened_with_few_renderings(monkeypatch):
+    tokenizer = chat_tokenizer()
+    turns = [{"role": ("user", "assistant")[n % 2], "content": f"Film {n}?"} for n in range(401)]
+    whole = prompt_ids(tokenizer, turns)
+    rendered = []
+    render = tokenization.render_prompts
+    monkeypatch.setattr(tokenization, "render_prompts", lambda *args: rendered.append(args) or render(*args))
+    for kept in (3, 101, 399):
+        newest = tokenization._prompt_ids(tokenizer, render(tokenizer, [turns[-kept:]]))[0]
+        assert tokenization.shortened(tokenizer, turns, whole, len(newest)) == newest
+        assert tokenization.shortened(tokenizer, turns, whole, len(newest) + 3) == newest
+    assert len(rendered) < 6 * 12
+
+
 @pytest.mark.parametrize("field", ["chosen", "rejected"])
 def test_a_completion_that_leaves_no_room_for_the_prompt_is_an_error(tokenizer, field):
     long = pair(**{field: " joy" * 30})
