@@ -31,6 +31,8 @@ TEMPLATES = {
 RENDERED = re.compile(
     "|".join(f"(?P<t{n}>^\\s*{start}|{end}\\s*$)" for n, (start, end) in enumerate(TEMPLATES.values()))
 )
+THOUGHT = re.compile(rf"\A\s*(?:{chat.THINK_OPEN})?(.*?){chat.THINK_CLOSE}", re.DOTALL)
+"""The thought at the start of a completion, whose tags are special tokens of some tokenizers."""
 ROLE_MARK = re.compile(r"\s*(assistant|answer|response|bot|ai|gpt)\s*:", re.IGNORECASE)
 """A role mark at the start of a completion."""
 PROMPT_MARK = re.compile(
@@ -67,7 +69,9 @@ def check_texts(pair: Mapping[str, Any], special: re.Pattern[str], ends: Sequenc
             broken.append(("control_characters", f"field '{field}', character {found.start()}: {code}"))
         if excerpt := _mojibake(text):
             broken.append(("mojibake", f"field '{field}' looks wrongly decoded: {excerpt!r}"))
-        if found := special.search(text if field == "prompt" else chat.without_end(text, ends)):
+        if field != "prompt":
+            text = THOUGHT.sub(r"\1", chat.without_end(text, ends), count=1)
+        if found := special.search(text):
             broken.append(("special_tokens", f"field '{field}', character {found.start()}: {found[0]}"))
     return broken
 

@@ -1,5 +1,7 @@
 """Checks of single rows, each with rows that break the rule and rows that do not."""
 
+import re
+
 import pytest
 
 from dpo.common.errors import InputError
@@ -136,6 +138,15 @@ def test_all_violations_of_a_row_are_reported_with_their_position():
     ]
     assert found[2][1] == "field 'prompt', character 2: U+0000"
     assert "'ab\\x00cafÃ©'" in found[3][1]
+
+
+def test_the_tags_of_a_thought_may_be_special_tokens():
+    pattern = re.compile("<think>|</think>")
+    for text in ("<think>\nHm.\n</think>\nA joy.", "Hm.\n</think>\nA joy."):
+        assert check_texts(pair(chosen=text), pattern, ()) == []
+    for text in ("A joy. <think>", "<think>Hm.</think>A</think> joy.", "<think><think>Hm.</think> A joy."):
+        assert [rule for rule, _ in check_texts(pair(chosen=text), pattern, ())] == ["special_tokens"]
+    assert [rule for rule, _ in check_texts(pair(prompt="<think>"), pattern, ())] == ["special_tokens"]
 
 
 def test_without_a_tokenizer_there_are_no_special_tokens():
