@@ -41,6 +41,12 @@ RATINGS = {
     "rejected_rating": ("score_rejected", "rejected_score", "rejected-rating"),
 }
 """Other names of the ratings."""
+PLAIN_FIELDS = frozenset(PAIR_TEXTS)
+MARKED = ("[", "{", "Human:")
+"""Starts of texts that may be conversations."""
+NO_OPTIONS: Mapping[str, None] = dict.fromkeys(
+    ("turns", "chosen_turns", "rejected_turns", "tools", "split", "source", "weight", "agreement", *RATINGS)
+)
 SPLITS = {"train": "train"} | dict.fromkeys(("eval", "test", "validation", "valid", "dev"), "eval")
 LEFT_OUT = "more than two completions; data.pairing: best_worst uses two"
 PARTS = ("content", "message", "parts", "text", "value")
@@ -130,6 +136,8 @@ def convert(row: Row, spelling: Spelling, usual_layout: str) -> Converted:
     Raises:
         RowError: the row cannot be converted, or has content that is not read.
     """
+    if not spelling.columns and (pair := _plain(row)):
+        return Converted([pair], "pairs", [], [])
     fields = spelling.fields(row)
     name = _layout(fields) or layout_of(row, spelling) or usual_layout
     reading = Reading(fields, {**ROLES, **spelling.roles} if spelling.roles else ROLES)
@@ -146,6 +154,27 @@ def convert(row: Row, spelling: Spelling, usual_layout: str) -> Converted:
         else:
             pair["id"] = hashlib.sha256("\x1f".join(pair[text] for text in PAIR_TEXTS).encode()).hexdigest()[:16]
     return Converted(pairs, name, sorted({*fields.unread(), *reading.unread}), sorted(reading.notes))
+
+
+def _plain(row: Row) -> Pair | None:
+    """Return the pair of a row of three plain texts, as most rows are, or None for any other row.
+
+    The result is that of the general conversion, which takes longer.
+    """
+    if row.keys() != PLAIN_FIELDS:
+        return None
+    texts: list[Any] = [row[field] for field in PAIR_TEXTS]
+    if not all(isinstance(text, str) and text and not text.lstrip().startswith(MARKED) for text in texts):
+        return None
+    prompt, chosen, rejected = texts
+    asked, joined = prompt.strip(), "\x1f".join(texts)
+    if asked and chosen.lstrip().startswith(asked) and rejected.lstrip().startswith(asked):
+        return None
+    try:
+        label = hashlib.sha256(joined.encode()).hexdigest()[:16]
+    except UnicodeEncodeError:
+        return None
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected, **NO_OPTIONS, "id": label}
 
 
 def normalize(text: str) -> str:

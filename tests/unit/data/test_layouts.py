@@ -400,6 +400,23 @@ def test_splits_of_a_folder_are_selected(tmp_path, split):
         list(read_files([str(tmp_path)], ["dev"]))
 
 
+pieces = st.sampled_from(["a", "b", " ", "\n", "[", "{", "é", "Human:", "\n\nAssistant:", "\ud83d"])
+any_text = st.lists(pieces, max_size=5).map("".join)
+
+
+@settings(max_examples=300, deadline=None)
+@given(any_text, any_text, any_text)
+def test_plain_texts_are_converted_as_in_general(prompt, chosen, rejected):
+    row = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+    results = []
+    for given_row in (row, {**row, "note": None}):
+        try:
+            results.append(convert(given_row, Spelling(), "pairs"))
+        except RowError as error:
+            results.append((error.rule, error.reason))
+    assert results[0] == results[1]
+
+
 words = st.text(st.characters(codec="ascii", categories=["Ll"]), min_size=4, max_size=9)
 prompts = st.lists(words, min_size=1, max_size=4, unique=True)
 
