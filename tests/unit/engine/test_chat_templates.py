@@ -243,7 +243,7 @@ def test_a_turn_that_ends_with_another_token_than_the_tokenizer_has(tmp_path):
     folder = make_model("llama", tmp_path / "model", vocab_size=len(tokenizer), max_position_embeddings=512)
     model = load_model(folder)
     model.model.generation_config.eos_token_id = [7, 9]
-    ends = end_ids(model, tokenizer)
+    ends = end_ids(model.model.generation_config, tokenizer)
     assert ends == [0, 1, 7, 9]
     responses = sample(model, tokenizer, ["film"] * 60, max_new_tokens=60, temperature=2.0, seed=3)
     stopped = [ids for ids in responses if len(ids) < 60]
