@@ -33,7 +33,6 @@ from dpo.common.files import write_json
 from dpo.engine.logprobs import load_model, sequence_logps
 from dpo.engine.tokenization import TokenRow
 from dpo.planner import shape_of, trained_parameters
-from tasks.common.allocator import SCORING, TRAINING
 
 MODEL = Path("models/base")
 RESULTS, PAGE = Path("benchmarks/results/engine.json"), Path("docs/internals/benchmarks.md")
@@ -70,6 +69,8 @@ def sides_of(
 
 def compare(case: Case, model: Path, steps: int, repeats: int) -> dict[str, Any]:
     """Measure one case: our side, the peer, and the peer with the stages' allocator settings, repeatedly."""
+    from tasks.common.allocator import SCORING, TRAINING  # benchmarks.gpu runs where only `dpo` is
+
     rows = case_rows(case, AutoTokenizer.from_pretrained(model), steps)
     stage = TRAINING if case.train else SCORING
     ours, peer, args = sides_of(case, model, rows)

@@ -5,10 +5,15 @@ measurement. Both sides use bf16 autocast over fp32 weights, fused AdamW, cached
 pairs and the same micro-batches. TRL uses Liger's kernels, pairs sorted by length and no gradient checkpointing:
 its fastest settings in this version, which has no padding-free mode. Our side uses `engine.precision: bf16` and
 `engine.compile: true`. Runs alternate, each in its own process; the first step is a warm-up and is not timed.
+
+It imports only `dpo` and `benchmarks`. Results are written after each case; an interrupted run continues with the
+cases that have no result of this GPU and these package versions.
 """
 
 import argparse
+import dataclasses
 import importlib.metadata
+import importlib.util
 import json
 import platform
 import sys
@@ -27,6 +32,7 @@ from benchmarks.engine import comparison_rows, say, sides_of, state_bytes
 from benchmarks.flops import flop_ratio, flops
 from benchmarks.measure import Run, alone, summary
 from benchmarks.page import put_table
+from dpo.common.errors import InputError
 from dpo.common.files import write_json
 from dpo.engine.settings import GPU_HEAD_CHUNK
 from dpo.engine.tokenization import TokenRow
@@ -47,6 +53,13 @@ LONG, EVEN, SHORT = (1464, 292), (1024, 512), (40, 47)
 """Mean tokens of a prompt and of each completion. `LONG` and `EVEN` have 2,048 tokens per pair, in the proportions
 of the CPU benchmark's long pairs and half and half; `SHORT` has 134."""
 
+PACKAGES = (
+    "accelerate", "datasets", "huggingface_hub", "jinja2", "liger_kernel", "numpy", "pandas", "peft", "psutil",
+    "pyarrow", "pydantic", "safetensors", "tokenizers", "torch", "tqdm", "transformers", "triton", "trl",
+)  # fmt: skip
+"""Packages that both sides import."""
+VERSIONS = ("torch", "transformers", "accelerate", "trl", "liger-kernel", "triton")
+
 SHAPES = {"gpu_long": LONG, "gpu_even": EVEN, "gpu_short": SHORT, "gpu_reference": LONG}
 COMMON: dict[str, Any] = {"gpu": True, "by_length": True, "dtype": "bf16"}
 CASES = [
@@ -55,6 +68,16 @@ CASES = [
     Case("gpu_short", None, None, pairs_per_step=256, micro_batch=64, **COMMON),
     Case("gpu_even", None, None, long=True, pairs_per_step=32, micro_batch=4, **COMMON),
 ]
+
+
+def check_machine() -> None:
+    """Raise InputError if packages or the GPU are missing, with one line that names all of them."""
+    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        names = " ".join(name.replace("_", "-") for name in missing)
+        raise InputError(f"benchmarks.gpu: packages are missing; install them with `pip install {names}`")
+    if not torch.cuda.is_available():
+        raise InputError("benchmarks.gpu: no CUDA GPU; run it on a machine with one, or use --table")
 
 
 def random_rows(case: Case, steps: int) -> list[TokenRow]:
@@ -121,7 +144,6 @@ def record(case: Case, rows: Sequence[TokenRow], ours: Sequence[Run], peer: Sequ
         summary(runs, tokens / len(timed), work, matmul) | {"values": runs[0].values}
         for runs, tokens in ((ours, packed), (peer, padded))
     )
-    packages = ("torch", "transformers", "accelerate", "trl", "liger-kernel", "triton")
     return {
         "case": case.name,
         "dtype": case.dtype,
@@ -138,7 +160,16 @@ def record(case: Case, rows: Sequence[TokenRow], ours: Sequence[Run], peer: Sequ
         "pairs_per_step": case.pairs_per_step,
         "ours": us,
         "peer": them,
-        "versions": {p: importlib.metadata.version(p) for p in packages} | {"python": platform.python_version()},
+        **environment(),
+        "setting": dataclasses.asdict(case) | {"steps": len(timed) // case.pairs_per_step, "repeats": len(ours)},
+    }
+
+
+def environment() -> dict[str, Any]:
+    """Return the versions of the packages and the name of the GPU."""
+    versions = {name: importlib.metadata.version(name) for name in VERSIONS}
+    return {
+        "versions": versions | {"python": platform.python_version()},
         "machine": {"gpu": alone(torch.cuda.get_device_name)},
     }
 
@@ -158,24 +189,35 @@ def table(results: Sequence[dict[str, Any]]) -> str:
     """Return results as Markdown: the machine, the planner's memory, one line per case."""
     packages = ", ".join(f"{name} {version}" for name, version in results[0]["versions"].items())
     peak = max(entry["matmul_gflops"] for entry in results) / 1e3
+    measured = {entry["case"] for entry in results}
     planned = ", ".join(f"{entry['case']} {entry['planned_gib']:.1f} GiB" for entry in results)
     lines = [
         f"{results[0]['machine']['gpu']}, {peak:.0f} TFLOP/s in a bf16 matrix product; {packages}.",
         f"Planned peak memory of our side: {planned}.",
         "",
         *comparison_rows(results, digits=1),
+        *(f"| {case.name} | **not run** |{' |' * 6}" for case in CASES if case.name not in measured),
     ]
     return "\n".join(lines)
 
 
-def measure_all(cases: Sequence[Case], steps: int, repeats: int) -> None:
-    """Measure the cases and write the results after each."""
+def measure_all(cases: Sequence[Case], steps: int, repeats: int, again: bool) -> None:
+    """Measure the cases without a result of this environment, all with `again`. Write the results after each."""
+    results = {entry["case"]: entry for entry in json.loads(RESULTS.read_text())} if RESULTS.exists() else {}
+    here = environment()
+
+    def is_done(case: Case) -> bool:
+        setting = dataclasses.asdict(case) | {"steps": steps, "repeats": repeats}
+        return results.get(case.name, {}).items() >= (here | {"setting": setting}).items()
+
+    waiting = [case for case in cases if again or not is_done(case)]
+    say(f"{len(cases) - len(waiting)} of {len(cases)} cases have a result")
     with tempfile.TemporaryDirectory() as folder:
-        alone(save_model, Path(folder))
-        results = []
-        for case in cases:
-            results.append(compare(case, Path(folder), steps, repeats))
-            write_json(RESULTS, results)
+        if waiting:
+            alone(save_model, Path(folder))
+        for case in waiting:
+            results[case.name] = compare(case, Path(folder), steps, repeats)
+            write_json(RESULTS, [results[case.name] for case in CASES if case.name in results])
 
 
 def main() -> int:
@@ -184,6 +226,7 @@ def main() -> int:
         prog="python -m benchmarks.gpu", description="Compare the engine with TRL on a GPU."
     )
     parser.add_argument("--cases", nargs="+", choices=[case.name for case in CASES], help="default: all")
+    parser.add_argument("--again", action="store_true", help="measure also cases that have a result")
     parser.add_argument("--steps", type=int, default=4, help="timed steps")
     parser.add_argument("--repeats", type=int, default=2, help="runs per side")
     parser.add_argument(
@@ -192,7 +235,12 @@ def main() -> int:
     options = parser.parse_args()
     if not options.table:
         selected = [case for case in CASES if case.name in (options.cases or [case.name])]
-        measure_all(selected, options.steps, options.repeats)
+        try:
+            check_machine()
+        except InputError as error:
+            sys.stderr.write(f"error: {error}\n")
+            return 2
+        measure_all(selected, options.steps, options.repeats, options.again)
     results = update_flop_ratios(json.loads(RESULTS.read_text()))
     write_json(RESULTS, results)
     put_table(PAGE, "gpu", table(results))

@@ -2,7 +2,8 @@
 
 import json
 import os
-from dataclasses import replace
+import sys
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from benchmarks.measure import Run
 from benchmarks.page import markers, put_table
 from dpo.engine.tokenization import TokenRow
 from tasks.common.allocator import TRAINING
+from tests.unit.test_architecture import ROOT, imported_files
 
 CASE = Case("tiny", speed=1.5, memory=0.6, micro_batch=4)
 
@@ -147,9 +149,55 @@ def test_gpu_table_shows_the_measurements(monkeypatch):
     states = 16 * 1_235_814_400
     assert entry["memory_floor"] == pytest.approx(states / 2**30 / 40)
     assert states < entry["planned_gib"] * 2**30 < 2 * states
-    line = gpu.table([entry]).splitlines()[-1]
+    lines = gpu.table([entry]).splitlines()
+    line = next(line for line in lines if line.startswith("| gpu_long"))
+    assert [line for line in lines if "**not run**" in line] == [
+        f"| {case.name} | **not run** | | | | | | |" for case in gpu.CASES[1:]
+    ]
     assert line.startswith("| gpu_long | 2.50 (at least 1.5) |")
     assert line.endswith("| 25.0 / 10.0 | 20.0 / 40.0 |")
+
+
+def test_gpu_benchmark_imports_only_what_it_checks_beforehand():
+    files, names = imported_files(ROOT / "benchmarks/gpu.py", on_first_use=False)
+    trainers_files, _ = imported_files(ROOT / "benchmarks/trainers.py", on_first_use=False)
+    assert {file.parts[0] for file in files | trainers_files} == {"benchmarks", "dpo"}
+    packages = {name.split(".")[0] for name in names} - set(sys.stdlib_module_names) - {"benchmarks", "dpo"}
+    assert packages <= set(gpu.PACKAGES)
+
+
+def test_gpu_benchmark_names_all_missing_packages_at_once(monkeypatch, capsys):
+    absent = {"trl", "liger_kernel"}
+    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: None if name in absent else name)
+    monkeypatch.setattr(sys, "argv", ["gpu"])
+    assert gpu.main() == 2
+    assert "install them with `pip install liger-kernel trl`" in capsys.readouterr().err
+
+
+def test_gpu_benchmark_continues_with_the_cases_that_have_no_result(monkeypatch, tmp_path):
+    measured, here = [], {"versions": {"torch": "1"}, "machine": {"gpu": "a GPU"}}
+
+    def compare(case, model, steps, repeats):
+        measured.append(case.name)
+        if len(measured) == 3:
+            raise KeyboardInterrupt
+        setting = asdict(case) | {"steps": steps, "repeats": repeats}
+        return {"case": case.name, "setting": setting, **here}
+
+    monkeypatch.setattr(gpu, "RESULTS", tmp_path / "gpu.json")
+    monkeypatch.setattr(gpu, "environment", lambda: here)
+    monkeypatch.setattr(gpu, "alone", lambda *args: None)
+    monkeypatch.setattr(gpu, "compare", compare)
+    names = [case.name for case in gpu.CASES]
+    with pytest.raises(KeyboardInterrupt):
+        gpu.measure_all(gpu.CASES, 3, 1, again=False)
+    gpu.measure_all(gpu.CASES, 3, 1, again=False)
+    assert measured == [*names[:3], *names[2:]]
+    gpu.measure_all(gpu.CASES, 3, 1, again=False)
+    assert len(measured) == 5
+    gpu.measure_all(gpu.CASES[:1], 3, 2, again=False)
+    assert measured[5:] == names[:1]
+    assert [entry["case"] for entry in json.loads(gpu.RESULTS.read_text())] == names
 
 
 def test_validation_benchmark_writes_faulty_pairs_and_a_table(tmp_path):
