@@ -19,7 +19,7 @@ from dpo.common.errors import InputError
 from dpo.common.settings import Seed, Settings
 from dpo.data.settings import DataSettings, ValidateSettings
 from dpo.engine.settings import EngineSettings, ModelSettings
-from dpo.evaluation.settings import CompareSettings, EvaluateSettings
+from dpo.evaluation.settings import CompareSettings, EvaluateSettings, PromoteSettings
 from dpo.training.losses import LOSSES, Loss
 from dpo.training.settings import DpoSettings, SftSettings, SweepSettings, Trial
 
@@ -71,6 +71,7 @@ class Params(Settings):
     sweep: SweepSettings
     evaluate: EvaluateSettings
     compare: CompareSettings
+    promote: PromoteSettings = field(default_factory=PromoteSettings)
     run: RunSettings = field(default_factory=RunSettings)
 
     def trials(self) -> list[Trial]:

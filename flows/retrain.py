@@ -85,6 +85,7 @@ def _retrain(landing: str, branch: str | None, parallel: int, push: bool) -> Sta
     if not arrived and pending is None:
         return Completed(name="NothingNew", message=f"{landing} has no new file")
     check_project()
+    check_gate()
     refused = {path.name: reason for path in arrived if (reason := check_file(path))}
     new = [*earlier, *(path.name for path in arrived if path.name not in refused)]
     if refused:
@@ -119,6 +120,12 @@ def check_project() -> None:
         fix = "commit them first, so that the results belong to a commit"
         raise InputError(f"git: uncommitted changes in {', '.join(changed)}; {fix}")
     git("var", "GIT_COMMITTER_IDENT")
+
+
+@task(name="check gate", cache_policy=NO_CACHE)
+def check_gate() -> None:
+    """Stop if MLflow's registry was changed by hand; report if the held-out prompts are too few to promote."""
+    run_module("tasks.commands.cli", "promote", "--check")
 
 
 @task(name="commit results", cache_policy=NO_CACHE)

@@ -1,11 +1,14 @@
 """Stage `compare`: compare all policies, select one and write the report."""
 
 import json
+from typing import Any
 
 import pandas as pd
 
 from dpo.common.files import atomic_write, write_json
 from dpo.config import Params, load_params
+from dpo.evaluation.bootstrap import bootstrap, mean
+from dpo.evaluation.gate import kept_for_gate
 from dpo.evaluation.pair_metrics import reliability, slices
 from dpo.evaluation.selection import compare_policies, failure_modes, select, tested_metric
 from dpo.evaluation.yardsticks import yardsticks
@@ -38,11 +41,14 @@ def compare(params: Params) -> Results:
     policies = {trial.name: json.loads(paths.evaluation(trial).read_text()) for trial in trials}
     pairs = {trial.name: pd.read_parquet(paths.policy_margins(trial)) for trial in trials}
     samples = {trial.name: pd.read_parquet(paths.policy_samples(trial)) for trial in trials}
-    column, tables = ("win", samples) if tested_metric(params.compare) == "win_rate" else ("correct", pairs)
+    choice, rows = policies, pairs
+    if not params.evaluate.judges:
+        choice, rows = on_half(policies, pairs, params.seed)
+    column, tables = ("win", samples) if tested_metric(params.compare) == "win_rate" else ("correct", rows)
     outcomes = {name: table[column].tolist() for name, table in tables.items()}
     comparisons = compare_policies(outcomes, tables[trials[0].name]["prompt"].tolist(), params.seed)
     responses = samples[trials[0].name]  # the reference's responses are the same for all policies
-    selection = select(policies, comparisons, params.compare)
+    selection = select(choice, comparisons, params.compare)
     return Results(
         trials=trials,
         names=names,
@@ -57,6 +63,25 @@ def compare(params: Params) -> Results:
         calibration=concatenate({name: reliability(table) for name, table in pairs.items()}, names),
         slices=concatenate({name: slices(table, params.seed) for name, table in pairs.items()}, names),
     )
+
+
+def on_half(
+    policies: dict[str, dict[str, Any]], pairs: dict[str, pd.DataFrame], seed: int
+) -> tuple[dict[str, dict[str, Any]], dict[str, pd.DataFrame]]:
+    """Return metrics and pairs for the choice without a judge: on the prompts that are not kept for the gate."""
+    kept = kept_for_gate(next(iter(pairs.values()))["prompt"].tolist())
+    if kept.all():
+        return policies, pairs
+    half = {name: table[~kept] for name, table in pairs.items()}
+    figures = {
+        name: bootstrap(
+            {"reward_accuracy": mean(table["correct"]), "margin": mean(table["margin"])},
+            table["prompt"].tolist(),
+            seed,
+        )
+        for name, table in half.items()
+    }
+    return {name: metrics | figures[name] for name, metrics in policies.items()}, half
 
 
 def write_metrics(results: Results) -> None:

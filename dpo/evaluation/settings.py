@@ -179,3 +179,15 @@ class CompareSettings(Settings):
     max_kl: Rate = 10.0
     """Maximum KL divergence from the reference, in nats per response."""
     guardrails: GuardrailSettings = field(default_factory=GuardrailSettings)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromoteSettings(Settings):
+    """The gate of `dpo promote`."""
+
+    samples: Positive | None = None
+    """Number of responses of the policy and of its opponent that the gate compares; null is `evaluate.samples`."""
+    error_rate: Annotated[float, Field(gt=0, lt=0.5)] = 0.025
+    """Maximum probability of promoting a policy that equals the champion, over `nights` comparisons."""
+    nights: Positive = 30
+    """Comparisons with one champion that share `error_rate`. Earlier ones may use more of it."""

@@ -95,11 +95,19 @@ def merge(
 
 
 @app.command()
-def promote() -> None:
+def promote(
+    check: Annotated[bool, Option("--check", help="Only check registry and number of held-out prompts.")] = False,
+    champion: Annotated[str | None, Option(help="Repair the registry: set this version, or none.")] = None,
+) -> None:
     """Make the selected policy the champion if it is better."""
     from tasks.commands import promote as command
 
-    command.promote()
+    if champion is not None:
+        command.set_champion(champion)
+    elif check:
+        command.check()
+    else:
+        command.promote()
 
 
 @app.command()

@@ -44,5 +44,5 @@ def of_version(uri: str) -> dict[str, Any]:
     try:
         metadata = mlflow.models.get_model_info(uri).metadata or {}
         return json.loads(metadata["provenance"])
-    except (mlflow.MlflowException, KeyError) as error:
+    except (mlflow.MlflowException, OSError, KeyError) as error:
         raise InputError(f"{uri}: MLflow has no such model with a provenance: {error}") from error

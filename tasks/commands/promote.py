@@ -1,15 +1,15 @@
 """The promotion gate: make the selected policy the champion if it is significantly better than the current one.
 
-The first champion has to beat the reference. Later champions have to beat the current champion: with a judge on
-responses to the same held-out prompts with the same seed, without a judge on the held-out pairs. "Beat" means that
-the 95% interval is above one half and that the sign-flip test rejects equality. The interval alone is not enough:
-if every response wins, its width is zero for any number of prompts, while five wins of five have p = 0.06. The
-bootstrap and the test resample prompts, not responses.
+The first champion has to beat the reference, later ones the current champion. Both respond anew to held-out
+prompts, with another seed than the responses by which `compare` chose the policy. Without a judge, the gate uses
+the half of the held-out pairs that `compare` left out. Comparisons with one champion are counted and share an
+error rate, see `dpo.evaluation.gate`.
 """
 
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 import mlflow
 import pandas as pd
 import torch
+from mlflow.entities.model_registry import ModelVersion
 from transformers import PreTrainedTokenizerBase
 
 from dpo.common.distributed import this_process
@@ -28,6 +29,7 @@ from dpo.engine.logprobs import LogProbModel, load_model, sequence_logps
 from dpo.engine.pretrained import load_tokenizer
 from dpo.engine.tokenization import encode_pairs
 from dpo.evaluation.bootstrap import bootstrap, mean, paired_test
+from dpo.evaluation.gate import gate_prompts, kept_for_gate, prompts_needed, significance_level
 from dpo.evaluation.judges import load_judges
 from dpo.evaluation.pair_metrics import pair_table
 from dpo.evaluation.sampling import response_limit, response_table
@@ -35,17 +37,20 @@ from dpo.training.settings import Trial
 from tasks.commands.lineage import of_version
 from tasks.common import paths
 from tasks.common.git import head_commit, uncommitted
-from tasks.tracking import offline, registry, runs
+from tasks.tracking import champions, offline, registry, runs
 from tasks.tracking.models import log_models
 from tasks.tracking.provenance import weights
 
-LEVEL = 0.05
-"""Significance level of the sign-flip test."""
+WORSE_LEVEL = 0.05
+"""Two-sided significance level for the word "worse"; it decides nothing."""
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """Mean win against another policy, from 0 to 1, its 95% interval, and p of the sign-flip test against 0.5."""
+    """Mean win against another policy, from 0 to 1, its 95% interval, and the one-sided p of the sign-flip test.
+
+    `comparison` counts the comparisons with this opponent; `level` is the significance level that it may use.
+    """
 
     figure: str
     against: str
@@ -53,6 +58,8 @@ class Evidence:
     low: float
     high: float
     p: float
+    comparison: int
+    level: float
 
 
 @dataclass(frozen=True)
@@ -65,28 +72,40 @@ class Verdict:
     evidence: Evidence | None = None
 
 
-def decide(challenger: str, violated: Sequence[str], evidence: Evidence) -> Verdict:
+@dataclass(frozen=True)
+class Contest:
+    """The held-out rows on which two policies are compared, and what the verdict says about them."""
+
+    rows: pd.DataFrame
+    seed: int
+    note: str
+
+
+Opponent = tuple[LogProbModel, PreTrainedTokenizerBase]
+
+
+def decide(challenger: str, violated: Sequence[str], evidence: Evidence, note: str = "") -> Verdict:
     """Promote a policy if it violates no guardrail (the KL budget is one) and is significantly better."""
     found = f"{evidence.figure} against {evidence.against}: {evidence.value:.3f} "
-    found += f"[{evidence.low:.3f}, {evidence.high:.3f}], p = {evidence.p:.4f}"
-    significant = evidence.p < LEVEL
-    better = significant and evidence.low > 0.5
+    found += f"[{evidence.low:.3f}, {evidence.high:.3f}], p = {evidence.p:.2g}; "
+    found += f"comparison {evidence.comparison} with {evidence.against} needs p of at most {evidence.level:.2g}"
+    better = evidence.value > 0.5 and evidence.p <= evidence.level
     if violated:
         reason = f"{challenger} is not promoted: it violates a guardrail ({', '.join(violated)}): {found}."
     elif better:
         reason = f"{challenger} is better: {found}."
     else:
-        how = "worse" if significant and evidence.high < 0.5 else "not significantly better"
-        rule = f"Promotion requires an interval above 0.5 and p below {LEVEL}."
-        reason = f"{challenger} is {how}: {found}. {rule}"
-    return Verdict(better and not violated, reason, challenger, evidence)
+        how = "worse" if 1 - evidence.p < WORSE_LEVEL / 2 else "not significantly better"
+        reason = f"{challenger} is {how}: {found}."
+    return Verdict(better and not violated, f"{reason} {note}".strip(), challenger, evidence)
 
 
 def promote() -> None:
     """Compare the selected policy with the champion, decide, move the alias `champion`, and write the verdict.
 
     Raises:
-        InputError: a result is missing, out of date or not committed, or MLflow is unreachable.
+        InputError: a result is missing, out of date or not committed, MLflow is unreachable, or its registry was
+            changed by hand.
     """
     params, compared = load_params(), read_comparison()
     if changed := uncommitted(*registry.VERSIONED):
@@ -99,19 +118,60 @@ def promote() -> None:
         report(Verdict(False, compared["reason"]))
         return
     trial = selected_trial(params, compared)
-    facts = of_version(f"models:/{registry.REGISTERED}/{champion.version}") if champion else {}
-    if champion and facts["weights"] == weights(paths.policy_folder(trial)):
+    folder = paths.policy_folder(trial)
+    if champion and of_version(f"models:/{registry.REGISTERED}/{champion.version}")["weights"] == weights(folder):
         report(Verdict(False, f"{trial.name} is the champion already, version {champion.version}.", trial.name))
         return
-    evidence = against_champion(params, trial, champion.version) if champion else against_reference(params, trial)
-    verdict = decide(trial.name, compared["policies"][trial.name]["failure_modes"], evidence)
-    run_id, model_id = logged_model(params, paths.policy_folder(trial))
+    run_id, model_id = logged_model(params, folder)
+    comparison = champions.comparison_number(run_id, str(champion.version) if champion else "reference")
+    level = significance_level(comparison, params.promote)
+    contest = contest_rows(params, trial, champion, comparison)
+    if reason := too_few(contest.rows["prompt"], level):
+        report(Verdict(False, f"{trial.name} is not promoted: {reason} {contest.note}".strip(), trial.name))
+        return
+    figure, wins = compete(params, trial, champion, contest)
+    against = f"the champion, version {champion.version}" if champion else "the reference"
+    evidence = weigh(figure, against, contest.rows["prompt"].tolist(), wins, params.seed, comparison, level)
+    verdict = decide(trial.name, compared["policies"][trial.name]["failure_modes"], evidence, contest.note)
     if verdict.promoted:
+        champions.log_prompts(run_id)
         tags = {registry.COMMIT: head_commit(), "data_md5": md5(paths.TRAIN), "trial": trial.name}
-        registry.promote(model_id, tags)
-    mlflow.MlflowClient().set_tag(run_id, "dpo.gate", "promoted" if verdict.promoted else "kept")
+        registry.promote(model_id, tags | champions.conditions(params) | {champions.RUN: run_id})
+    mlflow.MlflowClient().set_tag(run_id, registry.DECISION, "promoted" if verdict.promoted else "kept")
     mlflow.MlflowClient().set_tag(run_id, "dpo.gate_reason", verdict.reason)
     report(verdict)
+
+
+def check() -> None:
+    """Print whether the gate can promote a policy. Raise InputError if the registry was changed by hand."""
+    params = load_params()
+    offline.connect()
+    champion = registry.champion()
+    print(f"champion: {f'version {champion.version}' if champion else 'none'}")
+    if paths.EVAL.is_file():
+        held_out = pd.read_parquet(paths.EVAL, columns=["prompt"])["prompt"]
+        if champion:
+            held_out = held_out[~held_out.map(champions.prompt_hash).isin(champions.trained_prompts(champion))]
+        if reason := too_few(held_out, significance_level(1, params.promote)):
+            print(f"warning: no policy can be promoted: {reason}")
+
+
+def set_champion(number: str) -> None:
+    """Set the champion to a version that was promoted, or to `none`, after the registry was changed by hand."""
+    offline.connect()
+    registry.set_champion(number)
+    print(f"Champion: {f'version {number}' if number != 'none' else 'none'}.")
+
+
+def too_few(prompts: pd.Series, level: float) -> str | None:
+    """Return why N prompts are too few to promote any policy, or None."""
+    count, needed = prompts.nunique(), prompts_needed(level)
+    if count >= needed:
+        return None
+    return (
+        f"{count} distinct held-out prompts are too few: even if every one is won, p is {0.5**count:.2g}, above "
+        f"the level {level:.2g}; at least {needed} are needed. Add held-out pairs or raise data.eval_fraction."
+    )
 
 
 def read_comparison() -> dict[str, Any]:
@@ -131,76 +191,124 @@ def selected_trial(params: Params, compared: dict[str, Any]) -> Trial:
     return trial
 
 
-def against_reference(params: Params, trial: Trial) -> Evidence:
-    """Compare the selected policy with the reference, from the results of the stage `evaluate`."""
-    if params.evaluate.judges:
-        figure, table, wins = "win rate", pd.read_parquet(paths.policy_samples(trial)), "win"
-    else:
-        figure, table, wins = "reward accuracy", pd.read_parquet(paths.policy_margins(trial)), "correct"
-    return weigh(figure, "the reference", table["prompt"].tolist(), table[wins].tolist(), params.seed)
+def contest_rows(params: Params, trial: Trial, champion: ModelVersion | None, comparison: int) -> Contest:
+    """Return the held-out rows of a comparison. Prompts that the champion was trained on are left out.
+
+    Raises:
+        InputError: the champion is not comparable.
+    """
+    held_out, notes = pd.read_parquet(paths.EVAL), []
+    if champion:
+        notes += champions.changes(params, champion)
+        trained = held_out["prompt"].map(champions.prompt_hash).isin(champions.trained_prompts(champion))
+        if trained.any():
+            notes.append(
+                f"{trained.sum()} held-out pairs are left out: the champion was trained on their prompts."
+            )
+        held_out = held_out[~trained]
+    if not params.evaluate.judges:
+        return Contest(held_out[kept_for_gate(held_out["prompt"].tolist())], params.seed, " ".join(notes))
+    if held_out.empty:
+        return Contest(held_out, params.seed, " ".join(notes))
+    seed = (params.seed + comparison) % 2**32
+    used = set(pd.read_parquet(paths.policy_samples(trial), columns=["prompt"])["prompt"])
+    rows, fresh = gate_prompts(held_out, used, params.promote.samples or params.evaluate.samples, seed)
+    kind = "prompts that the choice did not use" if fresh else "the prompts of the choice, with another seed"
+    notes.insert(0, f"{len(rows)} new responses of each, to {kind} ({rows['prompt'].nunique()} distinct).")
+    return Contest(rows, seed, " ".join(notes))
 
 
-def weigh(figure: str, against: str, prompts: Sequence[str], wins: Sequence[float], seed: int) -> Evidence:
+def compete(
+    params: Params, trial: Trial, champion: ModelVersion | None, contest: Contest
+) -> tuple[str, list[float]]:
+    """Return the name of the figure and the policy's win on each row of the contest."""
+    judged = bool(params.evaluate.judges)
+    if champion is None and not judged:
+        return "reward accuracy", margins(trial, contest)["correct"].tolist()
+    with opponent(params, champion) as other:
+        if judged:
+            return "win rate", judged_wins(params, trial, contest, other)
+        return "win rate in ranking held-out pairs", ranked_wins(params, trial, contest, other)
+
+
+def margins(trial: Trial, contest: Contest) -> pd.DataFrame:
+    """Return the policy's results on the held-out pairs of a contest, which the stage `evaluate` stored."""
+    table = pd.read_parquet(paths.policy_margins(trial))
+    return table.set_index("id").loc[contest.rows["id"]].reset_index()
+
+
+def weigh(
+    figure: str,
+    against: str,
+    prompts: Sequence[str],
+    wins: Sequence[float],
+    seed: int,
+    comparison: int,
+    level: float,
+) -> Evidence:
     """Return mean, interval and test of N wins from 0 to 1 (NaN if unknown), clustered by their N prompts."""
     known = pd.DataFrame({"prompt": prompts, "win": wins}).dropna(subset="win")
     clusters = known["prompt"].tolist()
     found: Any = bootstrap({"wins": mean(known["win"].tolist())}, clusters, seed)
     low, high = found["wins_ci"]
-    p = paired_test((known["win"] - 0.5).tolist(), clusters, seed)
-    return Evidence(figure, against, found["wins"], low, high, p)
-
-
-def against_champion(params: Params, trial: Trial, version: str) -> Evidence:
-    """Compare the selected policy with the champion, whose weights are downloaded from MLflow."""
-    with tempfile.TemporaryDirectory() as folder:
-        uri = f"models:/{registry.REGISTERED}/{version}"
-        champion = Path(mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=folder))
-        tokenizer = load_tokenizer(champion / "components/tokenizer")
-        model = load_model(champion / "model", params.engine.precision, params.engine.compile, frozen=True)
-        model = model.to(this_process().device)
-        judged = bool(params.evaluate.judges)
-        prompts, wins = (judged_wins if judged else ranked_wins)(params, trial, model, tokenizer)
-    figure = "win rate" if judged else "win rate in ranking held-out pairs"
-    return weigh(figure, f"the champion, version {version}", prompts, wins, params.seed)
-
-
-def judged_wins(
-    params: Params, trial: Trial, champion: LogProbModel, tokenizer: PreTrainedTokenizerBase
-) -> tuple[list[str], list[float]]:
-    """Return the prompt of every response and the win of the policy's response over the champion's.
-
-    The policy's responses are those of the stage `evaluate`. The champion responds to the same prompts with the
-    same seed and settings.
-    """
-    own, held_out = pd.read_parquet(paths.policy_samples(trial)), pd.read_parquet(paths.EVAL)
-    limit = response_limit(params.evaluate.max_new_tokens, held_out, tokenizer, params.engine.max_length)
-    prompts = [prompt_of(row, tokenizer) for row in pd.read_parquet(paths.REFERENCE_SAMPLES).to_dict("records")]
-    responses = response_table(champion, tokenizer, prompts, **params.sampling(limit))["response"].tolist()
-    verdicts = load_judges(params.evaluate.judges)[0].compare(
-        prompts, responses, own["response"].tolist(), own.get("score")
+    p = paired_test((known["win"] - 0.5).tolist(), clusters, seed) / 2
+    return Evidence(
+        figure, against, found["wins"], low, high, p if found["wins"] > 0.5 else 1 - p, comparison, level
     )
-    return own["prompt"].tolist(), (1 - verdicts["win"]).tolist()
 
 
-def ranked_wins(
-    params: Params, trial: Trial, champion: LogProbModel, tokenizer: PreTrainedTokenizerBase
-) -> tuple[list[str], list[float]]:
-    """Return the prompt of every held-out pair and the policy's win over the champion.
+@contextmanager
+def opponent(params: Params, champion: ModelVersion | None) -> Iterator[Opponent]:
+    """Yield model and tokenizer of the champion, downloaded from MLflow, or of the reference."""
+    device = this_process().device
+    if champion is None:
+        model = load_model(paths.REFERENCE, **params.engine.loading, frozen=True)
+        yield model.to(device), load_tokenizer(paths.REFERENCE)
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = champions.download(champion, temporary)
+        precision, compiled = params.engine.precision, params.engine.compile
+        model = load_model(folder / "model", precision, compiled, frozen=True)
+        yield model.to(device), load_tokenizer(folder / "components/tokenizer")
 
-    The win is 1 if only the policy ranks the pair correctly, 0 if only the champion does, else 0.5. Both rewards
+
+def judged_wins(params: Params, trial: Trial, contest: Contest, other: Opponent) -> list[float]:
+    """Return the win of the policy's response over the opponent's for each row.
+
+    Each model has the tokenizer and the chat template that it was trained with.
+    """
+    tokenizer = load_tokenizer(paths.REFERENCE)
+    policy = load_model(paths.policy_folder(trial), **params.engine.loading, frozen=True)
+    limit = response_limit(
+        params.evaluate.max_new_tokens, pd.read_parquet(paths.EVAL), tokenizer, params.engine.max_length
+    )
+    settings = params.sampling(limit) | {"seed": contest.seed}
+    rows = contest.rows.to_dict("records")
+    responses = []
+    for model, its_tokenizer in ((policy.to(this_process().device), tokenizer), other):
+        prompts = [prompt_of(row, its_tokenizer) for row in rows]
+        responses.append(response_table(model, its_tokenizer, prompts, **settings)["response"].tolist())
+    prompts = [prompt_of(row, tokenizer) for row in rows]
+    return load_judges(params.evaluate.judges)[0].compare(prompts, *responses)["win"].tolist()
+
+
+def ranked_wins(params: Params, trial: Trial, contest: Contest, other: Opponent) -> list[float]:
+    """Return the policy's win over the opponent for each held-out pair.
+
+    The win is 1 if only the policy ranks the pair correctly, 0 if only the opponent does, else 0.5. Both rewards
     are relative to the current reference, whose log-probs the stage `evaluate` stored.
     """
-    engine = params.engine
-    held_out, own = pd.read_parquet(paths.EVAL), pd.read_parquet(paths.policy_margins(trial))
-    rows = encode_pairs(held_out.to_dict("records"), tokenizer, engine.max_length)
+    model, tokenizer = other
+    own = margins(trial, contest)
+    rows = encode_pairs(contest.rows.to_dict("records"), tokenizer, params.engine.max_length)
     theirs = pair_table(
-        held_out,
-        sequence_logps(champion, rows, engine.max_tokens_per_microbatch, "champion log-probs"),
+        contest.rows,
+        sequence_logps(model, rows, params.engine.max_tokens_per_microbatch, "opponent's log-probs"),
         torch.tensor(own[["chosen_reference_logp", "rejected_reference_logp"]].to_numpy()),
         torch.tensor([row.lengths for row in rows]),
         trial,
     )
-    return own["prompt"].tolist(), ((1 + own["correct"] - theirs["correct"]) / 2).tolist()
+    return ((1 + own["correct"] - theirs["correct"].to_numpy()) / 2).tolist()
 
 
 def logged_model(params: Params, folder: Path) -> tuple[str, str]:

@@ -25,7 +25,7 @@ from tasks.common.git import head_commit, inputs_changed
 from tasks.common.paths import MLFLOW_STORE
 
 EXPERIMENT = "dpo-pipeline"
-SWEEP, CHECKPOINT, ROLE = "dpo.sweep", "dpo.checkpoint", "dpo.role"
+SWEEP, CHECKPOINT, ROLE, TRIAL = "dpo.sweep", "dpo.checkpoint", "dpo.role", "dpo.trial"
 OFFLINE_STORE = f"{MLFLOW_STORE}.offline"
 OFFLINE_RUN = "dpo.offline_run"
 """Tag of a run on the server: its id in the offline store, which the provenance of its checkpoint names."""
@@ -194,5 +194,6 @@ def _server_run(server: MlflowClient, run: Run) -> str | None:
     if tags.get(ROLE) == "sweep":
         queries.append(f"tags.`{SWEEP}` = '{tags[SWEEP]}' and tags.`{ROLE}` = 'sweep'")
     elif CHECKPOINT in tags and not any(key.startswith("train/") for key in run.data.metrics):
-        queries.append(f"tags.`{CHECKPOINT}` = '{tags[CHECKPOINT]}'")  # evaluated offline, trained on the server
+        same = (f"tags.`{name}` = '{tags[name]}'" for name in (CHECKPOINT, ROLE, TRIAL) if name in tags)
+        queries.append(" and ".join(same))  # evaluated offline, trained on the server
     return next((str(found[0].info.run_id) for query in queries if (found := search(server, query))), None)

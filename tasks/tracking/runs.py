@@ -26,16 +26,25 @@ from dpo.common.files import md5, sha256
 from dpo.config import Params
 from dpo.training.settings import Trial
 from tasks.common.flatten import flatten
-from tasks.common.paths import COMPARISON, EVAL, RAW_PAIRS, REFERENCE_TRAIN, REPORT, TRAIN, policy_folder
+from tasks.common.paths import (
+    COMPARISON,
+    EVAL,
+    RAW_PAIRS,
+    REFERENCE,
+    REFERENCE_TRAIN,
+    REPORT,
+    TRAIN,
+    policy_folder,
+)
 from tasks.tracking import offline
-from tasks.tracking.offline import CHECKPOINT, ROLE, SWEEP, new_run, or_offline, search
+from tasks.tracking.offline import CHECKPOINT, ROLE, SWEEP, TRIAL, new_run, or_offline, search
 from tasks.tracking.provenance import weights
 from tasks.tracking.run_logger import RunLogger, WarningsHandler, metric_points
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-TRIAL, RESUMED = "dpo.trial", "dpo.resumed_at_step"
+RESUMED = "dpo.resumed_at_step"
 INPUTS = "dpo.inputs"
 """Tag of runs that do not belong to a sweep: a hash of settings and data."""
 SCHEMA_ROWS = 100
@@ -115,8 +124,10 @@ def tag_checkpoint(run_id: str, folder: Path) -> None:
 
 @or_offline
 def run_of(folder: Path) -> Run | None:
-    """Return the latest run that made this checkpoint."""
-    return next(iter(search(MlflowClient(), f"tags.`{CHECKPOINT}` = '{weights(folder)}'")), None)
+    """Return the latest run of the reference, or of a trial, that made this checkpoint."""
+    made = f"tags.`{CHECKPOINT}` = '{weights(folder)}'"
+    own = "'reference'" if folder == REFERENCE else f"'policy' and tags.`{TRIAL}` = '{folder.name}'"
+    return next(iter(search(MlflowClient(), f"{made} and tags.`{ROLE}` = {own}")), None)
 
 
 def log_evaluation(params: Params, trial: Trial, metrics: dict[str, Any], samples: pd.DataFrame) -> None:

@@ -40,9 +40,9 @@ import sys, time
 from pathlib import Path
 
 def newest(prompts, answers):
-    '''The policy that is scored later wins; at the gate the champion loses unless a file exists.'''
+    '''The model that is scored later wins. At the gate, it is the champion, which loses unless a file exists.'''
     loses = sys.argv[-1] == "promote" and not Path("reports/champion-wins").exists()
-    return [0.0 if loses else time.time()] * len(answers)
+    return [-time.time() if loses else time.time()] * len(answers)
 """
 LENIENT = {
     "max_displacement": 1e3,
@@ -50,7 +50,7 @@ LENIENT = {
     "max_length_ratio": 1e3,
     "min_distinct_ratio": 0.0,
 }
-LENIENT |= {"max_repetition_rise": 1.0, "max_empty": 1.0, "max_unfinished_rise": 1.0}
+LENIENT |= {"max_repetition_rise": 1.0, "max_empty": 1.0, "max_unfinished_rise": 1.0, "max_loss_rise": 1e3}
 
 
 def pairs(first: int, count: int = 4) -> pd.DataFrame:

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 
 import numpy as np
 import pytest
@@ -205,7 +206,29 @@ def test_p_value_of_no_difference_is_1():
 
 
 def test_p_value_of_many_clusters_is_never_0():
-    assert paired_test([1.0] * 100, range(100), 0) == 1 / 10_000
+    assert 0 < paired_test([1.0] * 100, range(100), 0) < 1e-12
+    assert paired_test([math.pi] * 100, range(100), 0) == 1 / 10_000
+
+
+@pytest.mark.parametrize(("wins", "losses"), [(14, 0), (40, 24), (300, 212), (256, 256)])
+def test_p_value_of_wins_is_that_of_the_exact_sign_test(wins, losses):
+    differences = [0.5] * wins + [-0.5] * losses + [0.0] * 10
+    expected = stats.binomtest(wins, wins + losses).pvalue
+    assert paired_test(differences, range(len(differences)), 0) == pytest.approx(expected, rel=1e-9, abs=1e-13)
+
+
+def test_p_value_of_sums_of_several_responses_equals_the_convolution_of_all_flips():
+    sums = np.random.default_rng(11).integers(-6, 9, size=30) / 4
+    chances = {0: 1.0}
+    for value in (4 * sums).astype(int):
+        flipped = {}
+        for total_so_far, chance in chances.items():
+            for sign in (-1, 1):
+                key = total_so_far + sign * value
+                flipped[key] = flipped.get(key, 0) + chance / 2
+        chances = flipped
+    expected = sum(chance for value, chance in chances.items() if abs(value) >= abs(4 * sums.sum()))
+    assert paired_test(sums.tolist(), range(30), 0) == pytest.approx(expected, rel=1e-9)
 
 
 @pytest.mark.parametrize("clusters", [10, 40])

@@ -1,87 +1,95 @@
 """The promotion gate and the registry of champions."""
 
 import dataclasses
+import shutil
 from pathlib import Path
 
 import mlflow
+import numpy as np
 import pandas as pd
 import pytest
-from scipy.stats import binom
 
 from dpo.common.errors import InputError
 from dpo.config import load_params
-from tasks.commands.promote import Evidence, against_reference, decide, read_comparison, weigh
-from tasks.common.paths import policy_margins, policy_samples
-from tasks.tracking import registry
+from dpo.evaluation.gate import kept_for_gate, significance_level
+from dpo.evaluation.settings import PromoteSettings
+from tasks.commands.promote import Evidence, compete, contest_rows, decide, read_comparison, too_few, weigh
+from tasks.common import paths
+from tasks.common.paths import EVAL, policy_margins, policy_samples
+from tasks.tracking import champions, offline, registry, runs
+from tasks.tracking.provenance import weights
 
 TRIAL = "sigmoid-0.1-0.01-17"
 
 
-def evidence(value: float, low: float, high: float, p: float = 0.001) -> Evidence:
-    return Evidence("win rate", "the champion, version 3", value, low, high, p)
+def evidence(value: float, p: float, level: float = 0.006) -> Evidence:
+    return Evidence("win rate", "the champion, version 3", value, value - 0.07, value + 0.07, p, 2, level)
 
 
 def test_a_significantly_better_policy_is_promoted():
-    verdict = decide(TRIAL, [], evidence(0.61, 0.54, 0.68))
+    verdict = decide(TRIAL, [], evidence(0.61, 0.0059))
     assert verdict.promoted
-    assert f"{TRIAL} is better: win rate against the champion, version 3: 0.610 [0.540, 0.680]" in verdict.reason
+    assert verdict.reason == (
+        f"{TRIAL} is better: win rate against the champion, version 3: 0.610 [0.540, 0.680], p = 0.0059; "
+        "comparison 2 with the champion, version 3 needs p of at most 0.006."
+    )
 
 
 @pytest.mark.parametrize(
-    ("figures", "words"),
-    [
-        ((0.55, 0.48, 0.62), "not significantly better"),
-        ((0.5, 0.5, 0.5), "not significantly"),
-        ((0.4, 0.33, 0.47), "worse"),
-    ],
+    ("value", "p", "words"),
+    [(0.55, 0.0061, "not significantly better"), (0.5, 0.5, "not significantly"), (0.4, 0.99, "worse")],
     ids=["tie", "equal", "worse"],
 )
-def test_an_equal_or_worse_policy_is_not_promoted(figures, words):
-    verdict = decide(TRIAL, [], evidence(*figures))
+def test_an_equal_or_worse_policy_is_not_promoted(value, p, words):
+    verdict = decide(TRIAL, [], evidence(value, p))
     assert not verdict.promoted
     assert words in verdict.reason
 
 
-def test_an_interval_that_starts_at_one_half_does_not_promote():
-    assert not decide(TRIAL, [], evidence(0.6, 0.5, 0.7)).promoted
-    assert decide(TRIAL, [], evidence(0.6, 0.5000001, 0.7)).promoted
-
-
 def test_a_policy_that_violates_a_guardrail_is_not_promoted_despite_its_win_rate():
-    verdict = decide(TRIAL, ["lost diversity", "repetition"], evidence(0.97, 0.94, 0.99))
+    verdict = decide(TRIAL, ["lost diversity", "repetition"], evidence(0.97, 1e-9), "96 new responses.")
     assert not verdict.promoted
     assert "violates a guardrail (lost diversity, repetition)" in verdict.reason
     assert "0.970" in verdict.reason
+    assert verdict.reason.endswith(" 96 new responses.")
 
 
 @pytest.mark.parametrize(
     ("wins", "answers_each", "promoted"),
-    [(5, 1, False), (6, 1, True), (8, 1, True), (3, 20, False)],
-    ids=["5 of 5", "6 of 6", "8 of 8", "60 of 60 to 3 prompts"],
+    [(7, 1, False), (8, 1, True), (3, 20, False)],
+    ids=["7 of 7", "8 of 8", "60 of 60 to 3 prompts"],
 )
 def test_an_interval_without_width_promotes_only_if_the_sign_flip_test_rejects(wins, answers_each, promoted):
     prompts = [f"prompt {number}" for number in range(wins)] * answers_each
-    found = weigh("win rate", "the reference", prompts, [1.0] * len(prompts), 17)
+    level = significance_level(1, PromoteSettings())
+    found = weigh("win rate", "the reference", prompts, [1.0] * len(prompts), 17, 1, level)
     assert (found.value, found.low, found.high) == (1.0, 1.0, 1.0)
-    assert found.p == pytest.approx(2 * binom(wins, 0.5).pmf(wins)), "p of the exact sign test"
+    assert found.p == pytest.approx(0.5**wins), "p of the exact one-sided sign test"
     assert decide(TRIAL, [], found).promoted is promoted
+    assert (too_few(pd.Series(prompts), level) is None) is promoted
 
 
-@pytest.mark.parametrize(("judge", "figure"), [(None, "reward accuracy"), ("scorer", "win rate")])
-def test_the_first_champion_is_compared_with_the_reference(judge, figure, tiny_params, tmp_path, monkeypatch):
+def test_a_loss_has_a_one_sided_p_near_1():
+    found = weigh("win rate", "the reference", [*"abcdefghij"], [0.0] * 10, 17, 1, 0.01)
+    assert found.p == pytest.approx(1 - 0.5**10)
+    assert "worse" in decide(TRIAL, [], found).reason
+
+
+def test_without_a_judge_the_gate_uses_the_pairs_that_the_choice_left_out(tiny_params, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    params = tiny_params(judge)
+    params = tiny_params(None)
     trial = params.trials()[0]
-    prompts = [str(number) for number in range(20)]
-    for path, column, wins in (
-        (policy_samples(trial), "win", [1.0] * 18 + [0.0] * 2),
-        (policy_margins(trial), "correct", [1.0] * 11 + [0.0] * 9),
-    ):
+    prompts = [str(number) for number in range(40)]
+    kept = kept_for_gate(prompts)
+    for path in (EVAL, policy_margins(trial)):
         path.parent.mkdir()
-        pd.DataFrame({"prompt": prompts, column: wins}).to_parquet(path)
-    found = against_reference(params, trial)
-    assert (found.figure, found.against) == (figure, "the reference")
-    assert decide(TRIAL, [], found).promoted is (judge is not None)
+    table = pd.DataFrame({"id": range(40), "prompt": prompts, "correct": kept.astype(float)})
+    table.drop(columns="correct").to_parquet(EVAL)
+    table.to_parquet(policy_margins(trial))
+    contest = contest_rows(params, trial, None, 1)
+    assert contest.rows["id"].tolist() == list(np.flatnonzero(kept))
+    figure, wins = compete(params, trial, None, contest)
+    assert (figure, wins) == ("reward accuracy", [1.0] * kept.sum())
 
 
 @pytest.fixture
@@ -102,12 +110,21 @@ def test_the_error_for_a_missing_comparison_names_file_and_fix(tmp_path, monkeyp
         read_comparison()
 
 
+@pytest.fixture(scope="module")
+def empty_store(tmp_path_factory) -> Path:
+    """Return a new database of MLflow. To create it takes seconds, to copy it does not."""
+    path = tmp_path_factory.mktemp("store") / "mlflow.db"
+    mlflow.MlflowClient(f"sqlite:///{path}").search_experiments(max_results=1)
+    return path
+
+
 @pytest.fixture
-def models(tmp_path, monkeypatch) -> list[str]:
+def models(tmp_path, monkeypatch, empty_store) -> list[str]:
     """Return the ids of three logged models in a new database."""
     monkeypatch.chdir(tmp_path)
+    shutil.copy(empty_store, "mlflow.db")
     mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/mlflow.db")
-    mlflow.set_experiment("test")
+    mlflow.set_experiment(offline.EXPERIMENT)
     made = [mlflow.initialize_logged_model(name="policy") for _ in range(3)]
     for model in made:
         mlflow.finalize_logged_model(model.model_id, "READY")
@@ -152,3 +169,185 @@ def test_the_version_of_an_interrupted_promotion_is_reused(models):
     left = mlflow.register_model(f"models:/{models[0]}", registry.REGISTERED)
     assert registry.promote(models[0], {"git_commit": "a" * 40}).version == left.version
     assert len(mlflow.MlflowClient().search_model_versions(f"name = '{registry.REGISTERED}'")) == 1
+
+
+def promoted_versions(models, count=2):
+    for number in range(count):
+        registry.promote(models[number], {"git_commit": "abc"[number] * 40, "trial": TRIAL})
+    return mlflow.MlflowClient()
+
+
+def assert_refused(words):
+    for check in (registry.champion, registry.predecessor):
+        with pytest.raises(InputError, match=words):
+            check()
+
+
+def test_a_removed_alias_is_refused_and_can_be_restored(models):
+    client = promoted_versions(models)
+    client.delete_registered_model_alias(registry.REGISTERED, "champion")
+    assert_refused("has no champion, but version 2 was promoted.*`dpo promote --champion 2`")
+    registry.set_champion("2")
+    assert registry.champion().version in (2, "2")
+
+
+def test_a_moved_alias_is_refused_and_can_be_accepted(models):
+    client = promoted_versions(models)
+    client.set_registered_model_alias(registry.REGISTERED, "champion", "1")
+    assert_refused("has version 1 as champion, but version 2 was promoted.*`dpo promote --champion 2`")
+    registry.set_champion("1")
+    assert aliases() == {"champion": "1"}
+    assert str(registry.champion().version) == "1"
+
+
+def test_a_deleted_version_is_refused_with_an_earlier_champion(models):
+    client = promoted_versions(models)
+    client.delete_model_version(registry.REGISTERED, "2")
+    assert_refused("version 2 was promoted.*was deleted.*`dpo promote --champion 1`, an earlier champion")
+    with pytest.raises(InputError, match="version 2 of dpo-policy does not exist"):
+        registry.set_champion("2")
+    registry.set_champion("1")
+    assert str(registry.champion().version) == "1"
+
+
+def test_a_deleted_predecessor_is_refused(models):
+    client = promoted_versions(models, 3)
+    client.delete_model_version(registry.REGISTERED, "2")
+    assert str(registry.champion().version) == "3"
+    with pytest.raises(InputError, match="version 2 of dpo-policy does not exist"):
+        registry.predecessor()
+
+
+def test_a_champion_without_tags_is_refused(models):
+    client = promoted_versions(models)
+    client.delete_model_version_tag(registry.REGISTERED, "2", "git_commit")
+    assert_refused("version 2 of dpo-policy has no tag git_commit")
+    registry.set_champion("none")
+    assert registry.champion() is None
+    third = registry.promote(models[2], {"git_commit": "c" * 40})
+    assert (str(third.version), third.tags["predecessor"]) == ("3", "none")
+
+
+def test_a_deleted_registry_is_refused_and_can_start_over(models):
+    client = promoted_versions(models)
+    run = client.create_run(client.get_experiment_by_name(offline.EXPERIMENT).experiment_id)
+    client.set_tag(run.info.run_id, registry.DECISION, "promoted")
+    client.delete_registered_model(registry.REGISTERED)
+    with pytest.raises(InputError, match=r"dpo-policy was deleted after a promotion.*--champion none"):
+        registry.champion()
+    registry.set_champion("none")
+    assert registry.champion() is None
+
+
+def test_an_interrupted_move_of_the_alias_is_no_change_by_hand(models, monkeypatch):
+    client = promoted_versions(models)
+    _, earlier = registry.predecessor()
+    move = mlflow.MlflowClient.set_registered_model_tag
+    tags = []
+
+    def interrupt(self, name, key, value):
+        tags.append(value)
+        if len(tags) == 2:
+            raise KeyboardInterrupt
+        move(self, name, key, value)
+
+    monkeypatch.setattr(mlflow.MlflowClient, "set_registered_model_tag", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        registry.roll_back(earlier)
+    assert tags == ["2 1", "1"]
+    assert str(registry.champion().version) == "1"
+    monkeypatch.undo()
+    registry.roll_back(earlier)
+    assert client.get_registered_model(registry.REGISTERED).tags[registry.POINTER] == "1"
+
+
+def test_missing_artifacts_of_a_champion_are_refused_with_the_fix(models, tmp_path):
+    promoted_versions(models, 1)
+    with pytest.raises(
+        InputError, match=r"artifacts of models:/dpo-policy/1, the champion, are missing.*--champion"
+    ):
+        champions.download(registry.champion(), str(tmp_path / "to"))
+    with pytest.raises(InputError, match="training prompts of version 1 of dpo-policy are missing"):
+        champions.trained_prompts(registry.champion())
+
+
+def test_comparisons_are_counted_per_champion_and_a_repeated_gate_counts_once(models):
+    client = mlflow.MlflowClient()
+    experiment = client.get_experiment_by_name(offline.EXPERIMENT).experiment_id
+    made = [client.create_run(experiment).info.run_id for _ in range(3)]
+    assert [champions.comparison_number(run, "reference") for run in made] == [1, 2, 3]
+    assert [champions.comparison_number(run, "reference") for run in made[::-1]] == [3, 2, 1]
+    assert [champions.comparison_number(run, "4") for run in made[:2]] == [1, 2]
+
+
+@pytest.fixture
+def project(tiny_params, models):
+    """Return the parameters in a folder with a base model, a reference and data."""
+    for folder, name in ((paths.BASE, "model.safetensors"), (paths.REFERENCE, "tokenizer.json")):
+        folder.mkdir(parents=True)
+        (folder / name).write_text("first")
+    paths.EVAL.parent.mkdir()
+    held_out = pd.DataFrame({"id": range(6), "prompt": ["Same?", "b", "c", "d", "e", "f"]})
+    held_out.to_parquet(paths.EVAL)
+    pd.DataFrame({"prompt": ["same?", "x", "x"]}).to_parquet(paths.TRAIN)
+    return tiny_params("scorer")
+
+
+def crowned(params, models):
+    """Promote a model under the current conditions, as the gate does."""
+    client = mlflow.MlflowClient()
+    run = client.create_run(client.get_experiment_by_name(offline.EXPERIMENT).experiment_id).info.run_id
+    champions.log_prompts(run)
+    tags = {"git_commit": "a" * 40, champions.RUN: run}
+    return registry.promote(models[0], tags | champions.conditions(params))
+
+
+def test_prompts_that_the_champion_was_trained_on_are_left_out_whatever_their_case(project, models):
+    champion = crowned(project, models)
+    policy_samples(project.trials()[0]).parent.mkdir()
+    pd.DataFrame({"prompt": ["b"]}).to_parquet(policy_samples(project.trials()[0]))
+    contest = contest_rows(project, project.trials()[0], champion, 1)
+    assert set(contest.rows["prompt"]) == {"c", "d", "e", "f"}
+    assert "1 held-out pairs are left out: the champion was trained on their prompts." in contest.note
+    assert len(contest.rows) == project.evaluate.samples
+    assert contest.seed == project.seed + 1
+
+
+def test_changes_since_the_promotion_are_named_and_comparable_with_a_judge(project, models):
+    champion = crowned(project, models)
+    assert champions.changes(project, champion) == []
+    (paths.BASE / "model.safetensors").write_text("second")
+    data = dataclasses.replace(project.data, eval_fraction=0.3)
+    judges = (dataclasses.replace(project.evaluate.judges[0], function="other:judge"),)
+    evaluate = dataclasses.replace(project.evaluate, judges=judges)
+    (sentence,) = champions.changes(dataclasses.replace(project, data=data, evaluate=evaluate), champion)
+    assert sentence.startswith(
+        "Changed since version 1: base model, judge, data.eval_fraction; the comparison is valid"
+    )
+
+
+@pytest.mark.parametrize("part", ["base", "tokenizer"])
+def test_without_a_judge_another_base_or_tokenizer_is_not_comparable(part, project, models, tiny_params):
+    params = tiny_params(None)
+    champion = crowned(params, models)
+    path = {"base": paths.BASE / "model.safetensors", "tokenizer": paths.REFERENCE / "tokenizer.json"}[part]
+    path.write_text("second")
+    with pytest.raises(InputError, match=rf"version 1 of dpo-policy is not comparable: {part}.*--champion none"):
+        champions.changes(params, champion)
+
+
+def test_runs_with_equal_weights_are_told_apart_by_role_and_trial(project, models):
+    client = mlflow.MlflowClient()
+    experiment = client.get_experiment_by_name(offline.EXPERIMENT).experiment_id
+    same = weights(paths.BASE)
+    made = {}
+    for role, trial in (("policy", "a"), ("policy", "b"), ("reference", None)):
+        tags = {offline.CHECKPOINT: same, offline.ROLE: role} | ({offline.TRIAL: trial} if trial else {})
+        made[trial] = client.create_run(experiment, tags=tags).info.run_id
+    for name in ("a", "b"):
+        folder = Path("models") / name
+        folder.mkdir()
+        (folder / "model.safetensors").write_text("first")
+        assert runs.run_of(folder).info.run_id == made[name]
+    (paths.REFERENCE / "model.safetensors").write_text("first")
+    assert runs.run_of(paths.REFERENCE).info.run_id == made[None]
