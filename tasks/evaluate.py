@@ -56,6 +56,7 @@ def main() -> None:
         "sampler": params.evaluate.sampler.kind,
         **preference_metrics(pairs, params.seed, completions=params.imitated),
         **response_metrics(samples, params.seed),
+        **{str(name): value for name, value in reference.attrs.items()},
     }
     for path, table in ((paths.policy_margins(trial), pairs), (paths.policy_samples(trial), samples)):
         with atomic_write(path) as tmp:

@@ -11,6 +11,7 @@ from dpo.engine.logprobs import load_model
 from dpo.engine.pretrained import load_tokenizer
 from dpo.engine.tokenization import prompt_ids
 from dpo.evaluation.judges import load_judges
+from dpo.evaluation.judges.accuracy import judge_accuracy
 from dpo.evaluation.kl import divergence
 from dpo.evaluation.sampling import response_limit, response_table
 from dpo.evaluation.server_sampling import check_sampled, served_responses
@@ -19,7 +20,10 @@ from tasks.common.runner import run_launched
 
 
 def main() -> None:
-    """Draw prompts, sample a response to each, and add the column `score/NAME` of each judge that scores."""
+    """Draw prompts, sample a response to each, and add the column `score/NAME` of each judge that scores.
+
+    The table's `attrs` have the accuracy of the judges on held-out pairs.
+    """
     params = load_params()
     judges = load_judges(params.evaluate.judges)
     tokenizer = load_tokenizer(REFERENCE)
@@ -35,6 +39,7 @@ def main() -> None:
         scores = judge.score(prompts, table["response"].tolist())
         if scores is not None:
             table[f"score/{judge.name}"] = scores
+    table.attrs |= judge_accuracy(judges, pairs, tokenizer, count, params.seed)
     with atomic_write(REFERENCE_SAMPLES) as tmp:
         table.to_parquet(tmp, index=False)
 

@@ -34,7 +34,8 @@ def response_metrics(table: pd.DataFrame, seed: int) -> dict[str, float | list[f
     - With a judge: `win_rate`, mean of `win`; `tie_rate`, share of 0.5; `length_controlled_win_rate`, see
       `length_controlled`; `judged_gain`, the mean difference of the scores, or without scores the win rate minus
       0.5; with scores `reward` and `reference_reward`, their means. `failed_verdicts` counts the responses whose
-      `win` is NaN, which are left out. Each further judge adds `win_rate/NAME` and `failed_verdicts/NAME`.
+      `win` is NaN, which are left out. Each further judge adds `win_rate/NAME`, `failed_verdicts/NAME` and
+      `same_verdict/NAME`, the share of responses on which it and the first judge prefer the same side.
 
     - `samples`, the number of responses. A ratio with denominator 0 is left out.
 
@@ -76,6 +77,10 @@ def response_metrics(table: pd.DataFrame, seed: int) -> dict[str, float | list[f
         judge = str(column).removeprefix("win")
         counts[f"failed_verdicts{judge}"] = int(wins.isna().sum())
         statistics[f"win_rate{judge}"] = ratio(wins.fillna(0), wins.notna())
+        if judge:
+            judged = wins.notna() & table["win"].notna()
+            same = np.sign(wins - 0.5) == np.sign(table["win"] - 0.5)
+            statistics[f"same_verdict{judge}"] = ratio(judged & same, judged)
     if "win" in table:
         statistics |= _judge_statistics(table, tokens - reference_tokens)
     return counts | bootstrap(statistics, table["prompt"].tolist(), seed)

@@ -21,6 +21,9 @@ def show() -> None:
     first = next(iter(policies.values()))
     if "human_ceiling" in first:
         print(f"\nhuman ceiling for reward accuracy on these {first['pairs']} pairs: {first['human_ceiling']:.3f}")
+    if "judge_accuracy" in first:
+        accuracy = _with_interval(first, "judge_accuracy")
+        print(f"accuracy of the judge on {first['judge_pairs']} held-out pairs: {accuracy}")
     print("\n" + textwrap.fill(comparison["reason"], 115))
     print("\nmake mlflow     experiments and sweeps, http://127.0.0.1:5000/#/experiments/1/runs")
     print("make prefect    flows and schedules, http://127.0.0.1:4200")

@@ -19,6 +19,7 @@ METRICS = {
     "reward_accuracy": "reward accuracy on held-out pairs",
     "margin": "margin on held-out pairs",
     "win_rate": "win rate against the reference",
+    "judge_accuracy": "accuracy of the judge on held-out pairs",
     "length_controlled_win_rate": "length-controlled win rate",
     "kl": "KL to the reference, nats per response",
     "perplexity_ratio": "perplexity of held-out completions, relative to the reference",

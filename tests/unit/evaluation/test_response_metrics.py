@@ -137,12 +137,13 @@ def test_failed_verdicts_are_counted_and_left_out():
     assert metrics["length_controlled_win_rate"] == pytest.approx(judged["length_controlled_win_rate"], abs=0.02)
 
 
-def test_further_judges_add_only_their_win_rate_and_their_failed_verdicts():
+def test_further_judges_add_only_their_win_rate_their_failed_verdicts_and_their_agreement():
     table = samples([[1, 2, END]] * 4, [[1, END]] * 4, win=[1, 1, 0, 0])
     alone = response_metrics(table, 0)
     metrics = response_metrics(table.assign(**{"win/rm": [1, 0.5, np.nan, 1], "score/rm": 3.0}), 0)
     added = metrics.keys() - alone.keys()
-    assert added == {"win_rate/rm", "win_rate/rm_ci", "failed_verdicts/rm"}
+    expected = {"win_rate/rm", "win_rate/rm_ci", "failed_verdicts/rm", "same_verdict/rm", "same_verdict/rm_ci"}
+    assert added == expected
     assert metrics["win_rate/rm"] == pytest.approx(2.5 / 3)
     assert metrics["failed_verdicts/rm"] == 1
     assert {name: metrics[name] for name in alone} == alone
