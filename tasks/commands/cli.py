@@ -34,6 +34,18 @@ def validate(
 
 
 @app.command()
+def init(
+    data: Annotated[str, Argument(metavar="DATA", help="File or folder of pairs in data/own.")],
+    model: Annotated[str | None, Option(help="Folder in models/own (default: the default model).")] = None,
+    force: Annotated[bool, Option("--force", help="Overwrite uncommitted changes of params.yaml.")] = False,
+) -> None:
+    """Write a params.yaml that fits your data and your model."""
+    from tasks.commands import init as command
+
+    command.init(data, model, force=force)
+
+
+@app.command()
 def plan(
     model: Annotated[str, Option(help="Folder, hub id, or name such as llama-8b.")],
     gpus: Annotated[int, Option(min=1, help="Number of GPUs.")] = 1,

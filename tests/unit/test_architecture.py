@@ -140,6 +140,7 @@ MAY_IMPORT = {
     "tasks.compare": {"scipy", "plotly"},
     "tasks.commands.cli": set(),
     "tasks.commands.chat": set(),
+    "tasks.commands.init": set(),
     "tasks.commands.lineage": set(),
     "tasks.commands.merge": set(),
     "tasks.commands.plan": set(),
