@@ -97,7 +97,8 @@ def trained_prompts(champion: ModelVersion) -> Set[str]:
             return set()  # the rules of the validation keep training prompts out of the held-out data
         raise InputError(
             f"MLflow: the training prompts of version {champion.version} of {REGISTERED} are missing ({error}), "
-            f"so held-out prompts could be among them; restore the artifact {PROMPTS} from a backup, or {fix()}"
+            f"so held-out prompts could be among them; restore the artifact {PROMPTS} from a backup, or "
+            f"{fix(broken=str(champion.version))}"
         ) from error
 
 
@@ -111,7 +112,7 @@ def download(champion: ModelVersion, folder: str) -> Path:
     except (OSError, mlflow.MlflowException) as error:
         raise InputError(
             f"MLflow: the artifacts of {uri}, the champion, are missing ({error}); restore them from a backup, or "
-            f"{fix()}"
+            f"{fix(broken=str(champion.version))}"
         ) from error
     return found
 

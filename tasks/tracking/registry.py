@@ -59,19 +59,21 @@ def version(number: str) -> ModelVersion:
     try:
         found = mlflow.MlflowClient().get_model_version(REGISTERED, str(number))
     except mlflow.MlflowException as error:
-        raise InputError(f"MLflow: version {number} of {REGISTERED} does not exist; {fix()}") from error
+        raise InputError(
+            f"MLflow: version {number} of {REGISTERED} does not exist; {fix(broken=str(number))}"
+        ) from error
     missing = [tag for tag in (COMMIT, PREDECESSOR) if tag not in found.tags]
     if missing:
         raise InputError(
             f"MLflow: version {number} of {REGISTERED} has no tag {' or '.join(missing)}, which a promotion sets; "
-            f"{fix()}"
+            f"{fix(broken=str(number))}"
         )
     return found
 
 
-def fix(number: str = "none") -> str:
-    """Return how to set the champion: to a version, if it can be used, else to the latest that can, or to none."""
-    usable = _promoted()
+def fix(number: str = "none", *, broken: str = "none") -> str:
+    """Return how to set the champion: to `number`, if it can be used, else to another that is not broken."""
+    usable = [each for each in _promoted() if each != broken]
     if number in usable:
         return f"restore it with `dpo promote --champion {number}`"
     others = f"`dpo promote --champion {usable[-1]}`, an earlier champion, or " if usable else ""
