@@ -10,6 +10,7 @@ import pytest
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from benchmarks import engine, gpu, measure, trainers, validate
+from benchmarks import rows as start_of_training
 from benchmarks.cases import Case
 from benchmarks.flops import flop_ratio, flops
 from benchmarks.measure import Run
@@ -216,3 +217,12 @@ def test_alone_sets_variables_in_the_new_process_only():
     for name, value in TRAINING.items():
         assert measure.alone(os.getenv, name, **TRAINING) == value
     assert dict(os.environ) == before
+
+
+@pytest.mark.slow
+def test_the_start_of_a_training_is_measured():
+    result = start_of_training.measure(5000)
+    assert result["table_bytes"] == pytest.approx(5000 * 600 * 4, rel=0.1)
+    assert result["seconds"] > result["open_seconds"] > 0
+    assert result["two_pss_bytes"] < 0.8 * result["two_rss_bytes"]
+    assert start_of_training.table([result]).splitlines()[-1].startswith("| 5,000 | 0.01 |")
