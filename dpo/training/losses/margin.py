@@ -119,8 +119,8 @@ class LengthNormalised(Sigmoid):
 class Exo(Loss):
     """EXO for pairs: KL(q || p) of q = (s(beta h), s(-beta h)) to p = (1 - e, e), e = label_smoothing.
 
-    Ji et al. 2024, "Towards Efficient Exact Optimization of Language Model Alignment", eq. 16, without the
-    reward's own temperature. DPO minimizes the KL divergence in the other direction.
+    Ji et al. 2024, "Towards Efficient Exact Optimization of Language Model Alignment", eq. 16. DPO minimizes
+    the KL divergence in the other direction.
     """
 
     name: ClassVar[str] = "exo"

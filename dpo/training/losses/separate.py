@@ -79,8 +79,8 @@ class ApoDown(Loss):
 class Nca(Loss):
     """NCA for pairs: -log s(beta r(y_w)) - (log s(-beta r(y_w)) + log s(-beta r(y_l))) / 2.
 
-    Chen et al. 2024, "Noise Contrastive Alignment of Language Models with Explicit Rewards", with all reward on
-    the chosen completion.
+    Chen et al. 2024, "Noise Contrastive Alignment of Language Models with Explicit Rewards", as in the authors'
+    code for pairs.
     """
 
     name: ClassVar[str] = "nca"
