@@ -85,7 +85,15 @@ class Params(Settings):
     @property
     def imitated(self) -> Literal["both", "chosen"]:
         """Completions whose perplexity the evaluation reports: those of supervised fine-tuning, else both."""
-        return self.sft.completions if self.sft else "both"
+        return self.sft.completions if self.sft and not self.sft.source else "both"
+
+    @property
+    def demonstrations(self) -> DataSettings | None:
+        """Where demonstrations come from, or None if supervised fine-tuning uses the training pairs or is off."""
+        if self.sft is None or self.sft.source is None:
+            return None
+        names = ("source", "revision", "split", "config", "columns", "roles")
+        return DataSettings(**{name: getattr(self.sft, name) for name in names})
 
     @property
     def hub_reference(self) -> tuple[str, str] | None:
@@ -135,6 +143,7 @@ def load_params(path: Path = Path("params.yaml")) -> Params:
             "select reward_accuracy or margin"
         )
     _check_continued_adapter(path, params)
+    _check_demonstrations(path, params)
     _check_frozen_weights(path, params)
     for key, name in (("model.base", params.model.base), ("data.source", params.data.source)):
         if name == "embedded":
@@ -158,6 +167,21 @@ def _check_continued_adapter(path: Path, params: Params) -> None:
     ):
         if value is not None:
             raise InputError(f"{path}: {key}: must be null with model.adapter: continue; {reason}")
+
+
+def _check_demonstrations(path: Path, params: Params) -> None:
+    """Raise InputError if a setting about demonstrations has no effect."""
+    sft = params.sft
+    if sft is None:
+        return
+    if sft.source is None:
+        names = ("revision", "split", "config", "columns", "roles")
+        for name in (name for name in names if getattr(sft, name)):
+            raise InputError(f"{path}: sft.{name} has no effect without sft.source; set sft.source, or remove it")
+    elif sft.source == "default":
+        raise InputError(f"{path}: sft.source: default has no demonstrations; name files, or set it to null")
+    elif sft.completions == "chosen":
+        raise InputError(f"{path}: sft.completions: chosen has no effect with sft.source; set it to both")
 
 
 def _check_frozen_weights(path: Path, params: Params) -> None:

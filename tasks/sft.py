@@ -18,7 +18,16 @@ from dpo.engine.token_table import open_table
 from dpo.training.checkpoints import CheckpointStore
 from dpo.training.settings import SftSettings
 from dpo.training.train import save_checkpoint, save_merged, train_sft
-from tasks.common.paths import BASE, METRICS, REFERENCE, TOKENS_TRAIN, TRAIN, TRAINING_PROGRESS
+from tasks.common.paths import (
+    BASE,
+    DEMONSTRATIONS,
+    METRICS,
+    REFERENCE,
+    TOKENS_DEMONSTRATIONS,
+    TOKENS_TRAIN,
+    TRAIN,
+    TRAINING_PROGRESS,
+)
 from tasks.common.runner import run_launched
 from tasks.tracking.provenance import made_by, weights
 from tasks.tracking.runs import reference_run, tag_checkpoint
@@ -56,7 +65,8 @@ def _link(source: str, target: str) -> None:
 def fine_tune(params: Params, sft: SftSettings) -> None:
     """Fine-tune the base model on completions and save it as the reference. Adapters are merged into it."""
     engine, tokenizer = params.engine, load_tokenizer(BASE)
-    rows = open_table(TOKENS_TRAIN, TRAIN, tokenizer, engine.max_length)
+    folder, table = (TOKENS_DEMONSTRATIONS, DEMONSTRATIONS) if sft.source else (TOKENS_TRAIN, TRAIN)
+    rows = open_table(folder, table, tokenizer, engine.max_length)
     if sft.max_pairs is not None:
         places = pd.RangeIndex(len(rows)).to_series()
         rows = rows.select(places.sample(min(sft.max_pairs, len(rows)), random_state=params.seed).to_numpy())
@@ -65,7 +75,7 @@ def fine_tune(params: Params, sft: SftSettings) -> None:
     model = load_model(BASE, **engine.loading) if sft.lora else load_model(BASE, engine.precision, engine.compile)
     store = CheckpointStore(TRAINING_PROGRESS / "sft", params.run.checkpoint_minutes)
     main_process = this_process().is_main_process
-    with reference_run(params) if main_process else nullcontext() as run_id:
+    with reference_run(params, table) if main_process else nullcontext() as run_id:
         log = train_sft(
             model, rows, sft, seed=params.seed, store=store,
             max_tokens_per_microbatch=engine.max_tokens_per_microbatch,

@@ -1,9 +1,9 @@
-"""Stage `tokens`: encode the training and the held-out pairs once for all stages that run a model."""
+"""Stage `tokens`: encode pairs and demonstrations once for all stages that run a model."""
 
 from dpo.config import load_params
 from dpo.engine.pretrained import load_tokenizer
 from dpo.engine.token_table import write_table
-from tasks.common.paths import BASE, EVAL, TOKENS_EVAL, TOKENS_TRAIN, TRAIN
+from tasks.common.paths import BASE, DEMONSTRATIONS, EVAL, TOKENS_DEMONSTRATIONS, TOKENS_EVAL, TOKENS_TRAIN, TRAIN
 from tasks.common.runner import run
 
 
@@ -11,8 +11,12 @@ def main() -> None:
     """Write the token tables."""
     max_length = load_params().engine.max_length
     tokenizer = load_tokenizer(BASE)
-    for folder, pairs in ((TOKENS_TRAIN, TRAIN), (TOKENS_EVAL, EVAL)):
-        write_table(folder, pairs, tokenizer, max_length)
+    for folder, rows in (
+        (TOKENS_TRAIN, TRAIN),
+        (TOKENS_EVAL, EVAL),
+        (TOKENS_DEMONSTRATIONS, DEMONSTRATIONS),
+    ):
+        write_table(folder, rows, tokenizer, max_length)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,30 @@
 """Stage `validate`: check the raw pairs, write training and held-out pairs, quarantine the rest."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from dpo.common.errors import InputError
 from dpo.common.files import atomic_write, write_json
 from dpo.config import Params, load_params
+from dpo.data.schema import PAIRS_SCHEMA, RAW_PAIRS_SCHEMA, write_empty
 from dpo.data.validate import Validated, validate
 from tasks.common.git import committed_file
-from tasks.common.paths import BASE, BENCHMARKS, EVAL, METRICS, PROFILE, QUARANTINE, RAW_PAIRS, REPORTS, TRAIN
+from tasks.common.paths import (
+    BASE,
+    BENCHMARKS,
+    DEMONSTRATIONS,
+    EVAL,
+    METRICS,
+    PROFILE,
+    QUARANTINE,
+    QUARANTINED_DEMONSTRATIONS,
+    RAW_DEMONSTRATIONS,
+    RAW_PAIRS,
+    REPORTS,
+    TRAIN,
+)
 from tasks.common.runner import run
 from tasks.report.validation import markdown, table, write_report
 
@@ -20,7 +35,7 @@ def main() -> None:
     caps = {"train": params.data.max_train_pairs, "eval": params.data.max_eval_pairs}
     files = {"report": REPORTS / "validate.html", "metrics": METRICS / "validate.json"}
     outputs = {"train": TRAIN, "eval": EVAL, "quarantine": QUARANTINE, **files}
-    result = validate_and_report(params, RAW_PAIRS, params.data.origin, BASE, caps, outputs)
+    result = validate_and_report(params, RAW_PAIRS, params.data.origin, BASE, caps, outputs, RAW_DEMONSTRATIONS)
     with atomic_write(REPORTS / "validate.md") as tmp:
         tmp.write_text(markdown(result, params))
     from tasks.tracking.runs import log_validation  # after the checks: MLflow starts slowly
@@ -37,23 +52,38 @@ def validate_and_report(
     tokenizer: Path | None,
     caps: dict[str, int | None],
     outputs: dict[str, Path],
+    raw_demonstrations: Path | None = None,
 ) -> Validated:
-    """Validate a raw table, write `outputs`, including `report` and `metrics`, and print a table."""
+    """Validate raw tables, write `outputs`, including `report` and `metrics`, and print tables."""
+    same: dict[str, Any] = {
+        "tokenizer": tokenizer,
+        "max_length": params.engine.max_length,
+        "seed": params.seed,
+        "benchmarks": BENCHMARKS,
+    }
+    previous = committed_profile()
     result = validate(
-        raw_pairs,
-        params.validate,
-        tokenizer=tokenizer,
-        max_length=params.engine.max_length,
-        caps=caps,
-        seed=params.seed,
-        benchmarks=BENCHMARKS,
-        origin=origin,
-        previous=committed_profile(),
-        outputs=outputs,
+        raw_pairs, params.validate, **same, caps=caps, origin=origin, previous=previous, outputs=outputs
     )
-    write_report(result, params, outputs["report"])
+    demonstrations = None
+    if raw_demonstrations and (source := params.demonstrations):
+        places = {"train": DEMONSTRATIONS, "quarantine": QUARANTINED_DEMONSTRATIONS}
+        demonstrations = validate(
+            raw_demonstrations, params.validate, **same, caps={"train": None}, origin=source.origin, previous=None,
+            outputs=places, tested=result.held_out,
+        )  # fmt: skip
+        result.metrics["demonstrations"] = demonstrations.metrics
+        result.errors.extend(
+            replace(error, message=f"demonstrations: {error.message}") for error in demonstrations.errors
+        )
+    elif raw_demonstrations:
+        write_empty(DEMONSTRATIONS, PAIRS_SCHEMA)
+        write_empty(QUARANTINED_DEMONSTRATIONS, RAW_PAIRS_SCHEMA)
+    write_report(result, params, outputs["report"], demonstrations)
     write_json(outputs["metrics"], result.to_json())
     print(table(result, params, outputs["report"]))
+    if demonstrations:
+        print(f"demonstrations: {table(demonstrations, params, outputs['report'])}")
     return result
 
 

@@ -10,7 +10,7 @@ import ftfy
 import ftfy.badness
 
 from dpo.common.errors import InputError
-from dpo.data.formats import COMPLETIONS, PAIR_TEXTS, Pair, normalize
+from dpo.data.formats import COMPLETIONS, Pair, normalize
 from dpo.engine import chat
 
 if TYPE_CHECKING:
@@ -55,14 +55,15 @@ def check_texts(pair: Mapping[str, Any], special: re.Pattern[str], ends: Sequenc
 
     `special` is from `special_tokens`. The tokens `ends` are allowed at the end of a completion.
     """
-    empty = [field for field in COMPLETIONS if not pair[field].strip()]
+    completions = chat.completion_fields(pair)
+    empty = [field for field in completions if not pair[field].strip()]
     broken = [("empty_completion", f"field '{field}' contains no text") for field in empty]
-    if not broken and normalize(pair["chosen"]) == normalize(pair["rejected"]):
+    if len(completions) > 1 and not broken and normalize(pair["chosen"]) == normalize(pair["rejected"]):
         broken.append(("identical_completions", "chosen and rejected differ at most in case and space"))
     if found := RENDERED.search(pair["prompt"]):
         name = next(name for n, name in enumerate(TEMPLATES) if found[f"t{n}"])
         broken.append(("rendered_text", f"field 'prompt' is rendered with {name}: pass turns instead"))
-    for field in PAIR_TEXTS:
+    for field in ("prompt", *completions):
         text = pair[field]
         if found := CONTROL.search(text):
             code = f"U+{ord(found[0]):04X}"
@@ -91,7 +92,7 @@ def _mojibake(text: str) -> str | None:
 def has_role_mark(pair: Mapping[str, Any]) -> bool:
     """Return whether the prompt of a pair starts or ends with a role mark, or both completions start with one."""
     is_marked = pair["turns"] is None and PROMPT_MARK.search(pair["prompt"]) is not None
-    return is_marked or all(ROLE_MARK.match(pair[field]) for field in COMPLETIONS)
+    return is_marked or all(ROLE_MARK.match(pair[field]) for field in chat.completion_fields(pair))
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase | None) -> re.Pattern[str]:
@@ -127,7 +128,7 @@ def check_lengths(
 
     `turns` are those of the prompt, if they are more than one user turn.
     """
-    prompt, chosen, rejected = tokens
+    prompt, chosen, rejected = tokens  # 0 for none
     longer = max(chosen, rejected)
     excess = prompt + longer - max_length
     if longer >= max_length:

@@ -49,7 +49,7 @@ def contaminated(pairs: Sequence[Pair], benchmarks: Runs) -> list[str | None]:
     owners: list[int] = []
     for number, pair in enumerate(pairs):
         for field in PAIR_TEXTS:
-            found = [*WORD.findall(pair[field].casefold()), f"\0{number}{field}"]  # no run spans two texts
+            found = [*WORD.findall((pair[field] or "").casefold()), f"\0{number}{field}"]  # no run spans two texts
             words += found
             owners += [number] * len(found)
     hashes, matches = _hashes(words), dict[int, str]()

@@ -54,7 +54,7 @@ class Fingerprints:
 
 def fingerprint(pairs: Sequence[Pair], rows: Sequence[int]) -> Fingerprints:
     """Return the fingerprints of pairs at these positions of the raw table."""
-    texts = [normalize(pair[field]) for pair in pairs for field in PAIR_TEXTS]
+    texts = [normalize(pair[field] or "") for pair in pairs for field in PAIR_TEXTS]
     words = [text.split() for text in texts]
     return Fingerprints(
         np.array(rows, np.int64),
@@ -105,7 +105,7 @@ def compare(prints: Fingerprints, similarity: float, excluding: frozenset[str]) 
         lambda rows: _repeats(rows, rows.id, "duplicate_id", "the same id as row {}"),
         _contradictions,
         lambda rows: _near(rows, similarity),
-        _leaks,
+        leaks,
     )
     for check in checks:
         found = list(check(prints))
@@ -164,7 +164,8 @@ def _stock_phrases(prints: Fingerprints) -> NDArray[np.bool_]:
     return np.logical_or.reduce([(prints.words[:, 1:] <= w) & (prompts >= p) for w, p in STOCK_PHRASES])
 
 
-def _leaks(prints: Fingerprints) -> Iterator[Violation]:
+def leaks(prints: Fingerprints) -> Iterator[Violation]:
+    """Find the training rows whose prompt, or one of whose completions, is held out."""
     trained, held_out = prints.select(~prints.held_out), prints.select(prints.held_out)
     for row in trained.row[np.isin(trained.texts[:, 0], held_out.texts[:, 0])]:
         yield Violation(int(row), "prompt_in_both_splits", "its prompt is held out for evaluation")

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from dpo.common.errors import InputError
-from dpo.data.layouts import LAYOUTS
+from dpo.data.demonstrations import DEMONSTRATIONS
+from dpo.data.layouts import LAYOUTS, Layout
 from dpo.data.reading import ANY_PROMPT, CONVERSATIONS, SYSTEMS, Example, Reading, number, same
 from dpo.data.turns import ROLES, Fields, RowError, Turn, content_text, from_json, shown, storable, transcript
 
@@ -51,6 +52,7 @@ SPLITS = {"train": "train"} | dict.fromkeys(("eval", "test", "validation", "vali
 LEFT_OUT = "more than two completions; data.pairing: best_worst uses two"
 PARTS = ("content", "message", "parts", "text", "value")
 """Keys inside of fields that are known to carry content, besides the names of such fields."""
+BEST_COMPLETION = "rows have several completions; the best one is used"
 REPEATED_PROMPT = "completions start with their prompt; it was removed"
 
 
@@ -67,6 +69,13 @@ class Spelling:
     roles: Mapping[str, str] = field(default_factory=dict)
     """Roles in addition to `dpo.data.turns.ROLES`."""
     pairing: Pairing = "best_worst"
+    single: bool = False
+    """Whether rows are demonstrations, with one completion. Of several, the best one is used."""
+
+    @property
+    def layouts(self) -> Mapping[str, Layout]:
+        """Layouts that the rows may have, by name."""
+        return LAYOUTS | DEMONSTRATIONS if self.single else LAYOUTS
 
     def fields(self, row: Row, *, keep_empty: bool = False) -> Fields:
         """Return the fields of a row by the names that layouts read."""
@@ -91,11 +100,11 @@ class Converted:
 def layout_of(row: Row, spelling: Spelling) -> str | None:
     """Return the layout of a row, a key of `LAYOUTS`, or None."""
     # An empty text is not missing if the row fits no layout without it.
-    return _layout(spelling.fields(row)) or _layout(spelling.fields(row, keep_empty=True))
+    return _layout(spelling.fields(row), spelling) or _layout(spelling.fields(row, keep_empty=True), spelling)
 
 
-def _layout(fields: Fields) -> str | None:
-    return next((name for name, layout in LAYOUTS.items() if layout.needs(fields)), None)
+def _layout(fields: Fields, spelling: Spelling) -> str | None:
+    return next((name for name, layout in spelling.layouts.items() if layout.needs(fields)), None)
 
 
 def detect(rows: Collection[Row], origin: str, spelling: Spelling) -> str:
@@ -106,7 +115,7 @@ def detect(rows: Collection[Row], origin: str, spelling: Spelling) -> str:
     """
     found = [name for row in rows if (name := layout_of(row, spelling))]
     if found:
-        return max(LAYOUTS, key=found.count)
+        return max(spelling.layouts, key=found.count)
     fields = {str(name) for row in rows for name in row}
     for needed, problem, fix in (
         ({"completion", "label"}, KTO, COMBINE),
@@ -136,15 +145,15 @@ def convert(row: Row, spelling: Spelling, usual_layout: str) -> Converted:
     Raises:
         RowError: the row cannot be converted, or has content that is not read.
     """
-    if not spelling.columns and (pair := _plain(row)):
+    if not (spelling.columns or spelling.single) and (pair := _plain(row)):
         return Converted([pair], "pairs", [], [])
     fields = spelling.fields(row)
-    name = _layout(fields) or layout_of(row, spelling) or usual_layout
+    name = _layout(fields, spelling) or layout_of(row, spelling) or usual_layout
     reading = Reading(fields, {**ROLES, **spelling.roles} if spelling.roles else ROLES)
-    example = LAYOUTS[name].read(reading)
+    example = spelling.layouts[name].read(reading)
     shared = _metadata(fields)
     shared["tools"] = _tools(fields.get(*TOOLS) or reading.tools)
-    pairs = _pairs(example, reading, spelling.pairing)
+    pairs = [_demonstration(example, reading)] if spelling.single else _pairs(example, reading, spelling.pairing)
     _check_unread_content(fields, reading)
     label = shared.pop("id")
     for place, pair in enumerate(pairs):
@@ -152,7 +161,8 @@ def convert(row: Row, spelling: Spelling, usual_layout: str) -> Converted:
         if label:
             pair["id"] = label if len(pairs) == 1 else f"{label}/{place}"
         else:
-            pair["id"] = hashlib.sha256("\x1f".join(pair[text] for text in PAIR_TEXTS).encode()).hexdigest()[:16]
+            texts = "\x1f".join(pair[text] or "" for text in PAIR_TEXTS)
+            pair["id"] = hashlib.sha256(texts.encode()).hexdigest()[:16]
     return Converted(pairs, name, sorted({*fields.unread(), *reading.unread}), sorted(reading.notes))
 
 
@@ -232,6 +242,32 @@ def _pair(prompt: list[Turn], chosen: list[Turn], rejected: list[Turn], reading:
         f"{name}_turns": None if _is_text(tail) else tail for name, tail in zip(COMPLETIONS, tails, strict=True)
     }
     return {**_prompt_fields(before, reading.is_transcript), **dict(texts), **kept}
+
+
+def _demonstration(example: Example, reading: Reading) -> Pair:
+    """Return the best completion as a row without `rejected`. Of a conversation, every answer is learned."""
+    best = max(range(len(example.scores)), key=example.scores.__getitem__)  # the first one of equals
+    if len(example.scores) > 1:
+        reading.notes.add(BEST_COMPLETION)
+    prompt = example.prompt
+    if example.systems and (system := example.systems[best]):
+        prompt = [{"role": "system", "content": system}, *prompt]
+    turns = _conversation(prompt, example.completions[best], "completion")
+    if not turns or turns[-1]["role"] != "assistant":
+        raise RowError("broken_roles", "the conversation does not end with an assistant turn")
+    continues = prompt and example.completions[best][0]["role"] == "assistant"
+    start = len(prompt) if continues else next(i for i, t in enumerate(turns) if t["role"] == "assistant")
+    tail = turns[start:]
+    reading.conversations += [turns[:start], turns]
+    if reading.is_transcript:
+        tail = [{**turn, "content": turn["content"].strip()} for turn in tail]
+    (tail,) = _without_prompt(turns[:start], [tail], reading.notes)
+    return {
+        **_prompt_fields(turns[:start], reading.is_transcript),
+        "chosen": "\n\n".join(map(content_text, tail)),
+        "chosen_turns": None if _is_text(tail) else tail,
+        **dict.fromkeys(("rejected", "rejected_turns")),
+    }
 
 
 def _other_role(ours: Sequence[Turn], theirs: Sequence[Turn], place: int) -> str:

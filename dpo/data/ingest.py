@@ -46,9 +46,11 @@ class FileSummary:
 
 
 def write_raw_pairs(
-    rows: Iterator[RawRow], path: Path, origin: str, params: DataSettings
+    rows: Iterator[RawRow], path: Path, origin: str, params: DataSettings, *, single: bool = False
 ) -> dict[str, FileSummary]:
     """Write the raw table of the source `origin` atomically. Return a summary of each file, as in its metadata.
+
+    With `single`, rows are demonstrations, which have one completion and no hash of the prompt as their split.
 
     If a row has no `split`, a hash of the normalized prompt decides, so that added rows do not move old rows to
     the other split. If a row has no `source`, it is the name of its source, if there are several, or of the file.
@@ -57,10 +59,12 @@ def write_raw_pairs(
         InputError: the source is unreadable or empty, or the layout of a file is unknown.
     """
     files: dict[str, FileSummary] = {}
-    pairs = _all_pairs(rows, params, files)
+    spelling = Spelling(params.columns, params.roles, params.pairing, single)
+    pairs = _all_pairs(rows, spelling, 0 if single else params.eval_fraction, files)
     first = list(islice(pairs, GROUP_ROWS))
     if not first:
-        raise InputError(f"{origin}: no rows; add at least one pair for training and one for evaluation")
+        needed = "demonstration" if single else "pair for training and one for evaluation"
+        raise InputError(f"{origin}: no rows; add at least one {needed}")
     with (
         atomic_write(path) as tmp,
         pq.ParquetWriter(tmp, RAW_PAIRS_SCHEMA, compression="zstd") as writer,
@@ -86,10 +90,9 @@ def read_file_summaries(path: Path) -> dict[str, FileSummary]:
 
 
 def _all_pairs(
-    rows: Iterator[RawRow], params: DataSettings, files: dict[str, FileSummary]
+    rows: Iterator[RawRow], spelling: Spelling, eval_fraction: float, files: dict[str, FileSummary]
 ) -> Iterator[dict[str, Any]]:
     """Yield the rows of the raw table, and add a summary of each file to `files`."""
-    spelling = Spelling(params.columns, params.roles, params.pairing)
     for name, group in groupby(rows, attrgetter("file")):
         first = list(islice(group, DETECT_ROWS))
         readable = [raw.row for raw in first if raw.row is not None]
@@ -105,7 +108,7 @@ def _all_pairs(
             if not raw.is_used:
                 summary.left_out += 1
                 continue
-            yield from _raw_pairs(raw, spelling, layout, params.eval_fraction, summary)
+            yield from _raw_pairs(raw, spelling, layout, eval_fraction, summary)
 
 
 def _raw_pairs(

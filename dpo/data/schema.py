@@ -1,15 +1,18 @@
 """Schemas of the raw table, which stage `ingest` writes, and of the pairs that stage `validate` accepts."""
 
 import json
+from pathlib import Path
 from typing import Any, cast
 
 import pandas as pd
 import pandera.pandas as pa
 import pyarrow
+import pyarrow.parquet
 from pandera.config import ValidationDepth, config_context
 from pandera.typing.pandas import Series
 
 from dpo.common.errors import InputError
+from dpo.common.files import atomic_write
 
 TEXT = pyarrow.string()
 TURN_FIELDS = ("role", "content", "reasoning_content", "tool_calls", "tool_call_id", "name")
@@ -85,6 +88,15 @@ class RawPairs(Fields):
         return cast("Series[bool]", pair | table["rule"].notna() & table["reason"].notna())
 
 
+class RawDemonstrations(RawPairs):
+    """One demonstration per row, with `rejected` null, or a row of the source that cannot be converted."""
+
+    @pa.dataframe_check(name="a pair, or a rule that it breaks", ignore_na=False)
+    def _complete(cls, table: pd.DataFrame) -> Series[bool]:
+        found = table[["id", "prompt", "chosen", "split", "source"]].notna().all(axis=1) & table["rejected"].isna()
+        return cast("Series[bool]", found | table["rule"].notna() & table["reason"].notna())
+
+
 class Pairs(Fields):
     """One valid pair per row: the training table and the held-out table."""
 
@@ -98,6 +110,26 @@ class Pairs(Fields):
     @pa.dataframe_check(name="chosen and rejected differ", ignore_na=False)
     def _differ(cls, table: pd.DataFrame) -> Series[bool]:
         return cast("Series[bool]", table["chosen"].str.strip() != table["rejected"].str.strip())
+
+
+class Demonstrations(Fields):
+    """One valid demonstration per row: the completion is in `chosen`, and `rejected` is null."""
+
+    id: Series[str] = pa.Field(unique=True)
+    prompt: Series[str]
+    chosen: Series[str] = pa.Field(str_contains=r"\S")
+    split: Series[str] = pa.Field(isin=["train"])
+    source: Series[str]
+
+    @pa.dataframe_check(name="rejected is null", ignore_na=False)
+    def _single(cls, table: pd.DataFrame) -> Series[bool]:
+        return cast("Series[bool]", table["rejected"].isna())
+
+
+def write_empty(path: Path, schema: pyarrow.Schema) -> None:
+    """Write a table without rows, atomically."""
+    with atomic_write(path) as tmp:
+        pyarrow.parquet.write_table(schema.empty_table(), tmp)
 
 
 def as_columns(pair: dict[str, Any]) -> dict[str, Any]:

@@ -18,8 +18,8 @@ BLOCK_ROWS = 1000
 """Rows from which a share is drawn at once."""
 
 
-def read_source(params: DataSettings, seed: int) -> Iterator[RawRow]:
-    """Read the rows of `params.source`. Rows that a share leaves out are marked.
+def read_source(params: DataSettings, seed: int, section: str = "data") -> Iterator[RawRow]:
+    """Read the rows of `params.source`. Rows that a share leaves out are marked. Errors name keys of `section`.
 
     Raises:
         InputError: a source is missing, unreadable, or in a folder that DVC does not track.
@@ -27,10 +27,10 @@ def read_source(params: DataSettings, seed: int) -> Iterator[RawRow]:
     """
     sources = params.sources
     for name in (source.path for source in sources if source.path is not None):
-        _check_path(name, params, is_only=len(sources) == 1)
+        _check_path(name, params, section, is_only=len(sources) == 1)
     if [source.path for source in sources] == ["default"]:
         return _sampled(_default(params, seed), sources[0], seed)
-    parts = [_sampled(_read(source, params), source, seed) for source in sources]
+    parts = [_sampled(_read(source, params, section), source, seed) for source in sources]
     if len(parts) == 1:
         return parts[0]
     named = (
@@ -39,37 +39,37 @@ def read_source(params: DataSettings, seed: int) -> Iterator[RawRow]:
     return chain.from_iterable(named)
 
 
-def _check_path(name: str, params: DataSettings, *, is_only: bool) -> None:
+def _check_path(name: str, params: DataSettings, section: str, *, is_only: bool) -> None:
     """Raise InputError if a source that is not marked as a hub id is not a readable place."""
     is_local = name != "default" and (Path(name).exists() or kind_of(Path(name)) is not None)
     if params.revision is not None and (is_local or name == "default"):
-        raise InputError("params.yaml: data.revision has no effect without a hub id; set it to null")
+        raise InputError(f"params.yaml: {section}.revision has no effect without a hub id; set it to null")
     if is_local:
         path = Path(name).absolute()
         if ".." in path.parts or OWN_DATA.absolute() not in (path, *path.parents):
             raise InputError(
-                f"params.yaml: data.source: {name} is outside {OWN_DATA}/, the folder that DVC tracks; "
+                f"params.yaml: {section}.source: {name} is outside {OWN_DATA}/, the folder that DVC tracks; "
                 f"copy it to {OWN_DATA / Path(name).name} and set that path"
             )
     elif not is_only:
         raise InputError(
-            f"params.yaml: data.source: '{name}' is not a file; texts of a list may contain files and folders "
-            f"only; write a hub data set as {{id: {name}, revision: COMMIT}}"
+            f"params.yaml: {section}.source: '{name}' is not a file; texts of a list may contain files and "
+            f"folders only; write a hub data set as {{id: {name}, revision: COMMIT}}"
         )
     elif name != "default" and params.revision is None:
         raise InputError(
-            f"params.yaml: data.source: '{name}' is not `default`, a file or a folder, so it is read as a hub id, "
-            "which needs data.revision to be reproducible; correct the path, or set the revision"
+            f"params.yaml: {section}.source: '{name}' is not `default`, a file or a folder, so it is read as a "
+            f"hub id, which needs {section}.revision to be reproducible; correct the path, or set the revision"
         )
 
 
-def _read(source: Source, params: DataSettings) -> Iterator[RawRow]:
+def _read(source: Source, params: DataSettings, section: str) -> Iterator[RawRow]:
     splits = source.splits or params.splits
     if source.path is None:
-        return _hub(source.id or "", source.config or params.config, source.revision, splits)
+        return _hub(source.id or "", source.config or params.config, source.revision, splits, section)
     if Path(source.path).exists() or kind_of(Path(source.path)):
         return read_files([source.path], splits)
-    return _hub(source.path, params.config, params.revision, splits)
+    return _hub(source.path, params.config, params.revision, splits, section)
 
 
 def _sampled(rows: Iterator[RawRow], source: Source, seed: int) -> Iterator[RawRow]:
@@ -85,13 +85,15 @@ def _sampled(rows: Iterator[RawRow], source: Source, seed: int) -> Iterator[RawR
         yield from (replace(raw, is_used=place in places) for place, raw in enumerate(block))
 
 
-def _hub(name: str, config: str | None, revision: str | None, splits: tuple[str, ...]) -> Iterator[RawRow]:
+def _hub(
+    name: str, config: str | None, revision: str | None, splits: tuple[str, ...], section: str
+) -> Iterator[RawRow]:
     import datasets
 
     try:
         loaded = datasets.load_dataset(name, config, revision=revision)
     except Exception as error:
-        message = f"params.yaml: data.source: cannot load '{name}' at '{revision}': {error}"
+        message = f"params.yaml: {section}.source: cannot load '{name}' at '{revision}': {error}"
         if _is_connection_error(error):
             raise TransientError(message) from error
         if isinstance(error, OSError | ValueError | RuntimeError | datasets.exceptions.DatasetsError):

@@ -30,11 +30,19 @@ from dpo.common.files import atomic_write
 from dpo.common.progress import progress
 from dpo.data.checks import Violation, check_lengths, check_texts, has_role_mark, render, special_tokens
 from dpo.data.contamination import benchmark_runs, contaminated
-from dpo.data.duplicates import Fingerprints, compare, concatenate, fingerprint
+from dpo.data.duplicates import Fingerprints, compare, concatenate, fingerprint, leaks
 from dpo.data.formats import PAIR_TEXTS
 from dpo.data.ingest import read_file_summaries
 from dpo.data.rules import RULES
-from dpo.data.schema import PAIRS_SCHEMA, RAW_PAIRS_SCHEMA, Pairs, RawPairs, validate_schema
+from dpo.data.schema import (
+    PAIRS_SCHEMA,
+    RAW_PAIRS_SCHEMA,
+    Demonstrations,
+    Pairs,
+    RawDemonstrations,
+    RawPairs,
+    validate_schema,
+)
 from dpo.data.settings import ValidateSettings
 from dpo.data.summary import Summary, summarize
 from dpo.engine.chat import end_tokens
@@ -74,6 +82,8 @@ class Validated:
     """Some rows for each broken rule, with file, line, texts and reason."""
     errors: list[DataError]
     """Reasons why the data must not be used. If empty, the data can be used."""
+    held_out: Fingerprints
+    """Of the accepted rows of the eval split."""
 
     def to_json(self) -> dict[str, Any]:
         """Return the metrics and the errors as JSON values."""
@@ -111,8 +121,11 @@ def validate(
     origin: str,
     previous: Mapping[str, Any] | None,
     outputs: Mapping[str, Path],
+    tested: Fingerprints | None = None,
 ) -> Validated:
     """Check a raw table against all rules, and write the accepted and the quarantined rows.
+
+    With `tested`, the rows are demonstrations, which have one completion. They have no statistics.
 
     Args:
         raw_pairs: from `write_raw_pairs`.
@@ -125,6 +138,7 @@ def validate(
         origin: the source of the data.
         previous: `profile` of an earlier version, to measure drift if it has the same origin.
         outputs: paths of `quarantine`, `train` and `eval`. The last two are written only if there are no errors.
+        tested: held-out pairs, whose prompts and completions no demonstration may have.
 
     Raises:
         InputError: the raw table is unreadable or violates its schema, or the tokenizer cannot encode a pair.
@@ -132,10 +146,14 @@ def validate(
     actions = params.actions
     excluding = frozenset(rule for rule, action in actions.items() if action != "warn")
     try:
-        checked, rows = _check_all(raw_pairs, tokenizer, max_length, benchmarks, excluding)
+        single = tested is not None
+        checked, rows = _check_all(raw_pairs, tokenizer, max_length, benchmarks, excluding, single)
     except (OSError, pa.ArrowException) as error:
         raise InputError(f"{raw_pairs}: not a raw table: {error}; run the stage `ingest`") from error
     violations = checked.violations + list(compare(checked.prints, params.near_duplicate_similarity, excluding))
+    if tested is not None:
+        leaked = leaks(concatenate([tested, checked.prints]))
+        violations += set(leaked) - set(violations)
     order = list(RULES)
     violations.sort(key=lambda violation: (violation.row, order.index(violation.rule)))
     excluded = {v.row: v for v in reversed(violations) if v.rule in excluding}
@@ -145,7 +163,9 @@ def validate(
     sources = list(compress(checked.sources, accepted))
     prompts = [prompt for _, prompt in sorted(checked.prompts.items())]
     earlier = previous if previous and previous.get("origin") == origin else None
-    summary = summarize(lengths, prints.held_out, sources, prompts, unit, params, earlier)
+    summary = Summary()
+    if not single:
+        summary = summarize(lengths, prints.held_out, sources, prompts, unit, params, earlier)
     summary.profile["origin"] = origin
     if checked.role_marks > len(checked.prints) / 2:
         reason = f"{checked.role_marks} of {len(checked.prints)} pairs have a mark such as `Assistant:`"
@@ -164,16 +184,22 @@ def validate(
     broken = [rule for rule, action in actions.items() if action == "error" and counts[rule]]
     errors = _shortages(metrics, params.max_quarantined)
     shown = [v for rule in RULES for v in islice((v for v in violations if v.rule == rule), EXAMPLES)]
-    examples = _write(raw_pairs, outputs, excluded, shown, {} if broken or errors else used, metrics)
+    schema = Demonstrations if single else Pairs
+    examples = _write(raw_pairs, outputs, excluded, shown, {} if broken or errors else used, metrics, schema)
     fixes = {"completion_too_long": f"engine.max_length: {checked.longest + 1} takes all completions"}
     errors = [
         _rule_error(rule, metrics["rules"][rule], examples, summary.notices, fixes.get(rule)) for rule in broken
     ] + errors
-    return Validated(metrics, summary, examples, errors)
+    return Validated(metrics, summary, examples, errors, prints.select(prints.held_out))
 
 
 def _check_all(
-    raw_pairs: Path, tokenizer: Path | None, max_length: int, benchmarks: Path, excluding: frozenset[str]
+    raw_pairs: Path,
+    tokenizer: Path | None,
+    max_length: int,
+    benchmarks: Path,
+    excluding: frozenset[str],
+    single: bool,
 ) -> tuple[CheckedRows, int]:
     """Check all row groups; return the result and the number of rows."""
     file = pq.ParquetFile(raw_pairs)
@@ -181,7 +207,7 @@ def _check_all(
     if not sum(sizes):
         raise InputError(f"{raw_pairs}: no rows; run the stage `ingest`")
     starts = np.cumsum([0, *sizes])[:-1].tolist()
-    check = functools.partial(_check_group, raw_pairs, tokenizer, max_length, benchmarks, excluding)
+    check = functools.partial(_check_group, raw_pairs, tokenizer, max_length, benchmarks, excluding, single)
     parts, prompts = [], dict[int, str]()
     with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
         run: Any = pool.map if len(sizes) > MAX_SERIAL_GROUPS else map  # an unused pool starts no process
@@ -209,13 +235,15 @@ def _check_group(
     max_length: int,
     benchmarks: Path,
     excluding: frozenset[str],
+    single: bool,
     group: int,
     start: int,
 ) -> CheckedRows:
     """Check the rules of single rows for the row group that begins at row `start`."""
     tokenizer = None if folder is None else _load_tokenizer(folder)
     table = pq.ParquetFile(raw_pairs).read_row_group(group)
-    validate_schema(RawPairs, table.to_pandas().set_index(np.arange(start, start + len(table))), str(raw_pairs))
+    schema = RawDemonstrations if single else RawPairs
+    validate_schema(schema, table.to_pandas().set_index(np.arange(start, start + len(table))), str(raw_pairs))
     special = special_tokens(tokenizer)
     ends = () if tokenizer is None else end_tokens(tokenizer)
     broken: dict[int, list[tuple[str, str]]] = {}
@@ -229,7 +257,9 @@ def _check_group(
             broken[row] += [("contaminated", f"a text of {benchmarks} is in the pair: {words!r}")] if words else []
     longest = 0
     if tokenizer is None:
-        lengths = np.array([[len(pair[text]) for text in PAIR_TEXTS] for pair in pairs], np.int32).reshape(-1, 3)
+        lengths = np.array([[len(pair[text] or "") for text in PAIR_TEXTS] for pair in pairs], np.int32).reshape(
+            -1, 3
+        )
     else:
         texts, changed = render(tokenizer, pairs)
         for row, rules in zip(rows, changed, strict=True):
@@ -238,7 +268,8 @@ def _check_group(
         rows, pairs = list(compress(rows, readable)), list(compress(pairs, readable))
         rendered = [text for text in texts if text is not None]
         try:
-            tokens = [(row.prompt, *row.completions) for row in token_rows(tokenizer, pairs, rendered)]
+            nothing = [()] * single  # in place of `rejected`
+            tokens = [(row.prompt, *row.completions, *nothing) for row in token_rows(tokenizer, pairs, rendered)]
         except ValueError as error:
             where = f"{raw_pairs}: rows {start + 1} to {start + len(table)}"
             raise InputError(f"{where}: the tokenizer in {folder} cannot encode a pair: {error}") from error
@@ -270,7 +301,7 @@ def _shortages(metrics: Mapping[str, Any], max_quarantined: float) -> list[DataE
         errors.append(DataError("too_many_quarantined", f"{message}; {fix}"))
         if not metrics["accepted"]:
             return errors  # that the splits are empty follows from it
-    for split in ("train", "eval"):
+    for split in (split for split in ("train", "eval") if split in metrics):
         if not metrics[split]["pairs"]:
             message = f"split '{split}' has no valid pairs; add prompts, or a `split` column with both values"
             errors.append(DataError("empty_split", message, split=split))
@@ -294,6 +325,7 @@ def _write(
     shown: list[Violation],
     used: Mapping[str, NDArray[np.int64]],
     metrics: dict[str, Any],
+    schema_of_used: type[Pairs | Demonstrations],
 ) -> Examples:
     """Write the quarantine and the used pairs of each split; add `human_ceiling` to the metrics."""
     file = pq.ParquetFile(raw_pairs)
@@ -316,7 +348,7 @@ def _write(
             for split, mask in masks.items():
                 part = table.filter(mask[start : start + len(table)]).select(PAIRS_SCHEMA.names)
                 if len(part):
-                    pairs = validate_schema(Pairs, part.to_pandas(), str(raw_pairs))
+                    pairs = validate_schema(schema_of_used, part.to_pandas(), str(raw_pairs))
                     agreement[split] += pairs["agreement"].dropna().tolist()
                     writers[split].write_table(part)
             start += len(table)

@@ -90,15 +90,21 @@ def render_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]
 
 
 def render_pairs(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Mapping[Any, Any]]) -> list[Rendered]:
-    """Return canonical pairs as text, without the end token of the last turn.
+    """Return canonical pairs, or demonstrations, as text, without the end token of the last turn.
 
     Raises:
         InputError: the chat template fails.
     """
     prompts = [prompt_of(pair, tokenizer) for pair in pairs]
     texts = render_prompts(tokenizer, prompts)
-    sides = [_completions(tokenizer, prompts, texts, pairs, field) for field in ("chosen", "rejected")]
-    return [Rendered(text, (chosen, rejected)) for text, chosen, rejected in zip(texts, *sides, strict=True)]
+    fields = completion_fields(pairs[0]) if pairs else ()
+    sides = [_completions(tokenizer, prompts, texts, pairs, field) for field in fields]
+    return [Rendered(text, tuple(completions)) for text, *completions in zip(texts, *sides, strict=True)]
+
+
+def completion_fields(row: Mapping[Any, Any]) -> tuple[str, ...]:
+    """Return the fields of a row's completions. A demonstration, which has one, has it in `chosen`."""
+    return ("chosen", "rejected") if isinstance(row.get("rejected"), str) else ("chosen",)
 
 
 def _completions(
@@ -339,7 +345,7 @@ def changed_texts(pair: Mapping[Any, Any], rendered: Rendered) -> list[tuple[str
     ][:1]
     if missing := next(filter(None, (_missing(turn, prompt) for turn in asked)), None):
         broken.append(("prompt_changed", f"the chat template drops or changes {missing[:40]!r} of the prompt"))
-    for field, parts in zip(("chosen", "rejected"), rendered.completions, strict=True):
+    for field, parts in zip(completion_fields(pair), rendered.completions, strict=True):
         text = "".join(parts)
         tail = completion_turns(pair, field)
         if missing := next(filter(None, (_missing(turn, text) for turn in tail)), None):

@@ -21,6 +21,7 @@ from dpo.engine.chat import (
     Conversation,
     Prompt,
     Rendered,
+    completion_fields,
     prompt_of,
     render_pairs,
     render_prompts,
@@ -149,11 +150,15 @@ def token_rows(
     """
     texts = [each.prompt for each in rendered]
     prompts = _prompt_ids(tokenizer, texts)
-    sides = [_completion_ids(tokenizer, texts, [each.completions[side] for each in rendered]) for side in (0, 1)]
+    count = len(rendered[0].completions) if rendered else 0
+    sides = [
+        _completion_ids(tokenizer, texts, [each.completions[side] for each in rendered]) for side in range(count)
+    ]
     rows = []
-    for pair, prompt, (chosen, ours), (rejected, theirs) in zip(pairs, prompts, *sides, strict=True):
-        context = (ours, theirs) if ours or theirs else ()
-        rows.append(TokenRow(pair["id"], tuple(prompt), (chosen, rejected), context))
+    for pair, prompt, *completions in zip(pairs, prompts, *sides, strict=True):
+        context = tuple(places for _, places in completions)
+        ids = tuple(ids for ids, _ in completions)
+        rows.append(TokenRow(pair["id"], tuple(prompt), ids, context if any(context) else ()))
     return rows
 
 
@@ -223,7 +228,7 @@ def _last_match(pattern: re.Pattern[str], text: str) -> int:
 def encode_pairs(
     pairs: Sequence[Mapping[Any, Any]], tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> list[TokenRow]:
-    """Return token rows of canonical pairs, with the chosen completion first.
+    """Return token rows of canonical pairs, with the chosen completion first, or of demonstrations.
 
     Prompts are shortened so that a prompt and its longer completion have at most `max_length` tokens. Completions
     are never shortened.
@@ -233,7 +238,7 @@ def encode_pairs(
     """
     rows = []
     for pair, row in zip(pairs, token_rows(tokenizer, pairs, render_pairs(tokenizer, pairs)), strict=True):
-        for field, ids in zip(("chosen", "rejected"), row.completions, strict=True):
+        for field, ids in zip(completion_fields(pair), row.completions, strict=True):
             if len(ids) >= max_length:
                 raise InputError(
                     f"pair {row.id}: field '{field}' has {len(ids)} tokens; with max_length {max_length} no "

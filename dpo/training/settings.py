@@ -1,6 +1,6 @@
 """Settings of supervised fine-tuning, preference training and the sweep over its trials."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -51,7 +51,20 @@ class SftSettings(OptimizerSettings):
     completions: Literal["both", "chosen"] = "both"
     """Completions to train on. `both` keeps the reference neutral (Rafailov et al. 2023, section 6)."""
     max_pairs: Positive | None = None
-    """Maximum number of training pairs whose texts are used; null uses all."""
+    """Maximum number of training pairs whose texts are used, or of demonstrations; null uses all."""
+    source: str | tuple[str, ...] | None = None
+    """Demonstrations to train on, in place of the completions of the training pairs: a file or folder (or a list
+    of them) under `data/own/`, or the hub id of a data set."""
+    revision: str | None = None
+    """Commit, tag or branch of a hub id. Required for a hub id."""
+    split: str | tuple[str, ...] | None = None
+    """Splits of a hub data set or of a folder to read; null reads all."""
+    config: str | None = None
+    """Configuration of a hub data set, if it has several."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Columns of the demonstrations with other names, as in `data.columns`."""
+    roles: dict[str, Literal["system", "user", "assistant", "tool"]] = field(default_factory=dict)
+    """Roles of the demonstrations with other names, as in `data.roles`."""
     lora: LoraSettings | None = None
     """Train adapters and merge them into the reference; null trains all weights."""
 

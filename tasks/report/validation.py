@@ -63,7 +63,13 @@ def _counted(counts: dict[str, int]) -> str:
 
 
 def _counts(metrics: dict[str, Any]) -> str:
-    splits = [f"{split} {metrics[split]['pairs']} ({metrics[split]['used']} used)" for split in ("train", "eval")]
+    splits = [
+        f"{split} {metrics[split]['pairs']} ({metrics[split]['used']} used)"
+        for split in ("train", "eval")
+        if split in metrics
+    ]
+    if "eval" not in metrics and (held_out := metrics["accepted"] - metrics["train"]["pairs"]):
+        splits.append(f"{held_out} in a held-out split are not trained on")
     counts = f"{metrics['rows']} rows: {metrics['accepted']} accepted, {metrics['quarantined']} quarantined"
     return f"{counts}; {', '.join(splits)}"
 
@@ -77,13 +83,21 @@ def markdown(result: Validated, params: Params) -> str:
     head = ["| rule | rows | action | requirement | fix |", "| --- | ---: | --- | --- | --- |"]
     listed = [*head, *rows] if rows else ["No rule is broken."]
     errors = [f"- **{error.message}**" for error in result.errors]
-    return "\n".join(["## Preference data", "", f"{_counts(result.metrics)}.", "", *errors, "", *listed, ""])
+    counts = [f"{_counts(result.metrics)}."]
+    if demonstrations := result.metrics.get("demonstrations"):
+        counts += ["", f"Demonstrations: {_counts(demonstrations)}."]
+    return "\n".join(["## Preference data", "", *counts, "", *errors, "", *listed, ""])
 
 
-def write_report(result: Validated, params: Params, path: Path) -> None:
+def write_report(result: Validated, params: Params, path: Path, demonstrations: Validated | None = None) -> None:
     """Write the report as an HTML page. All text of the data is escaped."""
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True)
     template = environment.get_template("validation.html.jinja")
     values = {"broken": broken_rules(result, params), "rules": RULES, "params": params.validate}
+    values["demonstrations"] = demonstrations and {
+        **vars(demonstrations),
+        "counts": _counts(demonstrations.metrics),
+        "broken": broken_rules(demonstrations, params),
+    }
     with atomic_write(path) as tmp:
         tmp.write_text(template.render(result=result, **vars(result), **values))

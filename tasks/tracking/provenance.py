@@ -12,7 +12,7 @@ from dpo.common.files import md5, sha256
 from dpo.config import Params
 from dpo.training.settings import Trial
 from tasks.common.git import head_commit, inputs_changed
-from tasks.common.paths import BASE, EVAL, REFERENCE, TRAIN
+from tasks.common.paths import BASE, DEMONSTRATIONS, EVAL, REFERENCE, TRAIN
 
 PACKAGES = ("torch", "transformers", "tokenizers", "accelerate", "peft", "datasets", "dvc", "mlflow", "prefect")
 FLOW_RUN = "DPO_PREFECT_FLOW_RUN"
@@ -38,7 +38,7 @@ def made_by(params: Params, mlflow_run: str | None, trial: Trial | None = None) 
     return {
         "git_commit": head_commit(),
         "git_changes_since": inputs_changed(),
-        "data": {str(TRAIN): md5(TRAIN)},
+        "data": {str(path): md5(path) for path in ([TRAIN, DEMONSTRATIONS] if params.demonstrations else [TRAIN])},
         "models": {str(folder): weights(folder) for folder in ([BASE] if trial is None else [BASE, REFERENCE])},
         "params": settings,
         "packages": packages(),

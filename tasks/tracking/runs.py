@@ -63,12 +63,12 @@ def log_validation(params: Params, metrics: dict[str, Any], files: list[Path]) -
     run.close()
 
 
-def reference_run(params: Params) -> AbstractContextManager[str]:
-    """Create a run for the fine-tuning of the reference; yield its id."""
+def reference_run(params: Params, data: Path = TRAIN) -> AbstractContextManager[str]:
+    """Create a run for the fine-tuning of the reference on the rows in the file `data`; yield its id."""
     offline.connect_or_offline()
     settings = _settings(seed=params.seed, model=params.model, sft=params.sft)
-    tags = {ROLE: "reference", INPUTS: _hash(settings, TRAIN)}
-    return _training("reference (SFT)", tags, settings)
+    tags = {ROLE: "reference", INPUTS: _hash(settings, data)}
+    return _training("reference (SFT)", tags, settings, data)
 
 
 def policy_run(params: Params, trial: Trial) -> AbstractContextManager[str]:
@@ -76,15 +76,15 @@ def policy_run(params: Params, trial: Trial) -> AbstractContextManager[str]:
     offline.connect_or_offline()
     tags = {SWEEP: _sweep(), TRIAL: trial.name, ROLE: "policy", MLFLOW_PARENT_RUN_ID: sweep_run(params)}
     groups = {"model": params.model, "data": params.data, "engine": params.engine, "dpo": params.dpo}
-    return _training(trial.name, tags, _settings(**groups, **trial.settings))
+    return _training(trial.name, tags, _settings(**groups, **trial.settings), TRAIN)
 
 
 @contextmanager
-def _training(name: str, tags: dict[str, str], settings: dict[str, Any]) -> Iterator[str]:
+def _training(name: str, tags: dict[str, str], settings: dict[str, Any], data: Path) -> Iterator[str]:
     """Create a run that records the library's warnings and ends with the block."""
     run = RunLogger(_begin(name, tags))
     run.log_params(settings)
-    run.log_datasets([_dataset(TRAIN, "training")])
+    run.log_datasets([_dataset(data, "training")])
     library, handler, status = logging.getLogger("dpo"), WarningsHandler(run), "FAILED"
     library.addHandler(handler)
     try:

@@ -144,6 +144,8 @@ ABSENT = type(None)
         ("evaluate.judges", [{"kind": "scorer"}], "evaluate.judges.0.scorer.function: missing; add it"),
         ("evaluate.judges", [], "compare.select: win_rate needs a judge; add one to evaluate.judges, or"),
         ("sft", 3, "sft: "),
+        ("sft.split", "train", "sft.split has no effect without sft.source; set sft.source, or remove it"),
+        ("sft.source", "default", "sft.source: default has no demonstrations; name files, or set it to null"),
         ("model.adapter", "keep", "model.adapter: input should be 'merge' or 'continue', got 'keep'"),
         ("model.adapter", "continue", "sft: must be null with model.adapter: continue; the reference is the base"),
         (

@@ -17,7 +17,15 @@ from dpo.engine.pretrained import load_tokenizer
 from dpo.engine.token_table import write_table
 from dpo.training.settings import LoraSettings
 from tasks import sft as stage
-from tasks.common.paths import BASE, METRICS, REFERENCE, TOKENS_TRAIN, TRAIN
+from tasks.common.paths import (
+    BASE,
+    DEMONSTRATIONS,
+    METRICS,
+    REFERENCE,
+    TOKENS_DEMONSTRATIONS,
+    TOKENS_TRAIN,
+    TRAIN,
+)
 from tasks.tracking.provenance import weights
 from tests.support.training import make_pairs, make_rows
 
@@ -79,6 +87,26 @@ def test_adapters_are_merged_into_the_reference(base, monkeypatch):
     facts = json.loads((REFERENCE / "provenance.json").read_text())
     assert facts["weights"] == weights(REFERENCE)
     assert facts["params"]["sft"]["lora"] == {"rank": 4, "alpha": 8}
+
+
+def test_demonstrations_replace_the_training_pairs(base, monkeypatch):
+    demonstrations = [pair | {"rejected": None} for pair in make_pairs(10)]
+    pd.DataFrame(demonstrations).to_parquet(DEMONSTRATIONS)
+    write_table(TOKENS_DEMONSTRATIONS, DEMONSTRATIONS, load_tokenizer(BASE), PARAMS.engine.max_length)
+    use(monkeypatch, source="data/own/demonstrations.jsonl", max_pairs=None, pairs_per_step=4)
+    trained = []
+    monkeypatch.setattr(
+        stage,
+        "train_sft",
+        lambda model, rows, *args, _train=stage.train_sft, **kw: (
+            trained.extend(rows) or _train(model, rows, *args, **kw)
+        ),
+    )
+    stage.main()
+    assert [len(row.completions) for row in trained] == [1] * 10
+    assert len(pd.read_csv(METRICS / "sft.csv")) == 3
+    facts = json.loads((REFERENCE / "provenance.json").read_text())
+    assert facts["data"].keys() == {str(TRAIN), str(DEMONSTRATIONS)}
 
 
 def test_the_merged_reference_has_the_log_probs_of_the_trained_adapter(base, monkeypatch):
