@@ -9,6 +9,7 @@ tables of `docs/guides/larger-models.md`.
 
 import argparse
 import dataclasses
+import itertools
 import json
 import statistics
 import sys
@@ -25,30 +26,78 @@ from benchmarks.measure import alone, peak, resident
 from benchmarks.page import put_table
 from benchmarks.trainers import Clock
 from dpo.common.files import write_json
-from dpo.config import load_params
+from dpo.config import Params, load_params
 from dpo.engine.logprobs import load_model
+from dpo.engine.settings import Precision, Quantization
 from dpo.engine.tokenization import TokenRow
-from dpo.planner import LLAMAS, Pair, Setup, pair_flops, seconds, shape_of, training_memory
+from dpo.planner import LLAMAS, Pair, Setup, Shape, pair_flops, seconds, shape_of, training_memory
 from dpo.training.settings import LoraSettings
 from dpo.training.train import train_dpo
-from tasks.commands.plan import GPU_OVERHEAD, TFLOPS, UTILISATION, candidate_setups
+from tasks.commands.plan import TFLOPS, UTILISATION, candidate_setups
 from tasks.common.allocator import TRAINING
+from tasks.common.memory import GPU_OVERHEAD, STAGES, Hardware, stage_memory
 from tasks.common.paths import BASE
 
 RESULTS, PAGE = Path("benchmarks/results/planner.json"), Path("docs/guides/larger-models.md")
 PAIR = Pair(prompt=32, completion=24)
 MICRO_BATCHES, STEPS, SEED = 2, 5, 17
+
+
+@dataclass(frozen=True)
+class Case:
+    """One training."""
+
+    rank: int | None
+    """Rank of the adapters; None trains all weights."""
+    pairs: int
+    """Pairs per micro-batch."""
+    checkpointing: bool
+    precision: Precision = "fp32"
+    quantization: Quantization = None
+
+    @property
+    def name(self) -> str:
+        """The method, for the table."""
+        method = "all weights" if self.rank is None else f"LoRA, rank {self.rank}"
+        return ", ".join([method, *([self.quantization] if self.quantization else []), self.precision])
+
+
 CASES = [
-    (rank, pairs, checkpointing)
-    for rank in (None, 16)
-    for pairs, checkpointing in ((4, False), (8, False), (8, True))
+    Case(None, 4, False),
+    Case(None, 8, False),
+    Case(None, 8, True),
+    Case(16, 4, False),
+    Case(16, 8, False),
+    Case(16, 8, True),
+    Case(None, 8, True, "bf16"),
+    Case(16, 8, False, "bf16"),
+    Case(16, 8, True, "bf16"),
+    Case(16, 8, False, "bf16", "nf4"),
+    Case(16, 8, True, "bf16", "nf4"),
 ]
-"""(LoRA rank, pairs per micro-batch, gradient checkpointing)"""
 NARROW = {"num_hidden_layers": 1, "hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2,
           "num_key_value_heads": 1, "head_dim": 32, "vocab_size": 300}  # fmt: skip
 """Sizes of a model that needs almost no memory but loads all libraries."""
 LARGE, TOKENS, GPUS = Pair(prompt=256, completion=256), 8192, (1, 8, 64)
 """For the table of large models: lengths of a pair, tokens per micro-batch, numbers of GPUs."""
+
+
+CARDS = {24: 23.5, 48: 47.4, 80: 79.2}
+"""GiB that cards of 24, 48 and 80 GB (RTX 4090, RTX 6000 Ada, H100) give to processes."""
+SIZES = {name: shape for name, shape in LLAMAS.items() if name != "default"}
+LENGTHS = [2**n for n in range(9, 18)]
+"""Tokens of a pair: half of them are the prompt, a quarter each completion."""
+METHODS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "all weights": ({}, {"optimizer": "adamw"}),
+    "all weights, 8-bit optimizer": ({}, {"optimizer": "adamw_8bit"}),
+    "LoRA": ({}, {}),
+    "LoRA, bf16 vocabulary": ({"vocabulary": "bf16"}, {}),
+    "LoRA, offload": ({}, {"gradient_checkpointing": "offload"}),
+    "LoRA, NF4": ({"quantization": "nf4"}, {}),
+    "LoRA, NF4, bf16 vocabulary": ({"quantization": "nf4", "vocabulary": "bf16"}, {}),
+    "LoRA, NF4, offload": ({"quantization": "nf4"}, {"gradient_checkpointing": "offload"}),
+}
+"""Settings of `engine` and `dpo` in the table of what fits. All have bf16 and gradient checkpointing."""
 
 
 @dataclass(frozen=True)
@@ -60,9 +109,9 @@ class Run:
     seconds: float
 
 
-def measure(model: Path, rank: int | None, pairs: int, checkpointing: bool) -> Run:
+def measure(model: Path, case: Case) -> Run:
     """Train a narrow model, whose memory is the overhead, then `model`, on random tokens."""
-    params = load_params()
+    params, pairs, rank = load_params(), case.pairs, case.rank
     draw = np.random.default_rng(SEED)
     lengths = (PAIR.prompt, PAIR.completion, PAIR.completion)
     count = pairs * MICRO_BATCHES * STEPS
@@ -75,15 +124,16 @@ def measure(model: Path, rank: int | None, pairs: int, checkpointing: bool) -> R
         epochs=1,
         pairs_per_step=pairs * MICRO_BATCHES,
         optimizer="adamw",
-        gradient_checkpointing=checkpointing,
+        gradient_checkpointing=case.checkpointing,
         lora=None if rank is None else LoraSettings(rank=rank, alpha=2 * rank),
         early_stop=None,
     )
 
     def seconds_per_step(path: Path) -> float:
         clock = Clock()
+        policy = load_model(path, case.precision, quantization=case.quantization)
         train_dpo(
-            load_model(path), rows, {row.id: (-100.0, -100.0) for row in rows}, training, params.trials()[0],
+            policy, rows, {row.id: (-100.0, -100.0) for row in rows}, training, params.trials()[0],
             max_tokens_per_microbatch=pairs * PAIR.tokens, callbacks=[clock],
         )  # fmt: skip
         return statistics.median(np.diff(clock.ends))
@@ -106,23 +156,23 @@ def main() -> None:
     else:
         shape, results = shape_of(AutoConfig.from_pretrained(options.model)), []
         for case in CASES:
-            rank, pairs, checkpointing = case
-            run = alone(measure, options.model, *case, **TRAINING)
-            setup = Setup(pairs * PAIR.tokens, "fp32", rank, checkpointing)
+            run = alone(measure, options.model, case, **TRAINING)
+            setup = Setup(
+                case.pairs * PAIR.tokens, case.precision, case.rank, case.checkpointing, case.quantization
+            )
             memory = training_memory(shape, PAIR, setup, run.overhead)
-            flops = pairs * MICRO_BATCHES * sum(pair_flops(shape, PAIR, setup))
+            flops = case.pairs * MICRO_BATCHES * sum(pair_flops(shape, PAIR, setup))
             rate = results[0]["flops"] / results[0]["seconds"] if results else flops / run.seconds
             results.append(
                 {
-                    "lora_rank": rank,
-                    "pairs": pairs,
+                    **dataclasses.asdict(case),
+                    "method": case.name,
                     "tokens": setup.max_tokens_per_microbatch,
-                    "gradient_checkpointing": checkpointing,
                     "peak": run.peak,
                     "predicted_peak": memory.total,
                     "memory": dataclasses.asdict(memory),
                     "seconds": run.seconds,
-                    "predicted_seconds": flops / rate,
+                    "predicted_seconds": flops / rate if case.precision == "fp32" else None,
                     "flops": flops,
                     "threads": torch.get_num_threads(),
                 }
@@ -132,6 +182,7 @@ def main() -> None:
         write_json(RESULTS, results)
     put_table(PAGE, "planner", measured(results))
     put_table(PAGE, "shapes", shapes())
+    put_table(PAGE, "fits", fits())
 
 
 def measured(results: list[dict[str, Any]]) -> str:
@@ -142,15 +193,16 @@ def measured(results: list[dict[str, Any]]) -> str:
         "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     for r in results:
-        time = f"{r['predicted_seconds']:.1f} ({r['predicted_seconds'] / r['seconds']:.2f})"
+        planned = r["predicted_seconds"]
+        time = f"{planned:.1f} ({planned / r['seconds']:.2f})" if planned and r is not results[0] else ""
         cells = [
-            "all weights" if r["lora_rank"] is None else f"LoRA, rank {r['lora_rank']}",
-            "on" if r["gradient_checkpointing"] else "off",
+            r["method"],
+            "on" if r["checkpointing"] else "off",
             f"{r['tokens']:,}",
             f"{r['peak'] / 2**30:.2f}",
             f"{r['predicted_peak'] / 2**30:.2f} ({r['predicted_peak'] / r['peak']:.2f})",
             f"{r['seconds']:.1f}",
-            "" if r is results[0] else time,
+            time,
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -168,7 +220,7 @@ def shapes() -> str:
         + " | GPU-hours per 100,000 pairs |",
         "| --- | --- | --- |" + " ---: |" * (len(GPUS) + 1),
     ]
-    for name, shape in LLAMAS.items():
+    for name, shape in SIZES.items():
         setups = zip(
             *(candidate_setups(params, LARGE, gpus, "none" if gpus == 1 else "full") for gpus in GPUS), strict=True
         )
@@ -185,6 +237,47 @@ def shapes() -> str:
             ]
             lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def fits() -> str:
+    """Return a Markdown table of the longest pair of which all stages fit on one GPU, with `sft: null`."""
+    params = load_params()
+    lora = LoraSettings(rank=16, alpha=32)
+    lines = [
+        "| model | training | GiB in `train`, 2,048 tokens | " + " | ".join(f"{gb} GB" for gb in CARDS) + " |",
+        "| --- | --- |" + " ---: |" * (1 + len(CARDS)),
+    ]
+    for (name, shape), (method, (engine, training)) in itertools.product(SIZES.items(), METHODS.items()):
+        settings = {
+            "gradient_checkpointing": True,
+            **({} if "optimizer" in training else {"lora": lora}),
+            **training,
+        }
+        changed = dataclasses.replace(
+            params,
+            sft=None,
+            engine=dataclasses.replace(params.engine, precision="bf16", max_tokens_per_microbatch=1024, **engine),
+            dpo=dataclasses.replace(params.dpo, **settings),
+            evaluate=dataclasses.replace(params.evaluate, max_tokens_per_batch=4096),
+        )
+        train = stage_memory("train", changed, shape, _pair(2048), Hardware())
+        assert train is not None
+        cells = [f"{train.total / 2**30:.1f}"]
+        for gib in CARDS.values():
+            fitting = [n for n in LENGTHS if _largest(changed, shape, _pair(n)) <= gib * 2**30]
+            cells.append(f"{max(fitting):,}" if fitting else "no")
+        lines.append("| " + " | ".join([name, method, *cells]) + " |")
+    return "\n".join(lines)
+
+
+def _pair(tokens: int) -> Pair:
+    return Pair(tokens // 2, tokens // 4)
+
+
+def _largest(params: Params, shape: Shape, pair: Pair) -> float:
+    """Return the peak bytes of the stage that needs most memory."""
+    memories = (stage_memory(stage, params, shape, pair, Hardware()) for stage in STAGES)
+    return max(memory.total for memory in memories if memory)
 
 
 if __name__ == "__main__":

@@ -42,6 +42,8 @@ class RunSettings(Settings):
 
     checkpoint_minutes: Annotated[float, Field(ge=0)] = 5
     """Minutes between two training checkpoints; 0 saves one after every step."""
+    check_memory: bool = True
+    """Stop a stage before it loads a model if its planned memory exceeds the available memory."""
     launch: str | None = None
     """Configuration file of `accelerate launch` for the stages that run the model; null runs one process."""
 

@@ -1,22 +1,25 @@
 """Estimates of peak GPU memory and hours of a training, from the shape of the model.
 
-The formulas describe the engine: a packed stream of at most `max_tokens_per_microbatch` tokens; weights, gradients
-and optimizer states in fp32; layers in fp32 or bf16; the vocabulary in fp32 in chunks of `HEAD_CHUNK` positions;
-reference log-probs from a cache. They hold for the Llama architecture: grouped-query attention, a gated MLP and
-two RMSNorms per layer.
+The formulas describe the engine: a packed stream of at most `max_tokens_per_microbatch` tokens; trained weights,
+gradients and optimizer states in fp32; other weights in fp32, bf16 or NF4; products in fp32 or bf16; logits in
+chunks of `HEAD_CHUNK` positions; reference log-probs from a cache. They hold for the Llama architecture:
+grouped-query attention, a gated MLP and two RMSNorms per layer.
 """
 
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from dpo.common.errors import InputError
-from dpo.engine.settings import HEAD_CHUNK, Precision
+from dpo.engine.settings import HEAD_CHUNK, VOCABULARY_PART, Precision, Quantization
 
 Sharding = Literal["none", "data", "full"]
 """`none`: one process. `data` (DDP): a replica per process. `full` (FSDP2): weights, gradients, states sharded."""
 
 STATE_BYTES = {"adamw": 8, "rmsprop": 4, "adamw_8bit": 2, "paged_adamw_8bit": 2}
-"""Bytes of optimizer state per trained parameter."""
+"""Bytes of optimizer state per trained parameter. The 8-bit optimizers keep fp32 states of embeddings."""
+
+NF4_BYTES = 1 / 2 + 1 / 64 + 4 / (64 * 256)
+"""Bytes per weight in NF4: 4 bits, an 8-bit scale per 64 weights, an fp32 scale per 256 of these scales."""
 
 
 @dataclass(frozen=True)
@@ -46,9 +49,14 @@ class Shape:
         return [*attention, *[(hidden, self.intermediate)] * 2, (self.intermediate, hidden)]
 
     @property
+    def products(self) -> int:
+        """Parameters of the linear layers of a block."""
+        return sum(inputs * outputs for inputs, outputs in self.matrices)
+
+    @property
     def layer(self) -> int:
         """Parameters of a block."""
-        return sum(inputs * outputs for inputs, outputs in self.matrices) + 2 * self.hidden
+        return self.products + 2 * self.hidden
 
     @property
     def head(self) -> int:
@@ -62,11 +70,12 @@ class Shape:
 
 
 LLAMAS = {
+    "default": Shape(30, 576, 1536, 9, 3, 64, 49152, tied=True),
     "llama-1b": Shape(16, 2048, 8192, 32, 8, 64, 128256, tied=True),
     "llama-8b": Shape(32, 4096, 14336, 32, 8, 128, 128256, tied=False),
     "llama-70b": Shape(80, 8192, 28672, 64, 8, 128, 128256, tied=False),
 }
-"""Llama 3.2 1B, Llama 3.1 8B and Llama 3.1 70B (Grattafiori et al. 2024, table 3, and the model cards)."""
+"""The default model; Llama 3.2 1B, 3.1 8B and 3.1 70B (Grattafiori et al. 2024, table 3, and the model cards)."""
 
 
 def shape_of(config: Any) -> Shape:
@@ -116,7 +125,9 @@ class Setup:
     precision: Precision = "fp32"
     lora_rank: int | None = None
     """Rank of the adapters. None trains all weights."""
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool | Literal["offload"] = False
+    quantization: Quantization = None
+    vocabulary: Precision = "fp32"
     accumulates: bool = True
     """Whether a step has several micro-batches. If so, gradients and all activations exist at the same time."""
     optimizer: str = "adamw"
@@ -129,6 +140,16 @@ class Setup:
     def width(self) -> int:
         """Bytes per element of the layers."""
         return 4 if self.precision == "fp32" else 2
+
+    @property
+    def frozen_width(self) -> float:
+        """Bytes per weight of a linear layer that is not trained."""
+        return self.width if self.quantization is None else NF4_BYTES
+
+    @property
+    def vocabulary_width(self) -> int:
+        """Bytes per weight of the embedding and the head, if they are not trained."""
+        return 4 if self.vocabulary == "fp32" else 2
 
 
 @dataclass(frozen=True)
@@ -156,8 +177,27 @@ def trained_parameters(shape: Shape, lora_rank: int | None) -> int:
     return shape.layers * lora_rank * sum(inputs + outputs for inputs, outputs in shape.matrices)
 
 
+def frozen_weights(shape: Shape, setup: Setup) -> float:
+    """Return the bytes of a model that is not trained. Norms are fp32."""
+    products = shape.layers * shape.products
+    vocabulary = (1 if shape.tied else 2) * shape.head
+    norms = shape.parameters - products - vocabulary
+    return setup.frozen_width * products + setup.vocabulary_width * vocabulary + 4 * norms
+
+
+def dequantised(shape: Shape, setup: Setup) -> float:
+    """Return the bytes of the largest NF4 matrix in fp32 and in the precision of its product."""
+    return 0 if setup.quantization is None else (4 + setup.width) * shape.hidden * shape.intermediate
+
+
+def head_chunk(shape: Shape, setup: Setup, positions: float) -> float:
+    """Return the bytes of a chunk of logits, with the part of a bf16 vocabulary that is cast to fp32."""
+    cast = 0 if setup.vocabulary == "fp32" else 4 * min(VOCABULARY_PART, shape.vocabulary) * shape.hidden
+    return 4 * min(setup.head_chunk, positions) * shape.vocabulary + cast
+
+
 def layer_activations(shape: Shape, pair: Pair, setup: Setup) -> float:
-    """Return the bytes that a layer keeps for its backward pass, and in bf16 those of its rounded weights.
+    """Return the bytes that a layer keeps for its backward pass, and in bf16 those of its rounded trained weights.
 
     Norms keep their input and, if their weight is trained, the normalised input, in fp32. Linear layers keep their
     inputs: in fp32 one tensor for q, k and v and one for gate and up, in bf16 a rounded copy for each of the five.
@@ -165,27 +205,29 @@ def layer_activations(shape: Shape, pair: Pair, setup: Setup) -> float:
     the log-sum-exp, and for the second completion the keys and values of prompt and completion with a mask. The
     MLP keeps gate, its activation, up and their product. LoRA keeps the inner vector of each of the seven updates.
     """
-    fp32 = setup.precision == "fp32"
-    norms = 2 * 4 * shape.hidden * (2 if setup.lora_rank is None else 1)
+    fp32, full = setup.precision == "fp32", setup.lora_rank is None
+    norms = 2 * 4 * shape.hidden * (2 if full else 1)
     inputs = setup.width * shape.hidden * (2 if fp32 else 5)
     again = (pair.prompt + pair.completion) / pair.tokens
     mask = setup.width * pair.completion * (pair.prompt + pair.completion) / pair.tokens
     attention = setup.width * shape.query * (5 + 2 * again) + 4 * shape.heads + mask
     mlp = 4 * setup.width * shape.intermediate
     per_token = norms + inputs + attention + mlp + setup.width * 7 * (setup.lora_rank or 0)
-    return setup.max_tokens_per_microbatch * per_token + (0 if fp32 else 2 * shape.layer)
+    return setup.max_tokens_per_microbatch * per_token + (2 * shape.layer if full and not fp32 else 0)
 
 
 def activations(shape: Shape, pair: Pair, setup: Setup) -> float:
     """Return the bytes that the forward pass of one micro-batch keeps for the backward pass.
 
-    With gradient checkpointing each layer keeps its input only. After the layers, the last norm and the hidden
-    states of the completions are kept.
+    With gradient checkpointing each layer keeps its input only, on the device or, with `offload`, on the host,
+    except for the layer that is computed. After the layers, the last norm and the hidden states of the completions
+    are kept.
     """
     kept = setup.max_tokens_per_microbatch * 4 * shape.hidden
     layer = kept if setup.gradient_checkpointing else layer_activations(shape, pair, setup)
     norm = 2 if setup.lora_rank is None else 1
-    return shape.layers * layer + kept * (norm + 2 * pair.completion / pair.tokens)
+    layers = 1 if setup.gradient_checkpointing == "offload" else shape.layers
+    return layers * layer + kept * (norm + 2 * pair.completion / pair.tokens)
 
 
 def training_memory(shape: Shape, pair: Pair, setup: Setup, overhead: float) -> Memory:
@@ -205,17 +247,22 @@ def training_memory(shape: Shape, pair: Pair, setup: Setup, overhead: float) -> 
     full, sharded = setup.lora_rank is None, setup.sharding == "full"
     shards = setup.gpus if sharded else 1
     trained = trained_parameters(shape, setup.lora_rank)
-    weights = 4 * (shape.parameters + (0 if full else trained)) / shards
+    base = 4 * shape.parameters if full else frozen_weights(shape, setup)
+    weights = (base + (0 if full else 4 * trained)) / shards
     gradients = 4 * trained / shards * (2 if setup.sharding == "data" else 1)
-    states = STATE_BYTES[setup.optimizer] * trained / shards
-    gathered_layers = 4 * shape.layer * (3 if full else 2) if sharded else 0
-    gathered_head = 4 * shape.head if sharded else 0
+    states: float = STATE_BYTES[setup.optimizer] * trained / shards
+    if full and "8bit" in setup.optimizer:
+        states += (8 - STATE_BYTES[setup.optimizer]) * shape.head / shards
+    gathered_layers = (4 * 3 if full else setup.frozen_width * 2) * shape.layer if sharded else 0
+    gathered_head = (4 if full else setup.vocabulary_width) * shape.head if sharded else 0
     head = 4 * shape.head if full else 0
     new_head = head if setup.sharding != "none" else 0
     first = new_head if setup.accumulates else head
-    positions = setup.max_tokens_per_microbatch * 2 * pair.completion / pair.tokens
-    chunk = 4 * min(setup.head_chunk, positions) * shape.vocabulary
-    backward = setup.max_tokens_per_microbatch * (3 * setup.width * shape.intermediate + 2 * 4 * shape.hidden)
+    chunk = head_chunk(shape, setup, setup.max_tokens_per_microbatch * 2 * pair.completion / pair.tokens)
+    backward: float = setup.max_tokens_per_microbatch * (
+        3 * setup.width * shape.intermediate + 2 * 4 * shape.hidden
+    )
+    backward += dequantised(shape, setup)
     kept = activations(shape, pair, setup)
     accumulated = gradients * setup.accumulates
     # FSDP reshards the head and its gradient before the layers, unless the embedding shares the matrix.
@@ -230,15 +277,31 @@ def training_memory(shape: Shape, pair: Pair, setup: Setup, overhead: float) -> 
     return Memory(weights, gradients, states, kept, temporary, overhead)
 
 
-def reference_memory(shape: Shape, setup: Setup, overhead: float) -> Memory:
-    """Return the peak memory of the reference pass, which keeps no activations and is not sharded.
+def reference_memory(shape: Shape, setup: Setup, overhead: float, models: int = 1, kl: bool = False) -> Memory:
+    """Return the peak memory of a pass without gradients, which keeps no activations and is not sharded.
 
-    bf16 rounds the weights of one linear layer at a time.
+    `models` are in memory. The KL divergence has six matrices of the size of a chunk: logits and log-probs of
+    policy and reference, probabilities and differences.
     """
-    copies = 0 if setup.precision == "fp32" else 2 * shape.hidden * shape.intermediate
     layer = setup.max_tokens_per_microbatch * (3 * setup.width * shape.intermediate + 3 * 4 * shape.hidden)
-    chunk = 4 * setup.head_chunk * shape.vocabulary
-    return Memory(4 * shape.parameters, 0, 0, 0, copies + max(layer, chunk), overhead)
+    chunk = head_chunk(shape, setup, setup.max_tokens_per_microbatch) * (6 if kl else 1)
+    weights = models * frozen_weights(shape, setup)
+    return Memory(weights, 0, 0, 0, max(layer + dequantised(shape, setup), chunk), overhead)
+
+
+def sampling_memory(
+    shape: Shape, setup: Setup, overhead: float, prompt: int, new_tokens: int, max_tokens_per_batch: int
+) -> Memory:
+    """Return the peak memory of sampling: fp32 keys and values of a batch, and its prompts or its logits.
+
+    A batch has at most `max_tokens_per_batch` tokens of prompts and responses.
+    """
+    rows = max(1, max_tokens_per_batch // (prompt + new_tokens))
+    cache = rows * (prompt + new_tokens) * shape.layers * 2 * shape.kv_heads * shape.head_dim * 4
+    prompts = rows * prompt * (3 * setup.width * shape.intermediate + 3 * 4 * shape.hidden)
+    logits = 4 * 4 * rows * shape.vocabulary
+    temporary = max(prompts + dequantised(shape, setup), logits)
+    return Memory(frozen_weights(shape, setup), 0, 0, cache, temporary, overhead)
 
 
 def forward_flops(shape: Shape, tokens: int, projected: int, seen: int) -> tuple[int, int, int]:
@@ -247,9 +310,8 @@ def forward_flops(shape: Shape, tokens: int, projected: int, seen: int) -> tuple
     The layers process `tokens` and the head `projected` tokens, with 2 FLOPs per weight. `seen` (query, key)
     positions attend, with 4 FLOPs per element of a query.
     """
-    weights = sum(inputs * outputs for inputs, outputs in shape.matrices)
     attention = 4 * shape.layers * shape.query * seen
-    return 2 * shape.layers * weights * tokens, 2 * shape.head * projected, attention
+    return 2 * shape.layers * shape.products * tokens, 2 * shape.head * projected, attention
 
 
 def pair_flops(shape: Shape, pair: Pair, setup: Setup | None) -> tuple[int, int]:
@@ -262,7 +324,7 @@ def pair_flops(shape: Shape, pair: Pair, setup: Setup | None) -> tuple[int, int]
     layers, head, attention = forward_flops(shape, pair.tokens, 2 * pair.completion, pair.seen)
     if setup is None:
         return layers + attention, head
-    again = setup.gradient_checkpointing
+    again = bool(setup.gradient_checkpointing)
     if setup.lora_rank is None:
         return (3 + again) * (layers + attention), 4 * head
     return (2 + again) * layers + (3 + again) * attention, 3 * head

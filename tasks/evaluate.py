@@ -24,6 +24,7 @@ from dpo.evaluation.sampling import response_limit, response_table
 from dpo.evaluation.server_sampling import check_sampled, served_responses
 from dpo.training.settings import Trial
 from tasks.common import paths
+from tasks.common.memory import check_memory
 from tasks.common.runner import run_launched, trial_argument
 from tasks.report.card import write_card
 from tasks.tracking.provenance import weights
@@ -39,6 +40,7 @@ def main() -> None:
     reference = pd.read_parquet(paths.REFERENCE_SAMPLES)
     prompts = [prompt_of(pair, tokenizer) for pair in reference.to_dict("records")]
     state, folder = this_process(), paths.policy_folder(trial)
+    check_memory("evaluate", params, paths.REFERENCE)
     limit = response_limit(params.evaluate.max_new_tokens, held_out, tokenizer, params.engine.max_length)
     served = served_responses(
         params.evaluate.sampler, params.engine, folder, tokenizer, prompts, params.sampling(limit)

@@ -15,6 +15,7 @@ from dpo.evaluation.judges.accuracy import judge_accuracy
 from dpo.evaluation.kl import divergence
 from dpo.evaluation.sampling import response_limit, response_table
 from dpo.evaluation.server_sampling import check_sampled, served_responses
+from tasks.common.memory import check_memory
 from tasks.common.paths import EVAL, REFERENCE, REFERENCE_SAMPLES
 from tasks.common.runner import run_launched
 
@@ -27,6 +28,7 @@ def main() -> None:
     params = load_params()
     judges = load_judges(params.evaluate.judges)
     tokenizer = load_tokenizer(REFERENCE)
+    check_memory("reference_samples", params, REFERENCE)
     pairs, count = pd.read_parquet(EVAL), params.evaluate.samples
     table = pairs.sample(count, replace=len(pairs) < count, random_state=params.seed)
     table = table[["prompt", "turns", "tools"]].reset_index(drop=True)

@@ -18,6 +18,7 @@ from dpo.engine.token_table import open_table
 from dpo.training.checkpoints import CheckpointStore
 from dpo.training.settings import SftSettings
 from dpo.training.train import save_checkpoint, save_merged, train_sft
+from tasks.common.memory import check_memory, mean_pair
 from tasks.common.paths import (
     BASE,
     DEMONSTRATIONS,
@@ -72,6 +73,7 @@ def fine_tune(params: Params, sft: SftSettings) -> None:
         rows = rows.select(places.sample(min(sft.max_pairs, len(rows)), random_state=params.seed).to_numpy())
     if sft.completions == "chosen":
         rows = rows.first_completions(1)
+    check_memory("sft", params, BASE, mean_pair(rows))
     model = load_model(BASE, **engine.loading) if sft.lora else load_model(BASE, engine.precision, engine.compile)
     store = CheckpointStore(TRAINING_PROGRESS / "sft", params.run.checkpoint_minutes)
     main_process = this_process().is_main_process

@@ -13,6 +13,7 @@ from dpo.engine.reference_cache import cache_key, load_reference
 from dpo.engine.token_table import open_table
 from dpo.training.checkpoints import CheckpointStore
 from dpo.training.train import save_checkpoint, train_dpo
+from tasks.common.memory import check_memory, mean_pair
 from tasks.common.paths import (
     REFERENCE,
     REFERENCE_TRAIN,
@@ -38,6 +39,7 @@ def main() -> None:
     if "reference" in trial.loss.needs:
         reference = load_reference(REFERENCE_TRAIN, cache_key(REFERENCE, tokenizer, rows, engine))
     table = pd.read_parquet(TRAIN, columns=["id", "weight", "agreement"])
+    check_memory("train", params, REFERENCE, mean_pair(rows))
     model = load_model(REFERENCE, **engine.loading)
     store = CheckpointStore(TRAINING_PROGRESS / trial.name, params.run.checkpoint_minutes)
     main_process = this_process().is_main_process

@@ -5,6 +5,7 @@ are held in bf16 instead, with the same results. NF4 (Dettmers et al. 2023, "QLo
 the scales of each block of 64 weights quantised too.
 """
 
+import logging
 from typing import Any
 
 import torch
@@ -14,6 +15,10 @@ from transformers.pytorch_utils import Conv1D
 
 from dpo.common.distributed import this_process
 from dpo.common.errors import InputError
+
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(
+    logging.ERROR
+)  # it warns that an optional kernel lacks
 
 
 def nf4_options() -> dict[str, Any]:

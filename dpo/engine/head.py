@@ -7,10 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dpo.engine.settings import GPU_HEAD_CHUNK, HEAD_CHUNK
-
-VOCABULARY_PART = 16_384
-"""Rows of a bf16 weight that are cast to fp32 at a time: 0.25 GiB for a width of 4,096."""
+from dpo.engine.settings import GPU_HEAD_CHUNK, HEAD_CHUNK, VOCABULARY_PART
 
 
 def project(hidden: Tensor, head: nn.Linear) -> Tensor:
@@ -42,7 +39,7 @@ class _TokenLogps(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, in_place: bool
     ) -> Tensor:
         logps = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
-        ctx.in_place = in_place
+        ctx.leaf = weight if in_place else None  # hooks of saved tensors may replace the saved weight
         for part in _chunks(targets):
             ctx.kept = None  # free the previous chunk first
             *ctx.kept, logps[part] = _exp_logits(hidden[part], weight, bias, targets[part])
@@ -52,7 +49,7 @@ class _TokenLogps(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, targets = ctx.saved_tensors
-        grad_hidden, grad_weight = torch.empty_like(hidden), weight.grad if ctx.in_place else None
+        grad_hidden, grad_weight = torch.empty_like(hidden), None if ctx.leaf is None else ctx.leaf.grad
         grad_bias = torch.zeros_like(bias) if bias is not None and ctx.needs_input_grad[2] else None
         for part in reversed(_chunks(targets)):
             kept, ctx.kept = ctx.kept, None
@@ -67,8 +64,8 @@ class _TokenLogps(torch.autograd.Function):
             if grad_bias is not None:
                 grad_bias += grad_logits.sum(0)
             del kept, exp_logits, grad_logits  # free memory before the next chunk
-        if ctx.in_place:
-            weight.grad, grad_weight = grad_weight, None
+        if ctx.leaf is not None:
+            ctx.leaf.grad, grad_weight = grad_weight, None
         return grad_hidden, grad_weight, grad_bias, None, None
 
 
@@ -101,14 +98,14 @@ class FusedEmbedding(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, ids: Tensor, weight: Tensor, padding_idx: int | None) -> Tensor:
         """Look up rows of `weight`. The row `padding_idx` gets no gradient."""
-        ctx.save_for_backward(ids, weight)
-        ctx.padding_idx = padding_idx
+        ctx.save_for_backward(ids)
+        ctx.leaf, ctx.padding_idx = weight, padding_idx
         return F.embedding(ids, weight)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
         """Accumulate into `weight.grad`."""
-        ids, weight = ctx.saved_tensors
+        (ids,), weight = ctx.saved_tensors, ctx.leaf
         if weight.grad is None:
             weight.grad = torch.zeros_like(weight)
         trained = torch.ones_like(ids, dtype=torch.bool) if ctx.padding_idx is None else ids != ctx.padding_idx

@@ -12,7 +12,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ from dpo.engine.head import FusedEmbedding, chunked_logits, project, token_logps
 from dpo.engine.kv_cache import KVCache
 from dpo.engine.packing import Layout, PackedBatch, budget_batches, pack, pack_prompts
 from dpo.engine.pretrained import load_causal_lm
-from dpo.engine.settings import Precision
+from dpo.engine.settings import Precision, Quantization
 from dpo.engine.tokenization import TokenRow
 
 ENGINE_VERSION = 5
@@ -238,7 +238,7 @@ def load_model(
     precision: Precision = "fp32",
     compiled: bool = False,
     *,
-    quantization: Literal["nf4"] | None = None,
+    quantization: Quantization = None,
     vocabulary: Precision = "fp32",
     frozen: bool = False,
 ) -> LogProbModel:

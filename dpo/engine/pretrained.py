@@ -4,9 +4,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import constants
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from dpo.common.errors import InputError, TransientError
@@ -61,7 +63,9 @@ def load_causal_lm(folder: Path, **options: Any) -> PreTrainedModel:
         return load_weights(AutoModelForCausalLM, folder, **options)
     if (folder / "config.json").is_file():  # a base model and its adapter in one folder
         _check_adapter(folder)
-        return load_weights(AutoModelForCausalLM, folder, **options)
+        model = load_weights(AutoModelForCausalLM, folder, **options)
+        _load_magnitudes(model, folder)
+        return model
     model = load_weights(AutoModelForCausalLM, *adapter_base(folder), **options)
     load_adapter(model, folder)
     return model
@@ -78,9 +82,27 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> None:
         info = model.load_adapter(str(folder), ADAPTER, hotswap=has_adapter(model))
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputError(f"{folder}: the adapter does not fit its base model: {error}") from error
-    if info.missing_keys or info.unexpected_keys:
-        names = sorted({*info.missing_keys, *info.unexpected_keys})
+    dora = _load_magnitudes(model, folder)
+    names = sorted(name for name in {*info.missing_keys, *info.unexpected_keys} if name not in dora)
+    if names:
         raise InputError(f"{folder}: the adapter does not fit its base model: {len(names)} weights, {names[0]}")
+
+
+@torch.no_grad()
+def _load_magnitudes(model: PreTrainedModel, folder: Path) -> set[str]:
+    """Load the magnitudes of a DoRA adapter, which transformers does not load. Return their names in the model.
+
+    Names without and with the suffix that peft removes from files are returned.
+    """
+    loaded: set[str] = set()
+    weights = dict(model.named_parameters())
+    for name, value in load_file(folder / "adapter_model.safetensors").items():
+        if name.endswith("lora_magnitude_vector"):
+            place = f"{name.removeprefix('base_model.model.')}.{ADAPTER}"
+            if f"{place}.weight" in weights:
+                weights[f"{place}.weight"].copy_(value)
+                loaded |= {place, f"{place}.weight"}
+    return loaded
 
 
 def _check_adapter(folder: Path) -> None:

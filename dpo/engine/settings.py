@@ -8,10 +8,14 @@ from pydantic import Field
 from dpo.common.settings import Positive, Settings
 
 Precision = Literal["fp32", "bf16"]
+Quantization = Literal["nf4"] | None
 
 HEAD_CHUNK, GPU_HEAD_CHUNK = 256, 1024
 """Positions per projection to the vocabulary: 50 MB of fp32 logits for a vocabulary of 49,152. GPUs use larger
 chunks, 0.5 GB for a vocabulary of 128,256: every chunk reads and writes the gradient of the weight matrix."""
+
+VOCABULARY_PART = 16_384
+"""Rows of a bf16 vocabulary that are cast to fp32 at a time: 0.25 GiB for a width of 4,096."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +53,7 @@ class EngineSettings(Settings):
     trained in bfloat16. The projection to the vocabulary stays fp32; a GPU computes it in TF32."""
     compile: bool = False
     """Fuse the operations between matrix products with `torch.compile`. Needs a CUDA GPU and `bf16`."""
-    quantization: Literal["nf4"] | None = None
+    quantization: Quantization = None
     """`nf4` holds the matrices of the layers in 4 bits (Dettmers et al. 2023, "QLoRA"), in the reference and in
     the policy. Training needs `dpo.lora`."""
     vocabulary: Precision = "fp32"

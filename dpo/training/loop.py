@@ -33,6 +33,7 @@ from dpo.engine.tokenization import TokenRow
 from dpo.training.callbacks import Callback, EarlyStop
 from dpo.training.checkpoints import CHECKSUMS, NON_FINITE, last_checkpoint, write_checksums
 from dpo.training.objectives import Objective
+from dpo.training.offload import offloaded_activations
 from dpo.training.optimizers import create_optimizer, schedule_factor
 from dpo.training.sampler import StepSampler, balance
 from dpo.training.settings import EarlyStopSettings, OptimizerSettings
@@ -91,6 +92,7 @@ class TrainingLoop:
         self.history: list[dict[str, float]] = []
         self.steps = self.sampler.epochs * -(-len(self.rows) // self.sampler.rows_per_step)
         self.parts = 1
+        self.offloads = self.settings.gradient_checkpointing == "offload"
         self.skipped = self.stop_requested = False
 
     @property
@@ -205,7 +207,8 @@ class TrainingLoop:
                 self._save()
                 raise Stopped(f"stopped after step {self.step} of {self.steps}")
             with nullcontext() if number == len(groups) else self.accelerator.no_sync(self.model):
-                loss, metrics = self.objective(self.model, batch)
+                with offloaded_activations(self.model) if self.offloads else nullcontext():
+                    loss, metrics = self.objective(self.model, batch)
                 finite = bool(loss.isfinite())
                 if not finite:
                     self._handle_non_finite(f"the loss is {loss.item()}", rows)

@@ -12,19 +12,18 @@ def create_optimizer(name: str, model: nn.Module) -> torch.optim.Optimizer:
     """Create an optimizer of the trainable weights without weight decay. The loop sets its learning rate.
 
     Raises:
-        InputError: an 8-bit optimizer lacks a CUDA GPU or the package bitsandbytes.
+        InputError: bitsandbytes, which has the 8-bit optimizers, does not support the device.
     """
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     if name == "adamw":
         return torch.optim.AdamW(weights, weight_decay=0.0, fused=True)
     if name == "rmsprop":
         return torch.optim.RMSprop(weights)
-    if not torch.cuda.is_available():
-        raise InputError(f"params.yaml: optimizer '{name}' needs a CUDA GPU; choose adamw or rmsprop")
-    try:
-        import bitsandbytes
-    except ImportError as error:
-        raise InputError(f"params.yaml: optimizer '{name}' needs `pip install bitsandbytes`") from error
+    import bitsandbytes
+
+    device = weights[0].device.type
+    if device not in bitsandbytes.supported_torch_devices:
+        raise InputError(f"params.yaml: optimizer '{name}' does not support the device '{device}'; choose adamw")
     is_paged = name == "paged_adamw_8bit"
     optimizer = bitsandbytes.optim.AdamW(weights, weight_decay=0.0, optim_bits=8, is_paged=is_paged)
     manager = bitsandbytes.optim.GlobalOptimManager.get_instance()

@@ -18,7 +18,8 @@ class OptimizerSettings(Settings):
     pairs_per_step: Positive
     """Effective batch size, in pairs."""
     optimizer: Literal["adamw", "rmsprop", "adamw_8bit", "paged_adamw_8bit"] = "adamw"
-    """The paper's code uses RMSprop; AdamW is common since. The 8-bit optimizers need a CUDA GPU."""
+    """The paper's code uses RMSprop; AdamW is common since. The 8-bit optimizers
+    are those of bitsandbytes; the paged one needs a CUDA GPU."""
     schedule: Literal["linear", "cosine", "constant"] = "cosine"
     """Learning rate after warm-up."""
     warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.1
@@ -26,20 +27,27 @@ class OptimizerSettings(Settings):
     "Zephyr: Direct Distillation of LM Alignment", section 4."""
     max_grad_norm: Rate = 1.0
     """Norm to which gradients are clipped; 10 in the paper's code."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more time."""
+    gradient_checkpointing: bool | Literal["offload"] = False
+    """Recompute activations in the backward pass: less memory, about a third more time. `offload` also moves the
+    inputs of the layers to host memory until the backward pass."""
     non_finite: Literal["stop", "skip"] = "stop"
     """What to do if the loss or gradient of a step is not finite. The pairs of the step are saved either way."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoraSettings(Settings):
-    """Low-rank adapters on every linear layer except the output (Hu et al. 2021), without dropout."""
+    """Low-rank adapters on linear layers (Hu et al. 2021), without dropout."""
 
     rank: Positive
     """Inner dimension of each update."""
     alpha: Positive
     """Updates are scaled by alpha / rank."""
+    target_modules: tuple[str, ...] | Literal["all-linear"] = "all-linear"
+    """Names of linear layers, as `[q_proj, v_proj]`; `all-linear` is every one except the output."""
+    rslora: bool = False
+    """Scale updates by alpha / sqrt(rank) instead (Kalajdzievski 2023, "A Rank Stabilization Scaling Factor")."""
+    dora: bool = False
+    """Train the norm of each output's weights separately (Liu et al. 2024, "DoRA")."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -32,15 +32,41 @@ from dpo.training.settings import DpoSettings, LoraSettings, SftSettings, Trial
 
 
 def add_lora(model: PreTrainedModel, params: LoraSettings) -> None:
-    """Freeze `model` and add a trainable low-rank update to every linear layer except the output, in place."""
+    """Freeze the weights of a model and add trainable low-rank updates in fp32, in place.
+
+    Raises:
+        InputError: a name in `params.target_modules` is not that of a linear layer, or is the vocabulary.
+    """
     from peft import LoraConfig
 
+    modules = params.target_modules if isinstance(params.target_modules, str) else list(params.target_modules)
     config = LoraConfig(
-        r=params.rank, lora_alpha=params.alpha, target_modules="all-linear", task_type="CAUSAL_LM",
-        base_model_name_or_path=model.name_or_path,
+        r=params.rank, lora_alpha=params.alpha, target_modules=modules, task_type="CAUSAL_LM",
+        base_model_name_or_path=model.name_or_path, use_rslora=params.rslora, use_dora=params.dora,
     )  # fmt: skip
-    model.add_adapter(config)
+    vocabulary = [model.get_input_embeddings(), model.get_output_embeddings()]
+    fix = "name linear layers of the model, as [q_proj, v_proj], or set all-linear"
+    try:
+        model.add_adapter(config)
+    except ValueError as error:
+        raise InputError(f"params.yaml: lora.target_modules: {error}; {fix}") from error
+    if [model.get_input_embeddings(), model.get_output_embeddings()] != vocabulary:  # they are replaced
+        raise InputError(f"params.yaml: lora.target_modules: the vocabulary cannot have an adapter; {fix}")
+    for weight in model.parameters():
+        if weight.requires_grad:
+            weight.data = weight.data.float()
     config.target_modules = sorted(config.target_modules or ())  # the order of a set varies
+
+
+def start_lora(model: LogProbModel, params: LoraSettings, seed: int) -> None:
+    """Add adapters to a model, in place. They start from random weights and change no log-prob."""
+    set_seed(seed)
+    if params.dora and not is_quantised(model.model):
+        model.model.requires_grad_(False)
+        model.hold_frozen_weights()
+        for weight in model.parameters():  # peft computes norms in fp32, from the rounded weights
+            weight.data = weight.data.float()
+    add_lora(model.model, params)
 
 
 def continue_lora(model: PreTrainedModel) -> None:
@@ -66,8 +92,7 @@ def train_sft(
     The loss is the mean over the completion tokens of each step, without prompts. See `train_dpo` for the rest.
     """
     if params.lora is not None:
-        set_seed(seed)  # adapters start from random weights
-        add_lora(model.model, params.lora)
+        start_lora(model, params.lora, seed)
     return _train(
         model, TokenTable.of(rows), SftObjective(), params, params.learning_rate, seed,
         max_tokens_per_microbatch, store, callbacks, key={},
@@ -121,8 +146,7 @@ def train_dpo(
     if has_adapter(model.model):
         continue_lora(model.model)
     elif params.lora is not None:
-        set_seed(trial.seed)  # adapters start from random weights
-        add_lora(model.model, params.lora)
+        start_lora(model, params.lora, trial.seed)
     return _train(
         model, table, objective, params, trial.learning_rate, trial.seed, max_tokens_per_microbatch, store,
         [DivergenceAlarm(), *callbacks], key=key,

@@ -47,21 +47,22 @@ def init(
 
 @app.command()
 def plan(
-    model: Annotated[str, Option(help="Folder, hub id, or name such as llama-8b.")],
+    model: Annotated[str | None, Option(help="Folder, hub id, or name such as llama-8b.")] = None,
+    params: Annotated[Path, Option(help="Parameter file.")] = Path("params.yaml"),
     gpus: Annotated[int, Option(min=1, help="Number of GPUs.")] = 1,
     gpu_memory: Annotated[float, Option(help="GiB per GPU.")] = 80,
-    pairs: Annotated[int, Option(help="Number of training pairs.")] = 100_000,
+    pairs: Annotated[int | None, Option(help="Training pairs (default: rows of data.source).")] = None,
     prompt_tokens: Annotated[int, Option(help="Mean length of a prompt.")] = 256,
     completion_tokens: Annotated[int, Option(help="Mean length of a completion.")] = 256,
     tflops: Annotated[tuple[float, float, float] | None, Option(help=TFLOPS_HELP)] = None,
     utilisation: Annotated[float | None, Option(min=0.01, help="Share of it in training (default: 0.35).")] = None,
 ) -> None:
-    """Estimate memory and hours of training on GPUs."""
+    """Estimate memory and hours of every stage on GPUs."""
     from dpo.planner import Pair
     from tasks.commands import plan as command
 
-    speeds, share = tflops or command.TFLOPS, utilisation or command.UTILISATION
-    command.plan(model, Pair(prompt_tokens, completion_tokens), pairs, gpus, gpu_memory, speeds, share)
+    speed = command.Speed(tflops or command.TFLOPS, utilisation or command.UTILISATION)
+    command.plan(model, params, Pair(prompt_tokens, completion_tokens), pairs, gpus, gpu_memory, speed)
 
 
 def _positive(value: float) -> float:

@@ -1,13 +1,17 @@
 """The planner compared with real models and with values computed by hand; the `plan` command."""
 
 import math
+import re
 from dataclasses import replace
+from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from dpo.common.errors import InputError
+from dpo.config import load_params
 from dpo.engine.logprobs import load_model
 from dpo.engine.packing import pack
 from dpo.engine.tokenization import TokenRow
@@ -26,7 +30,9 @@ from dpo.planner import (
 from dpo.training.settings import LoraSettings
 from dpo.training.train import add_lora
 from tasks.commands.cli import app
+from tasks.common.memory import STAGES, Hardware, check_memory, stage_memory
 
+ROOT = Path(__file__).parents[2]
 PAIR, PAIRS = Pair(prompt=24, completion=16), 8
 TOKENS = PAIRS * PAIR.tokens
 
@@ -63,16 +69,34 @@ def kept_bytes(model):
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("rank", [None, 8])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_activations_equal_what_the_engine_keeps(folder, precision, rank, checkpointing):
-    model = load_model(folder, precision).train()
+@pytest.mark.parametrize("quantization", [None, "nf4"])
+def test_activations_and_weights_equal_what_the_engine_keeps(folder, quantization, precision, rank, checkpointing):
+    if quantization and not rank:
+        pytest.skip("weights in NF4 are not trained")
+    model = load_model(folder, precision, quantization=quantization).train()
     if rank is not None:
         add_lora(model.model, LoraSettings(rank=rank, alpha=16))
+    model.hold_frozen_weights()
     if checkpointing:
         model.model.gradient_checkpointing_enable({"use_reentrant": False})
-    shape, setup = shape_of(model.model.config), Setup(TOKENS, precision, rank, checkpointing)
+    shape, setup = shape_of(model.model.config), Setup(TOKENS, precision, rank, checkpointing, quantization)
     assert trained_parameters(shape, rank) == sum(p.numel() for p in model.parameters() if p.requires_grad)
     expected = activations(shape, PAIR, setup)
     assert kept_bytes(model) == pytest.approx(expected, rel=0.03)
+    planned = training_memory(shape, PAIR, setup, 0).weights
+    assert held_bytes(model) == pytest.approx(planned, rel=0.01)
+
+
+def held_bytes(model):
+    """Return the bytes of all weights, with the scales of NF4."""
+    held = 0
+    for weight in model.parameters():
+        held += weight.numel() * weight.element_size()
+        state = getattr(weight, "quant_state", None)
+        if state is not None:
+            scales = [state.absmax, state.state2.absmax]
+            held += sum(scale.numel() * scale.element_size() for scale in scales)
+    return held
 
 
 @pytest.mark.parametrize(
@@ -125,9 +149,11 @@ def run(capsys, *arguments):
 
 def test_the_command_prints_which_settings_fit(capsys, folder):
     output = run(capsys, "--model", "llama-70b", "--gpus", "8")
+    stages = [line.split(" | ")[0] for line in output.splitlines() if line.startswith("| ")]
+    assert stages[1:7] == ["| ---", *(f"| {stage}" for stage in STAGES)]
     lines = [line.split(" | ") for line in output.splitlines() if line.startswith("| all weights | on")]
     assert [("too much" in cell) for cell in lines[0]] == [False, False, True, True, False]
-    assert "| reference pass |" in output
+    assert re.search(r"\| reference_logprobs \| 26\d\.\d \(too much\) \| 26\d\.\d \(too much\) \|", output)
     assert "DDP" not in run(capsys, "--model", str(folder))
     gib = []
     for tokens in ("2000", "4000"):
@@ -148,5 +174,93 @@ def test_an_unsupported_model_is_an_error(capsys, tmp_path):
     with pytest.raises(InputError, match="no plan for a model with experts, 'mixtral'"):
         run(capsys, "--model", str(tmp_path))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match="neither llama-1b, llama-8b, llama-70b nor a model"):
+    with pytest.raises(InputError, match="neither default, llama-1b, llama-8b, llama-70b nor a model"):
         run(capsys, "--model", str(tmp_path / "empty"))
+
+
+def params(tmp_path, **changes):
+    """Return the path of parameters with changes of lines, as `{"precision: fp32": "precision: bf16"}`."""
+    text = (ROOT / "params.yaml").read_text()
+    for old, new in changes.items():
+        assert old in text
+        text = text.replace(old, new)
+    (tmp_path / "params.yaml").write_text(text)
+    return tmp_path / "params.yaml"
+
+
+LORA_BF16 = {
+    "precision: fp32": "precision: bf16",
+    "lora: null": "lora: {rank: 16, alpha: 32}",
+    "gradient_checkpointing: false": "gradient_checkpointing: true",
+}
+
+
+@pytest.mark.parametrize(
+    ("model", "changes", "tokens", "gib"),
+    [
+        ("llama-8b", {}, 2048, 22),
+        ("llama-8b", {"vocabulary": "bf16"}, 2048, 20),
+        ("llama-8b", {"quantization": "nf4"}, 2048, 12),
+        ("llama-70b", {"quantization": "nf4"}, 2048, 80),
+        ("llama-8b", {}, 32768, 80),
+    ],
+)
+def test_planned_memory_of_the_targets(model, changes, tokens, gib, tmp_path):
+    settings = load_params(params(tmp_path, **LORA_BF16))
+    engine = replace(settings.engine, max_tokens_per_microbatch=1024, **changes)
+    settings, pair = replace(settings, engine=engine, sft=None), Pair(tokens // 2, tokens // 4)
+    train = stage_memory("train", settings, LLAMAS[model], pair, Hardware())
+    assert train.total < gib * 2**30
+    scoring = stage_memory("reference_logprobs", settings, LLAMAS[model], pair, Hardware())
+    assert scoring.total < gib * 2**30
+
+
+def test_a_row_for_every_stage_that_runs_a_model(capsys, tmp_path):
+    file = params(tmp_path, **LORA_BF16)
+    output = run(capsys, "--model", "llama-8b", "--params", str(file), "--pairs", "1000")
+    rows = {line.split(" | ")[0]: line.split(" | ") for line in output.splitlines() if line.startswith("| ")}
+    gib = {stage: float(rows[f"| {stage}"][1].split()[0]) for stage in STAGES}
+    assert gib["reference_logprobs"] < gib["train"] < 24 < gib["sft"]
+    assert "8.03 billion parameters; 1,000 pairs of 768 tokens; bf16" in output
+    # One model in evaluate, because the reference is the policy without its adapter.
+    full = load_params(params(tmp_path, **{"precision: fp32": "precision: bf16"}))
+    two = stage_memory("evaluate", full, LLAMAS["llama-8b"], Pair(256, 256), Hardware())
+    lora = load_params(params(tmp_path, **LORA_BF16))
+    one = stage_memory("evaluate", lora, LLAMAS["llama-8b"], Pair(256, 256), Hardware())
+    assert 1.5 < two.weights / one.weights < 2.5
+    assert "sft: set sft.gradient_checkpointing: true, sft.lora: {rank: 16, alpha: 32} (" in output
+
+
+def test_the_rows_of_the_source_are_counted(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    source = tmp_path / "data/own/pairs.jsonl"
+    source.parent.mkdir(parents=True)
+    source.write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n' * 37)
+    changes = {"source: default": "source: data/own/pairs.jsonl", "max_train_pairs: 160": "max_train_pairs: null"}
+    file = params(tmp_path, **changes)
+    assert "; 37 pairs of 768 tokens" in run(capsys, "--model", "llama-1b", "--params", str(file))
+    file = params(tmp_path, **{**changes, "max_train_pairs: 160": "max_train_pairs: 20"})
+    assert "; 20 pairs of" in run(capsys, "--model", "llama-1b", "--params", str(file))
+    file = params(tmp_path, **{"max_train_pairs: 160": "max_train_pairs: null"})
+    assert "; 100,000 pairs (assumed) of" in run(capsys, "--model", "llama-1b", "--params", str(file))
+
+
+def test_a_stage_that_does_not_fit_stops_and_names_settings_with_which_it_fits(folder, tmp_path, monkeypatch):
+    settings = load_params(params(tmp_path))
+    shape, pair = shape_of(AutoConfig.from_pretrained(folder)), Pair(256, 256)
+    check_memory("train", settings, folder, pair)
+    full, small = (
+        stage_memory("train", each, shape, pair, Hardware(on_gpu=False)).total
+        for each in (settings, replace(settings, dpo=replace(settings.dpo, gradient_checkpointing=True)))
+    )
+    host = psutil.virtual_memory()
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: host._replace(total=(full + small) / 2))
+    message = rf"planned {full / 2**30:.1f} GiB, available .* set dpo.gradient_checkpointing: true \("
+    with pytest.raises(InputError, match=message):
+        check_memory("train", settings, folder, pair)
+    check_memory("train", replace(settings, run=replace(settings.run, check_memory=False)), folder, pair)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: host._replace(total=1000))
+    with pytest.raises(InputError, match=r"reference_logprobs: .*use a smaller model or several GPUs"):
+        check_memory("reference_logprobs", settings, folder)
+    AutoConfig.for_model("gpt2").save_pretrained(tmp_path / "gpt2")
+    check_memory("train", settings, tmp_path / "gpt2", pair)

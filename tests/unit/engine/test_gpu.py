@@ -99,8 +99,6 @@ def test_a_compiled_model_generates_the_same_responses(tiny_model_dir):
     ids=str,
 )
 def test_compiled_training_lowers_the_loss(tiny_model_dir, changes):
-    if "8bit" in changes.get("optimizer", ""):
-        pytest.importorskip("bitsandbytes")  # an optional package that only these optimizers need
     params, rows = load_params(), make_rows()[:3]
     logps = sequence_logps(load_model(tiny_model_dir), rows, 1000).tolist()
     reference = {row.id: tuple(pair) for row, pair in zip(rows, logps, strict=True)}

@@ -37,13 +37,13 @@ def llama_dir(tmp_path_factory):
 
 @pytest.fixture
 def llama(llama_dir):
-    return load_model(str(llama_dir))
+    return load_model(llama_dir)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_logps_and_gradients_equal_a_naive_loop(architecture, tmp_path):
     folder, rows = make_model(architecture, tmp_path), make_rows()
-    plain, model = plain_model(folder), load_model(str(folder))
+    plain, model = plain_model(folder), load_model(folder)
     expected = naive_logps(plain, rows)
     packed = model(pack(rows)).view(len(rows), 2)
     torch.testing.assert_close(packed, expected, **CLOSE)
@@ -54,7 +54,7 @@ def test_logps_and_gradients_equal_a_naive_loop(architecture, tmp_path):
 def test_gradients_accumulated_in_place_equal_a_naive_loop(architecture, tmp_path):
     folder, rows = make_model(architecture, tmp_path), make_rows()
     rows += [TokenRow("padded", (0, *tokens(3, 11), 0), ((0, 5), (5, 0)))]  # the pad token gets no gradient
-    plain, model = plain_model(folder), load_model(str(folder))
+    plain, model = plain_model(folder), load_model(folder)
     expected = gradients(plain, naive_logps(plain, rows))
     model.accumulate_in_place = True
     weights = torch.arange(1, 2 * len(rows) + 1).view(-1, 2)
@@ -69,7 +69,7 @@ def test_gradients_accumulated_in_place_equal_a_naive_loop(architecture, tmp_pat
 
 def test_gradients_of_an_untied_head_with_bias(tmp_path):
     folder, rows = make_model("phi", tmp_path, seed=1), make_rows()
-    plain, model = plain_model(folder), load_model(str(folder))
+    plain, model = plain_model(folder), load_model(folder)
     assert model.model.lm_head.bias is not None
     nn.init.normal_(model.model.lm_head.bias)
     plain.lm_head.bias.data = model.model.lm_head.bias.data.clone()
@@ -140,12 +140,12 @@ def test_a_prompt_of_8000_tokens(tmp_path):
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa").eval()
     with torch.inference_mode():
         expected = naive_logps(plain, rows)
-    torch.testing.assert_close(sequence_logps(load_model(str(folder)), rows, 1024), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(sequence_logps(load_model(folder), rows, 1024), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_dropout_is_disabled_in_training_mode(tmp_path):
     folder, rows = make_model("gpt2", tmp_path), make_rows()
-    model = load_model(str(folder)).train()
+    model = load_model(folder).train()
     assert model.model.config.resid_pdrop == model.model.config.attn_pdrop == model.model.config.embd_pdrop == 0.1
     torch.testing.assert_close(model(pack(rows)).view(-1, 2), naive_logps(plain_model(folder), rows), **CLOSE)
 
@@ -200,7 +200,7 @@ def test_a_second_backward_pass_gives_the_same_gradient(llama):
 
 def test_no_tensor_of_all_tokens_by_the_vocabulary_is_kept(tmp_path, monkeypatch):
     folder = make_model("llama", tmp_path, vocab_size=5_000)
-    model = load_model(str(folder))
+    model = load_model(folder)
     monkeypatch.setattr(head, "HEAD_CHUNK", 16)
     rows = [TokenRow(str(i), tokens(3, i), (tokens(40, i + 50), tokens(50, i + 90))) for i in range(4)]
     weights = model.model.get_output_embeddings().weight.numel()

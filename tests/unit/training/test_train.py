@@ -21,9 +21,9 @@ from dpo.training.callbacks import Callback
 from dpo.training.losses import Conservative, LdDpo, PairBatch, Sigmoid, Wpo
 from dpo.training.losses.base import WITH_REFERENCE
 from dpo.training.sampler import StepSampler
-from dpo.training.settings import EarlyStopSettings
+from dpo.training.settings import EarlyStopSettings, LoraSettings
 from dpo.training.train import _hold_out, save_checkpoint, train_dpo, train_sft
-from tests.support.models import plain_tokenizer
+from tests.support.models import make_model, plain_tokenizer
 from tests.support.training import (
     LORA,
     LOSSES,
@@ -33,6 +33,8 @@ from tests.support.training import (
     dpo_params,
     every_loss,
     make_pairs,
+    make_reference,
+    make_rows,
     online_reference,
     sft_params,
     trial,
@@ -482,9 +484,26 @@ def test_validation_pairs_share_no_prompt_with_training_pairs():
     assert not set(kept) & set(held_out)
 
 
-def test_8_bit_optimizers_without_a_gpu_are_an_input_error(tiny_model_dir, rows, reference, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(InputError, match="'adamw_8bit' needs a CUDA GPU; choose adamw or rmsprop"):
+@pytest.mark.parametrize("kind", ["all weights", "lora"])
+def test_8_bit_optimizers_train_like_adamw(kind, tmp_path, tiny_model_dir):
+    folder = make_model("llama", tmp_path, hidden_size=64, intermediate_size=96, vocab_size=320)
+    AutoTokenizer.from_pretrained(tiny_model_dir).save_pretrained(folder)
+    rows = make_rows(folder, 18)
+    reference, lora = make_reference(folder, rows), LoraSettings(rank=64, alpha=64) if kind == "lora" else None
+    logs = [
+        run_dpo(folder, rows, reference, optimizer=optimizer, epochs=3, lora=lora)[0]
+        for optimizer in ("adamw", "adamw_8bit")
+    ]
+    (_, *exact), (_, *ours) = ([entry["loss"] for entry in log] for log in logs)
+    assert ours == pytest.approx(exact, rel=0.05)
+    assert ours != exact, "states have 8 bits"
+
+
+def test_an_8_bit_optimizer_on_an_unsupported_device_is_an_input_error(
+    tiny_model_dir, rows, reference, monkeypatch
+):
+    monkeypatch.setattr("bitsandbytes.supported_torch_devices", {"cuda"})
+    with pytest.raises(InputError, match="'adamw_8bit' does not support the device 'cpu'; choose adamw"):
         run_dpo(tiny_model_dir, rows, reference, optimizer="adamw_8bit")
 
 
