@@ -86,7 +86,7 @@ def test_adapters_are_merged_into_the_reference(base, monkeypatch):
     assert log["loss"].iloc[-1] < log["loss"].iloc[0]
     facts = json.loads((REFERENCE / "provenance.json").read_text())
     assert facts["weights"] == weights(REFERENCE)
-    assert facts["params"]["sft"]["lora"] == {"rank": 4, "alpha": 8}
+    assert facts["params"]["sft"]["lora"]["rank"] == 4
 
 
 def test_demonstrations_replace_the_training_pairs(base, monkeypatch):

@@ -14,7 +14,7 @@ import pytest
 
 from dpo.config import load_params
 from dpo.training.losses import Sigmoid
-from dpo.training.settings import LoraSettings, Trial
+from dpo.training.settings import EarlyStopSettings, Trial
 from tasks.common.flatten import flatten
 from tasks.tracking import offline, run_logger
 from tasks.tracking import runs as tracking
@@ -215,12 +215,13 @@ def test_a_store_whose_creation_was_interrupted_is_created_again(tmp_path, monke
 
 
 def test_flatten_yields_paths_through_mappings_and_dataclasses():
-    lora = LoraSettings(rank=16, alpha=32)
-    nested = {"seed": 1, "lora": lora, "rules": {"pii": {"action": "warn"}, "none": {}}, "files": ["a", "b"]}
+    stop = EarlyStopSettings(validation_share=0.1, every_steps=20, patience=3)
+    nested = {"seed": 1, "stop": stop, "rules": {"pii": {"action": "warn"}, "none": {}}, "files": ["a", "b"]}
     assert list(flatten(nested)) == [
         (("seed",), 1),
-        (("lora", "rank"), 16),
-        (("lora", "alpha"), 32),
+        (("stop", "validation_share"), 0.1),
+        (("stop", "every_steps"), 20),
+        (("stop", "patience"), 3),
         (("rules", "pii", "action"), "warn"),
         (("files",), ["a", "b"]),
     ]
