@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -37,6 +37,19 @@ class Case:
     pairs_per_step: int = PAIRS_PER_STEP
     gpu: bool = False
     """Run on a GPU: our side compiled, TRL with Liger's kernels."""
+    quantization: Literal["nf4"] | None = None
+    vocabulary: Precision = "fp32"
+    """`engine.vocabulary` of our side."""
+
+    @property
+    def loading(self) -> dict[str, Any]:
+        """Arguments of `dpo.engine.logprobs.load_model`."""
+        return {
+            "precision": self.dtype,
+            "compiled": self.gpu,
+            "quantization": self.quantization,
+            "vocabulary": self.vocabulary,
+        }
 
 
 CASES = [

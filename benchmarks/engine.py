@@ -27,10 +27,10 @@ from transformers import AutoConfig, AutoTokenizer
 
 from benchmarks.cases import BETA, CASES, LORA, PAIRS_PER_STEP, Case, arguments, case_rows, padded_batches
 from benchmarks.flops import flop_ratio, flops
-from benchmarks.measure import Run, alone, close, now, resident, summary
+from benchmarks.measure import Run, alone, close, now, reset_peak, resident, summary
 from benchmarks.page import put_table
 from dpo.common.files import write_json
-from dpo.engine.logprobs import load_model, sequence_logps
+from dpo.engine.logprobs import LogProbModel, load_model, sequence_logps
 from dpo.engine.tokenization import TokenRow
 from dpo.planner import shape_of, trained_parameters
 
@@ -41,10 +41,24 @@ LOSS_TOLERANCE, LOGP_TOLERANCE = 1e-3, 1e-5
 """Maximum differences of the two sides in fp32: absolute for a step's loss, relative for a summed log-prob."""
 
 
+def load_ours(case: Case, model: Path, frozen: bool) -> LogProbModel:
+    """Load the model of our side onto its device.
+
+    Raises:
+        RuntimeError: the packed stream is not exact for it, so that a comparison would mean nothing.
+    """
+    policy = load_model(model, **case.loading, frozen=frozen)
+    torch.backends.cuda.matmul.allow_tf32 = case.dtype == "bf16"  # as `load_model` sets it, see `random_model`
+    if not policy.in_stream:
+        raise RuntimeError(f"{model}: log-probs are computed row by row")
+    return policy.to("cuda" if case.gpu else "cpu")
+
+
 def score_ours(case: Case, model: Path, rows: Sequence[TokenRow]) -> Run:
     """Time our reference pass, in batches of at least as many pairs as the peer's."""
     bare = resident()
-    policy = load_model(model, case.dtype, compiled=case.gpu).to("cuda" if case.gpu else "cpu")
+    policy = load_ours(case, model, frozen=True)
+    reset_peak()
     budget = case.micro_batch * max(row.tokens for row in rows)
     warm_up = sequence_logps(policy, rows[: case.pairs_per_step], budget)
     start = now()

@@ -1,251 +1,210 @@
-"""Compare speed and memory on one GPU with TRL's `DPOTrainer`: `python -m benchmarks.gpu`.
+"""Compare speed and memory on one GPU with TRL and transformers: `python -m benchmarks.gpu`.
 
-The model is a Llama with 1.24 billion random weights and pairs are random tokens, because only shapes affect the
-measurement. Both sides use bf16 autocast over fp32 weights, fused AdamW, cached reference log-probs, the same
-pairs and the same micro-batches. TRL uses Liger's kernels, pairs sorted by length and no gradient checkpointing:
-its fastest settings in this version, which has no padding-free mode. Our side uses `engine.precision: bf16` and
-`engine.compile: true`. Runs alternate, each in its own process; the first step is a warm-up and is not timed.
-
-It imports only `dpo` and `benchmarks`. Results are written after each case; an interrupted run continues with the
-cases that have no result of this GPU and these package versions.
+The cases are in `benchmarks.gpu_cases`. Results are written after each case; the next run continues with the cases
+that have no result of this GPU, these package versions and these settings. A case starts only if it can end within
+the time limit. Only `dpo` and `benchmarks` are imported, nothing else of the project. The packages are checked
+before they are imported.
 """
 
 import argparse
 import dataclasses
 import importlib.metadata
-import importlib.util
 import json
-import platform
+import os
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import torch
-from tokenizers import Tokenizer, models
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
-
-from benchmarks.cases import SEED, Case, padded_batches, padded_length
-from benchmarks.engine import comparison_rows, say, sides_of, state_bytes
-from benchmarks.flops import flop_ratio, flops
-from benchmarks.measure import Run, alone, summary
-from benchmarks.page import put_table
 from dpo.common.errors import InputError
-from dpo.common.files import write_json
-from dpo.engine.settings import GPU_HEAD_CHUNK
-from dpo.engine.tokenization import TokenRow
-from dpo.planner import Pair, Setup, reference_memory, shape_of, training_memory
+
+if TYPE_CHECKING:
+    from benchmarks.gpu_cases import GpuCase
 
 RESULTS, PAGE = Path("benchmarks/results/gpu.json"), Path("docs/internals/benchmarks.md")
-UTILISATION = 0.45
-"""Target: minimum share of the measured matrix product's speed."""
-
-LLAMA_1B = LlamaConfig(
-    vocab_size=128_256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
-    num_key_value_heads=8, head_dim=64, max_position_embeddings=8192, rope_theta=500_000.0,
-    tie_word_embeddings=True, bos_token_id=0, eos_token_id=0, pad_token_id=0,
-)  # fmt: skip
-"""The shape of Llama 3.2 1B."""
-
-LONG, EVEN, SHORT = (1464, 292), (1024, 512), (40, 47)
-"""Mean tokens of a prompt and of each completion. `LONG` and `EVEN` have 2,048 tokens per pair, in the proportions
-of the CPU benchmark's long pairs and half and half; `SHORT` has 134."""
+WHEELS_MIB = 60
+"""Maximum size of the wheels that are carried to a GPU machine without access to a package index."""
 
 PACKAGES = (
-    "accelerate", "datasets", "huggingface_hub", "jinja2", "liger_kernel", "numpy", "pandas", "peft", "psutil",
-    "pyarrow", "pydantic", "safetensors", "tokenizers", "torch", "tqdm", "transformers", "triton", "trl",
+    "accelerate", "annotated-types", "bitsandbytes", "datasets", "dill", "huggingface-hub", "jinja2",
+    "liger-kernel", "multiprocess", "numpy", "pandas", "peft", "psutil", "pyarrow", "pydantic",
+    "pydantic-core", "pytest", "ruamel.yaml", "safetensors", "tokenizers", "torch", "tqdm", "transformers",
+    "triton", "trl", "typing-inspection", "xxhash",
 )  # fmt: skip
-"""Packages that both sides import."""
-VERSIONS = ("torch", "transformers", "accelerate", "trl", "liger-kernel", "triton")
-
-SHAPES = {"gpu_long": LONG, "gpu_even": EVEN, "gpu_short": SHORT, "gpu_reference": LONG}
-COMMON: dict[str, Any] = {"gpu": True, "by_length": True, "dtype": "bf16"}
-CASES = [
-    Case("gpu_long", 1.5, 0.7, long=True, pairs_per_step=32, micro_batch=4, **COMMON),
-    Case("gpu_reference", None, None, long=True, pairs_per_step=32, micro_batch=8, train=False, **COMMON),
-    Case("gpu_short", None, None, pairs_per_step=256, micro_batch=64, **COMMON),
-    Case("gpu_even", None, None, long=True, pairs_per_step=32, micro_batch=4, **COMMON),
-]
+"""Packages that the cases import, and those of their requirements that transformers, peft and accelerate lack."""
+GPU_ONLY = ("liger-kernel", "triton")
 
 
-def check_machine() -> None:
-    """Raise InputError if packages or the GPU are missing, with one line that names all of them."""
-    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+def check_packages(packages: tuple[str, ...], wheels: Path | None = None) -> None:
+    """Check that packages are installed or have a wheel in a folder, whose size is limited.
+
+    Raises:
+        InputError: the line names all packages that are missing, or the size of the wheels.
+    """
+    if wheels and not wheels.is_dir():
+        raise InputError(f"--wheels: {wheels} is not a folder")
+    files = sorted(wheels.glob("*.whl")) if wheels else []
+    given = {file.name.split("-")[0].lower().replace("_", "-") for file in files}
+    missing = [name for name in packages if not (is_installed(name) or name.replace(".", "-") in given)]
+    faults = []
     if missing:
-        names = " ".join(name.replace("_", "-") for name in missing)
-        raise InputError(f"benchmarks.gpu: packages are missing; install them with `pip install {names}`")
+        faults.append(
+            f"packages are missing; install them with `pip install {' '.join(missing)}`, or carry their wheels, "
+            f"together at most {WHEELS_MIB} MiB"
+        )
+    size = sum(file.stat().st_size for file in files) / 2**20
+    if size > WHEELS_MIB:
+        faults.append(f"{wheels}: the wheels have {size:.1f} MiB, more than {WHEELS_MIB}; remove some of them")
+    if faults:
+        raise InputError("benchmarks.gpu: " + "; ".join(faults))
+
+
+def is_installed(package: str) -> bool:
+    """Return whether a package is installed."""
+    try:
+        return bool(importlib.metadata.version(package))
+    except importlib.metadata.PackageNotFoundError:
+        return False
+
+
+def check_gpu() -> None:
+    """Raise InputError if there is no GPU."""
+    import torch
+
     if not torch.cuda.is_available():
-        raise InputError("benchmarks.gpu: no CUDA GPU; run it on a machine with one, or use --table")
+        raise InputError("benchmarks.gpu: no CUDA GPU; run it on a machine with one, or use --dry-run or --table")
 
 
-def random_rows(case: Case, steps: int) -> list[TokenRow]:
-    """Return random pairs, within a quarter of the mean lengths: a warm-up step, then the rest by length."""
-    draw = np.random.default_rng(SEED)
-    prompt, completion = SHAPES[case.name]
+def read_results(path: Path) -> dict[str, dict[str, Any]]:
+    """Return the results in a file by case."""
+    return {entry["case"]: entry for entry in json.loads(path.read_text())} if path.exists() else {}
 
-    def tokens(mean: int) -> tuple[int, ...]:
-        length = draw.integers(mean - mean // 4, mean + mean // 4, endpoint=True)
-        return tuple(draw.integers(1, LLAMA_1B.vocab_size, length).tolist())
 
-    rows = [
-        TokenRow(str(i), tokens(prompt), (tokens(completion), tokens(completion)))
-        for i in range((steps + 1) * case.pairs_per_step)
+def measure_all(cases: "list[GpuCase]", options: argparse.Namespace) -> list[str]:
+    """Measure the cases without a result of this environment, all with `--again`, and write each result.
+
+    Returns:
+        The cases that are left, because they failed or the time limit was reached.
+    """
+    from benchmarks import gpu_cases
+    from benchmarks.engine import say
+    from dpo.common.files import write_json
+
+    start, longest = time.monotonic(), 0.0
+    results, here = read_results(options.output), gpu_cases.environment()
+    marks = {case.name: here | {"setting": setting(case, options)} for case in cases}
+    left = [
+        case
+        for case in cases
+        if options.again or not results.get(case.name, {}).items() >= marks[case.name].items()
     ]
-    first = case.pairs_per_step
-    return rows[:first] + sorted(rows[first:], key=padded_length, reverse=True)
+    say(f"{len(cases) - len(left)} of {len(cases)} cases have a result")
+    failed: list[str] = []
+    while left and time.monotonic() - start + longest < 60 * options.minutes:
+        case, began = left.pop(0), time.monotonic()
+        try:
+            results[case.name] = measure(case, options) | marks[case.name]
+            write_json(options.output, [results[each.name] for each in gpu_cases.CASES if each.name in results])
+        except Exception as error:  # noqa: BLE001 - the other cases do not depend on it
+            say(f"{case.name}: failed, {type(error).__name__}: {error}")
+            failed.append(case.name)
+        longest = max(longest, time.monotonic() - began)
+    return failed + [case.name for case in left]
 
 
-def save_model(folder: Path) -> None:
-    """Save a model with random weights and a minimal tokenizer; TRL only reads its end token."""
-    torch.manual_seed(SEED)
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        model = AutoModelForCausalLM.from_config(LLAMA_1B, dtype=torch.float32)
-    model.save_pretrained(folder)
-    words = Tokenizer(models.WordLevel({"<end>": 0}, unk_token="<end>"))
-    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>", pad_token="<end>").save_pretrained(folder)
+def measure(case: "GpuCase", options: argparse.Namespace) -> dict[str, Any]:
+    """Measure one case in a temporary folder."""
+    from benchmarks import gpu_cases
 
-
-def planned_bytes(case: Case, rows: Sequence[TokenRow]) -> float:
-    """Return the planned peak of this training without process overhead and without `engine.compile`."""
-    prompt = sum(len(row.prompt) for row in rows) / len(rows)
-    pair = Pair(round(prompt), round(sum(row.completion_tokens for row in rows) / len(rows) / 2))
-    tokens = case.micro_batch * pair.tokens
-    accumulates = case.micro_batch < case.pairs_per_step
-    setup = Setup(tokens, case.dtype, accumulates=accumulates, head_chunk=GPU_HEAD_CHUNK)
-    shape = shape_of(LLAMA_1B)
-    return (training_memory(shape, pair, setup, 0) if case.train else reference_memory(shape, setup, 0)).total
-
-
-def compare(case: Case, model: Path, steps: int, repeats: int) -> dict[str, Any]:
-    """Measure one case; the two sides alternate."""
-    rows = random_rows(case, steps)
-    ours, peer, args = sides_of(case, model, rows)
-
-    def measure(side: Callable[..., Run]) -> Run:
-        run = alone(side, *args)
-        say(f"{case.name}: {side.__name__} {run.pairs_per_second:.2f} pairs/s, {run.peak_gib:.2f} GiB")
-        return run
-
-    runs = zip(*([measure(ours), measure(peer)] for _ in range(repeats)), strict=True)
-    return record(case, rows, *runs)
-
-
-def record(case: Case, rows: Sequence[TokenRow], ours: Sequence[Run], peer: Sequence[Run]) -> dict[str, Any]:
-    """Return the results entry of one case."""
-    timed = rows[case.pairs_per_step :]
-    work = flops(case, timed, LLAMA_1B) / len(timed)
-    matmul = max(run.matmul_flops for run in (*ours, *peer))
-
-    packed = sum(row.tokens for row in timed)
-    padded = sum(count * length for count, length in padded_batches(case, timed))
-    us, them = (
-        summary(runs, tokens / len(timed), work, matmul) | {"values": runs[0].values}
-        for runs, tokens in ((ours, packed), (peer, padded))
-    )
-    return {
-        "case": case.name,
-        "dtype": case.dtype,
-        "difference": float(np.abs(np.subtract(us["values"], them["values"])).max()),
-        "speed_ratio": us["pairs_per_second"] / them["pairs_per_second"],
-        "flop_ratio": flop_ratio(case, timed, LLAMA_1B),
-        "memory_ratio": us["peak_gib"] / them["peak_gib"],
-        "planned_gib": planned_bytes(case, timed) / 2**30,
-        "memory_floor": state_bytes(case, LLAMA_1B) / 2**30 / them["peak_gib"],
-        "utilisation": us["utilisation"],
-        "matmul_gflops": matmul / 1e9,
-        "targets": {"speed_ratio": case.speed, "memory_ratio": case.memory, "utilisation": UTILISATION},
-        "pairs_per_micro_batch": case.micro_batch,
-        "pairs_per_step": case.pairs_per_step,
-        "ours": us,
-        "peer": them,
-        **environment(),
-        "setting": dataclasses.asdict(case) | {"steps": len(timed) // case.pairs_per_step, "repeats": len(ours)},
-    }
-
-
-def environment() -> dict[str, Any]:
-    """Return the versions of the packages and the name of the GPU."""
-    versions = {name: importlib.metadata.version(name) for name in VERSIONS}
-    return {
-        "versions": versions | {"python": platform.python_version()},
-        "machine": {"gpu": alone(torch.cuda.get_device_name)},
-    }
-
-
-def update_flop_ratios(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the results with FLOP ratios recomputed by `benchmarks.flops`."""
-    cases, updated = {case.name: case for case in CASES}, []
-    for entry in results:
-        case = cases[entry["case"]]
-        steps = len(entry["ours"]["values"]) - 1 if case.train else 4
-        timed = random_rows(case, steps)[case.pairs_per_step :]
-        updated.append(entry | {"flop_ratio": flop_ratio(case, timed, LLAMA_1B)})
-    return updated
-
-
-def table(results: Sequence[dict[str, Any]]) -> str:
-    """Return results as Markdown: the machine, the planner's memory, one line per case."""
-    packages = ", ".join(f"{name} {version}" for name, version in results[0]["versions"].items())
-    peak = max(entry["matmul_gflops"] for entry in results) / 1e3
-    measured = {entry["case"] for entry in results}
-    planned = ", ".join(f"{entry['case']} {entry['planned_gib']:.1f} GiB" for entry in results)
-    lines = [
-        f"{results[0]['machine']['gpu']}, {peak:.0f} TFLOP/s in a bf16 matrix product; {packages}.",
-        f"Planned peak memory of our side: {planned}.",
-        "",
-        *comparison_rows(results, digits=1),
-        *(f"| {case.name} | **not run** |{' |' * 6}" for case in CASES if case.name not in measured),
-    ]
-    return "\n".join(lines)
-
-
-def measure_all(cases: Sequence[Case], steps: int, repeats: int, again: bool) -> None:
-    """Measure the cases without a result of this environment, all with `again`. Write the results after each."""
-    results = {entry["case"]: entry for entry in json.loads(RESULTS.read_text())} if RESULTS.exists() else {}
-    here = environment()
-
-    def is_done(case: Case) -> bool:
-        setting = dataclasses.asdict(case) | {"steps": steps, "repeats": repeats}
-        return results.get(case.name, {}).items() >= (here | {"setting": setting}).items()
-
-    waiting = [case for case in cases if again or not is_done(case)]
-    say(f"{len(cases) - len(waiting)} of {len(cases)} cases have a result")
     with tempfile.TemporaryDirectory() as folder:
-        if waiting:
-            alone(save_model, Path(folder))
-        for case in waiting:
-            results[case.name] = compare(case, Path(folder), steps, repeats)
-            write_json(RESULTS, [results[case.name] for case in CASES if case.name in results])
+        return gpu_cases.measure(case, Path(folder), options.steps, options.repeats)
+
+
+def setting(case: "GpuCase", options: argparse.Namespace) -> dict[str, Any]:
+    """Return the settings of a case that its result depends on."""
+    return {**vars(case), "steps": options.steps, "repeats": options.repeats}
+
+
+def dry_run(cases: "list[GpuCase]", options: argparse.Namespace) -> None:
+    """Run the code of the cases on the CPU with a tiny model, and print the table. Nothing is written."""
+    from benchmarks import gpu_cases
+    from benchmarks.engine import say
+
+    results = [measure(dataclasses.replace(case, gpu=False), options) for case in cases]
+    say(gpu_cases.table(results))
+
+
+def run(options: argparse.Namespace) -> int:
+    """Do what the options say; return 1 if cases are left.
+
+    Raises:
+        InputError: packages or the GPU are missing, the wheels are too large, or a case is unknown.
+    """
+    if options.wheels:
+        check_packages(PACKAGES, options.wheels)
+        sys.stdout.write(f"all packages are installed or in {options.wheels}\n")
+        return 0
+    on_cpu = options.dry_run or options.table
+    if on_cpu:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    check_packages(tuple(name for name in PACKAGES if not (on_cpu and name in GPU_ONLY)))
+    from benchmarks import gpu_cases
+    from benchmarks.engine import say
+    from benchmarks.page import put_table
+
+    names = [case.name for case in gpu_cases.CASES]
+    unknown = set(options.cases or names) - set(names)
+    if unknown:
+        raise InputError(f"--cases: no case {', '.join(sorted(unknown))}; the cases are {', '.join(names)}")
+    selected = [case for case in gpu_cases.CASES if case.name in (options.cases or names)]
+    if options.dry_run:
+        dry_run(selected, options)
+        return 0
+    left = []
+    if not options.table:
+        check_gpu()
+        left = measure_all(selected, options)
+    table = gpu_cases.table(list(read_results(options.output).values()))
+    if options.output == RESULTS:
+        put_table(PAGE, "gpu", table)
+    say(table)
+    if left:
+        say(f"left: {', '.join(left)}; run the same command again")
+    return int(bool(left))
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    line = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu", description="Compare the engine with TRL and transformers on a GPU."
+    )
+    line.add_argument("--cases", nargs="+", help="default: all")
+    line.add_argument("--again", action="store_true", help="measure also cases that have a result")
+    line.add_argument("--steps", type=int, default=3, help="timed steps of 8 pairs")
+    line.add_argument("--repeats", type=int, default=1, help="runs per side")
+    line.add_argument(
+        "--minutes", type=float, default=9,
+        help="time limit; a case starts only if the time for the longest case so far is left",
+    )  # fmt: skip
+    line.add_argument(
+        "--output", type=Path, default=RESULTS, help="results file; only the default file updates the page"
+    )
+    line.add_argument("--dry-run", action="store_true", help="run all code on the CPU with tiny models")
+    line.add_argument("--table", action="store_true", help="do not measure; write the page")
+    line.add_argument(
+        "--wheels", type=Path, help="do not measure; check that all packages are installed or in this folder"
+    )
+    return line
 
 
 def main() -> int:
-    """Measure, write results and page, print the table."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.gpu", description="Compare the engine with TRL on a GPU."
-    )
-    parser.add_argument("--cases", nargs="+", choices=[case.name for case in CASES], help="default: all")
-    parser.add_argument("--again", action="store_true", help="measure also cases that have a result")
-    parser.add_argument("--steps", type=int, default=4, help="timed steps")
-    parser.add_argument("--repeats", type=int, default=2, help="runs per side")
-    parser.add_argument(
-        "--table", action="store_true", help="do not measure; recompute FLOP ratios and write the page"
-    )
-    options = parser.parse_args()
-    if not options.table:
-        selected = [case for case in CASES if case.name in (options.cases or [case.name])]
-        try:
-            check_machine()
-        except InputError as error:
-            sys.stderr.write(f"error: {error}\n")
-            return 2
-        measure_all(selected, options.steps, options.repeats, options.again)
-    results = update_flop_ratios(json.loads(RESULTS.read_text()))
-    write_json(RESULTS, results)
-    put_table(PAGE, "gpu", table(results))
-    say(table(results))
-    return 0
+    """Run the command line; return 2 after an error of the input."""
+    try:
+        return run(parser().parse_args())
+    except InputError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
 
 
 if __name__ == "__main__":

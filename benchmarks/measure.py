@@ -54,6 +54,12 @@ def close(
     return Run(speed, memory / 2**30, bare / 2**30, flops, values)
 
 
+def reset_peak() -> None:
+    """Forget the GPU's peak memory so far, such as that of the creation of random weights."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+
+
 def summary(runs: Sequence[Run], tokens_per_pair: float, work: float, matmul: float) -> dict[str, Any]:
     """Return the medians of one side's runs; `work` is FLOPs per pair, `matmul` the FLOP/s of a matrix product."""
     speed = statistics.median(run.pairs_per_second for run in runs)

@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from transformers import AutoTokenizer, set_seed
 from transformers.trainer_callback import PrinterCallback, TrainerCallback
 
 from benchmarks.cases import BETA, LORA, SEED, TRAINING, Case, arguments
-from benchmarks.measure import Run, close, now, resident
-from dpo.engine.logprobs import load_model
+from benchmarks.engine import load_ours
+from benchmarks.measure import Run, close, now, reset_peak, resident
+from dpo.engine.frozen import nf4_options
 from dpo.engine.tokenization import TokenRow
 from dpo.training.callbacks import Callback
 from dpo.training.loop import TrainingLoop
@@ -33,6 +35,10 @@ class Clock(Callback):
     def __init__(self) -> None:
         self.ends: list[float] = []
 
+    def on_start(self, step: int, history: list[dict[str, float]]) -> None:
+        """Start to measure memory."""
+        reset_peak()
+
     def on_log(self, entry: dict[str, float]) -> None:
         """Record the time."""
         if "loss" in entry:
@@ -44,6 +50,10 @@ class PeerClock(TrainerCallback):
 
     def __init__(self) -> None:
         self.ends: list[float] = []
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        """Start to measure memory."""
+        reset_peak()
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         """Record the time."""
@@ -72,12 +82,13 @@ def train_ours(case: Case, model: Path, rows: Sequence[TokenRow], reference: Ref
     if case.lora:
         import peft  # noqa: F401
     bare = resident()
-    policy = load_model(model, case.dtype, compiled=case.gpu)
+    policy = load_ours(case, model, frozen=False)
     set_seed(SEED)
     if case.ours_checkpointing:
         policy.model.gradient_checkpointing_enable({"use_reentrant": False})
     if case.lora:
         add_lora(policy.model, LoraSettings(rank=LORA["r"], alpha=LORA["lora_alpha"]))
+    policy.hold_frozen_weights()
     settings = OptimizerSettings(
         epochs=1,
         pairs_per_step=case.pairs_per_step,
@@ -105,7 +116,8 @@ def peer_trainer(
 ) -> Any:
     """Return TRL's DPOTrainer on our tokens, with its own batches, forward pass, loss and loop.
 
-    If `reference` is None, it computes the reference log-probs and records the times in `ends`.
+    Weights that are not trained are in bf16 under bf16. If `reference` is None, the trainer
+    computes the reference log-probs and records the times in `ends`.
     """
     from datasets import Dataset
     from peft import LoraConfig
@@ -119,6 +131,7 @@ def peer_trainer(
 
         def _precompute_ref_logps(self, dataset: Dataset, *args: Any) -> Dataset:
             self.ends = []
+            reset_peak()
             return dataset if reference else super()._precompute_ref_logps(dataset, *args)
 
         def compute_ref_log_probs(self, *args: Any) -> Any:
@@ -134,8 +147,10 @@ def peer_trainer(
     if reference:
         columns["ref_chosen_logps"] = [reference[row.id][0] for row in rows]
         columns["ref_rejected_logps"] = [reference[row.id][1] for row in rows]
+    is_frozen = case.lora or not case.train
     args = DPOConfig(
         folder,
+        model_init_kwargs={"dtype": "bfloat16"} if case.dtype == "bf16" and is_frozen else None,
         **arguments(case),
         **QUIET,
         activation_checkpointing=case.checkpointing,
@@ -148,7 +163,21 @@ def peer_trainer(
     tokenizer = AutoTokenizer.from_pretrained(model)
     data = Dataset.from_dict(columns)
     lora = LoraConfig(**LORA) if case.lora else None
-    return Peer(str(model), args=args, train_dataset=data, processing_class=tokenizer, peft_config=lora)
+    return Peer(
+        str(model),
+        args=args,
+        train_dataset=data,
+        processing_class=tokenizer,
+        peft_config=lora,
+        quantization_config=_nf4() if case.quantization else None,
+    )
+
+
+def _nf4() -> Any:
+    """Return the quantization of the engine, with products in bf16."""
+    config = nf4_options()["quantization_config"]
+    config.bnb_4bit_compute_dtype = torch.bfloat16
+    return config
 
 
 def train_peer(case: Case, model: Path, rows: Sequence[TokenRow], reference: Reference) -> Run:

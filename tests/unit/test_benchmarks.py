@@ -3,19 +3,20 @@
 import json
 import os
 import sys
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
-from benchmarks import engine, gpu, measure, trainers, validate
+from benchmarks import engine, gpu, gpu_cases, measure, trainers, validate
 from benchmarks import rows as start_of_training
 from benchmarks.cases import Case
 from benchmarks.flops import flop_ratio, flops
 from benchmarks.measure import Run
 from benchmarks.page import markers, put_table
 from dpo.engine.tokenization import TokenRow
+from dpo.planner import shape_of
 from tasks.common.allocator import TRAINING
 from tests.unit.test_architecture import ROOT, imported_files
 
@@ -134,71 +135,137 @@ def test_put_table_keeps_the_text_around_the_table(tmp_path, tiny_model_dir, row
     assert text.count("| tiny |") == 1
 
 
-def test_gpu_table_shows_the_measurements(monkeypatch):
-    case = replace(gpu.CASES[0], pairs_per_step=2, micro_batch=1)
-    pairs = gpu.random_rows(case, steps=2)
-    assert [len(row.completions) for row in pairs] == [2] * 6
+def test_gpu_table_shows_the_measurements_and_the_cases_that_were_not_run():
+    case = gpu_cases.CASES[0]
+    pairs = gpu_cases.random_rows(case, steps=1)
+    assert [len(row.completions) for row in pairs] == [2] * 16
     assert abs(np.mean([row.tokens for row in pairs]) - 2048) < 300
-    monkeypatch.setattr(gpu, "alone", lambda function: "a GPU")
-    monkeypatch.setattr(gpu.importlib.metadata, "version", lambda package: "1.0")
-    ours = [Run(speed, 20.0, 0.5, 8e14, [0.7, 0.6]) for speed in (20.0, 30.0)]
-    entry = gpu.record(case, pairs, ours, [Run(10.0, 40.0, 0.5, 7e14, [0.7, 0.61])] * 2)
+    ours = [Run(speed, 20.0, 0.5, 8e14, [0.7, 0.6]) for speed in (2.0, 3.0)]
+    entry = gpu_cases.record(case, pairs, ours, [Run(1.0, 40.0, 0.5, 7e14, [0.7, 0.61])] * 2)
     assert (entry["speed_ratio"], entry["memory_ratio"]) == (2.5, 0.5)
     assert entry["difference"] == pytest.approx(0.01)
-    work = flops(case, pairs[2:], gpu.LLAMA_1B) / 4
-    assert entry["utilisation"] == pytest.approx(25 * work / 8e14)
-    states = 16 * 1_235_814_400
-    assert entry["memory_floor"] == pytest.approx(states / 2**30 / 40)
-    assert states < entry["planned_gib"] * 2**30 < 2 * states
-    lines = gpu.table([entry]).splitlines()
-    line = next(line for line in lines if line.startswith("| gpu_long"))
-    assert [line for line in lines if "**not run**" in line] == [
-        f"| {case.name} | **not run** | | | | | | |" for case in gpu.CASES[1:]
+    work = flops(case, pairs[8:], gpu_cases.SHAPES["8b"]) / 8
+    assert entry["ours"]["utilisation"] == pytest.approx(2.5 * work / 8e14)
+    lines = gpu_cases.table([entry, {"case": "tests", "summary": "9 passed"}]).splitlines()
+    line = next(line for line in lines if line.startswith("| lora_8b"))
+    assert line.startswith("| lora_8b | 2.50 (at least 2.0) |")
+    assert "| 0.50 (at most 0.8) |" in line
+    assert line.endswith("(at least 50) | 2.5 / 1.0 | 20.0 / 40.0 |")
+    assert "800.0 TFLOP/s" in lines[0]
+    assert [each.split(" | ")[0] for each in lines if "**not run**" in each] == [
+        f"| {case.name}" for case in gpu_cases.CASES[1:-1]
     ]
-    assert line.startswith("| gpu_long | 2.50 (at least 1.5) |")
-    assert line.endswith("| 25.0 / 10.0 | 20.0 / 40.0 |")
+    assert lines[-1].startswith("| tests | 9 passed |")
+    assert {each.count("|") for each in lines[2:]} == {8}
+
+
+def test_the_page_has_every_gpu_case():
+    page = (ROOT / gpu.PAGE).read_text()
+    start, end = markers("gpu")
+    table = page.split(start)[1].split(end)[0]
+    assert all(f"| {case.name} |" in table for case in gpu_cases.CASES)
+
+
+@pytest.mark.parametrize(("shape", "parameters"), [("8b", 8_030_261_248), ("1b", 1_235_814_400)])
+def test_gpu_shapes_are_those_of_llama(shape, parameters):
+    assert shape_of(gpu_cases.SHAPES[shape]).parameters == parameters
+
+
+@pytest.mark.slow
+def test_every_gpu_case_runs_on_the_cpu_with_a_tiny_model(monkeypatch, capsys):
+    entries, measured = [], gpu_cases.measure
+    monkeypatch.setattr(gpu_cases, "measure", lambda *args: entries.append(measured(*args)) or entries[-1])
+    monkeypatch.setattr(sys, "argv", ["gpu", "--dry-run", "--steps", "1"])
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert gpu.main() == 0
+    output = capsys.readouterr().out
+    assert "Dry run" in output
+    assert "**not run**" not in output
+    assert [entry["case"] for entry in entries] == [case.name for case in gpu_cases.CASES]
+    by_case = {entry["case"]: entry for entry in entries}
+    for name in ("lora_8b", "nf4_8b", "full_1b"):
+        assert by_case[name]["ours"]["values"][0] == pytest.approx(np.log(2), abs=1e-5)
+        assert by_case[name]["difference"] < 0.02
+    assert by_case["reference_8b"]["difference"] < 0.5
+    for side in ("ours", "peer"):
+        lengths = by_case["sampling_8b"][side]["values"]
+        assert len(lengths) == max(lengths) == 8
+    assert "skipped" in by_case["tests"]["summary"]
 
 
 def test_gpu_benchmark_imports_only_what_it_checks_beforehand():
-    files, names = imported_files(ROOT / "benchmarks/gpu.py", on_first_use=False)
-    trainers_files, _ = imported_files(ROOT / "benchmarks/trainers.py", on_first_use=False)
-    assert {file.parts[0] for file in files | trainers_files} == {"benchmarks", "dpo"}
-    packages = {name.split(".")[0] for name in names} - set(sys.stdlib_module_names) - {"benchmarks", "dpo"}
-    assert packages <= set(gpu.PACKAGES)
+    files, names = imported_files(ROOT / "benchmarks/gpu_cases.py", on_first_use=False)
+    assert {file.parts[0] for file in files} == {"benchmarks", "dpo"}
+    files, of_tests = imported_files(ROOT / gpu_cases.TESTS, on_first_use=False)
+    assert {file.parts[0] for file in files} == {"dpo", "tests"}
+    standard = set(sys.stdlib_module_names)
+    packages = {name.split(".")[0] for name in names | of_tests} - standard - {"benchmarks", "dpo", "tests"}
+    assert packages <= {name.split(".")[0].replace("-", "_") for name in gpu.PACKAGES}
+    _, names = imported_files(ROOT / "benchmarks/gpu.py", on_first_use=False)
+    assert {name.split(".")[0] for name in names} <= standard | {"benchmarks", "dpo"}
 
 
-def test_gpu_benchmark_names_all_missing_packages_at_once(monkeypatch, capsys):
-    absent = {"trl", "liger_kernel"}
-    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: None if name in absent else name)
+def test_gpu_benchmark_names_all_missing_packages_at_once(monkeypatch, capsys, tmp_path):
+    absent = {"trl", "liger-kernel", "ruamel.yaml"}
+    monkeypatch.setattr(gpu, "is_installed", lambda name: name not in absent)
     monkeypatch.setattr(sys, "argv", ["gpu"])
     assert gpu.main() == 2
-    assert "install them with `pip install liger-kernel trl`" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "install them with `pip install liger-kernel ruamel.yaml trl`" in error
+    assert "60 MiB" in error
+    (tmp_path / "liger_kernel-1.0-py3-none-any.whl").touch()
+    (tmp_path / "ruamel_yaml-1.0-py3-none-any.whl").touch()
+    monkeypatch.setattr(sys, "argv", ["gpu", "--wheels", str(tmp_path)])
+    assert gpu.main() == 2
+    assert "`pip install trl`" in capsys.readouterr().err
+    (tmp_path / "trl-1.0-py3-none-any.whl").touch()
+    assert gpu.main() == 0
+    monkeypatch.setattr(gpu, "WHEELS_MIB", -1)
+    assert gpu.main() == 2
+    assert f"{tmp_path}: the wheels have 0.0 MiB" in capsys.readouterr().err
 
 
-def test_gpu_benchmark_continues_with_the_cases_that_have_no_result(monkeypatch, tmp_path):
-    measured, here = [], {"versions": {"torch": "1"}, "machine": {"gpu": "a GPU"}}
+@pytest.fixture
+def gpu_run(monkeypatch, tmp_path):
+    """Return a function that measures all cases, and the list of measured cases. The second case fails once."""
+    measured, clock = [], [0.0]
 
-    def compare(case, model, steps, repeats):
+    def measure(case, options):
         measured.append(case.name)
-        if len(measured) == 3:
-            raise KeyboardInterrupt
-        setting = asdict(case) | {"steps": steps, "repeats": repeats}
-        return {"case": case.name, "setting": setting, **here}
+        clock[0] += 60
+        if len(measured) == 2:
+            raise RuntimeError("out of memory")
+        return {"case": case.name}
 
-    monkeypatch.setattr(gpu, "RESULTS", tmp_path / "gpu.json")
-    monkeypatch.setattr(gpu, "environment", lambda: here)
-    monkeypatch.setattr(gpu, "alone", lambda *args: None)
-    monkeypatch.setattr(gpu, "compare", compare)
-    names = [case.name for case in gpu.CASES]
-    with pytest.raises(KeyboardInterrupt):
-        gpu.measure_all(gpu.CASES, 3, 1, again=False)
-    gpu.measure_all(gpu.CASES, 3, 1, again=False)
-    assert measured == [*names[:3], *names[2:]]
-    gpu.measure_all(gpu.CASES, 3, 1, again=False)
-    assert len(measured) == 5
-    gpu.measure_all(gpu.CASES[:1], 3, 2, again=False)
-    assert measured[5:] == names[:1]
-    assert [entry["case"] for entry in json.loads(gpu.RESULTS.read_text())] == names
+    def run(*arguments):
+        options = gpu.parser().parse_args([*arguments, "--output", str(tmp_path / "gpu.json")])
+        return gpu.measure_all(gpu_cases.CASES, options)
+
+    monkeypatch.setattr(gpu.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(gpu_cases, "environment", lambda: {"versions": {"torch": "1"}})
+    monkeypatch.setattr(gpu, "measure", measure)
+    return run, measured
+
+
+def test_gpu_benchmark_continues_with_the_cases_that_have_no_result(gpu_run, tmp_path):
+    run, measured = gpu_run
+    names = [case.name for case in gpu_cases.CASES]
+    assert run() == [names[1]]
+    assert measured == names
+    assert run() == []
+    assert measured[6:] == [names[1]]
+    assert run() == []
+    assert len(measured) == 7
+    assert run("--repeats", "2") == []
+    assert measured[7:] == names
+    assert [entry["case"] for entry in json.loads((tmp_path / "gpu.json").read_text())] == names
+
+
+def test_gpu_benchmark_starts_no_case_that_would_pass_the_time_limit(gpu_run):
+    run, measured = gpu_run
+    names = [case.name for case in gpu_cases.CASES]
+    assert run("--minutes", "3.5") == [names[1], *names[3:]]
+    assert measured == names[:3]
 
 
 def test_validation_benchmark_writes_faulty_pairs_and_a_table(tmp_path):
