@@ -12,7 +12,15 @@ from dpo.common.errors import InputError
 from dpo.config import Params, load_params
 from dpo.planner import LLAMAS, Pair, Setup, Shape, Sharding
 from dpo.training.settings import LoraSettings
-from tasks.common.memory import GPU_OVERHEAD, STAGES, Hardware, advice, stage_memory, training_setup
+from tasks.common.memory import (
+    GPU_OVERHEAD,
+    STAGES,
+    Hardware,
+    advice,
+    stage_memory,
+    trained_adapter,
+    training_setup,
+)
 from tasks.common.paths import BASE, RAW_PAIRS
 
 TFLOPS = (989.0, 494.0, 67.0)
@@ -84,7 +92,8 @@ def stage_hours(stage: str, params: Params, shape: Shape, pair: Pair, pairs: int
         settings = params.sft if stage == "sft" else params.dpo
         assert settings is not None
         pairs = min(pairs, (params.sft and stage == "sft" and params.sft.max_pairs) or pairs)
-        setup, passes = training_setup(params, settings, settings.lora, pair, Hardware(gpus)), settings.epochs
+        adapter = trained_adapter(params, settings)
+        setup, passes = training_setup(params, settings, adapter, pair, Hardware(gpus)), settings.epochs
     flops = planner.pair_flops(shape, pair, setup)
     return f"{passes * pairs * planner.seconds(flops, gpus, speed.of(params)) / 3600:.2g}"
 

@@ -10,7 +10,7 @@ from dpo.common.errors import InputError
 from dpo.config import Params
 from dpo.engine.settings import GPU_HEAD_CHUNK, HEAD_CHUNK
 from dpo.planner import Memory, Pair, Setup, Shape, Sharding
-from dpo.training.settings import LoraSettings, OptimizerSettings
+from dpo.training.settings import DpoSettings, LoraSettings, OptimizerSettings, SftSettings
 
 STAGES = ("sft", "reference_logprobs", "reference_samples", "train", "evaluate")
 """The stages that run a model."""
@@ -62,6 +62,12 @@ def training_setup(
     )
 
 
+def trained_adapter(params: Params, training: SftSettings | DpoSettings) -> LoraSettings | None:
+    """Return the adapter that is trained. An adapter that is continued is planned with rank 16."""
+    continued = LoraSettings(rank=16, alpha=32) if params.model.adapter == "continue" else None
+    return training.lora or continued
+
+
 def stage_memory(stage: str, params: Params, shape: Shape, pair: Pair, hardware: Hardware) -> Memory | None:
     """Return the peak memory of a stage, or None if it runs no model."""
     engine, evaluate = params.engine, params.evaluate
@@ -69,7 +75,7 @@ def stage_memory(stage: str, params: Params, shape: Shape, pair: Pair, hardware:
         settings = params.sft if stage == "sft" else params.dpo
         if settings is None:
             return None
-        setup = training_setup(params, settings, settings.lora, pair, hardware)
+        setup = training_setup(params, settings, trained_adapter(params, settings), pair, hardware)
         return planner.training_memory(shape, pair, setup, hardware.overhead)
     scoring = Setup(
         max_tokens_per_microbatch=max(engine.max_tokens_per_microbatch, pair.tokens),

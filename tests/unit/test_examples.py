@@ -4,8 +4,10 @@ import re
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from dpo.config import load_params
+from tasks.commands.cli import app
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 FILES = sorted(EXAMPLES.glob("*.yaml"))
@@ -18,6 +20,25 @@ def test_an_example_is_a_whole_parameter_file(path):
     assert params.trials()
     is_adapter = params.model.adapter == "continue"
     assert (params.dpo.lora is None) == (is_adapter or path.stem == "full-1b-24gb")
+
+
+@pytest.mark.parametrize(
+    ("name", "model", "gib"),
+    [
+        ("instruct-lora-24gb", "llama-8b", 24),
+        ("nf4-70b-80gb", "llama-70b", 80),
+        ("full-1b-24gb", "llama-1b", 24),
+        ("separate-sft-data", "llama-1b", 24),
+        ("continued-adapter", "llama-1b", 24),
+    ],
+)
+def test_every_stage_of_an_example_is_planned_to_fit(name, model, gib):
+    arguments = ["--params", str(EXAMPLES / f"{name}.yaml"), "--model", model, "--gpu-memory", str(gib)]
+    done = CliRunner().invoke(app, ["plan", *arguments, "--pairs", "10000"])
+    assert done.exit_code == 0, done.output
+    stages = done.output.split("| training |")[0]
+    assert "too much" not in stages
+    assert re.search(r"\| train \| [1-9][\d.]* \|", stages)
 
 
 def test_the_examples_cover_the_cases_of_their_list():
