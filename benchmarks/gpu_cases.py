@@ -24,14 +24,16 @@ import torch
 from accelerate.state import AcceleratorState
 from transformers import AutoTokenizer, LlamaConfig
 
-from benchmarks.cases import PAIRS_PER_STEP, SEED, Case, padded_batches, padded_length
+from benchmarks.cases import LORA, PAIRS_PER_STEP, SEED, Case, padded_batches, padded_length
 from benchmarks.engine import SIDES, load_ours, say, score_ours
 from benchmarks.flops import flop_ratio, flops
 from benchmarks.measure import Run, alone, close, now, reset_peak, summary
 from benchmarks.random_model import OURS, PEER, on_random_weights, random_model, save_shape
 from benchmarks.trainers import score_peer, train_ours, train_peer
+from dpo.engine.settings import GPU_HEAD_CHUNK
 from dpo.engine.tokenization import TokenRow
 from dpo.evaluation.sampling import sample
+from dpo.planner import Pair, Setup, reference_memory, shape_of, training_memory
 
 SPEED, MEMORY, UTILISATION = 2.0, 0.8, 0.5
 """Goals: minimum speed ratio, maximum memory ratio, minimum share of the measured matrix product's speed."""
@@ -158,7 +160,7 @@ def sample_ours(case: GpuCase, model: Path, rows: Sequence[TokenRow]) -> Run:
     tokenizer, prompts = AutoTokenizer.from_pretrained(model), [" ".join(map(str, row.prompt)) for row in rows]
 
     def respond(new_tokens: int) -> list[list[int]]:
-        budget = sum(len(row.prompt) + new_tokens for row in rows) * len(rows)
+        budget = sum(len(row.prompt) + new_tokens for row in rows)
         return sample(
             policy, tokenizer, prompts, max_new_tokens=new_tokens, temperature=1.0, seed=SEED,
             max_tokens_per_batch=budget,
@@ -220,6 +222,7 @@ def record(case: GpuCase, rows: Sequence[TokenRow], ours: Sequence[Run], peer: S
         work = flops(case, timed, case.config) / len(timed)
         difference = float(np.abs(np.subtract(ours[0].values, peer[0].values)).max())
         entry |= {"difference": difference, "flop_ratio": flop_ratio(case, timed, case.config)}
+        entry["planned_gib"] = planned_bytes(case, timed) / 2**30
     us, them = (
         summary(runs, per_pair, work, matmul) | {"values": runs[0].values}
         for runs, per_pair in zip((ours, peer), tokens, strict=True)
@@ -230,6 +233,23 @@ def record(case: GpuCase, rows: Sequence[TokenRow], ours: Sequence[Run], peer: S
         "ours": us,
         "peer": them,
     }
+
+
+def planned_bytes(case: GpuCase, rows: Sequence[TokenRow]) -> float:
+    """Return the planned peak of our side without process overhead and without `engine.compile`."""
+    shape, count = shape_of(case.config), len(rows)
+    completion = sum(row.completion_tokens for row in rows) / count / 2
+    pair = Pair(round(sum(len(row.prompt) for row in rows) / count), round(completion))
+    setup = Setup(
+        case.micro_batch * pair.tokens,
+        case.dtype,
+        lora_rank=LORA["r"] if case.lora else None,
+        quantization=case.quantization,
+        vocabulary=case.vocabulary,
+        accumulates=case.micro_batch < PAIRS_PER_STEP,
+        head_chunk=GPU_HEAD_CHUNK,
+    )
+    return (training_memory(shape, pair, setup, 0) if case.train else reference_memory(shape, setup, 0)).total
 
 
 def environment() -> dict[str, Any]:
@@ -245,7 +265,7 @@ def environment() -> dict[str, Any]:
 
 COLUMNS = (
     "case", "speed ratio (goal)", "FLOP ratio", "memory ratio (goal)", "utilisation, % (goal)",
-    "throughput, per second", "peak memory, GiB",
+    "throughput, per second", "peak memory, GiB", "planned, GiB",
 )  # fmt: skip
 
 
@@ -287,4 +307,5 @@ def _cells(case: GpuCase, entry: dict[str, Any]) -> list[str]:
         + (f" (at least {100 * case.utilisation:.0f})" if case.utilisation else ""),
         both("pairs_per_second", 1),
         both("peak_gib", 1),
+        f"{entry['planned_gib']:.1f}" if is_pairs else "",
     ]
