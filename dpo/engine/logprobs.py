@@ -253,7 +253,7 @@ def load_model(
     """
     if compiled and not (torch.cuda.is_available() and precision == "bf16"):
         raise InputError("params.yaml: engine.compile: true needs a CUDA GPU and precision: bf16; set it to false")
-    torch.backends.cuda.matmul.allow_tf32 = precision == "bf16"
+    torch.backends.cuda.matmul.allow_tf32 = False  # the self-check compares fp32 results
     options = {} if quantization is None else nf4_options()
     model = load_causal_lm(path, **options).eval()
     use_one_product(model)
@@ -262,6 +262,7 @@ def load_model(
         for name in ["p"] if isinstance(module, nn.Dropout) else rates:
             setattr(module, name, 0.0)
     fault = _self_check(model)
+    torch.backends.cuda.matmul.allow_tf32 = precision == "bf16"
     if fault:
         log.warning("%s: %s; log-probs are computed row by row, which is slower", type(model).__name__, fault)
     else:
