@@ -53,9 +53,9 @@ test: setup
 test-fast: setup
 	$(PYTEST) tests/unit -m "not slow"
 
-# All tests; about half an hour on two cores.
+# All tests, and all examples of the property tests; about half an hour on two cores.
 test-all: setup
-	$(PYTEST)
+	ALL_EXAMPLES=1 $(PYTEST)
 
 # The 20 slowest tests of `make test`.
 slowest: setup

@@ -5,13 +5,14 @@ import datetime
 import math
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dpo.common.errors import InputError
 from dpo.data.formats import Spelling, convert, detect, layout_of
 from dpo.data.layouts import LAYOUTS
 from dpo.data.turns import RowError
+from tests.support.examples import examples
 
 SYSTEM = {"role": "system", "content": "Be brief."}
 ASK = {"role": "user", "content": "Film 3?"}
@@ -469,7 +470,7 @@ def pairs_or_rule(row, layout, pairing="best_rest"):
         return [], error.rule
 
 
-@settings(max_examples=300, deadline=None)
+@examples(300)
 @given(rows, st.sampled_from(["best_worst", "best_rest"]))
 def test_any_row_gives_pairs_or_a_row_error(row, pairing):
     for layout in LAYOUTS:
@@ -517,7 +518,7 @@ well_formed = st.one_of(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@examples(200)
 @given(well_formed)
 def test_a_well_formed_row_gives_pairs_unless_its_text_is_invalid(row):
     pairs, rule = pairs_or_rule(row, "pairs")
@@ -525,7 +526,7 @@ def test_a_well_formed_row_gives_pairs_unless_its_text_is_invalid(row):
     assert rule in invalid if rule else len(pairs) == 1
 
 
-@settings(max_examples=300, deadline=None)
+@examples(300)
 @given(st.lists(rows, max_size=3))
 def test_any_rows_have_a_known_format_or_raise_input_error(some):
     with contextlib.suppress(InputError):

@@ -22,6 +22,7 @@ from dpo.data.turns import RowError
 from dpo.engine.chat import render_pairs
 from dpo.engine.tokenization import encode_pairs
 from tasks.commands.lineage import of_folder
+from tests.support.examples import examples
 from tests.support.models import chat_tokenizer, plain_tokenizer
 
 ROOT = Path(__file__).parents[3]
@@ -59,7 +60,7 @@ LIKELY = st.fixed_dictionaries(
     optional={"split": TEXT, "id": LEAVES},
 )
 fuzz = settings(
-    max_examples=60,
+    examples(60),
     deadline=5000,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
@@ -147,7 +148,7 @@ TEMPLATES = st.lists(
 ).map("".join)  # fmt: skip
 
 
-@settings(fuzz, max_examples=50)
+@fuzz
 @given(template=TEMPLATES)
 def test_any_chat_template_renders_or_raises_input_error(template):
     tokenizer = chat_tokenizer()

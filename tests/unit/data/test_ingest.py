@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from dpo.common.errors import InputError
@@ -17,6 +17,7 @@ from dpo.data.readers import BOM, RawRow, read_files
 from dpo.data.schema import RAW_PAIRS_SCHEMA, RawPairs, validate_schema
 from dpo.data.settings import DataSettings
 from dpo.engine.chat import read_turns
+from tests.support.examples import examples
 
 
 def data_params(**changes):
@@ -232,7 +233,7 @@ pieces = st.one_of(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@examples(200)
 @given(st.lists(pieces, max_size=12).map(b"".join), st.booleans())
 @example(b"\xff\xfe", False)
 @example(b"\xfe\xffa", True)

@@ -6,7 +6,7 @@ import json
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dpo.common.errors import InputError
@@ -16,6 +16,7 @@ from dpo.data.readers import read_files
 from dpo.data.settings import DataSettings
 from dpo.data.turns import RowError
 from dpo.engine.chat import read_turns
+from tests.support.examples import examples
 
 ASK, GOOD, BAD = "How do rivers move?", "They follow the slope.", "No idea."
 USER = {"role": "user", "content": ASK}
@@ -404,7 +405,7 @@ pieces = st.sampled_from(["a", "b", " ", "\n", "[", "{", "é", "Human:", "\n\nAs
 any_text = st.lists(pieces, max_size=5).map("".join)
 
 
-@settings(max_examples=300, deadline=None)
+@examples(300)
 @given(any_text, any_text, any_text)
 def test_plain_texts_are_converted_as_in_general(prompt, chosen, rejected):
     row = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
@@ -421,7 +422,7 @@ words = st.text(st.characters(codec="ascii", categories=["Ll"]), min_size=4, max
 prompts = st.lists(words, min_size=1, max_size=4, unique=True)
 
 
-@settings(max_examples=150, deadline=None)
+@examples(150)
 @given(prompts, words, words, st.booleans(), st.sampled_from(["turns", "sharegpt", "whole", "history", "json"]))
 def test_every_text_of_a_row_is_in_its_pair(texts, chosen, rejected, system, form):
     roles = ["user", "assistant"] * 2

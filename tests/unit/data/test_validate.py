@@ -11,7 +11,7 @@ import jinja2
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binomtest
 
@@ -39,6 +39,7 @@ from tasks.common.paths import (
     TRAIN,
 )
 from tasks.report import validation as report
+from tests.support.examples import examples
 from tests.support.models import bare_tokenizer, chat_tokenizer
 
 PARAMS = load_params(Path(__file__).parents[3] / "params.yaml")
@@ -601,19 +602,19 @@ def assert_complete(folder, rows, tokenizer=None):
     report.write_report(result, PARAMS, folder / "report.html")
 
 
-@settings(max_examples=40, deadline=None)
+@examples(40)
 @given(rows=st.lists(ANY_ROW, min_size=1, max_size=12))
 def test_valid_and_random_rows_are_accepted_or_quarantined(tmp_path_factory, rows):
     assert_complete(tmp_path_factory.mktemp("any"), [*ROWS[:5], *rows])
 
 
-@settings(max_examples=15, deadline=None)
+@examples(15)
 @given(rows=st.lists(ANY_ROW, min_size=1, max_size=4))
 def test_random_rows_are_rejected_accepted_or_quarantined(tmp_path_factory, rows):
     assert_complete(tmp_path_factory.mktemp("any"), rows)
 
 
-@settings(max_examples=15, deadline=None)
+@examples(15)
 @given(rows=st.lists(SHAPED, min_size=1, max_size=8))
 def test_random_texts_with_a_tokenizer_are_accepted_or_quarantined(tmp_path_factory, tiny_model_dir, rows):
     assert_complete(tmp_path_factory.mktemp("any"), [*ROWS[:5], *rows], tokenizer=tiny_model_dir)

@@ -4,14 +4,15 @@ import itertools
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dpo.engine.packing import budget_batches, pack
 from dpo.engine.tokenization import TokenRow
+from tests.support.examples import examples
 
 LENGTHS = st.lists(st.integers(1, 60), min_size=1, max_size=40)
-fast = settings(max_examples=150, deadline=None)
+fast = examples(150)
 
 
 def test_pack_returns_the_expected_layout():

@@ -3,7 +3,7 @@
 import functools
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dpo.common.errors import InputError
@@ -11,6 +11,7 @@ from dpo.engine import tokenization
 from dpo.engine.chat import render_pairs
 from dpo.engine.packing import pack
 from dpo.engine.tokenization import encode_pairs, token_rows
+from tests.support.examples import examples
 from tests.support.models import (
     bare_tokenizer,
     bos_tokenizer,
@@ -116,7 +117,7 @@ def test_a_token_spans_the_boundary_in_the_full_text():
 texts = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12)
 
 
-@settings(max_examples=200, deadline=None)
+@examples(200)
 @given(texts, texts)
 def test_any_text_is_decoded_unchanged(prompt, completion):
     tokenizer = made("plain")

@@ -1,13 +1,14 @@
 """Every split of rows into steps and micro-batches keeps rows, step sizes and the token budget."""
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dpo.training.sampler import StepSampler, balance
+from tests.support.examples import examples
 
 LENGTHS = st.lists(st.integers(1, 60), min_size=1, max_size=40)
-fast = settings(max_examples=150, deadline=None)
+fast = examples(150)
 
 
 def test_balance_by_hand():
