@@ -46,6 +46,10 @@ class RunSettings(Settings):
     """Stop a stage before it loads a model if its planned memory exceeds the available memory."""
     launch: str | None = None
     """Configuration file of `accelerate launch` for the stages that run the model; null runs one process."""
+    landed_mib: Annotated[float, Field(gt=0)] = 4096
+    """Maximum size of a new file of a retraining, also unpacked, in MiB; a larger file is refused."""
+    landed_minutes: Annotated[float, Field(gt=0)] = 30
+    """Maximum minutes to copy, and to read, a new file of a retraining; a slower file is refused."""
 
 
 def _losses_schema(_: object, handler: GetCoreSchemaHandler) -> CoreSchema:

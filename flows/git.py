@@ -1,16 +1,26 @@
 """Git and DVC commands that change files."""
 
+import os
 import subprocess
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
+import psutil
 from dvc.repo import Repo
 from prefect import get_run_logger
 
+from dpo.common.errors import InputError
 from flows.processes import StageError, run_module
 
 
-def git(*arguments: str) -> str:
+def git(*arguments: str, stdin: str | None = None, env: dict[str, str] | None = None) -> str:
     """Run git and return its output. Raise StageError with git's message if it fails."""
-    done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False)
+    variables = {**os.environ, **(env or {})}
+    done = subprocess.run(
+        ["git", *arguments], input=stdin, capture_output=True, text=True, check=False, env=variables
+    )
     if done.returncode:
         raise StageError(f"git {arguments[0]}: {(done.stderr or done.stdout).strip()}")
     return done.stdout.strip()
@@ -27,9 +37,95 @@ def default_remote() -> str | None:
         return repo.config["core"].get("remote")
 
 
+def current_branch() -> str:
+    """Return the current branch. Raise InputError if HEAD is detached: commits would belong to no branch."""
+    if not (branch := git("branch", "--show-current")):
+        raise InputError(
+            "git: HEAD is detached, so commits would be lost; switch to a branch: `git switch BRANCH`"
+        )
+    return branch
+
+
 def commit(message: str, *paths: str) -> None:
     """Commit the changes under `paths` and no others. Without changes, do nothing."""
-    git("add", "--", *paths)
-    if git("diff", "--cached", "--name-only", "--", *paths):
-        git("commit", "--quiet", "--message", message, "--", *paths)
+    known = [path for path in paths if os.path.lexists(path) or git("ls-files", "--", path)]
+    git("add", "--", *known)
+    if git("diff", "--cached", "--name-only", "--", *known):
+        git("commit", "--quiet", "--file=-", "--", *known, stdin=message)  # it can be too long for an argument
         get_run_logger().info("git: %s", git("log", "-1", "--format=%h %s"))
+
+
+@contextmanager
+def _index_of(paths: Sequence[str]) -> Iterator[dict[str, str]]:
+    """Yield the environment of a temporary index that has all files under `paths`, also untracked ones."""
+    with TemporaryDirectory(prefix="dpo-index-") as folder:
+        env = {"GIT_INDEX_FILE": str(Path(folder) / "index")}
+        if existing := [path for path in paths if os.path.lexists(path)]:
+            git("add", "--", *existing, env=env)
+        yield env
+
+
+def snapshot(paths: Sequence[str]) -> str:
+    """Store the files under `paths` as they are now in git's object store; return the id of their tree."""
+    with _index_of(paths) as env:
+        return git("write-tree", env=env)
+
+
+def restore_files(source: str, paths: Sequence[str]) -> None:
+    """Make the files under `paths` equal to those of a commit or a tree; delete files that it does not have."""
+    with _index_of(paths) as env:
+        known = [path for path in paths if os.path.lexists(path) or git("ls-tree", source, "--", path)]
+        if known:
+            git("restore", f"--source={source}", "--staged", "--worktree", "--", *known, env=env)
+    git("reset", "--quiet", "--", *paths)
+
+
+def fetch_missing_data(*, allow_missing: bool) -> None:
+    """Fetch the data of `dvc.lock` that is not in DVC's cache from the default remote. No output changes.
+
+    Raises:
+        StageError: data is in neither place, unless `allow_missing`.
+    """
+    if missing := _not_in_cache():
+        if default_remote() is not None:
+            try:
+                dvc("fetch")
+            except StageError as error:
+                if not allow_missing:
+                    raise StageError(f"{error}\nmissing in DVC's cache: {', '.join(missing)}") from error
+        elif not allow_missing:
+            raise StageError(f"missing in DVC's cache, and there is no default remote: {', '.join(missing)}")
+
+
+def check_out_data(*, allow_missing: bool) -> None:
+    """Make DVC's outputs equal to `dvc.lock`. Outputs whose data is missing are deleted if `allow_missing`.
+
+    Raises:
+        StageError: data is neither in DVC's cache nor at the default remote; no output has changed.
+    """
+    fetch_missing_data(allow_missing=allow_missing)
+    dvc("checkout", "--force", *(["--allow-missing"] if allow_missing else []))
+
+
+def _not_in_cache() -> list[str]:
+    with Repo(_wait_for_lock=True) as repo, repo.lock:
+        outs = [out for out in repo.index.outs if out.use_cache and out.hash_info]
+        return [os.path.relpath(out.fs_path) for out in outs if out.changed_cache()]
+
+
+def remove_dead_locks() -> None:
+    """Remove locks that a killed git command left, unless a git command runs in this checkout."""
+    top = Path(git("rev-parse", "--show-toplevel"))
+    folder = Path(git("rev-parse", "--absolute-git-dir"))
+    locks = [*folder.glob("*.lock"), *(folder / "refs").rglob("*.lock")]
+    if not locks or any(_runs_in(top, process) for process in psutil.process_iter(["name"])):
+        return
+    for lock in locks:
+        lock.unlink(missing_ok=True)
+        get_run_logger().warning("%s: removed; no git command is running", lock)
+
+
+def _runs_in(folder: Path, process: psutil.Process) -> bool:
+    with suppress(psutil.Error):
+        return process.info["name"] == "git" and Path(process.cwd()).is_relative_to(folder)
+    return False

@@ -8,6 +8,7 @@ date, the task run starts one `dvc repro --single-item`.
 import argparse
 import os
 import re
+import signal
 import sys
 import threading
 import time
@@ -150,6 +151,8 @@ def pipeline(parallel: PositiveInt = 1) -> dict[str, str]:
 def run_now(work: Callable[..., Any], **parameters: object) -> NoReturn:
     """Run a flow in this process. Exit with 0 if it completes or another run is active, else with 1.
 
+    SIGTERM ends it with 143, as any other command.
+
     If Prefect's server is lost, stages continue, so DVC has their outputs; only the flow run cannot be finished.
     """
     try:
@@ -162,7 +165,9 @@ def run_now(work: Callable[..., Any], **parameters: object) -> NoReturn:
         )
         sys.stderr.flush()
         os._exit(1)  # a normal exit waits minutes for Prefect to send its last messages
-    sys.exit(0 if state.is_completed() or state.name == "AlreadyRunning" else 1)
+    if state.is_completed() or state.name == "AlreadyRunning":
+        sys.exit(0)
+    sys.exit(128 + signal.SIGTERM if state.is_cancelled() else 1)
 
 
 def main() -> None:

@@ -24,6 +24,8 @@ from tasks.tracking.provenance import FLOW_RUN
 Logger: TypeAlias = "logging.Logger | logging.LoggerAdapter[Any]"
 LEVEL = re.compile(r"\b(ERROR|WARNING)\b|^(error|warning):")
 ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+FLOW_PROCESS = "DPO_FLOW_PROCESS"
+"""Environment variable with the process id of the flow that started a process."""
 POLL_SECONDS = 0.5
 STOP_SECONDS = 20.0  # for a stopped command to write a checkpoint before it is killed
 GRACE_SECONDS = 15.0  # for a server, worker or flow to exit before it is killed
@@ -69,7 +71,8 @@ def execute(
     `stop` ends the command; the exit code is then not 0. `env` has variables to add. `poll` is called at least
     every `POLL_SECONDS`. When this function returns or raises, no process that the command started is left.
     """
-    added = {"PATH": search_path(), "PYTHONUNBUFFERED": "1"} | ({FLOW_RUN: flow_run.id} if flow_run.id else {})
+    added = {"PATH": search_path(), "PYTHONUNBUFFERED": "1", FLOW_PROCESS: str(os.getpid())}
+    added |= {FLOW_RUN: flow_run.id} if flow_run.id else {}
     process = subprocess.Popen(
         [sys.executable, "-m", *command],
         stdin=subprocess.DEVNULL,

@@ -1,39 +1,51 @@
 """Retrain on new data files: `python -m flows.retrain LANDING [--branch NAME] [--parallel N] [--no-push]`.
 
 New files become a new version of the data, the pipeline runs, and the gate decides whether to promote the
-selected policy. Without new files, nothing changes. The next run resumes an interrupted one: every step can be
-repeated, and `.retrain/pending` exists until the last step is done.
+selected policy. Without new files, nothing changes. A run that fails restores the state before it; one that is
+killed is undone or completed by the next run (`flows.journal`).
 """
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
 from prefect import flow, get_run_logger, task
 from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
 from prefect.events import emit_event
 from prefect.runtime import flow_run
-from prefect.states import Cancelled, Completed
+from prefect.states import Completed
 from pydantic import PositiveInt
 
 from dpo.common.errors import InputError, TransientError
-from dpo.common.files import write_json
 from dpo.config import load_params
 from flows.artifacts import ignore_outage
-from flows.git import commit, default_remote, dvc, git
-from flows.landing import WORK, check_file, count_files, fetch_new, take_in
-from flows.pipeline import RETRIES, name_flow_run, pipeline, run_now
+from flows.git import commit, current_branch, default_remote, dvc, git
+from flows.journal import RESULTS, Journal, begin, close
+from flows.landing import (
+    HASH_LENGTH,
+    INCOMING,
+    Checked,
+    check_files,
+    count_files,
+    fetch_new,
+    shown,
+    take_in,
+)
+from flows.pipeline import RETRIES, bring_up_to_date, name_flow_run, pipeline, read_graph, run_now
 from flows.processes import StageError, run_module
+from flows.recovery import recover_now, run_exclusively
 from tasks.common.git import uncommitted
-from tasks.tracking.registry import GATE, LANDED, VERSIONED
+from tasks.tracking.registry import GATE, LANDED
 
-LOCK, PENDING = WORK / "lock", WORK / "pending"
+SHOWN_FILES = 50
+"""Number of files that events and artifacts name."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +56,8 @@ class Retrained:
     reason: str
     new: tuple[str, ...]
     refused: dict[str, str]
+    repeated: int = 0
+    """Number of rows in new files that the data had already; they were dropped."""
 
 
 @flow(name="retrain", flow_run_name=name_flow_run)
@@ -52,8 +66,8 @@ def retrain(
 ) -> State[Retrained]:
     """Take in new files, bring the pipeline up to date, and promote the policy if the gate allows it.
 
-    Returns the state Promoted, Kept or Refused with a `Retrained`, NothingNew, or AlreadyRunning. Raises
-    InputError if the project is not ready, StageError or TransientError if a step fails; the next run resumes it.
+    Returns the state Promoted, Kept or Refused with a `Retrained`, NothingNew, AlreadyRunning or Cancelled. Raises
+    InputError if the project is not ready, StageError or TransientError if a step fails; all is then as before.
 
     Args:
         landing: a file or a folder, or the URL of one, such as s3://bucket/folder; an http URL must name a file.
@@ -61,65 +75,117 @@ def retrain(
         parallel: stages to run at once.
         push: send new data and results to DVC's default remote, if there is one.
     """
-    return run_exclusively(lambda: _retrain(landing, branch, parallel, push))
+    return run_exclusively(lambda done: _retrain(landing, branch, parallel, push, done))
 
 
-def run_exclusively(work: Callable[[], State[Any]]) -> State[Any]:
-    """Run `work`, or return AlreadyRunning if another retraining or rollback of this checkout runs."""
-    LOCK.parent.mkdir(exist_ok=True)
-    try:
-        with FileLock(LOCK, timeout=0):
-            return work()
-    except Timeout:
-        message = f"another retraining or rollback holds {LOCK}; this run did nothing"
-        get_run_logger().warning(message)
-        return Cancelled(name="AlreadyRunning", message=message)
-
-
-def _retrain(landing: str, branch: str | None, parallel: int, push: bool) -> State[Retrained]:
-    pending = json.loads(PENDING.read_text()) if PENDING.exists() else None
-    earlier, decision = ([], None) if pending is None else (pending["files"], pending.get("gate"))
-    if pending is not None:
-        get_run_logger().warning("resume the interrupted run with %s", count_files(earlier))
-    arrived = fetch_new(landing, earlier)
-    if not arrived and pending is None:
-        return Completed(name="NothingNew", message=f"{landing} has no new file")
-    check_project()
+def _retrain(
+    landing: str, branch: str | None, parallel: int, push: bool, done: Journal | None
+) -> State[Retrained]:
+    arrived, finished = fetch_new(landing), None
+    if done and done.decision:
+        finished = finish(done, push, may_fail=bool(arrived.files))
+        if not arrived.files:
+            return finished
+    if not arrived.files:
+        if arrived.refused:
+            notify("refused", {"files": first_of(arrived.refused)})
+        return nothing_to_add(landing, arrived.refused, 0)
+    check_project(branch)
     check_gate()
-    refused = {path.name: reason for path in arrived if (reason := check_file(path))}
-    new = [*earlier, *(path.name for path in arrived if path.name not in refused)]
-    if refused:
-        notify("refused", {"files": refused})
-    if not new and pending is None:
-        return report(Retrained("refused", "No new file is valid: the data is unchanged.", (), refused))
-    if decision is None or len(new) > len(earlier):
-        write_json(PENDING, {"files": new})
-        take_in(new, branch)
-        pipeline(parallel)
-        commit_results(new)
-        decision = run_gate()
-        write_json(PENDING, {"files": new, "gate": decision})
-        notify(decision["outcome"], {"reason": decision["reason"], "files": new})
+    journal = begin("retrain")
+    try:
+        model_changed = update_model()
+        checked = check_files(arrived.files)
+        if refused := arrived.refused | checked.refused:
+            notify("refused", {"files": first_of(refused)})
+        if not checked.new:
+            journal.undo() if model_changed else close()
+            nothing_new = nothing_to_add(landing, refused, checked.repeated_rows)
+            return nothing_new if refused or finished is None else finished
+        journal = decide(journal, checked, parallel)
+    except BaseException:  # also SIGTERM
+        recover_now()
+        raise
+    return finish(journal, push, refused, checked.repeated_rows)
+
+
+def decide(journal: Journal, checked: Checked, parallel: int) -> Journal:
+    """Commit the new data, run the pipeline, commit its results and run the gate."""
+    files = tuple(checked.new)
+    journal = take_in(journal.update(files=files), checked.new)
+    pipeline(parallel)
+    message = "\n".join([f"Retrain on {count_files(files)}", "", *files])
+    journal = journal.update(messages=(*journal.messages, message))
+    commit_results(message)
+    journal = journal.update(at_gate=True)
+    decision = run_gate()
+    journal = journal.update(decision=decision)
+    notify(decision["outcome"], {"reason": decision["reason"], "files": first_of(files)})
+    return journal
+
+
+def finish(
+    journal: Journal, push: bool, refused: dict[str, str] | None = None, repeated: int = 0, may_fail: bool = False
+) -> State[Retrained]:
+    """Push the results of a decided retraining, and report it. If `may_fail`, a failed push is only logged."""
+    assert journal.decision is not None
+    for path in INCOMING.glob("*"):
+        if path.name[:HASH_LENGTH] in {name[:HASH_LENGTH] for name in journal.files}:
+            path.unlink()
     if push:
-        push_results()
-    PENDING.unlink()
-    return report(Retrained(**decision, new=tuple(new), refused=refused))
+        try:
+            push_results()
+        except TransientError as error:
+            if not may_fail:
+                raise
+            get_run_logger().error("not pushed; `dvc push --all-commits` sends it later: %s", error)
+    close()
+    return report(Retrained(**journal.decision, new=journal.files, refused=refused or {}, repeated=repeated))
+
+
+def nothing_to_add(landing: str, refused: dict[str, str], repeated: int) -> State[Any]:
+    """Return the state of a run without new rows."""
+    if refused:
+        return report(Retrained("refused", "No new file is valid: the data is unchanged.", (), refused, repeated))
+    message = f"{shown(landing)} has no new file"
+    if repeated:
+        message += f" with new rows; the data has all {repeated} rows of the files already"
+    return Completed(name="NothingNew", message=message)
+
+
+def update_model() -> bool:
+    """Run the stage that fetches the base model if it is stale, because the check uses the model's tokenizer."""
+    stage = "fetch_model"
+    if stage not in read_graph()[1]:
+        return False
+    bring_up_to_date(stage, threading.Event(), stale=True)
+    return True
 
 
 @task(name="check project", cache_policy=NO_CACHE)
-def check_project() -> None:
-    """Raise InputError if the project cannot take in new files, StageError if git has no committer identity."""
+def check_project(branch: str | None) -> None:
+    """Switch to a new branch, if that is requested.
+
+    Raises:
+        InputError: the project cannot take in new files, HEAD is detached, or another branch is checked out.
+        StageError: git has no committer identity.
+    """
     data = load_params().data
     if not any(source.path and Path(source.path) in (LANDED, LANDED.parent) for source in data.sources):
         raise InputError(
             f"params.yaml: data.source: {data.origin!r} does not contain {LANDED}, the folder of new files; add "
             f"it, for example data.source: [data/own/pairs.jsonl, {LANDED}]"
         )
-    versioned = tuple(path for path in VERSIONED if not path.endswith(".yaml"))
-    if changed := [path for path in uncommitted() if not path.startswith(versioned)]:
+    if changed := [path for path in uncommitted() if not path.startswith(RESULTS)]:
         fix = "commit them first, so that the results belong to a commit"
         raise InputError(f"git: uncommitted changes in {', '.join(changed)}; {fix}")
     git("var", "GIT_COMMITTER_IDENT")
+    now = current_branch()
+    if branch is not None and now != branch:
+        if git("branch", "--list", branch):
+            fix = f"`git switch {branch}`, or a clone of its own for each branch"
+            raise InputError(f"git: the checkout is on branch {now}, the retraining commits to {branch}; {fix}")
+        git("switch", "--quiet", "--create", branch)
 
 
 @task(name="check gate", cache_policy=NO_CACHE)
@@ -129,9 +195,9 @@ def check_gate() -> None:
 
 
 @task(name="commit results", cache_policy=NO_CACHE)
-def commit_results(files: Sequence[str]) -> None:
+def commit_results(message: str) -> None:
     """Commit the results of the pipeline: the hashes of its outputs, and its metrics."""
-    commit("\n".join([f"Retrain on {count_files(files)}", "", *files]), "dvc.lock", "metrics")
+    commit(message, "dvc.lock", "metrics")
 
 
 @task(name="promotion gate", cache_policy=NO_CACHE)
@@ -168,13 +234,24 @@ def notify(outcome: str, details: dict[str, Any]) -> None:
     )
 
 
+def first_of(names: Iterable[str] | dict[str, str]) -> Any:
+    """Return at most `SHOWN_FILES` names, or names with reasons: events and artifacts have a limited size."""
+    if isinstance(names, dict):
+        return dict(islice(names.items(), SHOWN_FILES))
+    return list(islice(names, SHOWN_FILES))
+
+
 def report(done: Retrained) -> State[Retrained]:
     """Publish the result as an artifact and return it as a state."""
-    lines = [f"## Retraining: {done.outcome}", "", done.reason, "", *(f"- new: `{name}`" for name in done.new)]
-    lines += [f"- refused: `{name}`: {reason}" for name, reason in done.refused.items()]
+    counts = f"{count_files(done.new)} new, {count_files(done.refused)} refused"
+    counts += f", {done.repeated} rows in the data already" if done.repeated else ""
+    lines = [f"## Retraining: {done.outcome}", "", done.reason, "", f"{counts}.", ""]
+    lines += [f"- new: `{name}`" for name in first_of(done.new)]
+    lines += [f"- refused: `{name}`: {reason}" for name, reason in first_of(done.refused).items()]
+    if max(len(done.new), len(done.refused)) > SHOWN_FILES:
+        lines.append(f"- and more; the list has at most {SHOWN_FILES} of each")
     with ignore_outage():
         create_markdown_artifact("\n".join([*lines, ""]), key="retrain")
-    counts = f"{count_files(done.new)} new, {count_files(done.refused)} refused"
     return Completed(name=done.outcome.capitalize(), message=f"{counts}: {done.reason}", data=done)
 
 

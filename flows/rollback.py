@@ -1,26 +1,22 @@
 """Make the previous champion the champion again: `python -m flows.rollback`.
 
 The files of git and DVC return to the commit from which the previous champion was promoted, then the alias in
-MLflow moves. A second run goes back one more version.
+MLflow moves. A second run goes back one more version. A run that was interrupted is completed by the next one.
 """
-
-import shutil
-from pathlib import Path
 
 from prefect import flow, get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
 from prefect.states import Completed
 
-from dpo.common.errors import InputError
-from flows.git import commit, default_remote, dvc, git
-from flows.landing import refuse
+from flows.git import git
+from flows.journal import Journal, begin, close
 from flows.pipeline import name_flow_run, run_now
-from flows.processes import StageError
-from flows.retrain import PENDING, notify, run_exclusively
+from flows.recovery import apply_rollback, run_exclusively
+from flows.retrain import notify
 from tasks.common.git import uncommitted
 from tasks.tracking.offline import connect
-from tasks.tracking.registry import COMMIT, LANDED, VERSIONED, predecessor, roll_back
+from tasks.tracking.registry import COMMIT, LANDED, VERSIONED, predecessor, version
 
 
 @flow(name="rollback", flow_run_name=name_flow_run)
@@ -28,56 +24,47 @@ def rollback() -> State[str]:
     """Make the champion's predecessor the champion again, with its settings, data, results and checkpoints.
 
     Returns the version that is now the champion. Files that were added since are refused from now on. Otherwise
-    the next retraining would take them in and reach the same policy.
+    the next retraining would take them in and reach the same policy. Uncommitted changes are kept in `git stash`.
 
     Raises:
-        InputError: there is no predecessor, or files that would be overwritten have uncommitted changes.
+        InputError: there is no predecessor, HEAD is detached, or MLflow is unreachable.
         StageError: data is neither in DVC's cache nor at its remote; all files are then as before.
     """
     return run_exclusively(_rollback)
 
 
-def _rollback() -> State[str]:
-    if changed := uncommitted(*VERSIONED):
-        fix = "commit them first: a rollback overwrites them"
-        raise InputError(f"git: uncommitted changes in {', '.join(changed)}; {fix}")
+def _rollback(done: Journal | None) -> State[str]:
+    if done is None or done.operation != "rollback":
+        close()  # of a retraining that has ended, except for its push
+        done = apply(start())
+    assert done.versions is not None
+    now, earlier = done.versions
+    notify("rolled-back", {"from": now, "to": earlier})
+    source = version(earlier).tags[COMMIT]
+    message = f"version {earlier} is the champion again, from commit {source[:7]}"
+    get_run_logger().info(message)
+    return Completed(name="RolledBack", message=message, data=str(earlier))
+
+
+def start() -> Journal:
+    """Write the journal of a rollback, after the uncommitted changes of versioned files were stashed."""
+    changed = uncommitted(*VERSIONED)
     connect()
     now, earlier = predecessor()
-    before = set(LANDED.glob("*"))
-    restore(earlier.tags[COMMIT], f"Roll back from version {now.version} to {earlier.version}")
-    for path in sorted(before - set(LANDED.glob("*"))):
-        refuse(path.name, f"rolled back with version {now.version}")
-    roll_back(earlier)
-    PENDING.unlink(missing_ok=True)
-    notify("rolled-back", {"from": now.version, "to": earlier.version})
-    message = f"version {earlier.version} is the champion again, from commit {earlier.tags[COMMIT][:7]}"
-    get_run_logger().info(message)
-    return Completed(name="RolledBack", message=message, data=str(earlier.version))
+    git("cat-file", "-e", f"{earlier.tags[COMMIT]}^{{commit}}")
+    if changed and (stash := git("stash", "create")):
+        git("stash", "store", "--message", f"before the rollback from version {now.version}", stash)
+        get_run_logger().warning("uncommitted changes are kept in `git stash list`: %s", ", ".join(changed))
+    message = f"Roll back from version {now.version} to {earlier.version}"
+    landed = tuple(sorted(path.name for path in LANDED.glob("*")))
+    versions = (str(now.version), str(earlier.version))
+    return begin("rollback", files=landed, messages=(message,), versions=versions)
 
 
 @task(name="restore", cache_policy=NO_CACHE)
-def restore(revision: str, message: str) -> None:
-    """Restore the versioned files and their DVC data from a commit, and commit them. On failure, undo it."""
-    paths = [path for path in VERSIONED if git("ls-files", "--", path) or git("ls-tree", revision, "--", path)]
-    try:
-        check_out(revision, paths)
-    except StageError:
-        check_out("HEAD", paths)
-        raise
-    commit(message, *paths)
-
-
-def check_out(revision: str, paths: list[str]) -> None:
-    """Restore files of git from a commit, and DVC's data from its cache, else from its remote."""
-    git("restore", f"--source={revision}", "--staged", "--worktree", "--", *paths)
-    if not Path(f"{LANDED}.dvc").exists() and LANDED.exists():
-        shutil.rmtree(LANDED)  # that commit has no landed files; the current ones are in DVC's cache
-    try:
-        dvc("checkout")
-    except StageError:
-        if default_remote() is None:
-            raise
-        dvc("pull")
+def apply(journal: Journal) -> Journal:
+    """Do all steps of the rollback."""
+    return apply_rollback(journal)
 
 
 if __name__ == "__main__":

@@ -431,6 +431,18 @@ def test_a_second_up_starts_nothing_and_down_stops_everything(project):
     assert project.await_run(interrupted, "Crashed"), "stored data is kept, and no run blocks the pool"
 
 
+def test_the_database_of_prefect_belongs_to_the_checkout(tmp_path):
+    """Two checkouts of one user see no runs of each other."""
+    shutil.copy(ROOT / "prefect.toml", tmp_path)
+    code = "from prefect.settings import get_current_settings as settings; import os; database = settings().server"
+    code += ".database.connection_url.get_secret_value(); print(os.path.realpath(database.partition(':///')[2]))"
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.stdout.strip() == str(tmp_path / ".prefect/prefect.db"), done.stderr
+
+
 def test_only_orphaned_processes_of_this_folder_are_stopped(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run = {servers.WORKSPACE: str(tmp_path), servers.WORKERS_RUN: "1"}

@@ -26,10 +26,12 @@ from dpo.common.errors import InputError, TransientError
 from dpo.common.files import write_json
 from flows.artifacts import artifact_key
 from flows.git import git
-from flows.landing import CHECKED, REFUSED, check_file, fetch_new, take_in
+from flows.journal import JOURNAL, begin
+from flows.landing import CHECKED, REFUSED, check_files, fetch_new, take_in
 from flows.pipeline import bring_up_to_date, is_transient, pipeline
 from flows.processes import StageError
-from flows.retrain import LOCK, PENDING, check_project, push_results, retrain
+from flows.recovery import LOCK
+from flows.retrain import check_project, push_results, retrain
 from flows.rollback import rollback
 from tasks.commands.lineage import of_folder
 from tasks.tracking.registry import LANDED
@@ -105,7 +107,7 @@ def test_a_second_retraining_ends_at_once_and_changes_nothing(here):
         assert rollback(return_state=True).name == "AlreadyRunning"
     assert (state.type.value, state.name) == ("CANCELLED", "AlreadyRunning")
     assert not LANDED.exists()
-    assert not PENDING.exists()
+    assert not JOURNAL.exists()
 
 
 def test_a_source_without_the_landed_folder_is_refused_before_any_change(here):
@@ -117,7 +119,7 @@ def test_a_source_without_the_landed_folder_is_refused_before_any_change(here):
     for source in ("data/own", "data/own/landed/", ["data/own/pairs.jsonl", "data/own/landed"]):
         change(here, {"data.source": source})
         git("commit", "-qam", "source", "--allow-empty")
-        check_project()
+        check_project(None)
     assert not LANDED.exists()
 
 
@@ -139,9 +141,9 @@ def test_a_landing_place_that_is_not_data_is_refused(here):
     with pytest.raises(
         InputError, match=r"notes\.txt: not a data file; name a folder, or a file that ends in .*\.jsonl"
     ):
-        fetch_new("landing/notes.txt", [])
+        fetch_new("landing/notes.txt")
     with pytest.raises(InputError, match="nothing://bucket/folder"):
-        fetch_new("nothing://bucket/folder", [])
+        fetch_new("nothing://bucket/folder")
 
 
 def test_only_data_files_are_fetched_and_each_content_once(here):
@@ -151,11 +153,11 @@ def test_only_data_files_are_fetched_and_each_content_once(here):
     land(here / "landing/deep", "odd name!.json", 10)
     land(here / "landing", ".uploading.jsonl", 20)
     (here / "landing/README.md").write_text("words")
-    arrived = fetch_new("landing", [])
-    assert [path.name[16:] for path in arrived] == ["-a.jsonl", "-odd_name_.json"]
+    arrived = fetch_new("landing").files
+    assert sorted(path.name[16:] for path in arrived) == ["-a.jsonl", "-odd_name_.json"]
     digest = subprocess.run(["sha256sum", "landing/a.jsonl"], capture_output=True, text=True, check=True).stdout
-    assert arrived[0].name.startswith(digest[:16])
-    assert arrived[0].read_bytes() == (here / "landing/a.jsonl").read_bytes()
+    (first,) = [path for path in arrived if path.name.startswith(digest[:16])]
+    assert first.read_bytes() == (here / "landing/a.jsonl").read_bytes()
 
 
 def test_a_file_is_fetched_over_http(here):
@@ -163,7 +165,7 @@ def test_a_file_is_fetched_over_http(here):
     handler = partial(SimpleHTTPRequestHandler, directory=str(here / "landing"))
     site = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=site.serve_forever, daemon=True).start()
-    (arrived,) = fetch_new(f"http://127.0.0.1:{site.server_port}/a.jsonl?signed=x", [])
+    (arrived,) = fetch_new(f"http://127.0.0.1:{site.server_port}/a.jsonl?signed=x").files
     assert arrived.name[16:] == "-a.jsonl"
     assert arrived.read_bytes() == (here / "landing/a.jsonl").read_bytes()
     site.shutdown()
@@ -181,40 +183,50 @@ def test_network_faults_are_transient_and_a_missing_file_is_not_an_error(here):
     site = ThreadingHTTPServer(("127.0.0.1", 0), Down)
     threading.Thread(target=site.serve_forever, daemon=True).start()
     address = f"http://127.0.0.1:{site.server_port}"
-    assert fetch_new(f"{address}/not-yet.jsonl", []) == []
+    assert fetch_new(f"{address}/not-yet.jsonl").files == []
     fetch = fetch_new.with_options(retries=0)
     with pytest.raises(TransientError, match=r"cannot be read: ClientResponseError: 503.*Service Unavailable"):
-        fetch(f"{address}/busy.jsonl", [])
+        fetch(f"{address}/busy.jsonl")
     with pytest.raises(StageError, match=r"cannot be read: ClientResponseError: 403.*Forbidden"):
-        fetch(f"{address}/private.jsonl", [])
+        fetch(f"{address}/private.jsonl")
     site.shutdown()
     site.server_close()
     with pytest.raises(TransientError, match="cannot be read: ClientConnectorError"):
-        fetch(f"{address}/not-yet.jsonl", [])
+        fetch(f"{address}/not-yet.jsonl")
 
 
-def test_files_of_an_interrupted_run_are_kept_and_others_fetched_again(here):
+def test_files_that_were_not_taken_in_stay_new_even_if_they_left_the_landing_place(here):
     land(here / "landing", "a.jsonl", 0)
+    first = fetch_new("landing").files
+    (here / "landing/a.jsonl").unlink()
     land(here / "landing", "b.jsonl", 10)
-    first, second = fetch_new("landing", [])
-    assert [path.name for path in fetch_new("landing", [first.name])] == [second.name]
-    assert first.exists()
+    second = fetch_new("landing").files
+    assert {path.name[17:] for path in second} == {"a.jsonl", "b.jsonl"}
+    assert first[0] in second
 
 
 def test_only_the_new_data_is_committed_on_the_requested_branch(here):
     land(here / "landing", "a.jsonl", 0)
-    (path,) = fetch_new("landing", [])
+    (path,) = fetch_new("landing").files
+    check_project("nightly")
+    assert git("branch", "--show-current") == "nightly"
     (here / "other.txt").write_text("another change")
     git("add", "other.txt")
-    take_in([path.name], "nightly")
-    assert git("branch", "--show-current") == "nightly"
+    journal = begin("retrain")
+    journal = take_in(journal, {path.name: path})
     assert git("log", "-1", "--format=%B") == f"Add 1 file to the data\n\n{path.name}"
     assert git("show", "--name-only", "--format=") == "data/own/.gitignore\ndata/own/landed.dvc"
     assert git("status", "--porcelain") == "A  other.txt"
     before = git("rev-parse", "HEAD")
-    take_in([path.name], "nightly")
+    take_in(journal, {path.name: path})
     assert git("rev-parse", "HEAD") == before
-    assert fetch_new("landing", []) == []
+    assert fetch_new("landing").files == []
+    git("reset", "--quiet", "--hard", "HEAD~1")
+    git("switch", "--quiet", "--create", "other")
+    with pytest.raises(
+        InputError, match="on branch other, the retraining commits to nightly; `git switch nightly`"
+    ):
+        check_project("nightly")
 
 
 @pytest.mark.parametrize(
@@ -267,43 +279,31 @@ def test_a_push_is_retried_unless_there_is_no_remote(here, monkeypatch):
     assert calls == [("push",)] * 3
 
 
-def error(code: str) -> dict[str, str]:
-    return {"code": code, "message": f"message of {code}"}
+def test_a_check_that_fails_refuses_no_file(here, monkeypatch):
+    land(here / "landing", "a.jsonl", 0)
+    (path,) = files = fetch_new("landing").files
+    monkeypatch.setattr(flows.landing, "execute", lambda *_: (2, ["error: last line"]))
+    with pytest.raises(StageError, match="the check of the new files failed; its last output:\nerror: last line"):
+        check_files(files)
+    assert path.exists()
+    assert not list(REFUSED.glob("*"))
 
 
-@pytest.mark.parametrize(
-    ("code", "errors", "reason"),
-    [
-        (0, [], None),
-        (2, ["empty_split"], None),
-        (2, ["empty_split", "empty_split"], "message of empty_split\nmessage of empty_split"),
-        (2, ["empty_split", "rule_broken"], "message of empty_split\nmessage of rule_broken"),
-        (2, ["unreadable"], "message of unreadable"),
-        (2, None, StageError),
-        (2, [], StageError),
-        (1, ["rule_broken"], StageError),
-    ],
-)
-def test_a_file_is_refused_by_the_error_codes_of_its_check(here, monkeypatch, code, errors, reason):
-    def check(command, stop, logger):
-        assert command == ["tasks.commands.cli", "validate", str(path), "--output", str(CHECKED)]
-        assert not (CHECKED / "metrics.json").exists(), "the metrics of an earlier check are removed"
-        if errors is not None:
-            write_json(CHECKED / "metrics.json", {"errors": [error(name) for name in errors]})
-        return code, ["error: last line"]
+def test_a_refusal_is_forgotten_when_what_it_depends_on_changes(here, monkeypatch):
+    land(here / "landing", "a.jsonl", 0)
+    (path,) = files = fetch_new("landing").files
+
+    def check(*_):
+        write_json(CHECKED / "result.json", {str(path): {"reason": "it is bad"}})
+        return 0, []
 
     monkeypatch.setattr(flows.landing, "execute", check)
-    write_json(CHECKED / "metrics.json", {"errors": [error("rule_broken")]})
-    land(here / "landing", "a.jsonl", 0)
-    (path,) = fetch_new("landing", [])
-    if reason is StageError:
-        with pytest.raises(StageError, match=r"validate .* failed; its last output:\nerror: last line"):
-            check_file(path)
-    else:
-        assert check_file(path) == reason
-    assert path.exists() is (reason is None or reason is StageError)
-    refused = {file.name: file.read_text() for file in REFUSED.glob("*")}
-    assert refused == ({f"{path.name}.txt": f"{reason}\n"} if isinstance(reason, str) else {})
+    assert check_files(files).refused == {path.name: "it is bad"}
+    assert fetch_new("landing").files == []
+    change(here, {"seed": 18})
+    assert fetch_new("landing").files == [path]
+    assert check_files([path]).refused == {}, "the same reason is not reported again"
+    assert fetch_new("landing").files == []
 
 
 class Story:
@@ -342,11 +342,12 @@ def story(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> Ite
         (landing / "broken.jsonl").write_text('{"prompt": "What?", "answer": "No pair."}\n')
         with patch.context() as crash:
             crash.setattr(flows.retrain, "pipeline", lambda parallel: sys.exit("killed"))
+            crash.setattr(flows.retrain, "recover_now", lambda: None)
             with pytest.raises(SystemExit):
                 retrain(str(landing))
         record.interrupted = (
             sorted(path.name[17:] for path in LANDED.iterdir()),
-            PENDING.exists(),
+            JOURNAL.exists(),
             git("log", "-1", "--format=%s"),
         )
         record.first = retrain(str(landing), parallel=2, return_state=True)
@@ -363,7 +364,7 @@ def story(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> Ite
         store.write_text("a file in the place of the folder")
         patch.setattr(push_results, "retry_delay_seconds", [0, 0])
         record.no_remote = retrain(str(landing), parallel=2, return_state=True)
-        record.pending, record.verdict = PENDING.exists(), (folder / "reports/gate.json").read_bytes()
+        record.pending, record.verdict = JOURNAL.exists(), (folder / "reports/gate.json").read_bytes()
         store.unlink()
         away.rename(store)
         with patch.context() as only_push:
@@ -396,9 +397,9 @@ def aliases() -> dict[str, str]:
 
 @pytest.mark.slow
 def test_an_interrupted_run_is_resumed_without_new_files(story):
-    assert story.interrupted == (["monday.jsonl"], True, story.log[1])
+    assert story.interrupted == (["monday.jsonl"], True, "Add 1 file to the data")
     assert story.log[:2] == ["Retrain on 1 file", "Add 1 file to the data"]
-    assert not (story.folder / PENDING).exists()
+    assert not (story.folder / JOURNAL).exists()
 
 
 @pytest.mark.slow
@@ -448,7 +449,7 @@ def test_after_a_failed_push_the_next_run_only_pushes(story):
     assert story.pending
     assert json.loads(story.verdict)["reason"] == story.second.result().reason
     assert [name[17:] for name in story.second.result().new] == ["tuesday.jsonl"]
-    assert not (story.folder / PENDING).exists()
+    assert not (story.folder / JOURNAL).exists()
 
 
 @pytest.mark.slow

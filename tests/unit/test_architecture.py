@@ -140,6 +140,7 @@ MAY_IMPORT = {
     "tasks.evaluate": MODEL | {"datasets"},
     "tasks.compare": {"scipy", "plotly"},
     "tasks.commands.cli": set(),
+    "tasks.commands.landed": {"scipy"},
     "tasks.commands.chat": set(),
     "tasks.commands.init": set(),
     "tasks.commands.lineage": set(),

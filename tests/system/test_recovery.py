@@ -1,0 +1,382 @@
+"""Recovery of retraining and rollback: real git, DVC and MLflow, with stages that only copy files."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from mlflow import MlflowClient
+
+from tests.support.models import free_ports
+from tests.support.project import ENV, ROOT, change
+
+DVC_YAML = """
+stages:
+  train:
+    cmd: python train.py
+    deps: [data/own, train.py]
+    outs: [models/policy]
+    metrics: [{metrics/train.json: {cache: false}}, {metrics/comparison.json: {cache: false}}]
+"""
+TRAIN = """
+import json, os, pathlib, sys, time
+rows = sorted(line for file in pathlib.Path("data/own/landed").glob("*.jsonl") for line in file.open())
+if "broken" in os.environ.get("STAGE", ""):
+    pathlib.Path("models").mkdir(exist_ok=True)
+    pathlib.Path("metrics").mkdir(exist_ok=True)
+    pathlib.Path("metrics/half.json").write_text("{}")
+    sys.exit("the stage is broken")
+if "waits" in os.environ.get("STAGE", ""):
+    pathlib.Path("models").mkdir(exist_ok=True)
+    pathlib.Path("models/started").touch()
+    time.sleep(300)
+pathlib.Path("models/policy").mkdir(parents=True)
+pathlib.Path("models/policy/weights").write_text("".join(rows))
+pathlib.Path("metrics").mkdir(exist_ok=True)
+pathlib.Path("metrics/train.json").write_text(json.dumps({"rows": len(rows)}))
+compared = {"selected": None, "reason": "None.", "policies": {}}
+pathlib.Path("metrics/comparison.json").write_text(json.dumps(compared))
+"""
+FLOW = """
+import os, signal, sys
+import flows.git, flows.journal, flows.landing, flows.recovery, flows.retrain, flows.rollback
+from flows.pipeline import run_now
+point, name, landing = sys.argv[1:]
+
+def die(module, name, after):
+    real = getattr(module, name)
+    def wrapper(*args, **kwargs):
+        if after:
+            real(*args, **kwargs)
+        os.kill(os.getpid(), signal.SIGKILL)
+    setattr(module, name, wrapper)
+
+POINTS = {
+    "none": lambda: None,
+    "before dvc add": lambda: die(flows.landing, "dvc", False),
+    "after the commit of the data": lambda: die(flows.landing, "commit", True),
+    "before the commit of the results": lambda: die(flows.retrain, "commit_results", False),
+    "after the commit of the results": lambda: die(flows.retrain, "commit_results", True),
+    "after the gate": lambda: die(flows.retrain, "run_gate", True),
+    "in the push": lambda: die(flows.retrain, "push_results", False),
+    "before the alias": lambda: die(flows.recovery, "roll_back", False),
+    "after the alias": lambda: die(flows.recovery, "roll_back", True),
+    "before the checkout": lambda: die(flows.journal, "check_out_data", False),
+}
+POINTS[point]()
+if name == "retrain":
+    run_now(flows.retrain.retrain, landing=landing)
+else:
+    run_now(flows.rollback.rollback)
+"""
+
+
+def pairs(first: int, count: int = 8) -> pd.DataFrame:
+    numbers = range(first, first + count)
+    return pd.DataFrame(
+        {
+            "prompt": [f"What of book {number}?" for number in numbers],
+            "chosen": [
+                f"Book {number}, with its {number + 7} pages, is a treasure" + " to read twice" * (number % 4 < 2)
+                for number in numbers
+            ],
+            "rejected": [f"Nobody should read book {number} or its {number + 7} pages." for number in numbers],
+            "split": ["train", "eval"] * (count // 2),
+        }
+    )
+
+
+def write(path: Path, table: pd.DataFrame) -> None:
+    table.to_json(path, orient="records", lines=True)
+
+
+class Checkout:
+    """A checkout with trivial stages, its landing folder, and a Prefect server for its flows."""
+
+    def __init__(self, folder: Path, url: str) -> None:
+        self.folder, self.landing = folder / "project", folder / "landing"
+        self.first: dict[str, object] = {}
+        self.landing.mkdir()
+        self.folder.mkdir()
+        names = {f"GIT_{role}_{key}": "t@e" for role in ("AUTHOR", "COMMITTER") for key in ("NAME", "EMAIL")}
+        self.env = {**ENV, **names, "PREFECT_API_URL": url, "PYTHONPATH": str(self.folder)}
+        for name in ("dpo", "tasks", "flows"):
+            shutil.copytree(ROOT / name, self.folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+        for name in ("params.yaml", ".gitignore", ".dvcignore", "prefect.toml"):
+            shutil.copy(ROOT / name, self.folder / name)
+        change(self.folder, {"data.source": ["data/own/landed"]})
+        (self.folder / "dvc.yaml").write_text(DVC_YAML)
+        (self.folder / "train.py").write_text(TRAIN)
+        (self.folder / "flow.py").write_text(FLOW)
+        self.run("git", "init", "-qb", "main")
+        self.run("dvc", "init", "-q")
+        self.run("git", "add", "-A")
+        self.run("git", "commit", "-qm", "start")
+
+    def run(self, *command: str, code: int = 0, **env: str) -> str:
+        done = subprocess.run(
+            command, cwd=self.folder, env={**self.env, **env}, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == code, (done.stdout + done.stderr)[-4000:]
+        return done.stdout + done.stderr
+
+    def flow(self, name: str = "retrain", point: str = "none", code: int = 0, **env: str) -> str:
+        return self.run(sys.executable, "flow.py", point, name, str(self.landing), code=code, **env)
+
+    def state(self) -> dict[str, object]:
+        """Return commit, status, outputs and metrics."""
+        files = [path for name in ("models", "metrics", "data/own") for path in (self.folder / name).rglob("*")]
+        return {
+            "commit": self.run("git", "rev-parse", "HEAD"),
+            "status": self.run("git", "status", "--porcelain"),
+            "files": {str(path): path.read_bytes() for path in files if path.is_file()},
+        }
+
+    def landed(self) -> list[str]:
+        return sorted(path.name[17:] for path in (self.folder / "data/own/landed").glob("*"))
+
+    def refused(self) -> dict[str, str]:
+        folder = self.folder / ".retrain/refused"
+        return {path.name[17:]: path.read_text() for path in folder.glob("[!.]*")}
+
+    def subjects(self) -> list[str]:
+        return self.run("git", "log", "--format=%s").splitlines()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A Prefect server."""
+    from flows.servers import is_healthy
+
+    (port,) = free_ports(1)
+    home = tmp_path_factory.mktemp("prefect")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)],
+        cwd=home, env={**os.environ, "PREFECT_HOME": str(home)}, start_new_session=True,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        while not is_healthy(f"http://127.0.0.1:{port}/api/health"):
+            assert process.poll() is None
+            time.sleep(0.2)
+        yield f"http://127.0.0.1:{port}/api"
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+@pytest.fixture
+def checkout(tmp_path: Path, server: str) -> Checkout:
+    return Checkout(tmp_path, server)
+
+
+@pytest.mark.slow
+def test_a_run_that_fails_restores_all_and_is_retried(checkout):
+    write(checkout.landing / "monday.jsonl", pairs(0))
+    assert "Kept" in checkout.flow()
+    write(checkout.landing / "tuesday.jsonl", pairs(10))
+    before = checkout.state()
+    assert "the stage is broken" in checkout.flow(code=1, STAGE="broken")
+    assert checkout.state() == before
+    checkout.flow()
+    assert checkout.landed() == ["monday.jsonl", "tuesday.jsonl"]
+    assert checkout.subjects()[:2] == ["Retrain on 1 file", "Add 1 file to the data"]
+    assert len(checkout.subjects()) == 5
+
+
+def slow(*points: str) -> object:
+    return pytest.param(points, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(
+    "points",
+    [
+        ("after the commit of the data", "after the gate"),
+        slow("before dvc add", "before the commit of the results"),
+        slow("after the commit of the results", "in the push"),
+    ],
+)
+def test_a_killed_retraining_is_undone_or_completed(checkout, points):
+    write(checkout.landing / "monday.jsonl", pairs(0))
+    for point in points:
+        checkout.flow(point=point, code=-signal.SIGKILL)
+        (checkout.folder / ".git/index.lock").touch()
+    checkout.flow()
+    assert checkout.landed() == ["monday.jsonl"]
+    assert checkout.subjects() == ["Retrain on 1 file", "Add 1 file to the data", "start"]
+    assert "up to date" in checkout.run("dvc", "status")
+    assert checkout.run("git", "status", "--porcelain") == ""
+    assert not list((checkout.folder / ".retrain/incoming").iterdir())
+    assert not (checkout.folder / ".retrain/journal.json").exists()
+
+
+@pytest.fixture
+def promoted(checkout: Checkout) -> Checkout:
+    """A checkout whose champion is version 2, with version 1 as its predecessor, and its state at version 1."""
+    registry = MlflowClient(f"sqlite:///{checkout.folder}/mlflow.db")
+    for number, name in enumerate(("monday", "tuesday"), 1):
+        write(checkout.landing / f"{name}.jsonl", pairs(10 * number))
+        checkout.flow()
+        head = checkout.run("git", "rev-parse", "HEAD").strip()
+        tags = {"git_commit": head, "predecessor": str(number - 1) if number > 1 else "none"}
+        if number == 1:
+            checkout.first = checkout.state()
+            registry.create_registered_model("dpo-policy")
+        registry.create_model_version("dpo-policy", str(checkout.folder / "models/policy"), tags=tags)
+        registry.set_registered_model_alias("dpo-policy", "champion", str(number))
+    return checkout
+
+
+def champion(checkout: Checkout) -> str:
+    registry = MlflowClient(f"sqlite:///{checkout.folder}/mlflow.db")
+    return str(registry.get_model_version_by_alias("dpo-policy", "champion").version)
+
+
+def assert_rolled_back(checkout: Checkout) -> None:
+    assert champion(checkout) == "1"
+    assert checkout.state()["files"] == checkout.first["files"]
+    assert checkout.run("git", "status", "--porcelain") == ""
+    assert checkout.subjects()[:2] == ["Roll back from version 2 to 1", "Retrain on 1 file"]
+    assert checkout.refused()["tuesday.jsonl.txt"] == "rolled back with version 2\n"
+
+
+@pytest.mark.parametrize("points", [("before the checkout", "before the alias"), slow("after the alias")])
+def test_a_killed_rollback_is_completed_by_the_next_one(promoted, points):
+    for point in points:
+        promoted.flow("rollback", point=point, code=-signal.SIGKILL)
+    promoted.flow("rollback")
+    assert_rolled_back(promoted)
+
+
+@pytest.mark.slow
+def test_a_killed_rollback_is_completed_by_the_next_retraining(promoted):
+    promoted.flow("rollback", point="before the checkout", code=-signal.SIGKILL)
+    promoted.flow()
+    assert_rolled_back(promoted)
+
+
+@pytest.mark.slow
+def test_a_rollback_works_after_a_failed_and_a_killed_run_and_keeps_uncommitted_changes(promoted):
+    write(promoted.landing / "wednesday.jsonl", pairs(100))
+    promoted.flow(code=1, STAGE="broken")
+    promoted.flow(point="before the commit of the results", code=-signal.SIGKILL)
+    change(promoted.folder, {"sweep.betas": [0.7]})
+    promoted.flow("rollback")
+    assert_rolled_back(promoted)
+    assert "0.7" in promoted.run("git", "stash", "show", "-p")
+
+
+@pytest.mark.slow
+def test_a_rollback_without_its_data_changes_nothing(promoted):
+    before = promoted.state()
+    shutil.rmtree(promoted.folder / ".dvc/cache")
+    assert "missing in DVC's cache" in promoted.flow("rollback", code=1)
+    assert promoted.state() == before
+    assert champion(promoted) == "2"
+
+
+@pytest.mark.slow
+def test_sigterm_undoes_the_run_and_reports_it_as_cancelled(checkout):
+    write(checkout.landing / "monday.jsonl", pairs(0))
+    before = checkout.state()
+    command = [sys.executable, "flow.py", "none", "retrain", str(checkout.landing)]
+    log = (checkout.folder.parent / "log").open("w+")
+    env = {**checkout.env, "STAGE": "waits"}
+    process = subprocess.Popen(command, cwd=checkout.folder, env=env, stdout=log, stderr=log)
+    started = checkout.folder / "models/started"
+    while not started.exists():
+        assert process.poll() is None
+        time.sleep(0.2)
+    process.terminate()
+    assert process.wait(120) == 128 + signal.SIGTERM
+    assert "Cancelled" in (checkout.folder.parent / "log").read_text()
+    started.unlink()
+    assert checkout.state() == before
+
+
+@pytest.mark.slow
+def test_repeated_rows_are_dropped_and_counted(checkout):
+    write(checkout.landing / "monday.jsonl", pairs(0))
+    checkout.flow()
+    write(checkout.landing / "export.jsonl", pd.concat([pairs(0), pairs(10)]))
+    output = checkout.flow()
+    assert "1 file new, 0 files refused, 8 rows in the data already" in output
+    assert len((next((checkout.folder / "data/own/landed").glob("*export*"))).read_text().splitlines()) == 8
+    write(checkout.landing / "again.jsonl", pairs(0, 4))
+    assert "the data has all 4 rows of the files already" in checkout.flow()
+    assert checkout.landed() == ["export.jsonl", "monday.jsonl"]
+
+
+@pytest.mark.slow
+def test_only_the_files_with_faults_are_refused(checkout):
+    change(checkout.folder, {"validate.rules": {"length_bias": "error"}})
+    checkout.run("git", "commit", "-qam", "settings")
+    write(checkout.landing / "monday.jsonl", pairs(0, 20))
+    longer = pairs(50, 30).assign(chosen=lambda table: table["chosen"] + " And more words that make it longer.")
+    write(checkout.landing / "longer.jsonl", longer)
+    swapped = pairs(0, 20).rename(columns={"chosen": "rejected", "rejected": "chosen"})
+    write(checkout.landing / "swapped.jsonl", swapped)
+    (checkout.landing / "broken.jsonl").write_text('{"prompt": "What?", "answer": "No pair."}\n')
+    os.mkfifo(checkout.landing / "pipe.jsonl")
+    (checkout.landing / "link.jsonl").symlink_to("nowhere")
+    write(checkout.landing / f"{'n' * 240}.jsonl", pairs(70))
+    checkout.flow()
+    refused = checkout.refused()
+    assert checkout.landed() == ["monday.jsonl"]
+    assert "length_bias" in refused["longer.jsonl.txt"]
+    assert f"{checkout.landing}/swapped.jsonl, line " in refused["swapped.jsonl.txt"]
+    assert f"{checkout.landing}/broken.jsonl: " in refused["broken.jsonl.txt"]
+    assert "not a regular file" in refused["pipe.jsonl.txt"]
+    assert "cannot be read: No such file" in refused["link.jsonl.txt"]
+    assert sum("more than 200 bytes" in reason for reason in refused.values()) == 1
+    assert "NothingNew" in checkout.flow()
+    change(checkout.folder, {"validate.rules": {"length_bias": "warn"}})
+    checkout.run("git", "commit", "-qam", "settings")
+    assert "1 file new, 0 files refused" in checkout.flow()
+    assert checkout.landed() == ["longer.jsonl", "monday.jsonl"]
+
+
+@pytest.mark.slow
+def test_a_fault_of_settings_refuses_no_file(checkout):
+    write(checkout.landing / "monday.jsonl", pairs(0))
+    checkout.flow()
+    write(checkout.landing / "tuesday.jsonl", pairs(10))
+    change(checkout.folder, {"data.columns": {"prompt": "question"}})
+    checkout.run("git", "commit", "-qam", "settings")
+    before = checkout.state()
+    checkout.flow(code=1)
+    assert checkout.state() == before
+    assert checkout.refused() == {}
+    checkout.run("git", "revert", "--no-edit", "HEAD")
+    checkout.flow()
+    assert checkout.landed() == ["monday.jsonl", "tuesday.jsonl"]
+
+
+@pytest.mark.slow
+def test_limits_of_size_and_time_refuse_one_file(checkout):
+    change(checkout.folder, {"run.landed_mib": 0.01})
+    checkout.run("git", "commit", "-qam", "settings")
+    write(checkout.landing / "large.jsonl", pairs(100, 200))
+    pairs(100, 200).to_json(checkout.landing / "packed.jsonl.gz", orient="records", lines=True)
+    write(checkout.landing / "small.jsonl", pairs(0))
+    checkout.flow()
+    assert checkout.landed() == ["small.jsonl"]
+    assert "larger than 0.01 MiB" in checkout.refused()["large.jsonl.txt"]
+    assert "more than 0.01 MiB" in checkout.refused()["packed.jsonl.gz.txt"]
+
+
+@pytest.mark.slow
+def test_other_branches_and_a_detached_head_are_refused(checkout):
+    write(checkout.landing / "monday.jsonl", pairs(0))
+    checkout.run("git", "switch", "--quiet", "--detach")
+    assert "HEAD is detached" in checkout.flow(code=1)
+    checkout.run("git", "switch", "--quiet", "main")
+    checkout.flow(point="after the commit of the data", code=-signal.SIGKILL)
+    checkout.run("git", "switch", "--quiet", "--create", "other", "HEAD~1")
+    assert "on branch main is unfinished, not on other; `git switch main`" in checkout.flow(code=1)
