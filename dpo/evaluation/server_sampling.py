@@ -140,7 +140,7 @@ def _requests(
         "min_p": 0.0,
         "repetition_penalty": 1.0,
         "stop_token_ids": list(ends),
-        "return_token_ids": True,
+        "return_token_ids": True,  # nosec B105  # the name of a field
     }
     rows = prompt_ids(tokenizer, prompts, sampling["max_prompt_tokens"])
     return [{**fields, "prompt": ids, "seed": _seed(sampling["seed"], row)} for row, ids in enumerate(rows)]

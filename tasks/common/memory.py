@@ -164,11 +164,12 @@ def check_memory(stage: str, params: Params, model: Path, pair: Pair = TYPICAL) 
     from transformers import AutoConfig
 
     from dpo.common.distributed import this_process
+    from dpo.engine.pretrained import load_weights
 
     if not params.run.check_memory:
         return
     try:
-        shape = planner.shape_of(AutoConfig.from_pretrained(model))
+        shape = planner.shape_of(load_weights(AutoConfig, model))
     except InputError:
         return
     state, on_gpu = this_process(), torch.cuda.is_available()

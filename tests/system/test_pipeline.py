@@ -236,6 +236,7 @@ def run_stage(project, monkeypatch, capsys):
     def run(*words: str) -> str:
         monkeypatch.chdir(project)
         monkeypatch.setattr(sys, "argv", list(words))
+        monkeypatch.delitem(sys.modules, words[0], raising=False)  # another test may have imported it
         with pytest.raises(SystemExit) as ended:
             runpy.run_module(words[0], run_name="__main__")
         assert ended.value.code == 2
