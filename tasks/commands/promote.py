@@ -1,6 +1,6 @@
 """The promotion gate: make the selected policy the champion if it is significantly better than the current one.
 
-The first champion has to beat the reference, later ones the current champion. Both respond anew to held-out
+The first champion has to beat the reference, later ones the current champion. Both respond again to held-out
 prompts, with another seed than the responses by which `compare` chose the policy. Without a judge, the gate uses
 the half of the held-out pairs that `compare` left out. Comparisons with one champion are counted and share an
 error rate, see `dpo.evaluation.gate`.

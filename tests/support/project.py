@@ -84,3 +84,19 @@ def execute(folder: Path, *command: str, fails: bool = False) -> str:
     output = done.stdout + done.stderr
     assert (done.returncode != 0) is fails, output[-3000:]
     return output
+
+
+def book_pairs(first: int, count: int = 20) -> pd.DataFrame:
+    """Return valid pairs about the books `first` and following, half of them held out."""
+    numbers = range(first, first + count)
+    return pd.DataFrame(
+        {
+            "prompt": [f"What of book {number}?" for number in numbers],
+            "chosen": [
+                f"Book {number}, with its {number + 7} pages, is a treasure" + " to read twice" * (number % 4 < 2)
+                for number in numbers
+            ],
+            "rejected": [f"Nobody should read book {number} or its {number + 7} pages." for number in numbers],
+            "split": ["train", "eval"] * (count // 2),
+        }
+    )

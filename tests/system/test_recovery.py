@@ -14,7 +14,7 @@ import pytest
 from mlflow import MlflowClient
 
 from tests.support.models import free_ports
-from tests.support.project import ENV, ROOT, change
+from tests.support.project import ENV, ROOT, book_pairs, change
 
 DVC_YAML = """
 stages:
@@ -75,21 +75,6 @@ if name == "retrain":
 else:
     run_now(flows.rollback.rollback)
 """
-
-
-def pairs(first: int, count: int = 8) -> pd.DataFrame:
-    numbers = range(first, first + count)
-    return pd.DataFrame(
-        {
-            "prompt": [f"What of book {number}?" for number in numbers],
-            "chosen": [
-                f"Book {number}, with its {number + 7} pages, is a treasure" + " to read twice" * (number % 4 < 2)
-                for number in numbers
-            ],
-            "rejected": [f"Nobody should read book {number} or its {number + 7} pages." for number in numbers],
-            "split": ["train", "eval"] * (count // 2),
-        }
-    )
 
 
 def write(path: Path, table: pd.DataFrame) -> None:
@@ -178,9 +163,9 @@ def checkout(tmp_path: Path, server: str) -> Checkout:
 
 @pytest.mark.slow
 def test_a_run_that_fails_restores_all_and_is_retried(checkout):
-    write(checkout.landing / "monday.jsonl", pairs(0))
+    write(checkout.landing / "monday.jsonl", book_pairs(0, 8))
     assert "Kept" in checkout.flow()
-    write(checkout.landing / "tuesday.jsonl", pairs(10))
+    write(checkout.landing / "tuesday.jsonl", book_pairs(10, 8))
     before = checkout.state()
     assert "the stage is broken" in checkout.flow(code=1, STAGE="broken")
     assert checkout.state() == before
@@ -203,7 +188,7 @@ def slow(*points: str) -> object:
     ],
 )
 def test_a_killed_retraining_is_undone_or_completed(checkout, points):
-    write(checkout.landing / "monday.jsonl", pairs(0))
+    write(checkout.landing / "monday.jsonl", book_pairs(0, 8))
     for point in points:
         checkout.flow(point=point, code=-signal.SIGKILL)
         (checkout.folder / ".git/index.lock").touch()
@@ -221,7 +206,7 @@ def promoted(checkout: Checkout) -> Checkout:
     """A checkout whose champion is version 2, with version 1 as its predecessor, and its state at version 1."""
     registry = MlflowClient(f"sqlite:///{checkout.folder}/mlflow.db")
     for number, name in enumerate(("monday", "tuesday"), 1):
-        write(checkout.landing / f"{name}.jsonl", pairs(10 * number))
+        write(checkout.landing / f"{name}.jsonl", book_pairs(10 * number, 8))
         checkout.flow()
         head = checkout.run("git", "rev-parse", "HEAD").strip()
         tags = {"git_commit": head, "predecessor": str(number - 1) if number > 1 else "none"}
@@ -263,7 +248,7 @@ def test_a_killed_rollback_is_completed_by_the_next_retraining(promoted):
 
 @pytest.mark.slow
 def test_a_rollback_works_after_a_failed_and_a_killed_run_and_keeps_uncommitted_changes(promoted):
-    write(promoted.landing / "wednesday.jsonl", pairs(100))
+    write(promoted.landing / "wednesday.jsonl", book_pairs(100, 8))
     promoted.flow(code=1, STAGE="broken")
     promoted.flow(point="before the commit of the results", code=-signal.SIGKILL)
     change(promoted.folder, {"sweep.betas": [0.7]})
@@ -283,7 +268,7 @@ def test_a_rollback_without_its_data_changes_nothing(promoted):
 
 @pytest.mark.slow
 def test_sigterm_undoes_the_run_and_reports_it_as_cancelled(checkout):
-    write(checkout.landing / "monday.jsonl", pairs(0))
+    write(checkout.landing / "monday.jsonl", book_pairs(0, 8))
     before = checkout.state()
     command = [sys.executable, "flow.py", "none", "retrain", str(checkout.landing)]
     log = (checkout.folder.parent / "log").open("w+")
@@ -302,13 +287,13 @@ def test_sigterm_undoes_the_run_and_reports_it_as_cancelled(checkout):
 
 @pytest.mark.slow
 def test_repeated_rows_are_dropped_and_counted(checkout):
-    write(checkout.landing / "monday.jsonl", pairs(0))
+    write(checkout.landing / "monday.jsonl", book_pairs(0, 8))
     checkout.flow()
-    write(checkout.landing / "export.jsonl", pd.concat([pairs(0), pairs(10)]))
+    write(checkout.landing / "export.jsonl", pd.concat([book_pairs(0, 8), book_pairs(10, 8)]))
     output = checkout.flow()
     assert "1 file new, 0 files refused, 8 rows in the data already" in output
     assert len((next((checkout.folder / "data/own/landed").glob("*export*"))).read_text().splitlines()) == 8
-    write(checkout.landing / "again.jsonl", pairs(0, 4))
+    write(checkout.landing / "again.jsonl", book_pairs(0, 4))
     assert "the data has all 4 rows of the files already" in checkout.flow()
     assert checkout.landed() == ["export.jsonl", "monday.jsonl"]
 
@@ -317,15 +302,17 @@ def test_repeated_rows_are_dropped_and_counted(checkout):
 def test_only_the_files_with_faults_are_refused(checkout):
     change(checkout.folder, {"validate.rules": {"length_bias": "error"}})
     checkout.run("git", "commit", "-qam", "settings")
-    write(checkout.landing / "monday.jsonl", pairs(0, 20))
-    longer = pairs(50, 30).assign(chosen=lambda table: table["chosen"] + " And more words that make it longer.")
+    write(checkout.landing / "monday.jsonl", book_pairs(0, 20))
+    longer = book_pairs(50, 30).assign(
+        chosen=lambda table: table["chosen"] + " And more words that make it longer."
+    )
     write(checkout.landing / "longer.jsonl", longer)
-    swapped = pairs(0, 20).rename(columns={"chosen": "rejected", "rejected": "chosen"})
+    swapped = book_pairs(0, 20).rename(columns={"chosen": "rejected", "rejected": "chosen"})
     write(checkout.landing / "swapped.jsonl", swapped)
     (checkout.landing / "broken.jsonl").write_text('{"prompt": "What?", "answer": "No pair."}\n')
     os.mkfifo(checkout.landing / "pipe.jsonl")
     (checkout.landing / "link.jsonl").symlink_to("nowhere")
-    write(checkout.landing / f"{'n' * 240}.jsonl", pairs(70))
+    write(checkout.landing / f"{'n' * 240}.jsonl", book_pairs(70, 8))
     checkout.flow()
     refused = checkout.refused()
     assert checkout.landed() == ["monday.jsonl"]
@@ -344,9 +331,9 @@ def test_only_the_files_with_faults_are_refused(checkout):
 
 @pytest.mark.slow
 def test_a_fault_of_settings_refuses_no_file(checkout):
-    write(checkout.landing / "monday.jsonl", pairs(0))
+    write(checkout.landing / "monday.jsonl", book_pairs(0, 8))
     checkout.flow()
-    write(checkout.landing / "tuesday.jsonl", pairs(10))
+    write(checkout.landing / "tuesday.jsonl", book_pairs(10, 8))
     change(checkout.folder, {"data.columns": {"prompt": "question"}})
     checkout.run("git", "commit", "-qam", "settings")
     before = checkout.state()
@@ -362,9 +349,9 @@ def test_a_fault_of_settings_refuses_no_file(checkout):
 def test_limits_of_size_and_time_refuse_one_file(checkout):
     change(checkout.folder, {"run.landed_mib": 0.01})
     checkout.run("git", "commit", "-qam", "settings")
-    write(checkout.landing / "large.jsonl", pairs(100, 200))
-    pairs(100, 200).to_json(checkout.landing / "packed.jsonl.gz", orient="records", lines=True)
-    write(checkout.landing / "small.jsonl", pairs(0))
+    write(checkout.landing / "large.jsonl", book_pairs(100, 200))
+    book_pairs(100, 200).to_json(checkout.landing / "packed.jsonl.gz", orient="records", lines=True)
+    write(checkout.landing / "small.jsonl", book_pairs(0, 8))
     checkout.flow()
     assert checkout.landed() == ["small.jsonl"]
     assert "larger than 0.01 MiB" in checkout.refused()["large.jsonl.txt"]
@@ -373,7 +360,7 @@ def test_limits_of_size_and_time_refuse_one_file(checkout):
 
 @pytest.mark.slow
 def test_other_branches_and_a_detached_head_are_refused(checkout):
-    write(checkout.landing / "monday.jsonl", pairs(0))
+    write(checkout.landing / "monday.jsonl", book_pairs(0, 8))
     checkout.run("git", "switch", "--quiet", "--detach")
     assert "HEAD is detached" in checkout.flow(code=1)
     checkout.run("git", "switch", "--quiet", "main")

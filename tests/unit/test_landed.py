@@ -9,24 +9,9 @@ import pytest
 from dpo.common.errors import InputError
 from dpo.config import load_params
 from tasks.commands.landed import Checker
-from tests.support.project import ROOT, change
+from tests.support.project import ROOT, book_pairs, change
 
 LANDED = Path("data/own/landed")
-
-
-def pairs(first: int, count: int = 20) -> pd.DataFrame:
-    numbers = range(first, first + count)
-    return pd.DataFrame(
-        {
-            "prompt": [f"What of book {number}?" for number in numbers],
-            "chosen": [
-                f"Book {number}, with its {number + 7} pages, is a treasure" + " to read twice" * (number % 4 < 2)
-                for number in numbers
-            ],
-            "rejected": [f"Nobody should read book {number} or its {number + 7} pages." for number in numbers],
-            "split": ["train", "eval"] * (count // 2),
-        }
-    )
 
 
 def swapped(table: pd.DataFrame) -> pd.DataFrame:
@@ -63,16 +48,16 @@ def check(here: Path, files: dict[str, pd.DataFrame | str]):
 
 
 def test_each_file_is_judged_with_the_data_and_the_files_before_it(here):
-    pairs(0).to_json(LANDED / "old.jsonl", orient="records", lines=True)
+    book_pairs(0).to_json(LANDED / "old.jsonl", orient="records", lines=True)
     found = check(
         here,
         {
-            "a.jsonl": pairs(100),
-            "contradicts-a.jsonl": swapped(pairs(100)),
-            "contradicts-old.jsonl": swapped(pairs(0)),
-            "biased.jsonl": longer(pairs(200, 60)),
+            "a.jsonl": book_pairs(100),
+            "contradicts-a.jsonl": swapped(book_pairs(100)),
+            "contradicts-old.jsonl": swapped(book_pairs(0)),
+            "biased.jsonl": longer(book_pairs(200, 60)),
             "broken.jsonl": '{"prompt": "What?", "answer": "No pair."}\n',
-            "z.jsonl": pairs(300),
+            "z.jsonl": book_pairs(300),
         },
     )
     reasons = {name: result["reason"] for name, result in found.items() if "reason" in result}
@@ -84,21 +69,21 @@ def test_each_file_is_judged_with_the_data_and_the_files_before_it(here):
 
 
 def test_rows_that_the_data_has_are_dropped_and_counted(here):
-    pairs(0).to_json(LANDED / "old.jsonl", orient="records", lines=True)
-    export = pd.concat([pairs(0), pairs(100)])
-    found = check(here, {"export.jsonl": export, "later.jsonl": pd.concat([export, pairs(200)])})
+    book_pairs(0).to_json(LANDED / "old.jsonl", orient="records", lines=True)
+    export = pd.concat([book_pairs(0), book_pairs(100)])
+    found = check(here, {"export.jsonl": export, "later.jsonl": pd.concat([export, book_pairs(200)])})
     counts = {name: (result["rows"], result["known"]) for name, result in found.items()}
     assert counts == {"export.jsonl": (40, 20), "later.jsonl": (60, 40)}
     kept = [json.loads(line)["prompt"] for line in Path(found["later.jsonl"]["path"]).read_text().splitlines()]
-    assert kept == pairs(200)["prompt"].tolist()
-    assert check(here, {"same.jsonl": pairs(0, 4)})["same.jsonl"]["known"] == 4
+    assert kept == book_pairs(200)["prompt"].tolist()
+    assert check(here, {"same.jsonl": book_pairs(0, 4)})["same.jsonl"]["known"] == 4
 
 
 def test_a_fault_that_the_data_has_without_the_files_refuses_no_file(here):
-    pairs(0).to_json(LANDED / "old.jsonl", orient="records", lines=True)
-    longer(pairs(50, 60)).to_json(LANDED / "biased.jsonl", orient="records", lines=True)
+    book_pairs(0).to_json(LANDED / "old.jsonl", orient="records", lines=True)
+    longer(book_pairs(50, 60)).to_json(LANDED / "biased.jsonl", orient="records", lines=True)
     with pytest.raises(InputError, match=r"the data is invalid without the new files:\n.*length_bias"):
-        check(here, {"a.jsonl": pairs(100, 4)})
+        check(here, {"a.jsonl": book_pairs(100, 4)})
 
 
 def test_a_fault_that_a_plain_pair_has_refuses_no_file(here, tiny_model_dir):
@@ -106,16 +91,18 @@ def test_a_fault_that_a_plain_pair_has_refuses_no_file(here, tiny_model_dir):
     (here / "models/base").symlink_to(tiny_model_dir)
     change(here, {"engine.max_length": 4, "evaluate.max_new_tokens": 2})
     with pytest.raises(InputError, match=r"a plain pair breaks a rule: .*completion"):
-        check(here, {"a.jsonl": pairs(0)})
+        check(here, {"a.jsonl": book_pairs(0)})
 
 
 def test_files_above_a_limit_of_size_or_time_are_refused(here, monkeypatch):
     change(here, {"run.landed_mib": 0.01})
-    found = check(here, {"large.jsonl": pairs(0, 200), "small.jsonl": pairs(300)})
+    found = check(here, {"large.jsonl": book_pairs(0, 200), "small.jsonl": book_pairs(300)})
     assert "landing/large.jsonl: more than 0.01 MiB" in found["large.jsonl"]["reason"]
     assert found["small.jsonl"]["known"] == 0
     change(here, {"run.landed_mib": 10, "run.landed_minutes": 1e-7})
-    assert "not read after 1e-07 minutes" in check(here, {"slow.jsonl": pairs(0, 200)})["slow.jsonl"]["reason"]
+    assert (
+        "not read after 1e-07 minutes" in check(here, {"slow.jsonl": book_pairs(0, 200)})["slow.jsonl"]["reason"]
+    )
 
 
 def test_one_bad_file_among_many_is_found_by_bisection(here, monkeypatch):
@@ -127,7 +114,7 @@ def test_one_bad_file_among_many_is_found_by_bisection(here, monkeypatch):
         return validate(self, table)
 
     monkeypatch.setattr(Checker, "_validate", counted)
-    files = {f"{number:03}.jsonl": pairs(number * 10, 2) for number in range(1, 65)}
-    found = check(here, {**files, "biased.jsonl": longer(pairs(5000, 300))})
+    files = {f"{number:03}.jsonl": book_pairs(number * 10, 2) for number in range(1, 65)}
+    found = check(here, {**files, "biased.jsonl": longer(book_pairs(5000, 300))})
     assert [name for name, result in found.items() if "reason" in result] == ["biased.jsonl"]
     assert len(validations) <= 18

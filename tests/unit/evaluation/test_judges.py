@@ -13,7 +13,6 @@ import traceback
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from pathlib import Path
-from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -28,7 +27,6 @@ from transformers import (
 )
 
 from dpo.common.errors import InputError, TransientError
-from dpo.evaluation import endpoint
 from dpo.evaluation.judges import load_judges, reply_cache
 from dpo.evaluation.judges.reward_model import BATCH_SIZE, reward_scores
 from dpo.evaluation.settings import EvaluateSettings, LlmSettings, RewardModelSettings, ScorerSettings
@@ -438,14 +436,6 @@ def server(tmp_path, monkeypatch):
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     with ChatServer().running() as server:
         yield server
-
-
-@pytest.fixture
-def waits(monkeypatch):
-    """Replace the judge's `time.sleep` and return the list of requested seconds."""
-    waits = []
-    monkeypatch.setattr(endpoint, "time", SimpleNamespace(sleep=waits.append))
-    return waits
 
 
 PAIRS = (

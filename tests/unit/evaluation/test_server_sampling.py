@@ -26,7 +26,7 @@ from dpo.config import load_params
 from dpo.engine.logprobs import load_model
 from dpo.engine.settings import EngineSettings
 from dpo.engine.tokenization import prompt_ids
-from dpo.evaluation import endpoint, sampling
+from dpo.evaluation import sampling
 from dpo.evaluation.kl import divergence
 from dpo.evaluation.server_sampling import check_sampled, openai_endpoint, served_responses
 from dpo.evaluation.settings import EvaluateSettings, OpenaiSampler, TransformersSampler, VllmSampler
@@ -76,13 +76,6 @@ def server(tiny_model_dir, tmp_path, monkeypatch):
     monkeypatch.delenv("SAMPLER_API_KEY", raising=False)
     with CompletionServer(tiny_model_dir).running() as server:
         yield server
-
-
-@pytest.fixture
-def waits(monkeypatch):
-    waits = []
-    monkeypatch.setattr(endpoint, "time", SimpleNamespace(sleep=waits.append))
-    return waits
 
 
 def served(server, folder, tokenizer, prompts=PROMPTS, **changes):
