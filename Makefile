@@ -12,7 +12,8 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 
 setup: .venv/installed
 
-PYTEST := python -m pytest --numprocesses auto --dist loadfile
+# System tests take longest, so they start first.
+PYTEST := python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder tests/system tests/unit
 
 # Versions and SHA-256 hashes are locked in requirements/. A CPU build of torch is preferred if pip finds one.
 INSTALL := $(ENV)/python -m pip install --quiet --no-deps --no-build-isolation
@@ -51,7 +52,7 @@ test: setup
 
 # Unit tests only.
 test-fast: setup
-	$(PYTEST) tests/unit -m "not slow"
+	$(subst tests/system ,,$(PYTEST)) -m "not slow"
 
 # All tests, and all examples of the property tests; about half an hour on two cores.
 test-all: setup
