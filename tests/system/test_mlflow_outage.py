@@ -134,7 +134,6 @@ def files(run):
     return {file.path for file in client.list_artifacts(run.info.run_id)}
 
 
-@pytest.mark.slow
 def test_every_run_is_on_the_server_once_after_an_often_interrupted_sync(story, runs):
     assert story.interruptions > 5
     names = Counter(run.info.run_name for run in every_run())
