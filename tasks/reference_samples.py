@@ -31,7 +31,7 @@ def main() -> None:
     check_memory("reference_samples", params, REFERENCE)
     pairs, count = pd.read_parquet(EVAL), params.evaluate.samples
     table = pairs.sample(count, replace=len(pairs) < count, random_state=params.seed)
-    table = table[["prompt", "turns", "tools"]].reset_index(drop=True)
+    table = table[["prompt", "turns", "tools", "chat_template_kwargs"]].reset_index(drop=True)
     prompts = [prompt_of(pair, tokenizer) for pair in table.to_dict("records")]
     limit = response_limit(params.evaluate.max_new_tokens, pairs, tokenizer, params.engine.max_length)
     table = table.join(sample_responses(params, tokenizer, prompts, limit))

@@ -118,7 +118,11 @@ def render(
             return [None], [[("template_refuses", str(error))]]
         parts = [render(tokenizer, [pair]) for pair in pairs]
         return [text for texts, _ in parts for text in texts], [rules for _, each in parts for rules in each]
-    return rendered, [chat.changed_texts(pair, text) for pair, text in zip(pairs, rendered, strict=True) if text]
+    return rendered, [
+        chat.unknown_variables(tokenizer, pair) + chat.changed_texts(pair, text)
+        for pair, text in zip(pairs, rendered, strict=True)
+        if text
+    ]
 
 
 def check_lengths(

@@ -21,8 +21,9 @@ from dpo.data.formats import PAIR_TEXTS, Pair, normalize
 PERMUTATIONS, BAND = 64, 8
 """MinHash values per text, and per band. A near duplicate of similarity 0.9 is found with a probability of 99%."""
 SEED = 1
-STOCK_PHRASES = ((3, 3), (12, 5))
-"""A completion of at most so many words, to at least so many different prompts, is a stock phrase."""
+SHORT, PROMPTS_OF_SHORT, PROMPTS, WORDS_PER_PROMPT = 3, 3, 5, 5
+"""A completion is a stock phrase if it answers enough different prompts: `PROMPTS_OF_SHORT` if it has at most
+`SHORT` words, else `PROMPTS`, and one per `WORDS_PER_PROMPT` words."""
 LONG_WORD, CHARACTERS_PER_WORD = 20, 2
 """A text whose words are longer on average has no spaces, such as Chinese; it has a word per two characters."""
 
@@ -157,11 +158,14 @@ def _contradictions(prints: Fingerprints) -> Iterator[Violation]:
 
 
 def _stock_phrases(prints: Fingerprints) -> NDArray[np.bool_]:
-    """Return which completions [R, 2] are stock phrases, such as a refusal, and not rare or long texts."""
+    """Return which completions [R, 2] are stock phrases, such as a refusal, and not rare for their length."""
     texts = prints.texts[:, 1:].ravel()
     table = pd.DataFrame({"text": texts, "prompt": np.repeat(prints.texts[:, 0], 2)})
     prompts = table.groupby("text")["prompt"].transform("nunique").to_numpy().reshape(-1, 2)
-    return np.logical_or.reduce([(prints.words[:, 1:] <= w) & (prompts >= p) for w, p in STOCK_PHRASES])
+    words = prints.words[:, 1:]
+    needed = np.where(words <= SHORT, PROMPTS_OF_SHORT, np.maximum(PROMPTS, words / WORDS_PER_PROMPT))
+    stock: NDArray[np.bool_] = prompts >= needed
+    return stock
 
 
 def leaks(prints: Fingerprints) -> Iterator[Violation]:

@@ -16,8 +16,20 @@ from typing import Any, Literal
 from dpo.common.errors import InputError
 from dpo.data.demonstrations import DEMONSTRATIONS
 from dpo.data.layouts import LAYOUTS, Layout
-from dpo.data.reading import ANY_PROMPT, CONVERSATIONS, SYSTEMS, Example, Reading, number, same
-from dpo.data.turns import ROLES, Fields, RowError, Turn, content_text, from_json, shown, storable, transcript
+from dpo.data.reading import (
+    ANY_PROMPT,
+    CONVERSATIONS,
+    SYSTEMS,
+    TOOLS,
+    VARIABLES,
+    Example,
+    Reading,
+    number,
+    read_template_kwargs,
+    read_tools,
+    same,
+)
+from dpo.data.turns import ROLES, Fields, RowError, Turn, content_text, shown, storable, transcript
 
 Row = Mapping[str, Any]
 Pair = dict[str, Any]
@@ -26,10 +38,9 @@ Pairing = Literal["best_worst", "best_rest"]
 COMPLETIONS = ("chosen", "rejected")
 PAIR_TEXTS = ("prompt", *COMPLETIONS)
 """The texts of a canonical pair."""
-TOOLS = ("tools", "functions")
 CONTENT_FIELDS = frozenset(
     (
-        *ANY_PROMPT, *SYSTEMS, *TOOLS, "article", "audio", "audios", "background", "chat_history",
+        *ANY_PROMPT, *SYSTEMS, *TOOLS, *VARIABLES, "article", "audio", "audios", "background", "chat_history",
         "chosen_reasoning", "contexts", "custom_system_prompt", "demonstrations", "document", "documents",
         "evidence", "few_shot", "history", "image", "images", "inputs", "knowledge", "objects", "passage",
         "passages", "rejected_reasoning", "retrieved_contexts", "retrieved_documents", "search_results",
@@ -46,7 +57,10 @@ PLAIN_FIELDS = frozenset(PAIR_TEXTS)
 MARKED = ("[", "{", "Human:")
 """Starts of texts that may be conversations."""
 NO_OPTIONS: Mapping[str, None] = dict.fromkeys(
-    ("turns", "chosen_turns", "rejected_turns", "tools", "split", "source", "weight", "agreement", *RATINGS)
+    (
+        *("turns", "chosen_turns", "rejected_turns", "tools", "chat_template_kwargs"),
+        *("split", "source", "weight", "agreement", *RATINGS),
+    )
 )
 SPLITS = {"train": "train"} | dict.fromkeys(("eval", "test", "validation", "valid", "dev"), "eval")
 LEFT_OUT = "more than two completions; data.pairing: best_worst uses two"
@@ -152,7 +166,8 @@ def convert(row: Row, spelling: Spelling, usual_layout: str) -> Converted:
     reading = Reading(fields, {**ROLES, **spelling.roles} if spelling.roles else ROLES)
     example = spelling.layouts[name].read(reading)
     shared = _metadata(fields)
-    shared["tools"] = _tools(fields.get(*TOOLS) or reading.tools)
+    shared["tools"] = read_tools(fields.get(*TOOLS) or reading.tools)
+    shared["chat_template_kwargs"] = read_template_kwargs(fields.get(*VARIABLES))
     pairs = [_demonstration(example, reading)] if spelling.single else _pairs(example, reading, spelling.pairing)
     _check_unread_content(fields, reading)
     label = shared.pop("id")
@@ -331,16 +346,6 @@ def _check_unread_content(fields: Fields, reading: Reading) -> None:
     inner = {name for name in reading.unread if name.rpartition(".")[2] in CONTENT_FIELDS | set(PARTS)}
     if inner:
         raise RowError("unread_content", f"field '{min(inner)}' has content that is not read; remove the field")
-
-
-def _tools(value: Any) -> list[Any] | None:
-    """Return tools as {type, function}, as chat templates expect them."""
-    tools = from_json(value)
-    if not tools:
-        return None
-    if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
-        raise RowError("wrong_type", f"field 'tools' is {shown(tools)}, not a list of objects")
-    return [dict(tool) if "function" in tool else {"type": "function", "function": dict(tool)} for tool in tools]
 
 
 def _metadata(fields: Fields) -> Pair:

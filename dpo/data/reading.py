@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -31,6 +32,17 @@ REJECTED = ("rejected", "dispreferred", "rejected_response", "non_preferred_outp
 RESPONSE_LISTS = ("completions", "responses", "generations", "answers")
 TEXTS = ("response", "text", "content", "completion", "answer", "output")
 SCORES = ("score", "overall_score", "rating", "pm_score")
+TOOLS = ("tools", "functions")
+VARIABLES = ("chat_template_kwargs", "template_kwargs")
+RESERVED = frozenset(
+    (
+        "add_generation_prompt", "bos_token", "chat_template", "continue_final_message", "conversation",
+        "documents", "eos_token", "max_length", "messages", "pad_token", "padding", "return_assistant_tokens_mask",
+        "return_dict", "return_tensors", "sanitize_control_tokens", "tokenize", "tokenizer_kwargs", "tools",
+        "truncation", "unk_token",
+    )
+)  # fmt: skip
+"""Variables that a row must not set, because the pipeline or the tokenizer sets them."""
 SCORE_LISTS = ("scores", "ratings", "rating")
 RANK_LISTS = ("ranks", "rankings", "rank")
 SIDES = dict.fromkeys(("a", "model_a", "left", "1", "first"), 1.0) | dict.fromkeys(
@@ -132,6 +144,9 @@ class Reading:
     def rejected(self) -> list[list[Turn]]:
         """Return the rejected completion, or several of a list of texts or conversations."""
         value = self.fields.required(*REJECTED)
+        value = _texts_from_json(
+            value, next((self.fields.peek(name) for name in CHOSEN if name in self.fields), None)
+        )
         several = isinstance(value, list) and all(isinstance(item, str | list) for item in value)
         return [self.completion(item, "rejected") for item in (value if several else [value])]
 
@@ -146,6 +161,14 @@ class Reading:
         )
 
 
+def _texts_from_json(value: Any, chosen: Any) -> Any:
+    """Return the texts of a JSON list, as CSV files have several answers, if the chosen answer is not JSON."""
+    texts = from_json(value.strip()) if isinstance(value, str) else value
+    is_json = isinstance(chosen, str) and chosen.lstrip().startswith(("[", "{", "```"))
+    several = isinstance(texts, list) and texts and all(isinstance(text, str) for text in texts)
+    return texts if several and not is_json else value
+
+
 def _without_answer(prompt: list[Turn], completions: list[list[Turn]]) -> list[Turn]:
     """Return a prompt without its last turn if that is a completion, as in a copy of the conversation."""
     answer = prompt[-1:]
@@ -157,6 +180,33 @@ def _without_answer(prompt: list[Turn], completions: list[list[Turn]]) -> list[T
 def same(turn: Turn, other: Turn) -> bool:
     """Return whether two turns are equal, apart from white space around their content."""
     return {**turn, "content": turn["content"].strip()} == {**other, "content": other["content"].strip()}
+
+
+def read_tools(value: Any) -> list[Any] | None:
+    """Return tools as {type, function}, as chat templates expect them."""
+    tools = from_json(value)
+    if not tools:
+        return None
+    if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
+        raise RowError("wrong_type", f"field 'tools' is {shown(tools)}, not a list of objects")
+    return [dict(tool) if "function" in tool else {"type": "function", "function": dict(tool)} for tool in tools]
+
+
+def read_template_kwargs(value: Any) -> dict[str, Any] | None:
+    """Return the variables of the chat template that a row sets. Null values, which Parquet adds, are left out."""
+    value = from_json(value)
+    if value is None:
+        return None
+    if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
+        raise RowError("wrong_type", f"field '{VARIABLES[0]}' is {shown(value)}, not an object of variables")
+    if taken := RESERVED & value.keys():
+        raise RowError("wrong_type", f"field '{VARIABLES[0]}' sets '{min(taken)}', which the pipeline sets")
+    given = {name: each for name, each in value.items() if each is not None}
+    try:
+        storable(json.dumps(given, ensure_ascii=False), VARIABLES[0])
+    except (TypeError, ValueError, RecursionError) as error:
+        raise RowError("wrong_type", f"field '{VARIABLES[0]}' cannot be written as JSON: {error}") from error
+    return given or None
 
 
 def side(value: Any, name: str) -> float:

@@ -42,7 +42,7 @@ ROW_RULES = {
     "special_tokens": Rule("text contains no special token of the tokenizer", "remove the token from the text"),
     "contaminated": Rule("no pair contains a text of a benchmark", "remove it from the data"),
     "template_refuses": Rule(
-        "the model's chat template accepts the turns", "change the turns, or see the reason", allowed=REQUIRED
+        "the model's chat template accepts the turns and variables", "see the reason of each row", allowed=REQUIRED
     ),
     "answer_changed": Rule(
         "the chat template keeps every text of a completion", "see the reason of each row", allowed=REQUIRED

@@ -19,10 +19,12 @@ TURN_FIELDS = ("role", "content", "reasoning_content", "tool_calls", "tool_call_
 TURNS = pyarrow.list_(pyarrow.struct(dict.fromkeys(TURN_FIELDS, TEXT)))
 PAIR_FIELDS = {
     **{"id": TEXT, "prompt": TEXT, "turns": TURNS, "chosen": TEXT, "rejected": TEXT},
-    **{"chosen_turns": TURNS, "rejected_turns": TURNS, "tools": TEXT, "split": TEXT, "source": TEXT},
+    **{"chosen_turns": TURNS, "rejected_turns": TURNS, "tools": TEXT},
+    **dict.fromkeys(("chat_template_kwargs", "split", "source"), TEXT),
     **dict.fromkeys(("weight", "agreement", "chosen_rating", "rejected_rating"), pyarrow.float64()),
 }
 ORIGIN_FIELDS = {"file": TEXT, "line": pyarrow.int64(), "original": TEXT, "rule": TEXT, "reason": TEXT}
+JSON_COLUMNS = ("tools", "chat_template_kwargs")
 TURN_COLUMNS = ("turns", "chosen_turns", "rejected_turns")
 PAIRS_SCHEMA = pyarrow.schema(PAIR_FIELDS)
 RAW_PAIRS_SCHEMA = pyarrow.schema(PAIR_FIELDS | ORIGIN_FIELDS)
@@ -49,6 +51,8 @@ class Fields(pa.DataFrameModel):
     """The same for `rejected`."""
     tools: Series[str] = pa.Field(nullable=True)
     """The tools that the assistant may call, as JSON."""
+    chat_template_kwargs: Series[str] = pa.Field(nullable=True)
+    """Variables of the chat template for this row, as a JSON object."""
     split: Series[str] = pa.Field(isin=["train", "eval"], nullable=True)
     """`eval` rows are never trained on."""
     source: Series[str] = pa.Field(nullable=True)
@@ -133,9 +137,10 @@ def write_empty(path: Path, schema: pyarrow.Schema) -> None:
 
 
 def as_columns(pair: dict[str, Any]) -> dict[str, Any]:
-    """Return a pair as a row of these tables: tools and tool calls become JSON."""
-    columns = {name: pair[name] and [_turn(turn) for turn in pair[name]] for name in TURN_COLUMNS}
-    return {**pair, **columns, "tools": pair["tools"] and json.dumps(pair["tools"], ensure_ascii=False)}
+    """Return a pair as a row of these tables: tools, tool calls and template variables become JSON."""
+    turns = {name: pair[name] and [_turn(turn) for turn in pair[name]] for name in TURN_COLUMNS}
+    objects = {name: pair[name] and json.dumps(pair[name], ensure_ascii=False) for name in JSON_COLUMNS}
+    return {**pair, **turns, **objects}
 
 
 def _turn(turn: dict[str, Any]) -> dict[str, Any]:

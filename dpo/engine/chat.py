@@ -27,11 +27,16 @@ THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
 
 
 class Conversation(list[Turn]):
-    """Turns with `role` and `content`, and the tools that the assistant may call."""
+    """Turns with `role` and `content`, the tools that the assistant may call, and template variables."""
 
-    def __init__(self, turns: Sequence[Turn], tools: Sequence[Any] | None = None) -> None:
+    def __init__(
+        self,
+        turns: Sequence[Turn],
+        tools: Sequence[Any] | None = None,
+        variables: Mapping[str, Any] | None = None,
+    ) -> None:
         super().__init__(turns)
-        self.tools = tools
+        self.tools, self.variables = tools, variables or {}
 
 
 @dataclass(frozen=True)
@@ -49,19 +54,18 @@ class Rendered:
 
 
 def prompt_of(pair: Mapping[Any, Any], tokenizer: PreTrainedTokenizerBase) -> Prompt:
-    """Return the prompt of a canonical pair. Only a tokenizer with a chat template can use turns and tools."""
-    turns, tools = pair.get("turns"), _read_tools(pair)
-    if not tokenizer.chat_template or (turns is None and tools is None):
+    """Return the prompt of a canonical pair. A tokenizer without a chat template uses only its text."""
+    turns, tools, variables = pair.get("turns"), _read(pair, "tools"), _read(pair, "chat_template_kwargs")
+    if not tokenizer.chat_template or (turns is None and tools is None and variables is None):
         return str(pair["prompt"])
-    return Conversation(
-        [{"role": "user", "content": pair["prompt"]}] if turns is None else read_turns(turns), tools
-    )
+    asked = [{"role": "user", "content": pair["prompt"]}] if turns is None else read_turns(turns)
+    return Conversation(asked, tools, variables)
 
 
-def _read_tools(pair: Mapping[Any, Any]) -> list[Any] | None:
-    """Return the tools of a row of a canonical table, in which pandas writes NaN for none."""
-    tools = pair.get("tools")
-    return list(json.loads(tools)) if isinstance(tools, str) else None
+def _read(pair: Mapping[Any, Any], column: str) -> Any:
+    """Return a JSON column of a row of a canonical table, in which pandas writes NaN for none."""
+    value = pair.get(column)
+    return json.loads(value) if isinstance(value, str) else None
 
 
 def read_turns(turns: Sequence[Turn]) -> list[Turn]:
@@ -120,8 +124,7 @@ def _completions(
         return [(without_end(pair[field], ends),) for pair in pairs]
     tails = [completion_turns(pair, field) for pair in pairs]
     conversations = [
-        Conversation([*turns_of(prompt), tail[0]], tools_of(prompt))
-        for prompt, tail in zip(prompts, tails, strict=True)
+        with_turns(prompt, [*turns_of(prompt), tail[0]]) for prompt, tail in zip(prompts, tails, strict=True)
     ]
     firsts = [
         without_end(_own_text(text, tail[0], closed), ends)
@@ -151,13 +154,13 @@ def _parts(
     for place in [place for place, turn in enumerate(tail) if place and turn["role"] == "assistant"]:
         parts[-1] += end
         written += end
-        before = Conversation([*turns_of(prompt), *tail[:place]], tools_of(prompt))
+        before = with_turns(prompt, [*turns_of(prompt), *tail[:place]])
         (opening,) = _render(tokenizer, [before], add_generation_prompt=True)
         if not opening.startswith(written):
             raise InputError(
                 f"the tokenizer's chat template changes an earlier turn: {_shown(written, opening)!r}"
             )
-        (closed,) = _render(tokenizer, [Conversation([*before, tail[place]], before.tools)])
+        (closed,) = _render(tokenizer, [with_turns(before, [*before, tail[place]])])
         own = without_end(_own_text(opening, tail[place], closed), ends)
         parts += [opening[len(written) :], own]
         written = opening + own
@@ -170,9 +173,9 @@ def _shown(text: str, other: str) -> str:
     return text[max(0, place - 20) : place + 20]
 
 
-def tools_of(prompt: Prompt) -> Sequence[Any] | None:
-    """Return the tools of a prompt, if it has some."""
-    return prompt.tools if isinstance(prompt, Conversation) else None
+def with_turns(prompt: Prompt, turns: Sequence[Turn]) -> Conversation:
+    """Return other turns with the tools and the template variables of a prompt."""
+    return Conversation(turns, *((prompt.tools, prompt.variables) if isinstance(prompt, Conversation) else ()))
 
 
 def _own_text(opening: str, turn: Turn, closed: str) -> str:
@@ -242,13 +245,17 @@ def _conversation(prompt: Prompt) -> Conversation:
 def _render(
     tokenizer: PreTrainedTokenizerBase, chats: Sequence[Conversation], *, add_generation_prompt: bool = False
 ) -> list[str]:
-    """Return conversations as text. Those without tools are rendered together."""
+    """Return conversations as text. Those without tools and variables are rendered together."""
     options: dict[str, Any] = {"tokenize": False, "add_generation_prompt": add_generation_prompt}
     try:
-        if any(chat.tools for chat in chats):
+        if any(chat.tools or chat.variables for chat in chats):
             return [
                 tokenizer.apply_chat_template(
-                    list(chat), tools=chat.tools, chat_template=template_of(tokenizer, chat.tools), **options
+                    list(chat),
+                    tools=chat.tools,
+                    chat_template=template_of(tokenizer, chat.tools),
+                    **options,
+                    **chat.variables,
                 )
                 for chat in chats
             ]
@@ -286,8 +293,8 @@ def fix_template(
 ) -> None:
     """Make a tokenizer's chat template independent of the caller and of the clock, in place.
 
-    `variables` are set at the start of the template, and calls of `strftime_now` become the date `day`. With
-    `system_in_user_turn`, the template reads a system turn as the start of the user turn after it.
+    `variables` are set at the start of the template, unless a row sets them. Calls of `strftime_now` become the
+    date `day`. With `system_in_user_turn`, the template reads a system turn as the start of the next user turn.
 
     Raises:
         InputError: the template writes a date and `day` is None, or the format of the date is not a literal.
@@ -295,7 +302,7 @@ def fix_template(
     given = tokenizer.chat_template
     if not given:
         return
-    first = "".join(f"{{%- set {name} = {_literal(value)} -%}}\n" for name, value in variables.items())
+    first = "".join(SET_DEFAULT.format(name=name, value=_literal(value)) for name, value in variables.items())
     if system_in_user_turn:
         first += MERGE_SYSTEM
     if isinstance(given, dict):
@@ -304,6 +311,7 @@ def fix_template(
         tokenizer.chat_template = first + _fixed_date(given, day)
 
 
+SET_DEFAULT = "{{%- if {name} is not defined -%}}{{%- set {name} = {value} -%}}{{%- endif -%}}\n"
 MERGE_SYSTEM = (
     "{%- if messages | length > 1 and messages[0]['role'] == 'system' and messages[1]['role'] == 'user' -%}\n"
     "{%- set merged = messages[0]['content'] + '\\n\\n' + messages[1]['content'] -%}\n"
@@ -330,12 +338,29 @@ def _fixed_date(template: str, day: str | None) -> str:
     return fixed
 
 
+def unknown_variables(tokenizer: PreTrainedTokenizerBase, pair: Mapping[Any, Any]) -> list[tuple[str, str]]:
+    """Return the rule that template variables of a canonical pair break if the chat template does not read them.
+
+    Values that are empty, such as a list of no tools, have no effect and break no rule.
+    """
+    if not (given := _read(pair, "chat_template_kwargs")):
+        return []
+    template = template_of(tokenizer, _read(pair, "tools")) if tokenizer.chat_template else ""
+    unknown = [
+        name
+        for name, value in given.items()
+        if value not in ("", [], {}) and not re.search(rf"\b{re.escape(name)}\b", template)
+    ]
+    reason = "the chat template does not read the variable {!r} of field 'chat_template_kwargs'"
+    return [("template_refuses", reason.format(name)) for name in unknown[:1]]
+
+
 def changed_texts(pair: Mapping[Any, Any], rendered: Rendered) -> list[tuple[str, str]]:
     """Return the rules that the rendering of a canonical pair breaks, each with the reason.
 
     Every text of the prompt and of both completions must be in the rendered text, and reasoning must be closed.
     """
-    turns, tools, prompt = pair.get("turns"), _read_tools(pair) or [], rendered.prompt
+    turns, tools, prompt = pair.get("turns"), _read(pair, "tools") or [], rendered.prompt
     asked = [{"content": pair["prompt"]}] if turns is None else read_turns(turns)
     names = [tool.get("function", {}).get("name", "") for tool in tools]
     broken = [

@@ -25,9 +25,9 @@ from dpo.engine.chat import (
     prompt_of,
     render_pairs,
     render_prompts,
-    tools_of,
     turn_end,
     turns_of,
+    with_turns,
 )
 
 if TYPE_CHECKING:
@@ -112,14 +112,14 @@ def shortened(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, ids: Sequence[
     if tokenizer.chat_template and starts:
 
         def newer(start: int) -> tuple[Conversation, list[int]]:
-            rest = Conversation([*turns[:first], *turns[start:]], tools_of(prompt))
+            rest = with_turns(prompt, [*turns[:first], *turns[start:]])
             return rest, _prompt_ids(tokenizer, render_prompts(tokenizer, [rest]))[0]
 
         fits = bisect.bisect_left(starts, True, key=lambda start: len(newer(start)[1]) <= longest)
         return shortened(tokenizer, *newer(starts[min(fits, len(starts) - 1)]), longest)
     head: Sequence[int] = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     if tokenizer.chat_template:
-        other = Conversation([*turns[:-1], {**turns[-1], "content": ""}], tools_of(prompt))
+        other = with_turns(prompt, [*turns[:-1], {**turns[-1], "content": ""}])
         (empty,) = _prompt_ids(tokenizer, render_prompts(tokenizer, [other]))
         head = commonprefix([list(ids), empty])  # noqa: RUF071
     kept = len(head) if list(ids[: len(head)]) == list(head) and len(head) + MIN_TAIL <= longest else 0

@@ -143,9 +143,16 @@ def test_a_held_out_completion_is_found_in_the_training_row(chosen, rejected):
         ("Yes.", 2, False),
         ("是的", 3, True),
         ("这部电影讲述了一个关于友谊和勇气的漫长故事。", 4, False),
+        ("You're welcome! If you have any other questions, feel free to ask.", 5, True),
+        ("You're welcome! If you have any more questions in the future, please don't hesitate to ask.", 5, True),
+        ("I'm glad I could help you today! Have a great day, and do let me know if you need more.", 5, True),
+        ("I'm glad I could help you today! Have a great day, and do let me know if you need more.", 4, False),
+        (" ".join(["I am sorry, but I cannot help with this request."] * 4), 8, True),
+        (" ".join(["I am sorry, but I cannot help with this request."] * 4), 7, False),
+        (" ".join(f"Step {n} of the long answer." for n in range(20)), 23, False),
     ],
 )
-def test_a_very_short_answer_to_a_few_prompts_is_no_leak(text, count, is_stock):
+def test_a_short_answer_to_enough_prompts_is_no_leak(text, count, is_stock):
     rows = [(f"Film {n}?", text, f"No {n}.", "eval" if n == 0 else "train") for n in range(count)]
     assert (found(pairs_of(*rows)) == []) == is_stock
 

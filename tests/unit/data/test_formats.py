@@ -357,7 +357,7 @@ def test_reasons_are_short_for_large_and_deep_values(value):
         assert len(error.value.reason) < 200
 
 
-NO_TURNS = dict.fromkeys(("turns", "chosen_turns", "rejected_turns", "tools"))
+NO_TURNS = dict.fromkeys(("turns", "chosen_turns", "rejected_turns", "tools", "chat_template_kwargs"))
 
 
 def test_optional_columns_are_kept():

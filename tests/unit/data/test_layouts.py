@@ -1,6 +1,7 @@
 """Layouts of published data sets and of other tools: what is read, what is reported and what is refused."""
 
 import csv
+import datetime
 import json
 
 import pyarrow as pa
@@ -256,6 +257,58 @@ def test_tools_calls_and_reasoning_are_kept():
     assert pair["chosen"] != pair["rejected"]
     thought = {**ANSWER, "reasoning_content": "Water flows down."}
     assert one({**PLAIN, "chosen": [thought]})["chosen_turns"] == [thought]
+
+
+@pytest.mark.parametrize("name", ["chat_template_kwargs", "template_kwargs"])
+@pytest.mark.parametrize("write", [dict, json.dumps, lambda value: {**value, "xml_tools": None}])
+def test_variables_of_the_chat_template_are_kept(name, write):
+    pair = one({**PLAIN, name: write({"enable_thinking": False})})
+    assert pair["chat_template_kwargs"] == {"enable_thinking": False}
+    assert one({**PLAIN, name: write({})})["chat_template_kwargs"] is None
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ("enable_thinking", "not an object of variables"),
+        ([{"enable_thinking": False}], "not an object of variables"),
+        (True, "not an object of variables"),
+        ({"messages": []}, "sets 'messages', which the pipeline sets"),
+        ({"add_generation_prompt": False}, "sets 'add_generation_prompt'"),
+        ({"day": datetime.date(2026, 1, 1)}, "cannot be written as JSON"),
+    ],
+)
+def test_variables_that_cannot_be_used_cost_the_row(value, words):
+    with pytest.raises(RowError, match=words) as error:
+        one({**PLAIN, "chat_template_kwargs": value})
+    assert error.value.rule == "wrong_type"
+
+
+def test_a_json_list_of_rejected_texts_means_the_same_in_csv_and_jsonl(tmp_path):
+    texts = [BAD, "Another answer."]
+    rows = [{**PLAIN, "rejected": texts}, {**PLAIN, "prompt": "Else?", "rejected": texts[:1]}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with (tmp_path / "a.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(PLAIN))
+        writer.writeheader()
+        writer.writerows({**row, "rejected": json.dumps(row["rejected"])} for row in rows)
+    tables = []
+    for name in ("a.jsonl", "a.csv"):
+        write_raw_pairs(
+            read_files([str(tmp_path / name)]),
+            tmp_path / "raw.parquet",
+            name,
+            DataSettings(source="default", pairing="best_rest"),
+        )
+        table = pq.read_table(tmp_path / "raw.parquet").drop_columns(["file", "line", "original", "source"])
+        tables.append(table.to_pylist())
+    assert tables[0] == tables[1]
+    assert [row["rejected"] for row in tables[0]] == [*texts, BAD]
+
+
+def test_a_rejected_answer_in_json_stays_a_text_if_the_chosen_one_is_json_too():
+    answers = {"chosen": '["red", "blue"]', "rejected": '["red", "red"]'}
+    assert one({**PLAIN, **answers})["rejected"] == answers["rejected"]
 
 
 @pytest.mark.parametrize(

@@ -2,19 +2,20 @@
 """Chat templates that behave like those of known models: what a pair becomes, and what is found to be lost."""
 
 import dataclasses
+import json
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from dpo.common.errors import InputError
-from dpo.data.checks import special_tokens
+from dpo.data.checks import render, special_tokens
 from dpo.engine import base_model
-from dpo.engine.chat import changed_texts, end_tokens, fix_template, render_pairs, turn_end
+from dpo.engine.chat import changed_texts, end_tokens, fix_template, prompt_of, render_pairs, turn_end
 from dpo.engine.logprobs import LogProbModel, load_model, sequence_logps
 from dpo.engine.packing import pack
 from dpo.engine.settings import ModelSettings
-from dpo.engine.tokenization import encode_pairs, token_rows
+from dpo.engine.tokenization import encode_pairs, prompt_ids, token_rows
 from dpo.evaluation.sampling import end_ids, sample
 from tests.support.models import byte_level_bpe, chat_tokenizer, make_model
 
@@ -259,3 +260,51 @@ def test_a_model_with_fewer_embeddings_than_tokens_is_refused_at_once(tmp_path, 
     tokenizer.save_pretrained(folder)
     with pytest.raises(InputError, match=r"model.base: .* has 320 embeddings, its tokenizer 322 tokens; resize"):
         base_model.load_base(ModelSettings(base=str(folder)))
+
+
+def with_variables(**variables):
+    return {**PLAIN, "chat_template_kwargs": json.dumps(variables)}
+
+
+def test_variables_of_a_row_hold_for_the_prompt_and_both_completions():
+    tokenizer = tokenizer_of("Qwen3")
+    pairs = [with_variables(enable_thinking=False), PLAIN, with_variables(enable_thinking=True)]
+    off, plain, on = render_pairs(tokenizer, pairs)
+    assert off.prompt == f"{plain.prompt}<think>\n\n</think>\n\n"
+    assert off.completions == ((GOOD,), (BAD,))
+    assert plain == on == render_pairs(tokenizer, [PLAIN])[0]
+    fix_template(tokenizer, {"enable_thinking": False}, None)
+    assert render_pairs(tokenizer, pairs) == [off, off, on]  # those of the row win
+
+
+def test_variables_of_a_row_survive_the_truncation_of_its_prompt():
+    tokenizer = tokenizer_of("Qwen3")
+    pair = with_variables(enable_thinking=False)
+    pair["turns"] = [USER, {"role": "assistant", "content": GOOD * 20}, USER]
+    (row,) = encode_pairs([pair], tokenizer, 120)
+    assert tokenizer.decode(row.prompt) == render_pairs(tokenizer, [{**pair, "turns": [USER]}])[0].prompt
+    prompt = prompt_of(pair, tokenizer)
+    assert prompt_ids(tokenizer, [prompt], len(row.prompt)) == [list(row.prompt)]
+
+
+@pytest.mark.parametrize(
+    ("name", "variables", "unknown"),
+    [
+        ("Qwen3", {"enable_thinking": False}, None),
+        ("Qwen3", {"enable_thinking": False, "xml_tools": [], "custom_instructions": ""}, None),
+        ("Qwen3", {"reasoning_effort": "high", "enable_thinking": True}, "reasoning_effort"),
+        ("ChatML, Phi", {"enable_thinking": False}, "enable_thinking"),
+    ],
+)
+def test_a_variable_that_the_template_does_not_read_is_refused(name, variables, unknown):
+    _, (broken,) = render(tokenizer_of(name), [with_variables(**variables)])
+    assert [rule for rule, _ in broken] == ["template_refuses"] * bool(unknown)
+    assert unknown is None or repr(unknown) in broken[0][1]
+
+
+def test_a_variable_of_a_type_that_the_template_refuses_costs_only_its_row():
+    tokenizer = tokenizer_of("ChatML, Phi")
+    tokenizer.chat_template = "{% if effort is defined %}{{ effort.split('-')[0] }}{% endif %}" + CHATML
+    texts, broken = render(tokenizer, [with_variables(effort=["low"]), PLAIN, with_variables(effort="low-1")])
+    assert [text is None for text in texts] == [True, False, False]
+    assert [[rule for rule, _ in rules] for rules in broken] == [["template_refuses"], [], []]
