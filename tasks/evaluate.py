@@ -18,6 +18,7 @@ from dpo.engine.token_table import open_table
 from dpo.engine.tokenization import prompt_ids
 from dpo.evaluation.judges import Judge, load_judges
 from dpo.evaluation.kl import divergence
+from dpo.evaluation.label_metrics import label_metrics, label_table
 from dpo.evaluation.pair_metrics import pair_table, preference_metrics
 from dpo.evaluation.response_metrics import response_metrics
 from dpo.evaluation.sampling import response_limit, response_table
@@ -57,6 +58,7 @@ def main() -> None:
         "weights": weights(folder)[:16],
         "sampler": params.evaluate.sampler.kind,
         **preference_metrics(pairs, params.seed, completions=params.imitated),
+        **label_metrics(pairs, params.seed),
         **response_metrics(samples, params.seed),
         **{str(name): value for name, value in reference.attrs.items()},
     }
@@ -83,6 +85,8 @@ def evaluate_pairs(
     )
     lengths = torch.tensor([row.lengths for row in rows])
     reference = torch.tensor([cached[each] for each in rows.ids])
+    if rows.labels:
+        return label_table(held_out, torch.tensor(logps), reference, lengths, trial)
     return pair_table(held_out, torch.tensor(logps), reference, lengths, trial)
 
 

@@ -72,6 +72,8 @@ def fine_tune(params: Params, sft: SftSettings) -> None:
         places = pd.RangeIndex(len(rows)).to_series()
         rows = rows.select(places.sample(min(sft.max_pairs, len(rows)), random_state=params.seed).to_numpy())
     if sft.completions == "chosen":
+        rows = rows.select([place for place, each in enumerate(rows.ids) if rows.labels.get(each, 1)])
+    if sft.completions == "chosen" or rows.labels:  # the second completion of a labelled row is of another prompt
         rows = rows.first_completions(1)
     check_memory("sft", params, BASE, mean_pair(rows))
     model = load_model(BASE, **engine.loading) if sft.lora else load_model(BASE, engine.precision, engine.compile)

@@ -11,12 +11,9 @@ def main() -> None:
     """Write the token tables."""
     max_length = load_params().engine.max_length
     tokenizer = load_tokenizer(BASE)
-    for folder, rows in (
-        (TOKENS_TRAIN, TRAIN),
-        (TOKENS_EVAL, EVAL),
-        (TOKENS_DEMONSTRATIONS, DEMONSTRATIONS),
-    ):
+    for folder, rows in ((TOKENS_TRAIN, TRAIN), (TOKENS_EVAL, EVAL)):
         write_table(folder, rows, tokenizer, max_length)
+    write_table(TOKENS_DEMONSTRATIONS, DEMONSTRATIONS, tokenizer, max_length, single=True)
 
 
 if __name__ == "__main__":

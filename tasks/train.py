@@ -12,6 +12,7 @@ from dpo.engine.pretrained import load_tokenizer
 from dpo.engine.reference_cache import cache_key, load_reference
 from dpo.engine.token_table import open_table
 from dpo.training.checkpoints import CheckpointStore
+from dpo.training.losses import check_rows
 from dpo.training.train import save_checkpoint, train_dpo
 from tasks.common.memory import check_memory, mean_pair
 from tasks.common.paths import (
@@ -35,6 +36,7 @@ def main() -> None:
     trial, engine = trial_argument(params), params.engine
     tokenizer = load_tokenizer(REFERENCE)
     rows = open_table(TOKENS_TRAIN, TRAIN, tokenizer, engine.max_length)
+    check_rows([trial.loss], labelled=bool(rows.labels))
     reference = {}
     if "reference" in trial.loss.needs:
         reference = load_reference(REFERENCE_TRAIN, cache_key(REFERENCE, tokenizer, rows, engine))

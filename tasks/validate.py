@@ -10,6 +10,7 @@ from dpo.common.files import atomic_write, write_json
 from dpo.config import Params, load_params
 from dpo.data.schema import PAIRS_SCHEMA, RAW_PAIRS_SCHEMA, write_empty
 from dpo.data.validate import Validated, validate
+from dpo.training.losses import check_rows
 from tasks.common.git import committed_file
 from tasks.common.paths import (
     BASE,
@@ -42,6 +43,8 @@ def main() -> None:
 
     log_validation(params, result.metrics, list(files.values()))
     raise_errors(result)
+    # `sweep` is no parameter of this stage, so the stage `train` checks the losses, too.
+    check_rows((trial.loss for trial in params.trials()), labelled=result.metrics["kind"] == "labelled")
     write_json(PROFILE, result.summary.profile)
 
 

@@ -148,23 +148,25 @@ def _near(prints: Fingerprints, similarity: float) -> Iterator[Violation]:
 
 def _contradictions(prints: Fingerprints) -> Iterator[Violation]:
     prompt, chosen, rejected = prints.texts.T
+    labelled = bool((prints.words[:, 1:].min(1) == 0).all())  # one completion has no words: the row has a label
     ordered = _combine(np.stack([prompt, np.minimum(chosen, rejected), np.maximum(chosen, rejected)], 1))
     table = pd.DataFrame({"key": ordered, "flipped": chosen > rejected, "row": prints.row})
     table = table[table.groupby("key")["flipped"].transform("nunique") > 1]
     first = {(key, flipped): row for key, flipped, row in table[::-1].itertuples(index=False)}
     for key, flipped, row in table.itertuples(index=False):
         against = first[key, not flipped] + 1
-        yield Violation(int(row), "contradiction", f"row {against} prefers the other of the same two completions")
+        other = "has the other label" if labelled else "prefers the other of the same two completions"
+        yield Violation(int(row), "contradiction", f"row {against} {other}")
 
 
 def _stock_phrases(prints: Fingerprints) -> NDArray[np.bool_]:
-    """Return which completions [R, 2] are stock phrases, such as a refusal, and not rare for their length."""
+    """Return which completions [R, 2] are absent, or stock phrases that are not rare for their length."""
     texts = prints.texts[:, 1:].ravel()
     table = pd.DataFrame({"text": texts, "prompt": np.repeat(prints.texts[:, 0], 2)})
     prompts = table.groupby("text")["prompt"].transform("nunique").to_numpy().reshape(-1, 2)
     words = prints.words[:, 1:]
     needed = np.where(words <= SHORT, PROMPTS_OF_SHORT, np.maximum(PROMPTS, words / WORDS_PER_PROMPT))
-    stock: NDArray[np.bool_] = prompts >= needed
+    stock: NDArray[np.bool_] = (prompts >= needed) | (words == 0)
     return stock
 
 

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from dpo.common.errors import InputError
 from dpo.data.demonstrations import DEMONSTRATIONS
+from dpo.data.labels import LABELLED
 from dpo.data.layouts import LAYOUTS, Layout
 from dpo.data.reading import (
     ANY_PROMPT,
@@ -53,6 +54,8 @@ RATINGS = {
     "rejected_rating": ("score_rejected", "rejected_score", "rejected-rating"),
 }
 """Other names of the ratings."""
+OF_PAIRS = ("agreement", *RATINGS)
+"""Optional fields that only pairs have."""
 PLAIN_FIELDS = frozenset(PAIR_TEXTS)
 MARKED = ("[", "{", "Human:")
 """Starts of texts that may be conversations."""
@@ -65,13 +68,9 @@ NO_OPTIONS: Mapping[str, None] = dict.fromkeys(
 SPLITS = {"train": "train"} | dict.fromkeys(("eval", "test", "validation", "valid", "dev"), "eval")
 LEFT_OUT = "more than two completions; data.pairing: best_worst uses two"
 PARTS = ("content", "message", "parts", "text", "value")
-"""Keys inside of fields that are known to carry content, besides the names of such fields."""
+"""Keys inside of fields that carry content, besides the names of such fields."""
 BEST_COMPLETION = "rows have several completions; the best one is used"
 REPEATED_PROMPT = "completions start with their prompt; it was removed"
-
-
-KTO = "rows of one completion with a label are unpaired data for KTO; DPO needs pairs"
-COMBINE = "combine a good and a bad completion of each prompt as 'chosen' and 'rejected'"
 
 
 @dataclass(frozen=True)
@@ -85,11 +84,13 @@ class Spelling:
     pairing: Pairing = "best_worst"
     single: bool = False
     """Whether rows are demonstrations, with one completion. Of several, the best one is used."""
+    min_desirable_rating: float | None = None
+    """Smallest number that is a desirable rating of a labelled row."""
 
     @property
     def layouts(self) -> Mapping[str, Layout]:
         """Layouts that the rows may have, by name."""
-        return LAYOUTS | DEMONSTRATIONS if self.single else LAYOUTS
+        return LAYOUTS | (DEMONSTRATIONS if self.single else LABELLED)
 
     def fields(self, row: Row, *, keep_empty: bool = False) -> Fields:
         """Return the fields of a row by the names that layouts read."""
@@ -110,6 +111,11 @@ class Converted:
     notes: list[str]
     """What was removed from the texts."""
 
+    @property
+    def is_labelled(self) -> bool:
+        """Whether the row has one completion with a label."""
+        return self.layout in LABELLED
+
 
 def layout_of(row: Row, spelling: Spelling) -> str | None:
     """Return the layout of a row, a key of `LAYOUTS`, or None."""
@@ -125,18 +131,13 @@ def detect(rows: Collection[Row], origin: str, spelling: Spelling) -> str:
     """Return the most frequent layout of some rows of the file `origin`.
 
     Raises:
-        InputError: no row has a known layout, or the data is unpaired.
+        InputError: no row has a known layout.
     """
     found = [name for row in rows if (name := layout_of(row, spelling))]
     if found:
         return max(spelling.layouts, key=found.count)
     fields = {str(name) for row in rows for name in row}
     for needed, problem, fix in (
-        ({"completion", "label"}, KTO, COMBINE),
-        ({"messages", "label"}, KTO, COMBINE),
-        ({"conversations", "label"}, KTO, COMBINE),
-        ({"messages", "kto_tag"}, KTO, COMBINE),
-        ({"conversations", "kto_tag"}, KTO, COMBINE),
         (
             {"prompt", "response", "helpfulness"},
             "rows with one 'response' and its ratings, as in HelpSteer2",
@@ -163,12 +164,16 @@ def convert(row: Row, spelling: Spelling, usual_layout: str) -> Converted:
         return Converted([pair], "pairs", [], [])
     fields = spelling.fields(row)
     name = _layout(fields, spelling) or layout_of(row, spelling) or usual_layout
-    reading = Reading(fields, {**ROLES, **spelling.roles} if spelling.roles else ROLES)
+    roles = {**ROLES, **spelling.roles} if spelling.roles else ROLES
+    reading = Reading(fields, roles, min_desirable_rating=spelling.min_desirable_rating)
     example = spelling.layouts[name].read(reading)
-    shared = _metadata(fields)
+    shared = _metadata(fields, OF_PAIRS if name not in LABELLED else ())
     shared["tools"] = read_tools(fields.get(*TOOLS) or reading.tools)
     shared["chat_template_kwargs"] = read_template_kwargs(fields.get(*VARIABLES))
-    pairs = [_demonstration(example, reading)] if spelling.single else _pairs(example, reading, spelling.pairing)
+    if name in LABELLED or spelling.single:
+        pairs = [_single(example, reading, COMPLETIONS[not (spelling.single or example.scores[0])])]
+    else:
+        pairs = _pairs(example, reading, spelling.pairing)
     _check_unread_content(fields, reading)
     label = shared.pop("id")
     for place, pair in enumerate(pairs):
@@ -259,8 +264,11 @@ def _pair(prompt: list[Turn], chosen: list[Turn], rejected: list[Turn], reading:
     return {**_prompt_fields(before, reading.is_transcript), **dict(texts), **kept}
 
 
-def _demonstration(example: Example, reading: Reading) -> Pair:
-    """Return the best completion as a row without `rejected`. Of a conversation, every answer is learned."""
+def _single(example: Example, reading: Reading, side: str) -> Pair:
+    """Return the best completion as the only one of a row, in the field `side`.
+
+    Of a conversation that is one completion, every answer is learned.
+    """
     best = max(range(len(example.scores)), key=example.scores.__getitem__)  # the first one of equals
     if len(example.scores) > 1:
         reading.notes.add(BEST_COMPLETION)
@@ -279,9 +287,9 @@ def _demonstration(example: Example, reading: Reading) -> Pair:
     (tail,) = _without_prompt(turns[:start], [tail], reading.notes)
     return {
         **_prompt_fields(turns[:start], reading.is_transcript),
-        "chosen": "\n\n".join(map(content_text, tail)),
-        "chosen_turns": None if _is_text(tail) else tail,
-        **dict.fromkeys(("rejected", "rejected_turns")),
+        **dict.fromkeys((*COMPLETIONS, *(f"{name}_turns" for name in COMPLETIONS))),
+        side: "\n\n".join(map(content_text, tail)),
+        f"{side}_turns": None if _is_text(tail) else tail,
     }
 
 
@@ -348,17 +356,21 @@ def _check_unread_content(fields: Fields, reading: Reading) -> None:
         raise RowError("unread_content", f"field '{min(inner)}' has content that is not read; remove the field")
 
 
-def _metadata(fields: Fields) -> Pair:
-    """Return the optional fields. A value of another type is left unread, so that it is reported."""
+def _metadata(fields: Fields, of_pairs: Collection[str]) -> Pair:
+    """Return the optional fields. A value of another type is left unread, so that it is reported.
+
+    `of_pairs` are the numbers that the row may have besides its weight.
+    """
     split = fields.get("split")
     name = split.replace("-", "_").split("_")[0] if isinstance(split, str) else None
     if split is not None and name not in SPLITS:
         raise RowError("unknown_split", f"split {shown(split)} is not one of {', '.join(SPLITS)}")
+    checks = {"agreement": lambda value: 0 <= value <= 1, **dict.fromkeys(RATINGS, math.isfinite)}
     numbers = {
-        "weight": _number(fields, lambda value: value > 0, "weight"),
-        "agreement": _number(fields, lambda value: 0 <= value <= 1, "agreement"),
-        **{name: _number(fields, math.isfinite, name, *others) for name, others in RATINGS.items()},
+        name: _number(fields, check, name, *RATINGS.get(name, ())) if name in of_pairs else None
+        for name, check in checks.items()
     }
+    numbers["weight"] = _number(fields, lambda value: value > 0, "weight")
     labels = {name: _label(fields, name) for name in ("id", "source")}
     return {**labels, **numbers, "split": name and SPLITS[name]}
 

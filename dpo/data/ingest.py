@@ -17,6 +17,7 @@ from dpo.common.errors import InputError
 from dpo.common.files import atomic_write
 from dpo.common.progress import progress
 from dpo.data.formats import Spelling, convert, detect, normalize
+from dpo.data.labels import LABELLED
 from dpo.data.readers import RawRow
 from dpo.data.schema import RAW_PAIRS_SCHEMA, as_columns
 from dpo.data.settings import DataSettings
@@ -28,6 +29,9 @@ DETECT_ROWS = 1000
 """Number of first rows of a file from which its usual layout is detected."""
 FILES = "dpo.files"
 """Key of the raw table's metadata: what was read of each file, as JSON."""
+KIND = "dpo.kind"
+"""Key of the raw table's metadata: `labelled` for rows of one completion with a label."""
+ONE_LABEL = "rows left out by data.pair_labels: their prompt has no other row with the other label"
 
 
 @dataclass
@@ -55,12 +59,18 @@ def write_raw_pairs(
     If a row has no `split`, a hash of the normalized prompt decides, so that added rows do not move old rows to
     the other split. If a row has no `source`, it is the name of its source, if there are several, or of the file.
 
+    Rows of one completion with a label are stored in `chosen` if it is desirable, and else in `rejected`. With
+    `data.pair_labels`, they become pairs.
+
     Raises:
-        InputError: the source is unreadable or empty, or the layout of a file is unknown.
+        InputError: the source is unreadable or empty, the layout of a file is unknown, or the source has both
+            pairs and labelled rows.
     """
     files: dict[str, FileSummary] = {}
-    spelling = Spelling(params.columns, params.roles, params.pairing, single)
+    spelling = Spelling(params.columns, params.roles, params.pairing, single, params.min_desirable_rating)
     pairs = _all_pairs(rows, spelling, 0 if single else params.eval_fraction, files)
+    if params.pair_labels and not single:
+        pairs = _paired(pairs, files)
     first = list(islice(pairs, GROUP_ROWS))
     if not first:
         needed = "demonstration" if single else "pair for training and one for evaluation"
@@ -75,7 +85,10 @@ def write_raw_pairs(
             writer.write_table(pa.Table.from_pylist(group, RAW_PAIRS_SCHEMA))
             bar.update(len(group))
             group = list(islice(pairs, GROUP_ROWS))
-        writer.add_key_value_metadata({FILES: json.dumps({name: vars(each) for name, each in files.items()})})
+        labelled = any(LABELLED.keys() & each.layouts.keys() for each in files.values())
+        kind = "labelled" if labelled and not params.pair_labels else "pairs"
+        summaries = json.dumps({name: vars(each) for name, each in files.items()})
+        writer.add_key_value_metadata({FILES: summaries, KIND: kind})
     return files
 
 
@@ -89,10 +102,17 @@ def read_file_summaries(path: Path) -> dict[str, FileSummary]:
     }
 
 
+def is_labelled(path: Path) -> bool:
+    """Return whether the rows of a raw table have one completion with a label."""
+    metadata = pq.read_metadata(path).metadata or {}
+    return metadata.get(KIND.encode()) == b"labelled"
+
+
 def _all_pairs(
     rows: Iterator[RawRow], spelling: Spelling, eval_fraction: float, files: dict[str, FileSummary]
 ) -> Iterator[dict[str, Any]]:
     """Yield the rows of the raw table, and add a summary of each file to `files`."""
+    kinds: dict[bool, str] = {}
     for name, group in groupby(rows, attrgetter("file")):
         first = list(islice(group, DETECT_ROWS))
         readable = [raw.row for raw in first if raw.row is not None]
@@ -108,12 +128,18 @@ def _all_pairs(
             if not raw.is_used:
                 summary.left_out += 1
                 continue
-            yield from _raw_pairs(raw, spelling, layout, eval_fraction, summary)
+            yield from _raw_pairs(raw, spelling, layout, eval_fraction, summary, kinds)
 
 
 def _raw_pairs(
-    raw: RawRow, spelling: Spelling, layout: str, eval_fraction: float, summary: FileSummary
+    raw: RawRow,
+    spelling: Spelling,
+    layout: str,
+    eval_fraction: float,
+    summary: FileSummary,
+    kinds: dict[bool, str],
 ) -> Iterator[dict[str, Any]]:
+    """Yield the pairs of a row. `kinds` has the place of the first row with a label, and of the first without."""
     origin = {"file": raw.file, "line": raw.line, "original": raw.original}
     rule, reason = raw.violation or ("", "")
     if raw.row is not None:
@@ -122,6 +148,13 @@ def _raw_pairs(
         except RowError as error:
             rule, reason = error.rule, error.reason
         else:
+            kinds.setdefault(converted.is_labelled, f"{raw.file}, line {raw.line}")
+            if len(kinds) > 1:
+                raise InputError(
+                    f"{kinds[True]}: a row of one completion with a label; {kinds[False]}: a row with several "
+                    "completions. One run trains on pairs or on labelled rows, because their losses differ; use "
+                    "one of them as data.source"
+                )
             summary.layouts[converted.layout] += 1
             summary.unread.update(converted.unread)
             summary.notes.update(converted.notes)
@@ -133,3 +166,30 @@ def _raw_pairs(
                 yield as_columns(pair) | origin
             return
     yield origin | {"rule": rule, "reason": reason}
+
+
+def _paired(rows: Iterator[dict[str, Any]], files: dict[str, FileSummary]) -> Iterator[dict[str, Any]]:
+    """Yield pairs of labelled rows of one prompt: the first desirable with the first undesirable one, and so on.
+
+    A pair has the metadata of its desirable row, and the originals of both. Other rows are left out and counted.
+    """
+    sides: dict[tuple[str, str], tuple[list[dict[str, Any]], list[dict[str, Any]]]] = {}
+    for row in rows:
+        if row.get("rule"):
+            yield row
+            continue
+        if row["chosen"] is not None and row["rejected"] is not None:
+            raise InputError(
+                f"{row['file']}, line {row['line']}: a pair, so data.pair_labels has no effect; set it to false"
+            )
+        turns = json.dumps([row["turns"], row["tools"]])
+        group = sides.setdefault((normalize(row["prompt"]), turns), ([], []))
+        group[row["chosen"] is None].append(row)
+    for desirable, undesirable in sides.values():
+        for good, bad in zip(desirable, undesirable, strict=False):
+            other = {"rejected": bad["rejected"], "rejected_turns": bad["rejected_turns"]}
+            digest = hashlib.sha256(f"{good['id']}\x1f{bad['id']}".encode()).hexdigest()[:16]
+            yield good | other | {"id": digest, "original": f"{good['original']}\n{bad['original']}"}
+        both = min(len(desirable), len(undesirable))
+        for row in (*desirable[both:], *undesirable[both:]):
+            files[row["file"]].notes[ONE_LABEL] += 1

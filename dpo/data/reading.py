@@ -77,6 +77,7 @@ class Reading:
         tools: tools in a place of their own.
         conversations: the prompt of each pair, and the prompt with each of its completions.
         is_transcript: whether a text was a `Human:` and `Assistant:` transcript.
+        min_desirable_rating: smallest number that is a desirable rating.
     """
 
     fields: Fields
@@ -86,6 +87,7 @@ class Reading:
     tools: list[Any] | None = None
     conversations: list[list[Turn]] = field(default_factory=list)
     is_transcript: bool = False
+    min_desirable_rating: float | None = None
 
     def turns(self, value: Any, name: str) -> list[Turn]:
         """Return the turns of a conversation, of its JSON, of a transcript, or of a text by the user."""

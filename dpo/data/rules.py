@@ -33,6 +33,9 @@ ROW_RULES = {
     "missing_text": Rule("prompt and completions exist", "add the text or remove the row", allowed=REQUIRED),
     "broken_roles": Rule("the user asks and the assistant answers last", "correct the roles", allowed=REQUIRED),
     "no_preference": Rule("one completion is rated higher than another", "remove ties", allowed=REQUIRED),
+    "unknown_label": Rule(
+        "a label is true or false", "correct it, or set data.min_desirable_rating", allowed=REQUIRED
+    ),
     "unknown_split": Rule("the split is train or eval", "use train, eval, test or validation", allowed=REQUIRED),
     "empty_completion": Rule("a completion contains text", "remove the row", allowed=REQUIRED),
     "identical_completions": Rule("completions differ beyond case and space", "remove the row", allowed=REQUIRED),
@@ -70,7 +73,10 @@ TABLE_RULES = {
     "duplicate_id": Rule("every pair has its own id", "give each pair its own id", allowed=REQUIRED),
     "duplicate_pair": Rule("every pair appears once", "remove the repeats"),
     "near_duplicate_pair": Rule("no two pairs are almost the same", "remove the repeats"),
-    "contradiction": Rule("no pair reappears with chosen and rejected swapped", "decide which one is right"),
+    "contradiction": Rule(
+        "no pair reappears with chosen and rejected swapped, and no labelled row with the other label",
+        "decide which one is right",
+    ),
     "prompt_in_both_splits": Rule("no held-out prompt is trained on", "move all rows of the prompt to one split"),
     "eval_text_in_train": Rule(
         "no held-out completion is trained on, unless it is a stock phrase", "remove it from the training rows"
@@ -83,6 +89,9 @@ DATA_RULES = {
         "texts have no role marks, such as `Assistant:`", "remove them, or pass turns", "warn", DATA
     ),
     "length_bias": Rule("chosen is not longer too often; DPO learns length", "balance the lengths", "warn", DATA),
+    "label_balance": Rule(
+        "neither label is four times as frequent as the other", "weight the labels: losses.kto", "warn", DATA
+    ),
     "source_imbalance": Rule(
         "every source is in both splits, without length bias", "balance sources", "warn", DATA
     ),

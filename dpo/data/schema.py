@@ -101,6 +101,19 @@ class RawDemonstrations(RawPairs):
         return cast("Series[bool]", found | table["rule"].notna() & table["reason"].notna())
 
 
+class RawLabelled(RawPairs):
+    """One labelled row per row, or a row of the source that cannot be converted.
+
+    The completion is in `chosen` if it is desirable, and in `rejected` if not. The other one is null.
+    """
+
+    @pa.dataframe_check(name="a labelled row, or a rule that it breaks", ignore_na=False)
+    def _complete(cls, table: pd.DataFrame) -> Series[bool]:
+        known = table[["id", "prompt", "split", "source"]].notna().all(axis=1)
+        one = table["chosen"].notna() ^ table["rejected"].notna()
+        return cast("Series[bool]", known & one | table["rule"].notna() & table["reason"].notna())
+
+
 class Pairs(Fields):
     """One valid pair per row: the training table and the held-out table."""
 
@@ -128,6 +141,29 @@ class Demonstrations(Fields):
     @pa.dataframe_check(name="rejected is null", ignore_na=False)
     def _single(cls, table: pd.DataFrame) -> Series[bool]:
         return cast("Series[bool]", table["rejected"].isna())
+
+
+class Labelled(Fields):
+    """One valid labelled row per row, with its completion in `chosen` if it is desirable, else in `rejected`."""
+
+    id: Series[str] = pa.Field(unique=True)
+    prompt: Series[str]
+    chosen: Series[str] = pa.Field(str_contains=r"\S", nullable=True)
+    rejected: Series[str] = pa.Field(str_contains=r"\S", nullable=True)
+    split: Series[str] = pa.Field(isin=["train", "eval"])
+    source: Series[str]
+
+    @pa.dataframe_check(name="one completion", ignore_na=False)
+    def _one(cls, table: pd.DataFrame) -> Series[bool]:
+        return cast("Series[bool]", table["chosen"].notna() ^ table["rejected"].notna())
+
+
+KINDS: dict[str, tuple[type[RawPairs], type[Fields]]] = {
+    "pairs": (RawPairs, Pairs),
+    "demonstrations": (RawDemonstrations, Demonstrations),
+    "labelled": (RawLabelled, Labelled),
+}
+"""Schemas of the raw table and of the accepted rows, by the kind of rows."""
 
 
 def write_empty(path: Path, schema: pyarrow.Schema) -> None:

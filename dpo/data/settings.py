@@ -98,6 +98,10 @@ class DataSettings(Settings):
     """Configuration of a hub data set, if it has several."""
     pairing: Literal["best_worst", "best_rest"] = "best_worst"
     """Of several rated completions of a prompt, pair the best with the worst, or the best with each other one."""
+    pair_labels: bool = False
+    """Of rows with a label, make pairs of a desirable and an undesirable completion of the same prompt."""
+    min_desirable_rating: float | None = None
+    """Smallest number in `rating`, `score` or `stars` of a labelled row that is desirable; lower ones are not."""
     max_train_pairs: Positive | None = None
     """Maximum number of training pairs, drawn at random; null uses all."""
     max_eval_pairs: Positive | None = None

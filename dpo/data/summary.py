@@ -19,6 +19,8 @@ MIN_SOURCE_PAIRS = 20
 MAX_SOURCES = 50
 """Number of sources in the report, the largest first."""
 BINS = 24
+MAX_LABEL_RATIO = 4
+"""Maximum number of rows with one label per row with the other."""
 
 
 @dataclass(frozen=True)
@@ -52,10 +54,19 @@ def summarize(
     """
     if not len(lengths):
         return Summary()
+    labelled = bool((lengths[:, 1:].min(1) == 0).all())
     chosen_longer, bias = _length_bias(lengths, params.max_longer_share)
     by_source, imbalance = _balance(held_out, lengths, sources, params.max_longer_share)
-    metrics = {"lengths": _quantiles(lengths), "chosen_longer": chosen_longer, "sources": by_source}
+    metrics: dict[str, Any] = {
+        "lengths": _quantiles(lengths),
+        "chosen_longer": chosen_longer,
+        "sources": by_source,
+    }
     notices = [("length_bias", reason) for reason in bias] + [("source_imbalance", r) for r in imbalance]
+    if labelled:
+        counted, reasons = _label_balance(lengths)
+        metrics |= {"labels": counted}
+        notices += [("label_balance", reason) for reason in reasons]
     counts = {name: source["pairs"] for name, source in by_source.items()}
     if previous and previous.get("unit") == unit:
         metrics["drift"] = by_view = drift(previous, lengths, counts, prompts)
@@ -68,9 +79,10 @@ def summarize(
 
 def _quantiles(lengths: NDArray[np.int32]) -> dict[str, dict[str, float]]:
     columns = dict(zip(PAIR_TEXTS, lengths.T, strict=True)) | {"pair": lengths[:, 0] + lengths[:, 1:].max(1)}
+    present = {name: values[values > 0] if values.any() else values for name, values in columns.items()}
     return {
         name: {label: float(np.quantile(values, q, method="lower")) for label, q in QUANTILES.items()}
-        for name, values in columns.items()
+        for name, values in present.items()
     }
 
 
@@ -83,6 +95,7 @@ def _histograms(lengths: NDArray[np.int32]) -> dict[str, tuple[list[float], list
 
 def _length_bias(lengths: NDArray[np.int32], maximum: float) -> tuple[dict[str, float] | None, list[str]]:
     """Return the share of pairs of unequal length in which chosen is longer, and the reasons why it is a bias."""
+    lengths = lengths[lengths[:, 1:].min(1) > 0]  # a labelled row has one completion
     longer, unequal = int((lengths[:, 1] > lengths[:, 2]).sum()), int((lengths[:, 1] != lengths[:, 2]).sum())
     if not unequal:
         return None, []
@@ -93,6 +106,22 @@ def _length_bias(lengths: NDArray[np.int32], maximum: float) -> tuple[dict[str, 
     part, side = max((share["share"], "chosen"), (1 - share["share"], "rejected"))
     bounds = f"{share['low']:.3f} to {share['high']:.3f}"
     return share, [f"{side} is the longer one in {part:.0%} of pairs (95% interval for chosen: {bounds})"]
+
+
+def _label_balance(lengths: NDArray[np.int32]) -> tuple[dict[str, int], list[str]]:
+    """Return the number of labelled rows by label, and the reason why they are out of balance.
+
+    The weights are those of Ethayarajh et al. 2024, section 4.2.
+    """
+    counts = {"desirable": int((lengths[:, 1] > 0).sum()), "undesirable": int((lengths[:, 2] > 0).sum())}
+    (rare, few), (_, many) = sorted(counts.items(), key=lambda item: item[1])
+    if many <= MAX_LABEL_RATIO * few:
+        return counts, []
+    if not few:
+        return counts, [f"no row is {rare}, so nothing is compared; add rows with this label"]
+    low, high = (3 / 4, 1) if rare == "undesirable" else (1, 4 / 3)
+    weights = f"losses.kto.{rare}_weight from {low * many / few:.3g} to {high * many / few:.3g}"
+    return counts, [f"{few} rows are {rare} and {many} are not; set {weights}"]
 
 
 def wilson_interval(successes: int, trials: int) -> tuple[float, float]:

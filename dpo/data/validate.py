@@ -31,21 +31,13 @@ from dpo.common.progress import progress
 from dpo.data.checks import Violation, check_lengths, check_texts, has_role_mark, render, special_tokens
 from dpo.data.contamination import benchmark_runs, contaminated
 from dpo.data.duplicates import Fingerprints, compare, concatenate, fingerprint, leaks
-from dpo.data.formats import PAIR_TEXTS
-from dpo.data.ingest import read_file_summaries
+from dpo.data.formats import COMPLETIONS, PAIR_TEXTS
+from dpo.data.ingest import is_labelled, read_file_summaries
 from dpo.data.rules import RULES
-from dpo.data.schema import (
-    PAIRS_SCHEMA,
-    RAW_PAIRS_SCHEMA,
-    Demonstrations,
-    Pairs,
-    RawDemonstrations,
-    RawPairs,
-    validate_schema,
-)
+from dpo.data.schema import KINDS, PAIRS_SCHEMA, RAW_PAIRS_SCHEMA, Fields, validate_schema
 from dpo.data.settings import ValidateSettings
 from dpo.data.summary import Summary, summarize
-from dpo.engine.chat import end_tokens
+from dpo.engine.chat import completion_fields, end_tokens
 from dpo.engine.tokenization import token_rows
 
 if TYPE_CHECKING:
@@ -146,8 +138,9 @@ def validate(
     actions = params.actions
     excluding = frozenset(rule for rule, action in actions.items() if action != "warn")
     try:
-        single = tested is not None
-        checked, rows = _check_all(raw_pairs, tokenizer, max_length, benchmarks, excluding, single)
+        kind = "pairs" if tested is None else "demonstrations"
+        kind = "labelled" if tested is None and is_labelled(raw_pairs) else kind
+        checked, rows = _check_all(raw_pairs, tokenizer, max_length, benchmarks, excluding, kind)
     except (OSError, pa.ArrowException) as error:
         raise InputError(f"{raw_pairs}: not a raw table: {error}; run the stage `ingest`") from error
     violations = checked.violations + list(compare(checked.prints, params.near_duplicate_similarity, excluding))
@@ -164,7 +157,7 @@ def validate(
     prompts = [prompt for _, prompt in sorted(checked.prompts.items())]
     earlier = previous if previous and previous.get("origin") == origin else None
     summary = Summary()
-    if not single:
+    if kind != "demonstrations":
         summary = summarize(lengths, prints.held_out, sources, prompts, unit, params, earlier)
     summary.profile["origin"] = origin
     if checked.role_marks > len(checked.prints) / 2:
@@ -175,7 +168,7 @@ def validate(
     sizes = {"rows": rows, "accepted": len(prints), "quarantined": len(excluded)}
     files = {name: vars(file) for name, file in read_file_summaries(raw_pairs).items()}
     rules = {rule: counts[rule] for rule in RULES}
-    metrics = {**summary.metrics, **sizes, "unit": unit, "rules": rules, "files": files}
+    metrics = {**summary.metrics, "kind": kind, **sizes, "unit": unit, "rules": rules, "files": files}
     used = {}
     for split, cap in caps.items():
         pairs = pd.Series(prints.row[prints.held_out == (split == "eval")])
@@ -184,8 +177,9 @@ def validate(
     broken = [rule for rule, action in actions.items() if action == "error" and counts[rule]]
     errors = _shortages(metrics, params.max_quarantined)
     shown = [v for rule in RULES for v in islice((v for v in violations if v.rule == rule), EXAMPLES)]
-    schema = Demonstrations if single else Pairs
-    examples = _write(raw_pairs, outputs, excluded, shown, {} if broken or errors else used, metrics, schema)
+    examples = _write(
+        raw_pairs, outputs, excluded, shown, {} if broken or errors else used, metrics, KINDS[kind][1]
+    )
     fixes = {"completion_too_long": f"engine.max_length: {checked.longest + 1} takes all completions"}
     errors = [
         _rule_error(rule, metrics["rules"][rule], examples, summary.notices, fixes.get(rule)) for rule in broken
@@ -199,7 +193,7 @@ def _check_all(
     max_length: int,
     benchmarks: Path,
     excluding: frozenset[str],
-    single: bool,
+    kind: str,
 ) -> tuple[CheckedRows, int]:
     """Check all row groups; return the result and the number of rows."""
     file = pq.ParquetFile(raw_pairs)
@@ -207,7 +201,7 @@ def _check_all(
     if not sum(sizes):
         raise InputError(f"{raw_pairs}: no rows; run the stage `ingest`")
     starts = np.cumsum([0, *sizes])[:-1].tolist()
-    check = functools.partial(_check_group, raw_pairs, tokenizer, max_length, benchmarks, excluding, single)
+    check = functools.partial(_check_group, raw_pairs, tokenizer, max_length, benchmarks, excluding, kind)
     parts, prompts = [], dict[int, str]()
     with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
         run: Any = pool.map if len(sizes) > MAX_SERIAL_GROUPS else map  # an unused pool starts no process
@@ -235,15 +229,16 @@ def _check_group(
     max_length: int,
     benchmarks: Path,
     excluding: frozenset[str],
-    single: bool,
+    kind: str,
     group: int,
     start: int,
 ) -> CheckedRows:
     """Check the rules of single rows for the row group that begins at row `start`."""
     tokenizer = None if folder is None else _load_tokenizer(folder)
     table = pq.ParquetFile(raw_pairs).read_row_group(group)
-    schema = RawDemonstrations if single else RawPairs
-    validate_schema(schema, table.to_pandas().set_index(np.arange(start, start + len(table))), str(raw_pairs))
+    validate_schema(
+        KINDS[kind][0], table.to_pandas().set_index(np.arange(start, start + len(table))), str(raw_pairs)
+    )
     special = special_tokens(tokenizer)
     ends = () if tokenizer is None else end_tokens(tokenizer)
     broken: dict[int, list[tuple[str, str]]] = {}
@@ -268,8 +263,10 @@ def _check_group(
         rows, pairs = list(compress(rows, readable)), list(compress(pairs, readable))
         rendered = [text for text in texts if text is not None]
         try:
-            nothing = [()] * single  # in place of `rejected`
-            tokens = [(row.prompt, *row.completions, *nothing) for row in token_rows(tokenizer, pairs, rendered)]
+            tokens = []
+            for pair, encoded in zip(pairs, token_rows(tokenizer, pairs, rendered), strict=True):
+                sides = dict(zip(completion_fields(pair), encoded.completions, strict=True))
+                tokens.append((encoded.prompt, *(sides.get(field, ()) for field in COMPLETIONS)))
         except ValueError as error:
             where = f"{raw_pairs}: rows {start + 1} to {start + len(table)}"
             raise InputError(f"{where}: the tokenizer in {folder} cannot encode a pair: {error}") from error
@@ -325,7 +322,7 @@ def _write(
     shown: list[Violation],
     used: Mapping[str, NDArray[np.int64]],
     metrics: dict[str, Any],
-    schema_of_used: type[Pairs | Demonstrations],
+    schema_of_used: type[Fields],
 ) -> Examples:
     """Write the quarantine and the used pairs of each split; add `human_ceiling` to the metrics."""
     file = pq.ParquetFile(raw_pairs)

@@ -94,21 +94,28 @@ def render_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]
 
 
 def render_pairs(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Mapping[Any, Any]]) -> list[Rendered]:
-    """Return canonical pairs, or demonstrations, as text, without the end token of the last turn.
+    """Return canonical pairs, demonstrations or labelled rows as text, without the end token of the last turn.
+
+    All have the same number of completions.
 
     Raises:
         InputError: the chat template fails.
     """
     prompts = [prompt_of(pair, tokenizer) for pair in pairs]
     texts = render_prompts(tokenizer, prompts)
-    fields = completion_fields(pairs[0]) if pairs else ()
-    sides = [_completions(tokenizer, prompts, texts, pairs, field) for field in fields]
+    sides = [
+        _completions(tokenizer, prompts, texts, pairs, fields)
+        for fields in zip(*map(completion_fields, pairs), strict=True)
+    ]
     return [Rendered(text, tuple(completions)) for text, *completions in zip(texts, *sides, strict=True)]
 
 
 def completion_fields(row: Mapping[Any, Any]) -> tuple[str, ...]:
-    """Return the fields of a row's completions. A demonstration, which has one, has it in `chosen`."""
-    return ("chosen", "rejected") if isinstance(row.get("rejected"), str) else ("chosen",)
+    """Return the fields of a row's completions.
+
+    A demonstration has `chosen` only. A labelled row has `chosen` if its completion is desirable, else `rejected`.
+    """
+    return tuple(field for field in ("chosen", "rejected") if isinstance(row.get(field), str))
 
 
 def _completions(
@@ -116,13 +123,13 @@ def _completions(
     prompts: Sequence[Prompt],
     texts: Sequence[str],
     pairs: Sequence[Mapping[Any, Any]],
-    field: str,
+    fields: Sequence[str],
 ) -> list[tuple[str, ...]]:
-    """Return the parts of the completion `field` of each pair."""
+    """Return the parts of one completion of each pair, which is in its field of `fields`."""
     ends = end_tokens(tokenizer)
     if not tokenizer.chat_template:
-        return [(without_end(pair[field], ends),) for pair in pairs]
-    tails = [completion_turns(pair, field) for pair in pairs]
+        return [(without_end(pair[field], ends),) for pair, field in zip(pairs, fields, strict=True)]
+    tails = [completion_turns(pair, field) for pair, field in zip(pairs, fields, strict=True)]
     conversations = [
         with_turns(prompt, [*turns_of(prompt), tail[0]]) for prompt, tail in zip(prompts, tails, strict=True)
     ]

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
@@ -26,8 +27,9 @@ from datasets.arrow_writer import ArrowWriter
 from dpo.common.files import atomic_write, sha256
 from dpo.common.manifest import check_manifest, write_manifest
 from dpo.common.progress import progress
+from dpo.engine.chat import completion_fields
 from dpo.engine.logprobs import ENGINE_VERSION
-from dpo.engine.tokenization import TokenRow, encode_pairs
+from dpo.engine.tokenization import TokenRow, encode_pairs, labelled_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -41,6 +43,7 @@ READ_BYTES = 2**20
 IDS = List(Value("int32"))
 FEATURES = Features(
     {"id": Value("string"), "row": Value("binary"), "prompt": IDS, "completions": List(IDS), "context": List(IDS)}
+    | {"desirable": Value("bool")}
 )
 """Columns of a table: the fields of `TokenRow`, and in `row` its SHA-256."""
 
@@ -84,7 +87,8 @@ class TokenTable(Sequence[TokenRow]):
             tuple(part.values.to_numpy() for part in row[name][0].values[: self.kept])
             for name in ("completions", "context")
         )
-        return TokenRow(row["id"][0].as_py(), row["prompt"][0].values.to_numpy(), completions, context)
+        prompt, desirable = row["prompt"][0].values.to_numpy(), row["desirable"][0].as_py()
+        return TokenRow(row["id"][0].as_py(), prompt, completions, context, desirable)
 
     def select(self, places: Sequence[int] | np.ndarray) -> TokenTable:
         """Return a table of the rows at these places."""
@@ -98,6 +102,12 @@ class TokenTable(Sequence[TokenRow]):
     def ids(self) -> list[str]:
         """The ids of the rows."""
         return self._column("id").to_pylist()
+
+    @cached_property
+    def labels(self) -> dict[str, float]:
+        """1 for each desirable and 0 for each undesirable row by its id. Empty if rows are not labelled."""
+        values = self._column("desirable").to_pylist()
+        return {each: float(label) for each, label in zip(self.ids, values, strict=True) if label is not None}
 
     @cached_property
     def digest(self) -> str:
@@ -139,11 +149,15 @@ def table_key(pairs: Path, tokenizer: PreTrainedTokenizerBase, max_length: int) 
     }
 
 
-def write_table(folder: Path, pairs: Path, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
+def write_table(
+    folder: Path, pairs: Path, tokenizer: PreTrainedTokenizerBase, max_length: int, *, single: bool = False
+) -> None:
     """Encode the canonical pairs of a Parquet file, and write the table `folder` atomically.
 
+    Rows of one completion are demonstrations with `single`, and else labelled rows.
+
     Raises:
-        InputError: a pair cannot be encoded.
+        InputError: a pair cannot be encoded, or all labelled rows have the same prompt.
     """
     key = table_key(pairs, tokenizer, max_length)
     with (
@@ -152,12 +166,33 @@ def write_table(folder: Path, pairs: Path, tokenizer: PreTrainedTokenizerBase, m
         atomic_write(folder) as tmp,
     ):
         tmp.mkdir()
+        batches = (batch.to_pylist() for batch in file.iter_batches(PAIRS_AT_ONCE))
+        rows = _encoded(batches, tokenizer, max_length, None if single else str(pairs))
         with ArrowWriter(features=FEATURES, path=str(tmp / "table.arrow")) as writer:
-            for batch in file.iter_batches(PAIRS_AT_ONCE):
-                writer.write_table(arrow_table(encode_pairs(batch.to_pylist(), tokenizer, max_length)))
-                bar.update(len(batch))
+            while part := list(islice(rows, PAIRS_AT_ONCE)):
+                writer.write_table(arrow_table(part))
+                bar.update(len(part))
             writer.finalize()
         write_manifest(tmp / "table.arrow", key)
+
+
+def _encoded(
+    batches: Iterator[list[dict[str, Any]]],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    labelled: str | None,
+) -> Iterator[TokenRow]:
+    """Yield the token rows of canonical rows. `labelled` is the file of rows that may have a label."""
+    first = next(batches, [])
+    pairs = chain([first], batches)
+    if labelled and first and len(completion_fields(first[0])) == 1:
+        rows = (
+            (row, isinstance(pair["chosen"], str))
+            for batch in pairs
+            for row, pair in zip(encode_pairs(batch, tokenizer, max_length), batch, strict=True)
+        )
+        return labelled_rows(rows, max_length, labelled)
+    return (row for batch in pairs for row in encode_pairs(batch, tokenizer, max_length))
 
 
 def open_table(folder: Path, pairs: Path, tokenizer: PreTrainedTokenizerBase, max_length: int) -> TokenTable:

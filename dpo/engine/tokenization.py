@@ -7,9 +7,9 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
+from itertools import groupby, zip_longest
 from os.path import commonprefix
 from typing import TYPE_CHECKING, Any
 
@@ -50,6 +50,9 @@ class TokenRow:
     context: tuple[Tokens, ...] = ()
     """Places in each completion of tokens that are not scored: the turns of others between those of the assistant.
     Empty if all tokens are scored."""
+    desirable: bool | None = None
+    """Label of a labelled row, None for other rows. A labelled row has two completions: its own, and one that
+    answers another prompt, for the KL term of KTO."""
 
     @property
     def tokens(self) -> int:
@@ -70,8 +73,9 @@ class TokenRow:
 
     @property
     def digest(self) -> bytes:
-        """SHA-256 of the id and the tokens."""
-        parts = [self.id, self.prompt, self.completions, *([self.context] if self.context else [])]
+        """SHA-256 of the id, the tokens and the label."""
+        parts: list[Any] = [self.id, self.prompt, self.completions, *([self.context] if self.context else [])]
+        parts += [] if self.desirable is None else [self.desirable]
         return hashlib.sha256(json.dumps(parts, default=np.ndarray.tolist).encode()).digest()
 
     def to_json(self) -> dict[str, Any]:
@@ -248,3 +252,39 @@ def encode_pairs(
         prompt = shortened(tokenizer, prompt_of(pair, tokenizer), list(row.prompt), room)
         rows.append(dataclasses.replace(row, prompt=tuple(prompt)))
     return rows
+
+
+def labelled_rows(rows: Iterable[tuple[TokenRow, bool]], max_length: int, origin: str) -> Iterator[TokenRow]:
+    """Yield rows of one completion with their label and a second completion, which answers another prompt.
+
+    It is the last completion of the nearest earlier run of rows with one prompt. The first run has that of the row
+    after it. As in TRL, it is cut to the `max_length` of prompt and completion.
+
+    Raises:
+        InputError: all rows of `origin` have the same prompt.
+    """
+    earlier: list[tuple[TokenRow, bool]] = []
+    number = -1
+    for number, (_, group) in enumerate(groupby(rows, key=lambda each: tuple(each[0].prompt))):
+        run = list(group)
+        if number == 1:
+            yield from (_with_other(row, run[0][0], label, max_length) for row, label in earlier)
+        if number:
+            yield from (_with_other(row, earlier[-1][0], label, max_length) for row, label in run)
+        earlier = run
+    if number == 0:
+        raise InputError(
+            f"{origin}: all rows have the same prompt, but the KL term of KTO needs completions of other prompts; "
+            "add rows of another prompt"
+        )
+
+
+def _with_other(row: TokenRow, other: TokenRow, label: bool, max_length: int) -> TokenRow:
+    """Return a row with its label and the completion of another row, up to `max_length`."""
+    room = max_length - len(row.prompt)
+    places = [[place for place in each if place < room] for each in other.context[:1]]
+    context = (*(row.context or ((),)), *(map(tuple, places) if places else ((),)))
+    completions = (*row.completions, tuple(other.completions[0][:room]))
+    return dataclasses.replace(
+        row, completions=completions, context=context if any(context) else (), desirable=label
+    )

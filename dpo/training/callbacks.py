@@ -51,7 +51,7 @@ class DivergenceAlarm(Callback):
             log.warning(
                 "step %d: the policy diverges from its reference: log-probs of chosen moved by %.0f nats, "
                 "of rejected by %.0f, margin %.3g, loss %.3g; lower the learning rate or raise beta",
-                *(entry["step"], *moved, entry["rewards/margins"], entry["loss"]),
+                *(entry["step"], *moved, entry.get("rewards/margins", math.nan), entry["loss"]),
             )
         if "grad_norm" not in entry:
             return

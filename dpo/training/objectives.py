@@ -44,10 +44,11 @@ class DpoObjective:
 
     def __init__(
         self, loss: Loss, beta: float, reference: Reference, *, weights: Weights | None = None,
-        agreement: Weights | None = None, reference_tokens: Mapping[str, Tensor] | None = None,
+        agreement: Weights | None = None, labels: Weights | None = None,
+        reference_tokens: Mapping[str, Tensor] | None = None,
     ) -> None:  # fmt: skip
         self.loss, self.beta, self.reference = loss, beta, reference
-        self.weights, self.agreement = weights or {}, agreement or {}
+        self.weights, self.agreement, self.labels = weights or {}, agreement or {}, labels or {}
         self.reference_tokens = reference_tokens or {}
         self.statistics: Mapping[str, Tensor] | None = None
 
@@ -73,6 +74,12 @@ class DpoObjective:
     def __call__(self, model: nn.Module, batch: PackedBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the summed loss, and sums of rewards, log-probs and log-ratios."""
         pairs = self._pairs(model, batch)
+        losses = self.loss(pairs, self.beta)
+        if self.weights:
+            losses = losses * _by_id(self.weights, batch)
+        return losses.sum(), self._metrics(pairs) if pairs.labels is None else self._label_metrics(pairs)
+
+    def _metrics(self, pairs: PairBatch) -> dict[str, Tensor]:
         policy, reference = pairs.policy.detach(), pairs.reference
         chosen, rejected = self.loss.rewards(policy, reference, pairs.lengths, self.beta).unbind(1)
         margins = chosen - rejected
@@ -85,10 +92,29 @@ class DpoObjective:
         sums["logps/chosen"], sums["logps/rejected"] = policy.sum(0)
         if "reference" in self.loss.needs:
             sums["logratios/chosen"], sums["logratios/rejected"] = (policy - reference).sum(0)
-        losses = self.loss(pairs, self.beta)
-        if self.weights:
-            losses = losses * _by_id(self.weights, batch)
-        return losses.sum(), sums
+        return sums
+
+    def _label_metrics(self, pairs: PairBatch) -> dict[str, Tensor]:
+        """Return the same metrics of labelled rows. Divided by the rows of the step, they are means per label.
+
+        A label that no row of the step has is left out.
+        """
+        assert pairs.labels is not None
+        assert pairs.statistics is not None
+        policy, reference = pairs.policy[:, 0].detach(), pairs.reference[:, 0]
+        rewards = self.loss.rewards(policy, reference, pairs.lengths[:, 0], self.beta)
+        right = ((2 * pairs.labels - 1) * rewards).sign()
+        sums = {"rewards/accuracies": ((right + 1) / 2).sum(), "kl": pairs.statistics["kl"] * len(rewards)}
+        desirable = pairs.statistics["desirable"]
+        sides = (("chosen", pairs.labels, desirable), ("rejected", 1 - pairs.labels, 1 - desirable))
+        present = [(name, mask / share) for name, mask, share in sides if share > 0]
+        for name, weights in present:
+            sums[f"rewards/{name}"] = (weights * rewards).sum()
+            sums[f"logps/{name}"] = (weights * policy).sum()
+            sums[f"logratios/{name}"] = (weights * (policy - reference)).sum()
+        if len(present) == 2:
+            sums["rewards/margins"] = sums["rewards/chosen"] - sums["rewards/rejected"]
+        return sums
 
     def _pairs(self, model: nn.Module, batch: PackedBatch) -> PairBatch:
         needs = self.loss.needs
@@ -105,6 +131,7 @@ class DpoObjective:
         return PairBatch(
             policy, reference, batch.lengths.view(-1, 2),
             agreement=_by_id(self.agreement, batch) if "agreement" in needs else None,
+            labels=_by_id(self.labels, batch) if "labels" in needs else None,
             token_logps=tokens, reference_token_logps=reference_tokens, collision_logps=collisions,
             statistics=self.statistics,
         )  # fmt: skip

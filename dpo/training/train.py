@@ -26,6 +26,7 @@ from dpo.engine.tokenization import TokenRow
 from dpo.training.callbacks import Callback, DivergenceAlarm
 from dpo.training.checkpoints import CheckpointStore, training_key
 from dpo.training.loop import TrainingLoop
+from dpo.training.losses import check_rows
 from dpo.training.objectives import DpoObjective, Objective, SftObjective, Weights, cached_reference
 from dpo.training.sampler import StepSampler
 from dpo.training.settings import DpoSettings, LoraSettings, SftSettings, Trial
@@ -124,11 +125,13 @@ def train_dpo(
     Raises:
         KeyError: a row has no reference log-probs.
         InputError: the optimizer is not available, the memory is too small, or early stopping leaves no rows,
-            or the loss needs an agreement that no row has.
+            the loss needs an agreement that no row has, or it needs labelled rows, or pairs, and the rows are not.
         FloatingPointError: loss or gradient is not finite, and `params.non_finite` is `stop`.
         Stopped: SIGTERM was received. A checkpoint has been written.
     """
     needs, tokens, table = trial.loss.needs, None, TokenTable.of(rows)
+    labels = table.labels
+    check_rows([trial.loss], labelled=bool(labels))
     compared = table.ids if "reference" in needs else []
     if "agreement" in needs and not agreement:
         raise InputError(
@@ -139,7 +142,7 @@ def train_dpo(
         tokens = _token_logps(model, table, max_tokens_per_microbatch)
     objective = DpoObjective(
         trial.loss, trial.beta, cached_reference(reference, compared), weights=weights, agreement=agreement,
-        reference_tokens=tokens,
+        labels=labels, reference_tokens=tokens,
     )  # fmt: skip
     key: dict[str, object] = {"trial": trial.settings, "reference": [reference[each] for each in compared]}
     key |= {"weights": weights or {}, "agreement": agreement if "agreement" in needs else {}}

@@ -31,6 +31,7 @@ from dpo.engine.tokenization import encode_pairs
 from dpo.evaluation.bootstrap import bootstrap, mean, paired_test
 from dpo.evaluation.gate import gate_prompts, kept_for_gate, prompts_needed, significance_level
 from dpo.evaluation.judges import load_judges
+from dpo.evaluation.label_metrics import label_table
 from dpo.evaluation.pair_metrics import pair_table
 from dpo.evaluation.sampling import response_limit, response_table
 from dpo.training.settings import Trial
@@ -301,13 +302,13 @@ def ranked_wins(params: Params, trial: Trial, contest: Contest, other: Opponent)
     model, tokenizer = other
     own = margins(trial, contest)
     rows = encode_pairs(contest.rows.to_dict("records"), tokenizer, params.engine.max_length)
-    theirs = pair_table(
-        contest.rows,
-        sequence_logps(model, rows, params.engine.max_tokens_per_microbatch, "opponent's log-probs"),
-        torch.tensor(own[["chosen_reference_logp", "rejected_reference_logp"]].to_numpy()),
-        torch.tensor([row.lengths for row in rows]),
-        trial,
-    )
+    reference = torch.tensor(own[["chosen_reference_logp", "rejected_reference_logp"]].to_numpy())
+    policy = sequence_logps(model, rows, params.engine.max_tokens_per_microbatch, "opponent's log-probs")
+    lengths = torch.tensor([row.lengths for row in rows])
+    if policy.shape[1] == 1:  # labelled rows
+        theirs = label_table(contest.rows, policy, reference.sum(1, keepdim=True), lengths, trial)
+    else:
+        theirs = pair_table(contest.rows, policy, reference, lengths, trial)
     return ((1 + own["correct"] - theirs["correct"].to_numpy()) / 2).tolist()
 
 

@@ -53,13 +53,15 @@ def check_files(params: Params, files: list[str], model: Path | None, output: Pa
 
 def training_sequences(table: Path, model: Path, count: int, max_length: int) -> Iterator[str]:
     """Yield the first pairs of a table as decoded tokens, with prompt, completions, context and end marked."""
+    from dpo.engine.chat import completion_fields
     from dpo.engine.pretrained import load_tokenizer
     from dpo.engine.tokenization import encode_pairs
 
     tokenizer = load_tokenizer(model)
-    for row in encode_pairs(pq.read_table(table).slice(0, count).to_pylist(), tokenizer, max_length):
+    pairs = pq.read_table(table).slice(0, count).to_pylist()
+    for pair, row in zip(pairs, encode_pairs(pairs, tokenizer, max_length), strict=True):
         lines = [f"\npair {row.id}", f"[prompt] {tokenizer.decode(row.prompt)}"]
-        for number, (name, ids) in enumerate(zip(("chosen", "rejected"), row.completions, strict=True)):
+        for number, (name, ids) in enumerate(zip(completion_fields(pair), row.completions, strict=True)):
             context = set(row.context[number]) if row.context else set()
             for is_context, places in groupby(range(len(ids) - 1), context.__contains__):
                 text = tokenizer.decode([ids[place] for place in places])

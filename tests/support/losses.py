@@ -1,4 +1,4 @@
-"""Every loss with settings of its own, random pairs, and TRL's losses on the same tokens."""
+"""Every loss of pairs with settings of its own, random pairs, and TRL's losses on the same tokens."""
 
 from collections import defaultdict
 from dataclasses import dataclass, replace
@@ -17,8 +17,11 @@ def smooth(pairs, beta):
     return torch.nn.functional.softplus(1 - beta * (ratios[:, 0] - ratios[:, 1]))
 
 
+LABELLED = tuple(name for name, cls in LOSSES.items() if "labels" in cls().needs)
+"""Losses of labelled rows."""
+
 EXAMPLES = {
-    **{name: cls() for name, cls in LOSSES.items()},
+    **{name: cls() for name, cls in LOSSES.items() if "labels" not in cls().needs},
     "ipo, averaged": losses.Ipo(average_over_tokens=True),
     "conservative, agreement": losses.Conservative(label_smoothing="agreement"),
     "robust": losses.Robust(label_smoothing=0.2),

@@ -12,11 +12,11 @@ from transformers import AutoTokenizer
 
 from dpo.config import load_params
 from dpo.engine.logprobs import load_model, sequence_logps
-from dpo.engine.tokenization import encode_pairs
+from dpo.engine.tokenization import encode_pairs, labelled_rows
 from dpo.training.losses import Sigmoid
 from dpo.training.losses.base import WITH_REFERENCE
 from dpo.training.settings import DpoSettings, LoraSettings, OptimizerSettings, SftSettings, Trial
-from tests.support.losses import EXAMPLES
+from tests.support.losses import EXAMPLES, LABELLED
 
 SHARED = {field.name for field in dataclasses.fields(OptimizerSettings)}
 
@@ -43,7 +43,9 @@ def dpo_params(**changes):
 PARAMS = load_params(Path(__file__).parents[2] / "params.yaml")
 
 
-LOSSES = {**PARAMS.losses, "custom": EXAMPLES["custom"]}
+LOSSES = {name: loss for name, loss in PARAMS.losses.items() if name not in LABELLED}
+LOSSES["custom"] = EXAMPLES["custom"]
+"""Losses of pairs."""
 
 
 KINDS = ("sigmoid", "simpo", "wpo", "ld_dpo", "aot_unpaired")
@@ -83,6 +85,16 @@ def make_pairs(count):
 
 def make_rows(folder, count):
     return encode_pairs(make_pairs(count), AutoTokenizer.from_pretrained(folder), 200)
+
+
+def as_labelled(rows, max_length=200):
+    """Return a row for each completion of pairs: chosen is desirable, rejected is not."""
+    single = [
+        (dataclasses.replace(row, id=f"{row.id}, {label}", completions=(completion,)), label)
+        for row in rows
+        for label, completion in zip((True, False), row.completions, strict=True)
+    ]
+    return list(labelled_rows(single, max_length, "the test"))
 
 
 def make_reference(folder, rows):

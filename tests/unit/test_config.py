@@ -131,7 +131,7 @@ ABSENT = type(None)
         ("sft.warmup_ratio", -0.1, "sft.warmup_ratio: input should be greater than or equal to 0, got -0.1"),
         ("dpo.warmup_ratio", 1.0, "dpo.warmup_ratio: input should be less than 1, got 1.0"),
         ("sweep.betas", [], "sweep.betas: "),
-        ("sweep.losses", ["sigmoid", "kto"], "sweep.losses.1: input should be 'sigmoid', 'ipo'"),
+        ("sweep.losses", ["sigmoid", "none"], "sweep.losses.1: input should be 'sigmoid', 'ipo'"),
         ("sweep.seeds", [1, 1], "sweep.seeds: value error, the same value appears twice"),
         (
             "losses.robust",
@@ -139,7 +139,7 @@ ABSENT = type(None)
             "losses.robust.label_smoothing: input should be less than 0.5",
         ),
         ("losses.sigmoid", {"label_smoothing": 0.1}, "losses.sigmoid.label_smoothing: unknown key"),
-        ("losses.kto", {}, "losses.kto: unknown key"),
+        ("losses.none", {}, "losses.none: unknown key"),
         ("evaluate.judges", [{"kind": "scoer"}], "evaluate.judges.0: input tag 'scoer'"),
         ("evaluate.judges", [{"kind": "scorer"}], "evaluate.judges.0.scorer.function: missing; add it"),
         ("evaluate.judges", [], "compare.select: win_rate needs a judge; add one to evaluate.judges, or"),

@@ -18,12 +18,15 @@ def judge_accuracy(
 
     The accuracy is the share of pairs in which the judge prefers chosen; ties count one half, pairs without a
     verdict are left out. Chance has 0.5, and an interval that includes it means that the judge's win rates say
-    nothing about the preferences in the data.
+    nothing about the preferences in the data. Labelled rows are not compared.
 
     Returns:
         `judge_pairs`; `judge_accuracy` and `judge_accuracy_ci` of the first judge; `judge_accuracy/NAME` and its
         interval of each further one.
     """
+    held_out = held_out[held_out["chosen"].notna() & held_out["rejected"].notna()]
+    if held_out.empty:
+        return {}
     pairs = held_out.sample(min(count, len(held_out)), random_state=seed)
     prompts = [prompt_of(pair, tokenizer) for pair in pairs.to_dict("records")]
     statistics = {}

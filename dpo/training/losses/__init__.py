@@ -2,8 +2,9 @@
 
 from typing import TYPE_CHECKING, Literal
 
-from dpo.training.losses.base import Loss, PairBatch
+from dpo.training.losses.base import Loss, PairBatch, check_rows
 from dpo.training.losses.combined import Custom, WeightedSum
+from dpo.training.losses.labelled import Kto
 from dpo.training.losses.margin import (
     Conservative,
     DiscoPop,
@@ -24,7 +25,7 @@ LOSSES: dict[str, type[Loss]] = {
     for cls in (
         *(Sigmoid, Ipo, Conservative, Robust, Hinge, LengthNormalised, Rpo, Dpop),
         *(ApoZero, ApoDown, SimPo, Orpo, Wpo, LdDpo, Exo, Nca, SppoHard, DiscoPop, Aot, AotUnpaired),
-        *(Bco, Sft, WeightedSum, Custom),
+        *(Bco, Sft, Kto, WeightedSum, Custom),
     )
 }
 """Losses by the name that `params.yaml` uses."""
@@ -48,6 +49,7 @@ __all__ = [
     "Exo",
     "Hinge",
     "Ipo",
+    "Kto",
     "LdDpo",
     "LengthNormalised",
     "Loss",
@@ -63,4 +65,5 @@ __all__ = [
     "SppoHard",
     "WeightedSum",
     "Wpo",
+    "check_rows",
 ]

@@ -8,12 +8,13 @@ The modules of this package import torch on first use, because every command rea
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
+from dpo.common.errors import InputError
 from dpo.common.settings import Settings
 
 if TYPE_CHECKING:
@@ -22,10 +23,11 @@ if TYPE_CHECKING:
 Smoothing = Annotated[float, Field(ge=0, lt=0.5)]
 
 Need = Literal[
-    "reference", "agreement", "token_logps", "reference_token_logps", "collision_logps", "statistics"
+    "reference", "agreement", "labels", "token_logps", "reference_token_logps", "collision_logps", "statistics"
 ]  # fmt: skip
 """Names of fields of `PairBatch`. `reference_token_logps` cost a forward pass over all pairs before training,
-`collision_logps` and `statistics` a second forward pass in each step."""
+`collision_logps` and `statistics` a second forward pass in each step. A loss that needs `labels` trains on
+labelled rows, and all others on pairs."""
 
 WITH_REFERENCE: frozenset[Need] = frozenset({"reference"})
 PER_TOKEN: frozenset[Need] = frozenset({"token_logps", "reference_token_logps", "collision_logps"})
@@ -34,6 +36,8 @@ PER_TOKEN: frozenset[Need] = frozenset({"token_logps", "reference_token_logps", 
 @dataclass(frozen=True)
 class PairBatch:
     """P preference pairs, chosen first, with N completion tokens.
+
+    A labelled row has its own completion first, and then one of another prompt.
 
     Raises:
         ValueError: the shapes differ. Broadcasting would mix pairs.
@@ -47,6 +51,8 @@ class PairBatch:
     """Number of tokens of each completion, at least 1, shape [P, 2]."""
     agreement: Tensor | None = None
     """Probability that a random person prefers chosen, 1 if unknown, shape [P], if the loss needs it."""
+    labels: Tensor | None = None
+    """1 for a desirable and 0 for an undesirable completion, shape [P], if the rows are labelled."""
     token_logps: Tensor | None = None
     """Log-probs of the policy for all completion tokens, in order, shape [N], if the loss needs them."""
     reference_token_logps: Tensor | None = None
@@ -131,3 +137,17 @@ def given(values: Tensor | None, name: str) -> Tensor:
     if values is None:
         raise ValueError(f"this loss needs PairBatch.{name}")
     return values
+
+
+def check_rows(losses: Iterable[Loss], *, labelled: bool) -> None:
+    """Raise InputError if a loss cannot train on the rows: labelled rows, or else pairs."""
+    for loss in losses:
+        if ("labels" in loss.needs) == labelled:
+            continue
+        if labelled:
+            problem = "needs pairs, but the rows of the data have one completion with a label"
+            fix = "use kto, or set data.pair_labels: true to make pairs of prompts with both labels"
+        else:
+            problem = "needs rows of one completion with a label, but the data has pairs"
+            fix = "use a loss for pairs, such as sigmoid"
+        raise InputError(f"params.yaml: sweep.losses: {loss.name} {problem}; {fix}")

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 def _known(weights: Mapping[str, float]) -> Mapping[str, float]:
     from dpo.training.losses import LOSSES
 
-    possible = [name for name, cls in LOSSES.items() if cls not in (WeightedSum, Custom)]
+    sums = (WeightedSum, Custom)
+    possible = [name for name, cls in LOSSES.items() if cls not in sums and "labels" not in cls().needs]
     if not weights or not weights.keys() <= {*possible}:
         raise ValueError(f"the losses must be among {', '.join(possible)}")
     return weights

@@ -13,6 +13,7 @@ from tests.support.models import bare_tokenizer, bos_tokenizer, chat_tokenizer
 
 END = "<|im_end|>"
 CHECKED_BY_READERS = {
+    "unknown_label",
     "unreadable_row",
     "invalid_utf8",
     "lone_surrogate",

@@ -175,11 +175,6 @@ def test_rated_responses_to_a_conversation_keep_its_turns():
     assert (pair["prompt"], pair["turns"]) == (LONG_TEXT, [ASK, JOY, WHY])
 
 
-def test_unpaired_data_is_rejected():
-    with pytest.raises(InputError, match=r"data\.jsonl: .*unpaired data for KTO"):
-        detect([{"prompt": "a", "completion": "b", "label": True}], "data.jsonl", Spelling())
-
-
 @pytest.mark.parametrize(
     "row",
     [

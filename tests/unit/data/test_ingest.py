@@ -187,7 +187,6 @@ def test_all_row_groups_are_written(tmp_path, monkeypatch):
         (b"\nbroken\n[]\n", "a.jsonl: line 2: not JSON: .*; none of the first 2 rows is readable"),
         (b"[]\n3\n", "a.jsonl: line 1: a JSON list, not an object; none of the first 2 rows is readable"),
         (b'{"a": 1}\n', "a.jsonl: unknown layout"),
-        (b'{"prompt": "a", "completion": "b", "label": true}\n', "unpaired data for KTO"),
     ],
 )
 def test_a_source_without_usable_rows_is_rejected(tmp_path, content, words):
