@@ -111,7 +111,7 @@ def _length_bias(lengths: NDArray[np.int32], maximum: float) -> tuple[dict[str, 
 def _label_balance(lengths: NDArray[np.int32]) -> tuple[dict[str, int], list[str]]:
     """Return the number of labelled rows by label, and the reason why they are out of balance.
 
-    The weights are those of Ethayarajh et al. 2024, section 4.2.
+    The weights are those of Ethayarajh et al. 2024, eq. 8.
     """
     counts = {"desirable": int((lengths[:, 1] > 0).sum()), "undesirable": int((lengths[:, 2] > 0).sum())}
     (rare, few), (_, many) = sorted(counts.items(), key=lambda item: item[1])

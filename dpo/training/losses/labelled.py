@@ -19,13 +19,13 @@ class Kto(Loss):
 
     z = max(0, mean of r(y')) estimates KL(pi || pi_ref) from completions y' of other prompts, without gradient,
     over all rows of the optimizer step. Ethayarajh et al. 2024, "KTO: Model Alignment as Prospect Theoretic
-    Optimization", eq. 7 and 8, as in TRL 1.16.
+    Optimization", eq. 7, as in TRL 1.16.
     """
 
     name: ClassVar[str] = "kto"
     needs = WITH_REFERENCE | {"labels", "statistics"}
     desirable_weight: Rate = 1.0
-    """w of desirable rows. Section 4.2 of the paper advises a ratio of the weights that, times the ratio of the
+    """w of desirable rows. Eq. 8 of the paper advises a ratio of the weights that, times the ratio of the
     numbers of rows, is from 1 to 4/3."""
     undesirable_weight: Rate = 1.0
     """w of undesirable rows."""
