@@ -212,12 +212,6 @@ def normalize(text: str) -> str:
     return " ".join((text if text.isascii() else unicodedata.normalize("NFKC", text)).casefold().split())
 
 
-def optional(row: Row, name: str) -> Any:
-    """Return the value of an optional field. An empty string or NaN, which tables use for no value, gives None."""
-    value = row.get(name)
-    return None if value == "" or (isinstance(value, float) and math.isnan(value)) else value
-
-
 def _pairs(example: Example, reading: Reading, pairing: Pairing) -> list[Pair]:
     """Pair the best completion with the worst, or with each one that has a lower score."""
     scores = example.scores

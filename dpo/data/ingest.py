@@ -182,8 +182,8 @@ def _paired(rows: Iterator[dict[str, Any]], files: dict[str, FileSummary]) -> It
             raise InputError(
                 f"{row['file']}, line {row['line']}: a pair, so data.pair_labels has no effect; set it to false"
             )
-        turns = json.dumps([row["turns"], row["tools"]])
-        group = sides.setdefault((normalize(row["prompt"]), turns), ([], []))
+        asked = json.dumps([row[name] for name in ("turns", "tools", "chat_template_kwargs")])
+        group = sides.setdefault((normalize(row["prompt"]), asked), ([], []))
         group[row["chosen"] is None].append(row)
     for desirable, undesirable in sides.values():
         for good, bad in zip(desirable, undesirable, strict=False):

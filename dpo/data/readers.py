@@ -8,6 +8,7 @@ import csv
 import gzip
 import io
 import json
+import math
 import re
 import reprlib
 import zlib
@@ -23,7 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dpo.common.errors import InputError
-from dpo.data.formats import SPLITS, Row, optional
+from dpo.data.formats import SPLITS, Row
 
 OWN_DATA = Path("data/own")
 MAX_LINE_BYTES = 64 * 2**20
@@ -110,7 +111,7 @@ def _with_splits(parts: Mapping[Path, Iterable[RawRow]], source: str) -> Iterato
         defaults = {"split": splits[part] or "train", "source": source}
         for raw in rows:
             if use_names and raw.row is not None:
-                added = {field: value for field, value in defaults.items() if optional(raw.row, field) is None}
+                added = {field: value for field, value in defaults.items() if _optional(raw.row, field) is None}
                 raw = replace(raw, row={**raw.row, **added})
             yield raw
 
@@ -284,3 +285,9 @@ def dataset_rows(loaded: Any, name: str, splits: Collection[str]) -> Iterator[Ra
     }
     rows = _chosen(rows, splits, name)
     yield from _with_splits(rows, name) if len(rows) > 1 else chain(*rows.values())
+
+
+def _optional(row: Row, name: str) -> Any:
+    """Return the value of an optional field. An empty string or NaN, which tables use for no value, gives None."""
+    value = row.get(name)
+    return None if value == "" or (isinstance(value, float) and math.isnan(value)) else value
