@@ -525,7 +525,7 @@ def test_a_well_formed_row_gives_pairs_unless_its_text_is_invalid(row):
 @given(st.lists(rows, max_size=3))
 def test_any_rows_have_a_known_format_or_raise_input_error(some):
     with contextlib.suppress(InputError):
-        assert detect(some, "x", Spelling()) in LAYOUTS
+        assert detect(some, "x", Spelling()) in Spelling().layouts
 
 
 def test_ranks_are_not_stored_as_ratings():
