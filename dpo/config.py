@@ -186,6 +186,11 @@ def _check_demonstrations(path: Path, params: Params) -> None:
             raise InputError(f"{path}: sft.{name} has no effect without sft.source; set sft.source, or remove it")
     elif sft.source == "default":
         raise InputError(f"{path}: sft.source: default has no demonstrations; name files, or set it to null")
+    elif sft.source == "arithmetic":
+        raise InputError(
+            f"{path}: sft.source: arithmetic: its demonstrations are the chosen completions of data.source: "
+            "arithmetic; set sft.source to null and sft.completions to chosen"
+        )
     elif sft.completions == "chosen":
         raise InputError(f"{path}: sft.completions: chosen has no effect with sft.source; set it to both")
 

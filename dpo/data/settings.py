@@ -7,6 +7,7 @@ from pydantic import AfterValidator, Discriminator, Field, GetPydanticSchema, Ta
 from pydantic_core.core_schema import literal_schema, typed_dict_field, typed_dict_schema
 
 from dpo.common.settings import Positive, Rate, Settings, Share
+from dpo.common.settings import Several as SEVERAL
 from dpo.data.rules import RULES, Action
 
 ACTIONS = typed_dict_schema(
@@ -50,6 +51,20 @@ class Source(Settings):
         return _names(self.split)
 
 
+@dataclass(frozen=True, kw_only=True)
+class ArithmeticSettings(Settings):
+    """Problems of the source `arithmetic`."""
+
+    problems: Positive = 1000
+    """Number of distinct problems."""
+    terms: Annotated[int, Field(ge=2, le=8)] = 3
+    """Numbers in a problem."""
+    digits: Annotated[int, Field(ge=1, le=4)] = 1
+    """Maximum number of digits of a number."""
+    operators: Annotated[tuple[Literal["+", "-", "*"], ...], *SEVERAL] = ("+", "-")
+    """Operators between the numbers, drawn with equal probability."""
+
+
 def _names(value: str | tuple[str, ...] | None) -> tuple[str, ...]:
     return (value,) if isinstance(value, str) else value or ()
 
@@ -84,8 +99,8 @@ class DataSettings(Settings):
     """Where preference pairs come from and how many are used."""
 
     source: Annotated[Text | Several, _one_of("Input should be a name, or a list of names and sections")]
-    """`default`, a file or folder under `data/own/`, the hub id of a data set, or a list of files, folders and
-    sections `{path or id, revision, split, config, share}`."""
+    """`default`, `arithmetic`, a file or folder under `data/own/`, the hub id of a data set, or a list of files,
+    folders and sections `{path or id, revision, split, config, share}`."""
     revision: str | None = None
     """Commit, tag or branch of a hub id. Required for a hub id."""
     columns: dict[str, str] = field(default_factory=dict)
@@ -110,6 +125,7 @@ class DataSettings(Settings):
     """Share of the prompts that is held out if the data has no `split` column."""
     min_rating_gap: Annotated[float, Field(ge=0)] = 2.0
     """Default data only: minimum difference between the mean human ratings of a pair, on a scale from -4 to 4."""
+    arithmetic: ArithmeticSettings = field(default_factory=ArithmeticSettings)
 
     @property
     def splits(self) -> tuple[str, ...]:

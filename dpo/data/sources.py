@@ -1,4 +1,4 @@
-"""Sources of preference data: files, folders, hub data sets, the default data, and shares of several of them."""
+"""Sources of preference data: files, folders, hub data sets, the built-in data, and shares of several of them."""
 
 import random
 import tempfile
@@ -9,11 +9,13 @@ from pathlib import Path
 
 from dpo.common.bundled import RATINGS_SDIST, fetch
 from dpo.common.errors import InputError, TransientError
+from dpo.data.arithmetic import arithmetic_rows
 from dpo.data.human_ratings import rating_pairs, read_ratings
 from dpo.data.readers import RawRow, dataset_rows, kind_of, numbered, read_files
 from dpo.data.settings import DataSettings, Source
 
 OWN_DATA = Path("data/own")
+BUILT_IN = ("default", "arithmetic")
 BLOCK_ROWS = 1000
 """Rows from which a share is drawn at once."""
 
@@ -28,8 +30,8 @@ def read_source(params: DataSettings, seed: int, section: str = "data") -> Itera
     sources = params.sources
     for name in (source.path for source in sources if source.path is not None):
         _check_path(name, params, section, is_only=len(sources) == 1)
-    if [source.path for source in sources] == ["default"]:
-        return _sampled(_default(params, seed), sources[0], seed)
+    if len(sources) == 1 and sources[0].path in BUILT_IN:
+        return _sampled(_built_in(sources[0].path, params, seed), sources[0], seed)
     parts = [_sampled(_read(source, params, section), source, seed) for source in sources]
     if len(parts) == 1:
         return parts[0]
@@ -41,8 +43,8 @@ def read_source(params: DataSettings, seed: int, section: str = "data") -> Itera
 
 def _check_path(name: str, params: DataSettings, section: str, *, is_only: bool) -> None:
     """Raise InputError if a source that is not marked as a hub id is not a readable place."""
-    is_local = name != "default" and (Path(name).exists() or kind_of(Path(name)) is not None)
-    if params.revision is not None and (is_local or name == "default"):
+    is_local = name not in BUILT_IN and (Path(name).exists() or kind_of(Path(name)) is not None)
+    if params.revision is not None and (is_local or name in BUILT_IN):
         raise InputError(f"params.yaml: {section}.revision has no effect without a hub id; set it to null")
     if is_local:
         path = Path(name).absolute()
@@ -56,10 +58,11 @@ def _check_path(name: str, params: DataSettings, section: str, *, is_only: bool)
             f"params.yaml: {section}.source: '{name}' is not a file; texts of a list may contain files and "
             f"folders only; write a hub data set as {{id: {name}, revision: COMMIT}}"
         )
-    elif name != "default" and params.revision is None:
+    elif name not in BUILT_IN and params.revision is None:
         raise InputError(
-            f"params.yaml: {section}.source: '{name}' is not `default`, a file or a folder, so it is read as a "
-            f"hub id, which needs {section}.revision to be reproducible; correct the path, or set the revision"
+            f"params.yaml: {section}.source: '{name}' is not `default`, `arithmetic`, a file or a folder, so it "
+            f"is read as a hub id, which needs {section}.revision to be reproducible; correct the path, or "
+            "set the revision"
         )
 
 
@@ -115,7 +118,9 @@ def _is_connection_error(error: BaseException) -> bool:
     return error.__cause__ is not None and _is_connection_error(error.__cause__)
 
 
-def _default(params: DataSettings, seed: int) -> Iterator[RawRow]:
+def _built_in(name: str, params: DataSettings, seed: int) -> Iterator[RawRow]:
+    if name == "arithmetic":
+        return numbered(arithmetic_rows(params.arithmetic, params.eval_fraction, seed), name)
     with tempfile.TemporaryDirectory() as folder:
         domains = read_ratings(fetch(RATINGS_SDIST, Path(folder), source=True))
     table = rating_pairs(

@@ -58,7 +58,24 @@ class LlmSettings(_NamedJudge):
     """Maximum cost in dollars of judging one policy. The stage stops before it would spend more."""
 
 
-JudgeSettings = Annotated[ScorerSettings | RewardModelSettings | LlmSettings, Field(discriminator="kind")]
+@dataclass(frozen=True, kw_only=True)
+class VerifierSettings(Settings):
+    """A judge that knows the answers: 1 if the last line is exactly `Answer: ` and the answer, else 0."""
+
+    kind: Literal["verifier"]
+    answers: str | None = None
+    """Table under `data/own/` with the columns `prompt` and `answer`, as .parquet or .jsonl. Null computes the
+    answer from the prompt of `data.source: arithmetic`."""
+
+    @property
+    def name(self) -> str:
+        """Name in metrics and reports."""
+        return self.kind
+
+
+JudgeSettings = Annotated[
+    ScorerSettings | RewardModelSettings | LlmSettings | VerifierSettings, Field(discriminator="kind")
+]
 
 
 def _distinct_names(judges: tuple[JudgeSettings, ...]) -> tuple[JudgeSettings, ...]:

@@ -70,6 +70,8 @@ def candidate_setups(params: Params, pair: Pair, gpus: int, sharding: Sharding) 
 def count_pairs(params: Params) -> int | None:
     """Return the rows of `data.source`, or None if they cannot be counted without a download."""
     sources = params.data.sources
+    if [source.path for source in sources] == ["arithmetic"]:
+        return params.data.arithmetic.problems
     if all(source.path not in (None, "default") for source in sources):
         from dpo.data.readers import read_files
 

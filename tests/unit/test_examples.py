@@ -19,7 +19,7 @@ def test_an_example_is_a_whole_parameter_file(path):
     assert path.read_text().startswith("# ")
     assert params.trials()
     is_adapter = params.model.adapter == "continue"
-    assert (params.dpo.lora is None) == (is_adapter or path.stem == "full-1b-24gb")
+    assert (params.dpo.lora is None) == (is_adapter or path.stem in ("full-1b-24gb", "arithmetic"))
 
 
 @pytest.mark.parametrize(
@@ -49,4 +49,5 @@ def test_the_examples_cover_the_cases_of_their_list():
     assert by_name["nf4-70b-80gb"].engine.quantization == "nf4"
     assert by_name["full-1b-24gb"].dpo.optimizer == "adamw_8bit"
     assert by_name["separate-sft-data"].demonstrations.origin == "data/own/demonstrations.jsonl"
+    assert [judge.kind for judge in by_name["arithmetic"].evaluate.judges] == ["verifier"]
     assert by_name["continued-adapter"].model.adapter == "continue"

@@ -1,4 +1,4 @@
-"""Judges of responses: Python functions, reward models and language models, as `evaluate.judges` lists them."""
+"""Judges of responses, as `evaluate.judges` lists them: functions, reward models, language models, verifiers."""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -10,7 +10,8 @@ from dpo.engine.chat import Prompt
 from dpo.evaluation.judges.llm import LlmJudge
 from dpo.evaluation.judges.reward_model import RewardModel
 from dpo.evaluation.judges.scorer import Scorer, load_function
-from dpo.evaluation.settings import JudgeSettings, LlmSettings, ScorerSettings
+from dpo.evaluation.judges.verifier import Verifier
+from dpo.evaluation.settings import JudgeSettings, LlmSettings, ScorerSettings, VerifierSettings
 
 
 class Judge(Protocol):
@@ -31,7 +32,7 @@ class Judge(Protocol):
         Returns:
             One row per prompt. `win` is 1 if the response is better, 0.5 for a tie, 0 if it is worse, a value in
             between if verdicts differ, and NaN if the judge gave no verdict. A judge that scores adds `score`
-            and `other_score`.
+            and `other_score`, a verifier `right_work`.
         """
 
 
@@ -40,7 +41,7 @@ def load_judges(settings: Sequence[JudgeSettings]) -> list[Judge]:
 
     Raises:
         InputError: a function cannot be imported or called, a model is neither a folder in `models/own/` nor a
-            hub id with a revision, or a URL is invalid.
+            hub id with a revision, a URL is invalid, or a table of answers cannot be read.
     """
     return [_load_judge(each, f"evaluate.judges.{number}") for number, each in enumerate(settings)]
 
@@ -48,6 +49,8 @@ def load_judges(settings: Sequence[JudgeSettings]) -> list[Judge]:
 def _load_judge(settings: JudgeSettings, key: str) -> Judge:
     if isinstance(settings, LlmSettings):
         return LlmJudge(settings, key)
+    if isinstance(settings, VerifierSettings):
+        return Verifier(settings, key)
     if isinstance(settings, ScorerSettings):
         return Scorer(settings.name, load_function(settings.function, key), f"{key}.function")
     return Scorer(settings.name, RewardModel(settings, key), f"{key}.model")
