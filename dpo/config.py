@@ -50,6 +50,8 @@ class RunSettings(Settings):
     """Maximum size of a new file of a retraining, also unpacked, in MiB; a larger file is refused."""
     landed_minutes: Annotated[float, Field(gt=0)] = 30
     """Maximum minutes to copy, and to read, a new file of a retraining; a slower file is refused."""
+    flow_hours: Annotated[float, Field(gt=0)] = 72
+    """Maximum hours of a flow run of the worker; a longer one is stopped and frees its slot."""
 
 
 def _losses_schema(_: object, handler: GetCoreSchemaHandler) -> CoreSchema:

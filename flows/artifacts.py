@@ -21,8 +21,12 @@ from dvc.repo import Repo
 from prefect.artifacts import create_markdown_artifact, create_progress_artifact, update_progress_artifact
 from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
+from dpo.common.errors import InputError, TransientError
 from dpo.common.files import PROVENANCE
+from flows.identity import project
+from flows.processes import StageError
 from tasks.common.flatten import flatten
+from tasks.common.markdown import block, inline
 from tasks.common.paths import REPORTS
 
 if TYPE_CHECKING:
@@ -42,8 +46,8 @@ def ignore_outage() -> Iterator[None]:
 
 
 def artifact_key(stage: str) -> str:
-    """Return a stage's name in the form that Prefect accepts as the key of an artifact."""
-    return re.sub(r"[^a-z0-9]+", "-", stage.lower()).strip("-")
+    """Return the key of an artifact: the checkout's name and that of the stage, in Prefect's form of keys."""
+    return re.sub(r"[^a-z0-9]+", "-", f"{project()}-{stage}".lower()).strip("-")
 
 
 class ProgressArtifact:
@@ -77,7 +81,7 @@ class ProgressArtifact:
             if self.artifact:
                 update_progress_artifact(self.artifact, self.percent, description)
             else:
-                key = f"{artifact_key(self.stage)}-progress"
+                key = artifact_key(f"{self.stage}-progress")
                 self.artifact = create_progress_artifact(self.percent, key, description)
 
 
@@ -109,6 +113,33 @@ def publish_stage(stage: str, verdict: str, seconds: float, complete: bool) -> N
         create_markdown_artifact("\n\n".join(parts), key=artifact_key(stage), description=ended)
 
 
+@contextmanager
+def failure_page(title: str) -> Iterator[None]:
+    """If the block fails, publish a page that says what failed, why, and what to do."""
+    try:
+        yield
+    except Exception as error:
+        what, _, rest = str(error).partition("\n")
+        lines = [f"## {title} failed", f"**What failed:** {inline(what or type(error).__name__)}"]
+        lines += [f"**Why:**\n\n{block(rest)}"] if rest else []
+        lines.append(f"**What to do:** {_advice(error)}")
+        with ignore_outage():
+            create_markdown_artifact(
+                "\n\n".join(lines), key=artifact_key("failure"), description=f"{title} failed"
+            )
+        raise
+
+
+def _advice(error: Exception) -> str:
+    if isinstance(error, InputError):
+        return "Change what the message names, then start the run again. Nothing was changed."
+    if isinstance(error, TransientError) or getattr(error, "transient", False):
+        return "The fault may disappear: the next run tries again. If it repeats, check network and servers."
+    if isinstance(error, StageError):
+        return "The lines above have the reason. Remove it, then start the run again: completed stages are kept."
+    return "This error is not expected. The log of the run has its traceback; start the run again after a fix."
+
+
 def mlflow_link(provenance: Path) -> str:
     """Return the MLflow run that made a checkpoint: a link if an MLflow server has the run, else its id."""
     run = json.loads(provenance.read_text())["mlflow_run"]
@@ -136,7 +167,7 @@ def file_table(path: Path) -> str:
             shown = [round(k * (len(table) - 1) / (MAX_ROWS - 1)) for k in range(MAX_ROWS)]
             return _markdown(table if len(table) <= MAX_ROWS else table.iloc[shown])
     except ValueError as error:
-        return f"not readable: {error}"
+        return f"not readable: {inline(str(error))}"
     return f"{path.stat().st_size} bytes"
 
 
@@ -184,4 +215,4 @@ def _cell(value: Any) -> str:
         return f"[{', '.join(map(_cell, value))}]"
     if value is None:
         return "null"
-    return f"{value:.4g}" if isinstance(value, float) else str(value).replace("|", "\\|").replace("\n", " ")
+    return f"{value:.4g}" if isinstance(value, float) else inline(str(value))

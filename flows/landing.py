@@ -30,6 +30,7 @@ from flows.journal import WORK, Journal
 from flows.pipeline import RETRIES
 from flows.processes import StageError, command_error, execute
 from tasks.commands.landed import REQUEST, RESULT
+from tasks.common.addresses import shown
 from tasks.common.paths import BASE
 from tasks.common.runner import NOT_WRITABLE
 from tasks.tracking.registry import LANDED
@@ -121,14 +122,6 @@ def fetch_new(landing: str) -> Arrived:
     arrived.files = sorted(INCOMING.glob("[!.]*"))
     write_json(PLACES, {path.name: places.get(path.name, path.name) for path in arrived.files})
     return arrived
-
-
-def shown(address: str) -> str:
-    """Return a path or URL for messages: printable, without user, password and query."""
-    parts = urlsplit(address.encode(errors="backslashreplace").decode())
-    if parts.scheme and parts.netloc:
-        return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="").geturl()
-    return address.encode(errors="backslashreplace").decode()
 
 
 def _name(entry: Mapping[str, Any]) -> str:

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import datetime
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -32,8 +33,9 @@ from pydantic import PositiveInt
 
 from dpo.common.errors import TransientError
 from dpo.common.progress import PROGRESS_FILE
-from flows.artifacts import ProgressArtifact, publish_stage
+from flows.artifacts import ProgressArtifact, failure_page, publish_stage
 from flows.processes import Logger, StageError, command_error, execute
+from tasks.common.addresses import shown
 
 RAN, RESTORED, UP_TO_DATE, STOPPED, FAILED = "ran", "restored", "up to date", "stopped", "failed"
 VERDICTS = {
@@ -118,6 +120,12 @@ def pipeline(parallel: PositiveInt = 1) -> dict[str, str]:
     Returns what DVC did with each stage. Raises StageError if a stage failed; stages that need it do not run, all
     others do.
     """
+    with failure_page("Pipeline"):
+        return run_stages(parallel)
+
+
+def run_stages(parallel: int) -> dict[str, str]:
+    """Bring all stages up to date; see `pipeline`."""
     graph, changed = read_graph()
     generations = TopologicalSorter(graph)
     generations.prepare()
@@ -148,6 +156,21 @@ def pipeline(parallel: PositiveInt = 1) -> dict[str, str]:
     return {stage: future.result() for stage, future in futures.items()}
 
 
+def check_server() -> None:
+    """Exit with 1 if the server of PREFECT_API_URL does not answer."""
+    url = PREFECT_API_URL.value()
+    for _ in range(3 if url else 0):
+        with suppress(httpx.HTTPError):
+            httpx.get(f"{url}/health", timeout=10).raise_for_status()
+            return
+        time.sleep(1)
+    if url:
+        sys.exit(
+            f"error: PREFECT_API_URL: Prefect's server at {shown(url)} does not answer; start it with `make up`, "
+            "or run without it: `unset PREFECT_API_URL`"
+        )
+
+
 def run_now(work: Callable[..., Any], **parameters: object) -> NoReturn:
     """Run a flow in this process. Exit with 0 if it completes or another run is active, else with 1.
 
@@ -155,13 +178,14 @@ def run_now(work: Callable[..., Any], **parameters: object) -> NoReturn:
 
     If Prefect's server is lost, stages continue, so DVC has their outputs; only the flow run cannot be finished.
     """
+    check_server()
     try:
         state = work(**parameters, return_state=True)
     except httpx.TransportError as error:
         sys.stderr.write(
-            f"error: Prefect's server at {PREFECT_API_URL.value()} cannot be reached ({error}), so this flow run "
-            "is not marked as finished there. DVC has the outputs of the completed stages listed above. Start the "
-            "server (`make up`) and run this command again: it runs only what is missing\n"
+            f"error: Prefect's server at {shown(PREFECT_API_URL.value() or '')} cannot be reached ({error}), so "
+            "this flow run is not marked as finished there. DVC has the outputs of the completed stages listed "
+            "above. Start the server (`make up`) and run this command again: it runs only what is missing\n"
         )
         sys.stderr.flush()
         os._exit(1)  # a normal exit waits minutes for Prefect to send its last messages

@@ -23,7 +23,14 @@ from tasks.tracking.provenance import FLOW_RUN
 
 Logger: TypeAlias = "logging.Logger | logging.LoggerAdapter[Any]"
 LEVEL = re.compile(r"\b(ERROR|WARNING)\b|^(error|warning):")
+ADVICE = re.compile(
+    r"(To track the changes with git, run:|To enable auto staging, run:|\s*git add |\s*dvc config core\.autostage"
+    r"|Use `dvc push` to send your updates|Having any troubles\?|hint: )"
+)
+"""DVC's advice about commands that the flows run themselves."""
 ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+ECHO = re.compile(r"ERROR: failed to reproduce '.*': failed to run: |> |\s*$")
+"""DVC's echo of a command, which would hide the error above it."""
 FLOW_PROCESS = "DPO_FLOW_PROCESS"
 """Environment variable with the process id of the flow that started a process."""
 POLL_SECONDS = 0.5
@@ -42,7 +49,8 @@ class StageError(Exception):
 
 def command_error(title: str, lines: list[str], transient: bool = False) -> StageError:
     """Return the error of a failed command, with DVC's own errors and the last lines of the output."""
-    errors = [line for line in lines[:-TAIL_LINES] if line.startswith("ERROR")]  # DVC prints it before many files
+    lines = [line for line in lines if not ECHO.match(line)]
+    errors = [line for line in lines[:-TAIL_LINES] if line.startswith(("ERROR", "error:"))]  # before many files
     return StageError("\n".join([f"{title} failed; its last output:", *errors, *lines[-TAIL_LINES:]]), transient)
 
 
@@ -84,6 +92,8 @@ def execute(
     lines = []
     try:
         for line in filter(None, split_lines(_read(process, stop, poll))):
+            if ADVICE.match(line):
+                continue
             found = LEVEL.search(line)
             logger.log(logging.getLevelNamesMapping()[found[0].rstrip(":").upper() if found else "INFO"], line)
             lines.append(line)

@@ -20,12 +20,12 @@ from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
 from prefect.events import emit_event
 from prefect.runtime import flow_run
-from prefect.states import Completed
+from prefect.states import Completed, Failed
 from pydantic import PositiveInt
 
 from dpo.common.errors import InputError, TransientError
 from dpo.config import load_params
-from flows.artifacts import ignore_outage
+from flows.artifacts import artifact_key, failure_page, ignore_outage
 from flows.git import commit, current_branch, default_remote, dvc, git
 from flows.journal import RESULTS, Journal, begin, close
 from flows.landing import (
@@ -35,13 +35,14 @@ from flows.landing import (
     check_files,
     count_files,
     fetch_new,
-    shown,
     take_in,
 )
 from flows.pipeline import RETRIES, bring_up_to_date, name_flow_run, pipeline, read_graph, run_now
 from flows.processes import StageError, run_module
 from flows.recovery import recover_now, run_exclusively
+from tasks.common.addresses import shown
 from tasks.common.git import uncommitted
+from tasks.common.markdown import inline
 from tasks.tracking.registry import GATE, LANDED
 
 SHOWN_FILES = 50
@@ -75,7 +76,8 @@ def retrain(
         parallel: stages to run at once.
         push: send new data and results to DVC's default remote, if there is one.
     """
-    return run_exclusively(lambda done: _retrain(landing, branch, parallel, push, done))
+    with failure_page("Retraining"):
+        return run_exclusively(lambda done: _retrain(landing, branch, parallel, push, done))
 
 
 def _retrain(
@@ -205,7 +207,7 @@ def run_gate() -> dict[str, str]:
     """Promote the selected policy if it is better than the champion; return the outcome and the reason."""
     run_module("tasks.commands.cli", "promote")
     with ignore_outage():
-        create_markdown_artifact(GATE.with_suffix(".md").read_text(), key="gate")
+        create_markdown_artifact(GATE.with_suffix(".md").read_text(), key=artifact_key("gate"))
     verdict = json.loads(GATE.read_text())
     return {"outcome": "promoted" if verdict["promoted"] else "kept", "reason": verdict["reason"]}
 
@@ -245,14 +247,17 @@ def report(done: Retrained) -> State[Retrained]:
     """Publish the result as an artifact and return it as a state."""
     counts = f"{count_files(done.new)} new, {count_files(done.refused)} refused"
     counts += f", {done.repeated} rows in the data already" if done.repeated else ""
-    lines = [f"## Retraining: {done.outcome}", "", done.reason, "", f"{counts}.", ""]
-    lines += [f"- new: `{name}`" for name in first_of(done.new)]
-    lines += [f"- refused: `{name}`: {reason}" for name, reason in first_of(done.refused).items()]
+    lines = [f"## Retraining: {done.outcome}", "", inline(done.reason), "", f"{counts}.", ""]
+    lines += [f"- new: {inline(name)}" for name in first_of(done.new)]
+    lines += [f"- refused: {inline(name)}: {inline(reason)}" for name, reason in first_of(done.refused).items()]
     if max(len(done.new), len(done.refused)) > SHOWN_FILES:
         lines.append(f"- and more; the list has at most {SHOWN_FILES} of each")
     with ignore_outage():
-        create_markdown_artifact("\n".join([*lines, ""]), key="retrain")
-    return Completed(name=done.outcome.capitalize(), message=f"{counts}: {done.reason}", data=done)
+        create_markdown_artifact("\n".join([*lines, ""]), key=artifact_key("retrain"))
+    message = f"{counts}: {done.reason}"
+    if done.outcome == "refused":
+        return Failed(name="Refused", message=message, data=done)
+    return Completed(name=done.outcome.capitalize(), message=message, data=done)
 
 
 def main() -> None:

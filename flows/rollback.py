@@ -9,6 +9,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
 from prefect.states import Completed
 
+from flows.artifacts import failure_page
 from flows.git import git
 from flows.journal import Journal, begin, close
 from flows.pipeline import name_flow_run, run_now
@@ -30,7 +31,8 @@ def rollback() -> State[str]:
         InputError: there is no predecessor, HEAD is detached, or MLflow is unreachable.
         StageError: data is neither in DVC's cache nor at its remote; all files are then as before.
     """
-    return run_exclusively(_rollback)
+    with failure_page("Rollback"):
+        return run_exclusively(_rollback)
 
 
 def _rollback(done: Journal | None) -> State[str]:

@@ -15,36 +15,40 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
 from prefect.client.orchestration import SyncPrefectClient
-from prefect.client.schemas import filters
-from prefect.client.schemas.actions import WorkPoolCreate
-from prefect.client.schemas.objects import StateType
+from prefect.client.schemas.actions import VariableCreate, VariableUpdate, WorkPoolCreate
 from prefect.exceptions import ObjectAlreadyExists
+from prefect.settings import get_current_settings
 from prefect.states import Crashed
 from prefect.workers.process import ProcessWorker
 from ruamel.yaml import YAML
 
 from dpo.common.errors import InputError
+from dpo.config import load_params
 from flows.artifacts import MLFLOW_PAGES
+from flows.identity import PROJECT, project
 from flows.processes import TAIL_LINES, kill_after_grace, search_path, send_signal, stop_tree
+from flows.slots import WORKERS_RUN, active_runs, in_pool, release_slots, variables_of_processes
+from tasks.common.addresses import shown
 from tasks.common.paths import MLFLOW_STORE
 from tasks.common.runner import run
 from tasks.tracking.provenance import FLOW_RUN
+from tasks.tracking.relocation import WORKSPACE, relocate
 
 FOLDER = Path(".servers")
 HOST = "127.0.0.1"
-POOL = "dpo"
 PREFECT, MLFLOW, WORKER = "prefect", "mlflow", "worker"
-WORKSPACE = "DPO_WORKSPACE"
-WORKERS_RUN = "PREFECT__FLOW_RUN_ID"  # set by Prefect's worker for the process of a flow run; stages inherit it
+OWNER = "dpo_checkout"
+"""Variable in Prefect's database: the checkout to which it belongs."""
 START_SECONDS = 120.0
-IN_POOL = filters.WorkPoolFilter(name=filters.WorkPoolFilterName(any_=[POOL]))
+SILENT_SECONDS = 150.0  # a worker sends a heartbeat every 30 seconds
 echo = partial(print, flush=True)
 
 
@@ -86,7 +90,7 @@ def start(name: str, url: str, *arguments: str, env: dict[str, str]) -> Server:
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=env, start_new_session=True
         )
     server = Server(name, process.pid, command, url)
-    (FOLDER / f"{name}.json").write_text(json.dumps(asdict(server), indent=2) + "\n")
+    (FOLDER / f"{name}.json").write_text(json.dumps(asdict(server) | {"url": shown(url)}, indent=2) + "\n")
     echo(f"{name:8} starting at {url}")
     return server
 
@@ -125,17 +129,37 @@ def address(name: str, variable: str, default: int) -> str:
 
 def end_orphans(client: SyncPrefectClient) -> None:
     """Stop processes that a lost worker left; mark its flow runs as crashed, so that they free the only slot."""
-    variables = {process: process.info["environ"] or {} for process in psutil.process_iter(["environ"])}
     here = str(Path.cwd())
-    left = {process for process, env in variables.items() if env.get(WORKSPACE) == here and WORKERS_RUN in env}
-    flows = {process for process in left if FLOW_RUN not in variables[process]}
+    left = {
+        process: variables
+        for process, variables in variables_of_processes()
+        if variables.get(WORKSPACE) == here and WORKERS_RUN in variables
+    }
+    flows = {process for process, variables in left.items() if FLOW_RUN not in variables}
     send_signal(signal.SIGTERM, flows or left)  # a flow stops its own stages
-    kill_after_grace(left)
-    active = filters.FlowRunFilterStateType(any_=[StateType.PENDING, StateType.RUNNING, StateType.CANCELLING])
-    runs = filters.FlowRunFilter(state=filters.FlowRunFilterState(type=active))
-    for orphan in client.read_flow_runs(flow_run_filter=runs, work_pool_filter=IN_POOL):
+    kill_after_grace(set(left))
+    for orphan in active_runs(client, project()):
         client.set_flow_run_state(orphan.id, Crashed(message="the worker was stopped"), force=True)
         echo(f"{WORKER:8} was stopped during flow run {orphan.name}, which is now marked as crashed")
+
+
+def claim_database(client: SyncPrefectClient) -> None:
+    """Record in Prefect's database that it belongs to this checkout. Raise InputError if it is another's."""
+    here, owner = str(Path.cwd()), client.read_variable_by_name(OWNER)
+    value: Any = {"project": project(), "folder": here}
+    if owner is None:
+        client.create_variable(VariableCreate(name=OWNER, value=value))
+        return
+    known: Any = owner.value
+    url: Any = get_current_settings().server.database.connection_url
+    database = Path(url.get_secret_value().rpartition(":///")[2] if url else "").absolute()
+    if known["project"] != project() and known["folder"] != here and not database.is_relative_to(here):
+        raise InputError(
+            f"Prefect's database belongs to another checkout, {known['folder']}; use that of this checkout: "
+            "`unset PREFECT_HOME PREFECT_API_DATABASE_CONNECTION_URL`, then `make up`"
+        )
+    if known != value:
+        client.update_variable(VariableUpdate(name=OWNER, value=value))
 
 
 def register(client: SyncPrefectClient, env: dict[str, str]) -> None:
@@ -144,11 +168,9 @@ def register(client: SyncPrefectClient, env: dict[str, str]) -> None:
     `prefect deploy` itself keeps the schedules of a deployment whose list is now empty, and resumes paused ones.
     Raises InputError with Prefect's output if Prefect rejects a deployment.
     """
-    paused = [
-        deployment.id for deployment in client.read_deployments(work_pool_filter=IN_POOL) if deployment.paused
-    ]
+    paused = [each.id for each in client.read_deployments(work_pool_filter=in_pool(project())) if each.paused]
     command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"]
-    here = {name: value for name, value in env.items() if name != WORKSPACE}  # each worker has its own folder
+    here = {name: value for name, value in env.items() if name != WORKSPACE}  # each worker sets its own
     done = subprocess.run(command, env=here, capture_output=True, text=True, check=False)
     for identity in paused:
         client.pause_deployment(identity)
@@ -156,16 +178,23 @@ def register(client: SyncPrefectClient, env: dict[str, str]) -> None:
         output = (done.stdout + done.stderr).strip()
         raise InputError(f"prefect.yaml: the deployments were not registered:\n{output}")
     declared = YAML(typ="safe").load(Path("prefect.yaml"))["deployments"]
-    unscheduled = {entry["name"] for entry in declared if not (entry.get("schedules") or entry.get("schedule"))}
-    for deployment in client.read_deployments(work_pool_filter=IN_POOL):
-        for extra in deployment.schedules if deployment.name in unscheduled else []:
+    scheduled = {entry["entrypoint"] for entry in declared if entry.get("schedules") or entry.get("schedule")}
+    entrypoints = {entry["entrypoint"] for entry in declared}
+    for deployment in client.read_deployments():
+        if deployment.entrypoint not in entrypoints:
+            continue
+        if deployment.work_pool_name != project():  # of a copied database
+            client.delete_deployment(deployment.id)
+            continue
+        for extra in deployment.schedules if deployment.entrypoint not in scheduled else []:
             client.delete_deployment_schedule(deployment.id, extra.id)
-            echo(f"{deployment.name:8} removed a schedule that is not in prefect.yaml")
+            flow = str(deployment.entrypoint).rpartition(":")[2]
+            echo(f"{flow:8} removed a schedule that is not in prefect.yaml")
 
 
 def has_heartbeat(client: SyncPrefectClient, since: datetime) -> bool:
     """Return whether the worker has sent a heartbeat to the server after a time."""
-    workers = client.read_workers_for_work_pool(POOL)
+    workers = client.read_workers_for_work_pool(project())
     return any(worker.last_heartbeat_time and worker.last_heartbeat_time > since for worker in workers)
 
 
@@ -173,11 +202,13 @@ def up() -> None:
     """Start the servers and the worker if they do not run, and register the deployments of `prefect.yaml`.
 
     If MLFLOW_TRACKING_URI is the address of a server, that server is used and no MLflow is started. Raises
-    InputError if a port is in use, a server does not start, or a deployment is rejected; servers that were started
-    until then continue to run.
+    InputError if a port is in use, a server does not start, Prefect's database is another checkout's, or a
+    deployment is rejected; servers that were started until then continue to run.
     """
+    os.umask(0o077)  # files of the servers, such as logs and databases, are readable for this user only
     FOLDER.mkdir(exist_ok=True)
     (FOLDER / ".gitignore").write_text("*\n")
+    check_place()
     prefect_url = address(PREFECT, "PREFECT_PORT", 4200)
     store = os.environ.get("MLFLOW_TRACKING_URI", MLFLOW_STORE)
     remote = store.startswith(("http://", "https://"))
@@ -187,46 +218,100 @@ def up() -> None:
         "PATH": search_path(),
         "PREFECT_API_URL": f"{prefect_url}/api",
         WORKSPACE: str(Path.cwd()),
+        PROJECT: project(),
         MLFLOW_PAGES: mlflow_url,
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # saves seven processes that no stage uses
     }
-
+    runs_already = find(PREFECT) is not None
     listen = ["--host", HOST, "--port", prefect_url.rpartition(":")[2]]
     prefect = start(PREFECT, prefect_url, "prefect", "server", "start", *listen, env=env)
     if not remote:
-        listen = ["--host", HOST, "--port", mlflow_url.rpartition(":")[2], "--workers", "1"]
-        arguments = ["mlflow", "server", "--backend-store-uri", store, *listen]
-        mlflow = start(MLFLOW, mlflow_url, *arguments, env=env)
-        await_health(mlflow, lambda: is_healthy(f"{mlflow_url}/health"))
+        start_mlflow(store, mlflow_url, env)
     await_health(prefect, lambda: is_healthy(f"{prefect_url}/api/health"))
-
     with SyncPrefectClient(f"{prefect_url}/api") as client:
-        template = ProcessWorker.get_default_base_job_template()  # one flow at a time: all write the same folder
-        with suppress(ObjectAlreadyExists):
-            client.create_work_pool(
-                WorkPoolCreate(name=POOL, type="process", base_job_template=template, concurrency_limit=1)
-            )
-        starting, since = find(WORKER) is None, datetime.now(UTC)
-        if starting:
-            end_orphans(client)
-        arguments = ["prefect", "worker", "start", "--pool", POOL, "--name", POOL]
-        worker = start(WORKER, prefect_url, *arguments, env=env)
-        register(client, env)
-        if starting:
-            await_health(worker, lambda: has_heartbeat(client, since))
+        try:
+            claim_database(client)
+        except InputError:
+            if not runs_already:
+                stop(PREFECT)
+            raise
+        start_worker(client, prefect_url, env)
+    name = project()
     echo(f"\nPrefect: flows, schedules, forms      {prefect_url}/deployments")
-    echo(f"MLflow: experiments, models           {mlflow_url}")
+    echo(f"MLflow: experiments, models           {shown(mlflow_url)}")
+    echo(f"Deployments: pipeline/{name}, retrain/{name}, sweep/{name}, rollback/{name}")
     echo(f"To use this Prefect server in a shell: export PREFECT_API_URL={prefect_url}/api")
+
+
+def check_place() -> None:
+    """Report servers of this checkout that run from another folder, because it was moved or copied.
+
+    Raises:
+        InputError: this folder was moved while its servers ran; they write to the former place.
+    """
+    here = str(Path.cwd())
+    for name in (PREFECT, MLFLOW, WORKER):
+        record = FOLDER / f"{name}.json"
+        if not record.exists():
+            continue
+        pid = json.loads(record.read_text())["pid"]
+        with suppress(psutil.Error):
+            place = psutil.Process(pid).environ().get(WORKSPACE, here)
+            if place == here:
+                continue
+            if find(name):
+                raise InputError(
+                    f"{name} (process {pid}) was started in {place}, before this folder was moved; run "
+                    "`make down`, then `make up`"
+                )
+            echo(f"{name:8} of {place}, from which this folder was copied, still runs there: process {pid}")
+
+
+def start_mlflow(store: str, url: str, env: dict[str, str]) -> None:
+    """Start MLflow's server, after the paths in its store were updated."""
+    if store.startswith("sqlite:///") and find(MLFLOW) is None:
+        relocate(Path(store.removeprefix("sqlite:///")))
+    listen = ["--host", HOST, "--port", url.rpartition(":")[2], "--workers", "1"]
+    # The address of the store can have a password, so it is not an argument, which other users can read.
+    server = start(MLFLOW, url, "mlflow", "server", *listen, env={**env, "MLFLOW_BACKEND_STORE_URI": store})
+    await_health(server, lambda: is_healthy(f"{url}/health"))
+
+
+def start_worker(client: SyncPrefectClient, url: str, env: dict[str, str]) -> None:
+    """Start the worker, unless one runs and answers, and register the deployments."""
+    template = ProcessWorker.get_default_base_job_template()  # one flow at a time: all write the same folder
+    with suppress(ObjectAlreadyExists):
+        client.create_work_pool(
+            WorkPoolCreate(name=project(), type="process", base_job_template=template, concurrency_limit=1)
+        )
+    since = datetime.now(UTC)
+    if find(WORKER) and not has_heartbeat(client, since - timedelta(seconds=SILENT_SECONDS)):
+        echo(f"{WORKER:8} has sent no heartbeat for {SILENT_SECONDS:.0f} seconds; it is restarted")
+        stop(WORKER)
+    starting = find(WORKER) is None
+    if starting:
+        end_orphans(client)
+    for line in release_slots(client, project(), load_params().run.flow_hours):
+        echo(f"{WORKER:8} {line}")
+    worker = start(WORKER, url, "flows.worker", project(), env=env)
+    register(client, env)
+    if starting:
+        await_health(worker, lambda: has_heartbeat(client, since))
+
+
+def stop(name: str) -> bool:
+    """Stop a server of this checkout with its child processes; return whether it ran."""
+    server = find(name)
+    if process := server and server.process():
+        stop_tree(process, graceful=name != WORKER)
+    (FOLDER / f"{name}.json").unlink(missing_ok=True)
+    return process is not None
 
 
 def down() -> None:
     """Stop the processes that `up` started, with their child processes. Stored data is kept."""
     for name in (WORKER, MLFLOW, PREFECT):
-        server = find(name)
-        if process := server and server.process():
-            stop_tree(process, graceful=name != WORKER)
-        echo(f"{name:8} {'stopped' if process else 'is not running'}")
-        (FOLDER / f"{name}.json").unlink(missing_ok=True)
+        echo(f"{name:8} {'stopped' if stop(name) else 'is not running'}")
 
 
 if __name__ == "__main__":

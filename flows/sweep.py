@@ -17,6 +17,7 @@ from dpo.common.files import atomic_write
 from dpo.common.settings import Seed
 from dpo.config import load_params
 from dpo.training.losses import LossName
+from flows.artifacts import failure_page
 from flows.pipeline import name_flow_run, pipeline, run_now
 
 PARAMS = Path("params.yaml")
@@ -43,8 +44,9 @@ def sweep(
         parallel: stages to run at once.
     """
     lists = {"losses": losses, "betas": betas, "learning_rates": learning_rates, "seeds": seeds}
-    set_lists({name: values for name, values in lists.items() if values is not None})
-    return pipeline(parallel)
+    with failure_page("Sweep"):
+        set_lists({name: values for name, values in lists.items() if values is not None})
+        return pipeline(parallel)
 
 
 def set_lists(lists: dict[str, list[LossName] | list[float] | list[int]]) -> None:

@@ -44,7 +44,7 @@ def prefect_pages(api: str) -> dict[str, str]:
         )
         written = ArtifactFilter(type=ArtifactFilterType(any_=["markdown"]))
         longest = max(client.read_artifacts(artifact_filter=written), key=lambda page: len(str(page.data)))
-        form = client.read_deployment_by_name("sweep/sweep")
+        (form,) = client.read_deployments(flow_filter=FlowFilter(name=FlowFilterName(any_=["sweep"])), limit=1)
     return {
         "prefect-run": f"{site}/runs/flow-run/{runs[0].id}",
         "prefect-stage": f"{site}/artifacts/artifact/{longest.id}",

@@ -9,6 +9,7 @@ from dpo.common.files import atomic_write
 from dpo.config import Params
 from dpo.data.rules import RULES, TOKENIZER_RULES
 from dpo.data.validate import Validated
+from tasks.common.markdown import inline
 
 SHOWN_RULES, SHOWN_NOTICES, SHOWN_FILES, SHOWN_FIELDS = 10, 4, 4, 8
 SHOWN_REASON = 90  # characters
@@ -82,7 +83,7 @@ def markdown(result: Validated, params: Params) -> str:
     ]
     head = ["| rule | rows | action | requirement | fix |", "| --- | ---: | --- | --- | --- |"]
     listed = [*head, *rows] if rows else ["No rule is broken."]
-    errors = [f"- **{error.message}**" for error in result.errors]
+    errors = [f"- {inline(error.message)}" for error in result.errors]
     counts = [f"{_counts(result.metrics)}."]
     if demonstrations := result.metrics.get("demonstrations"):
         counts += ["", f"Demonstrations: {_counts(demonstrations)}."]

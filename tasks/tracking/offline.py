@@ -21,8 +21,10 @@ from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME
 
 from dpo.common.errors import InputError
 from dpo.common.files import atomic_write
+from tasks.common.addresses import shown
 from tasks.common.git import head_commit, inputs_changed
 from tasks.common.paths import MLFLOW_STORE
+from tasks.tracking.relocation import relocate
 
 EXPERIMENT = "dpo-pipeline"
 SWEEP, CHECKPOINT, ROLE, TRIAL = "dpo.sweep", "dpo.checkpoint", "dpo.role", "dpo.trial"
@@ -43,8 +45,11 @@ T = TypeVar("T")
 def connect() -> None:
     """Use MLFLOW_TRACKING_URI or `mlflow.db`. Raise InputError if the server does not answer."""
     if not connect_or_offline():
-        store = os.environ["MLFLOW_TRACKING_URI"]
-        raise InputError(f"MLFLOW_TRACKING_URI: {store}: connection refused or timed out; start MLflow, try again")
+        store = shown(os.environ["MLFLOW_TRACKING_URI"])
+        raise InputError(
+            f"MLFLOW_TRACKING_URI: {store}: connection refused or timed out; start that server, or use the local "
+            "store: `unset MLFLOW_TRACKING_URI`, `make up`"
+        )
 
 
 def connect_or_offline() -> bool:
@@ -73,6 +78,8 @@ def _use(store: str) -> None:
         if store.startswith("sqlite:///") and not path.exists():
             with atomic_write(path) as tmp:  # MLflow cannot repair a store whose creation was interrupted
                 MlflowClient(f"sqlite:///{tmp}").search_experiments(max_results=1)
+        if store.startswith("sqlite:///"):
+            relocate(path)
         mlflow.set_experiment(EXPERIMENT)
         mlflow.set_experiment_tag("mlflow.experimentKind", "custom_model_development")  # show runs, not traces
 
@@ -84,7 +91,8 @@ def store_lock() -> FileLock:
 
 def _use_offline_store(store: str, error: Exception) -> None:
     if mlflow.get_tracking_uri() != OFFLINE_STORE:
-        log.warning("MLflow at %s is unreachable; logging to %s until it answers: %s", store, OFFLINE_STORE, error)
+        reason = str(error).replace(store, shown(store))
+        log.warning("MLflow at %s is unreachable; logging to %s: %s", shown(store), OFFLINE_STORE, reason)
     _use(OFFLINE_STORE)
     os.environ["MLFLOW_TRACKING_URI"] = store  # set_tracking_uri changed it
 

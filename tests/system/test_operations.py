@@ -22,7 +22,7 @@ from PIL import Image
 from ruamel.yaml import YAML
 
 from dpo.common.errors import InputError
-from flows import artifacts, processes, servers, sweep
+from flows import artifacts, processes, servers, slots, sweep
 from tasks.tracking.provenance import FLOW_RUN
 from tasks.tracking.registry import COMMIT, REGISTERED
 from tasks.tracking.runs import RESUMED
@@ -111,7 +111,12 @@ class Project:
         return answer.raise_for_status().json() if answer.content else None
 
     def deployment(self, name: str) -> Any:
-        return self.ask("GET", f"deployments/name/{name}")
+        """Return a deployment by the name of its flow."""
+        return self.ask("GET", f"deployments/name/{name}/{self.name}")
+
+    @property
+    def name(self) -> str:
+        return str(json.loads((self.folder / ".prefect/project.json").read_text())["name"])
 
     def runs(self, name: str) -> Any:
         """Return the flow runs of a deployment, oldest first."""
@@ -125,7 +130,7 @@ class Project:
     def pause(self) -> None:
         """Pause the deployments that have schedules."""
         for name in ("pipeline", "retrain"):
-            self.ask("PATCH", f"deployments/{self.deployment(f'{name}/{name}')['id']}", paused=True)
+            self.ask("PATCH", f"deployments/{self.deployment(name)['id']}", paused=True)
 
     def submit(self, name: str, **parameters: object) -> str:
         identity = self.deployment(name)["id"]
@@ -203,7 +208,7 @@ def project(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> I
 
 def test_a_scheduled_run_starts_and_completes(project):
     def completed() -> list[Any]:
-        return [run for run in project.runs("pipeline/pipeline") if run["state_name"] == "Completed"]
+        return [run for run in project.runs("pipeline") if run["state_name"] == "Completed"]
 
     wait_for(lambda: bool(completed()))
     run = completed()[0]
@@ -216,6 +221,7 @@ def test_a_scheduled_run_starts_and_completes(project):
     assert sorted(stage["name"] for stage in stages) == ["compare", "train@0.1", "train@0.5", "validate"]
     found = project.ask("POST", "artifacts/filter", flow_runs={"id": {"any_": [run["id"]]}})
     shown = {artifact["key"]: artifact["data"] for artifact in found if artifact["key"]}
+    shown = {key.removeprefix(f"{project.name}-"): page for key, page in shown.items()}
     assert set(shown) == {"compare", "train-0-1", "train-0-5", "validate"}
     assert shown["validate"].endswith("\n\n## Ten pairs are valid")
     assert "| selected | null |" in shown["compare"]
@@ -223,18 +229,22 @@ def test_a_scheduled_run_starts_and_completes(project):
 
 
 def test_deployments_and_forms_match_the_flows(project):
-    retrain = project.deployment("retrain/retrain")
+    retrain = project.deployment("retrain")
     (nightly,) = retrain["schedules"]
     assert (nightly["schedule"]["cron"], nightly["schedule"]["timezone"]) == ("0 2 * * *", "UTC")
     for name in ("pipeline", "retrain", "sweep", "rollback"):
-        deployment = project.deployment(f"{name}/{name}")
-        assert deployment["work_pool_name"] == "dpo"
+        deployment = project.deployment(name)
+        assert deployment["work_pool_name"] == project.name
         assert deployment["global_concurrency_limit"]["limit"] == 1
         assert deployment["concurrency_options"]["collision_strategy"] == "ENQUEUE"
         assert set(deployment["parameters"]) <= set(deployment["parameter_openapi_schema"].get("properties", {}))
-        (step,) = deployment["pull_steps"]
+        check, step = deployment["pull_steps"]
+        assert (
+            f'test "$DPO_PROJECT" = "{project.name}"'
+            in check["prefect.deployments.steps.run_shell_script"]["script"]
+        )
         assert list(step.values()) == [{"directory": "{{ $DPO_WORKSPACE }}"}], "the folder is set by each worker"
-    form = project.deployment("sweep/sweep")["parameter_openapi_schema"]["properties"]
+    form = project.deployment("sweep")["parameter_openapi_schema"]["properties"]
     assert form["betas"]["description"] == "strengths of the KL constraint."
     assert "sigmoid" in json.dumps(form["losses"])
     assert retrain["parameter_openapi_schema"]["required"] == ["landing"]
@@ -243,7 +253,7 @@ def test_deployments_and_forms_match_the_flows(project):
 
 @pytest.mark.slow
 def test_the_retrain_deployment_takes_in_new_files(project):
-    first = project.submit("retrain/retrain")
+    first = project.submit("retrain")
     assert project.await_run(first, "Kept")["state"]["message"].startswith(
         "1 file new, 0 files refused: No policy"
     )
@@ -252,7 +262,7 @@ def test_the_retrain_deployment_takes_in_new_files(project):
     subjects = project.execute("git", "log", "--format=%s").splitlines()
     assert subjects[:2] == ["Retrain on 1 file", "Add 1 file to the data"]
     assert len(subjects) == 4
-    again = project.submit("retrain/retrain")
+    again = project.submit("retrain")
     assert project.await_run(again, "NothingNew")["state"]["type"] == "COMPLETED"
 
 
@@ -260,16 +270,16 @@ def test_the_retrain_deployment_takes_in_new_files(project):
 def test_a_rollback_without_a_champion_is_an_error(project):
     project.execute("git", "add", "--all")
     project.execute("git", "commit", "--quiet", "--allow-empty", "--message", "Results")
-    ended = project.await_run(project.submit("rollback/rollback"), "Failed")
+    ended = project.await_run(project.submit("rollback"), "Failed")
     assert "dpo-policy has no champion" in ended["state"]["message"]
 
 
 @pytest.mark.slow
 def test_two_deployments_do_not_run_at_once(project):
     (project.folder / "pause.txt").write_text("3")
-    first = project.submit("pipeline/pipeline")
+    first = project.submit("pipeline")
     project.await_run(first, "Running")
-    second = project.submit("sweep/sweep", betas=[0.2, 0.3])
+    second = project.submit("sweep", betas=[0.2, 0.3])
     ended = project.await_run(first, "Completed")["end_time"]
     assert project.await_run(second, "Completed")["start_time"] > ended
     assert "betas: [0.2, 0.3]" in project.execute("git", "diff", "params.yaml")
@@ -362,7 +372,7 @@ def test_training_resumes_from_its_last_checkpoint_after_the_worker_is_killed(pr
         return [process for process in processes_in(project.folder) if command_of(process)[-2:] == command]
 
     def train_until(step: int) -> str:
-        run = project.submit("pipeline/pipeline")
+        run = project.submit("pipeline")
         wait_for(lambda: last_step() >= step)
         assert len(trainings()) == 1
         return run
@@ -388,7 +398,7 @@ def test_training_resumes_from_its_last_checkpoint_after_the_worker_is_killed(pr
     second = last_step()
     change(project.folder, {"run.checkpoint_minutes": 5})
     assert "worker   was stopped during flow run" in project.servers("up")
-    project.await_run(project.submit("pipeline/pipeline"), "Completed")
+    project.await_run(project.submit("pipeline"), "Completed")
     assert (project.folder / POLICY).read_bytes() == uninterrupted
     client = MlflowClient(f"sqlite:///{project.folder}/mlflow.db")
     found = client.search_runs(["1"], f"tags.`dpo.trial` = '{TRIAL}'", order_by=["start_time"])
@@ -408,14 +418,14 @@ def test_a_second_up_starts_nothing_and_down_stops_everything(project):
     output = project.servers("up")
     assert "sweep    removed a schedule that is not in prefect.yaml" in output
     assert project.ask("GET", added) == []
-    paused = {name: project.deployment(f"{name}/{name}")["paused"] for name in ("pipeline", "retrain", "sweep")}
+    paused = {name: project.deployment(name)["paused"] for name in ("pipeline", "retrain", "sweep")}
     assert paused == {"pipeline": True, "retrain": True, "sweep": False}
     assert re.findall(r"(\w+) +is already running", output) == ["prefect", "mlflow", "worker"]
     assert roots_in(project.folder) == before
     assert httpx.get(f"http://127.0.0.1:{project.ports[1]}/health").is_success
-    interrupted = project.submit("pipeline/pipeline")
+    interrupted = project.submit("pipeline")
     wait_for(lambda: any(process.name() == "sleep" for process in processes_in(project.folder)))
-    waiting = project.submit("pipeline/pipeline")
+    waiting = project.submit("pipeline")
     stranger = subprocess.Popen(["sleep", "60"], cwd=project.folder, start_new_session=True)
     try:
         project.servers("down")
@@ -445,8 +455,8 @@ def test_the_database_of_prefect_belongs_to_the_checkout(tmp_path):
 
 def test_only_orphaned_processes_of_this_folder_are_stopped(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    run = {servers.WORKSPACE: str(tmp_path), servers.WORKERS_RUN: "1"}
-    kinds = [run, run | {FLOW_RUN: "1"}, {servers.WORKERS_RUN: "1"}, {servers.WORKSPACE: str(tmp_path)}]
+    run = {servers.WORKSPACE: str(tmp_path), slots.WORKERS_RUN: "1"}
+    kinds = [run, run | {FLOW_RUN: "1"}, {slots.WORKERS_RUN: "1"}, {servers.WORKSPACE: str(tmp_path)}]
     started = [subprocess.Popen(["sleep", "60"], env=os.environ | variables) for variables in kinds]
     monkeypatch.setattr(processes, "GRACE_SECONDS", 1.0)
     try:

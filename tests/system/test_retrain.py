@@ -26,6 +26,7 @@ from dpo.common.errors import InputError, TransientError
 from dpo.common.files import write_json
 from flows.artifacts import artifact_key
 from flows.git import git
+from flows.identity import project
 from flows.journal import JOURNAL, begin
 from flows.landing import CHECKED, REFUSED, check_files, fetch_new, take_in
 from flows.pipeline import bring_up_to_date, is_transient, pipeline
@@ -511,11 +512,15 @@ def test_every_outcome_is_an_event_for_automations(story):
 def test_artifacts_show_the_gate_and_the_retraining(story):
     with get_client(sync_client=True) as client:
         found = client.read_artifacts()
-    pages = [artifact.data for artifact in found if artifact.key == "retrain"]
+    pages = [artifact.data for artifact in found if artifact.key.endswith("-retrain")]
     assert any("Retraining: kept" in page and "tuesday.jsonl" in page for page in pages)
-    trained = [artifact.data for artifact in found if artifact.key == artifact_key(f"train@{TRIAL}")]
+    trained = [
+        artifact.data
+        for artifact in found
+        if artifact.key.endswith(artifact_key(f"train@{TRIAL}")[len(project()) :])
+    ]
     (page,) = [page for page in trained if f"MLflow: run `{story.facts['mlflow_run']}`" in page]
     _, _, curves = page.partition(f"### metrics/train/{TRIAL}.csv\n\n")
     assert curves.startswith("![")
     assert "\n\n| epoch |" in curves
-    assert any("Gate: not promoted" in artifact.data for artifact in found if artifact.key == "gate")
+    assert any("Gate: not promoted" in artifact.data for artifact in found if artifact.key.endswith("-gate"))

@@ -1,0 +1,40 @@
+"""The worker of this checkout, which `make up` starts: Prefect's process worker, and a thread that frees slots."""
+
+import asyncio
+import logging
+import sys
+import threading
+import time
+
+import httpx
+from prefect.client.orchestration import SyncPrefectClient
+from prefect.settings import PREFECT_API_URL, PREFECT_WORKER_QUERY_SECONDS
+from prefect.workers.process import ProcessWorker
+
+from dpo.common.errors import InputError
+from dpo.config import load_params
+from flows.slots import release_slots
+
+log = logging.getLogger("prefect.worker")
+
+
+def watch(pool: str) -> None:
+    """Free the slots of runs that ended without reporting it, or that run for too long, at every poll."""
+    hours = 72.0
+    with SyncPrefectClient(PREFECT_API_URL.value()) as client:
+        while True:
+            time.sleep(PREFECT_WORKER_QUERY_SECONDS.value())
+            try:
+                hours = load_params().run.flow_hours
+            except InputError as error:
+                log.warning("run.flow_hours stays %g: %s", hours, error)
+            try:
+                for line in release_slots(client, pool, hours):
+                    log.warning(line)
+            except httpx.HTTPError as error:
+                log.warning("Prefect's server does not answer, start it with `make up`: %s", error)
+
+
+if __name__ == "__main__":
+    threading.Thread(target=watch, args=(sys.argv[1],), daemon=True).start()
+    asyncio.run(ProcessWorker(work_pool_name=sys.argv[1], name=sys.argv[1]).start())
