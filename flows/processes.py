@@ -29,7 +29,7 @@ ADVICE = re.compile(
 )
 """DVC's advice about commands that the flows run themselves."""
 ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
-ECHO = re.compile(r"ERROR: failed to reproduce '.*': failed to run: |> |\s*$")
+ECHO = re.compile(r"(ERROR: failed to reproduce '.*': )failed to run: .*(exited with -?\d+)")
 """DVC's echo of a command, which would hide the error above it."""
 FLOW_PROCESS = "DPO_FLOW_PROCESS"
 """Environment variable with the process id of the flow that started a process."""
@@ -49,7 +49,7 @@ class StageError(Exception):
 
 def command_error(title: str, lines: list[str], transient: bool = False) -> StageError:
     """Return the error of a failed command, with DVC's own errors and the last lines of the output."""
-    lines = [line for line in lines if not ECHO.match(line)]
+    lines = [ECHO.sub(r"\1\2", line) for line in lines if not line.startswith("> ")]
     errors = [line for line in lines[:-TAIL_LINES] if line.startswith(("ERROR", "error:"))]  # before many files
     return StageError("\n".join([f"{title} failed; its last output:", *errors, *lines[-TAIL_LINES:]]), transient)
 

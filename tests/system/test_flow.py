@@ -141,7 +141,10 @@ def test_a_stage_shows_its_outputs_as_listed_by_dvc(project):
     assert artifacts_of(pipeline(return_state=True)) == [], "stages that are up to date have no artifact"
 
     (project / "seed.txt").write_text("bad")
-    page, progress = artifacts_of(pipeline(return_state=True))
+    failure, page, progress = artifacts_of(pipeline(return_state=True))
+    assert failure.data.startswith("## Pipeline failed\n\n**What failed:** 1 of 1 stages failed:\n\n**Why:**")
+    assert "ERROR: failed to reproduce 'fit': exited with 1\n" in failure.data
+    assert "\n\n**What to do:** The lines above have the reason." in failure.data
     assert page.data == "## `fit`: failed\n\nTwo rows are odd."
     assert (progress.data, progress.description) == (30.0, "failed")
 

@@ -28,6 +28,7 @@ from dpo.data.validate import EXAMPLES, MAX_SERIAL_GROUPS, validate
 from dpo.engine.chat import read_turns
 from tasks import validate as task
 from tasks.commands import validate as command
+from tasks.common.markdown import inline
 from tasks.common.paths import (
     BASE,
     EVAL,
@@ -774,7 +775,7 @@ def test_the_terminal_table_has_at_most_twenty_five_lines(broken_result):
 def test_markdown_contains_all_broken_rules(broken_result):
     text = report.markdown(everything(broken_result), PARAMS)
     assert f"{broken_result.metrics['rows']} rows: {broken_result.metrics['accepted']} accepted" in text
-    assert f"- **{broken_result.errors[0].message}**" in text
+    assert f"- {inline(broken_result.errors[0].message)}" in text
     table = [line for line in text.splitlines() if line.startswith("|")]
     assert len(table) == 2 + len(RULES)
     assert {line.count("|") for line in table} == {6}
