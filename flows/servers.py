@@ -85,9 +85,11 @@ def start(name: str, url: str, *arguments: str, env: dict[str, str]) -> Server:
         echo(f"{name:8} is already running at {server.url}")
         return server
     command = [sys.executable, "-m", *arguments]
+    umask = -1 if name == WORKER else 0o077  # logs and databases of servers are readable for this user only
     with (FOLDER / f"{name}.log").open("ab") as log:
+        os.fchmod(log.fileno(), 0o600)
         process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=env, start_new_session=True
+            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=env, start_new_session=True, umask=umask
         )
     server = Server(name, process.pid, command, url)
     (FOLDER / f"{name}.json").write_text(json.dumps(asdict(server) | {"url": shown(url)}, indent=2) + "\n")
@@ -205,8 +207,8 @@ def up() -> None:
     InputError if a port is in use, a server does not start, Prefect's database is another checkout's, or a
     deployment is rejected; servers that were started until then continue to run.
     """
-    os.umask(0o077)  # files of the servers, such as logs and databases, are readable for this user only
     FOLDER.mkdir(exist_ok=True)
+    FOLDER.chmod(0o700)
     (FOLDER / ".gitignore").write_text("*\n")
     check_place()
     prefect_url = address(PREFECT, "PREFECT_PORT", 4200)

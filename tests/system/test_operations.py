@@ -285,6 +285,13 @@ def test_two_deployments_do_not_run_at_once(project):
     assert "betas: [0.2, 0.3]" in project.execute("git", "diff", "params.yaml")
 
 
+def test_files_of_the_servers_are_private(project):
+    home = Path(project.environment["PREFECT_HOME"])
+    files = [*(project.folder / ".servers").glob("*.log"), *home.glob("prefect.db*")]
+    assert len(files) >= 4
+    assert {oct(path.stat().st_mode & 0o777) for path in files} == {"0o600"}
+
+
 def test_artifacts_link_to_the_mlflow_server_of_the_worker(project, tmp_path, monkeypatch):
     servers_set = {process.environ().get(artifacts.MLFLOW_PAGES) for process in processes_in(project.folder)}
     assert servers_set == {project.mlflow}
