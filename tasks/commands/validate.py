@@ -1,7 +1,9 @@
 """Validate data files without running the pipeline."""
 
 import sys
+import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from itertools import groupby
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from dpo.common.files import write_json
 from dpo.config import Params
 from dpo.data.ingest import write_raw_pairs
 from dpo.data.readers import read_files
+from dpo.engine.settings import ModelSettings
 from tasks.common.paths import BASE
 from tasks.validate import raise_errors, validate_and_report
 
@@ -24,7 +27,8 @@ def check_files(params: Params, files: list[str], model: Path | None, output: Pa
     training pairs are printed as the model reads them.
 
     Raises:
-        InputError: a file is unreadable, the model is missing, or the data must not be used.
+        InputError: a file is unreadable, the model is missing or its template needs a setting, or the data must
+            not be used.
     """
     if model is not None and not model.is_dir():
         raise InputError(f"--model: {model} is not a folder; name one that contains the model's tokenizer")
@@ -44,11 +48,33 @@ def check_files(params: Params, files: list[str], model: Path | None, output: Pa
     outputs |= {"report": output / "report.html", "metrics": metrics}
     origin = ", ".join(files)
     caps: dict[str, int | None] = {"train": None, "eval": None}
-    result = validate_and_report(params, raw_pairs, origin, tokenizer, caps, outputs)
-    if tokenizer is not None and not result.errors:
-        for text in training_sequences(outputs["train"], tokenizer, show, params.engine.max_length):
-            print(text)
+    with nullcontext(tokenizer) if model is None else fixed_tokenizer(model, params.model) as folder:
+        result = validate_and_report(params, raw_pairs, origin, folder, caps, outputs)
+        if folder is not None and not result.errors:
+            for text in training_sequences(outputs["train"], folder, show, params.engine.max_length):
+                print(text)
     raise_errors(result)
+
+
+@contextmanager
+def fixed_tokenizer(model: Path, settings: ModelSettings) -> Iterator[Path]:
+    """Yield a folder with the tokenizer of a model, whose chat template is fixed as in stage `fetch_model`."""
+    from dpo.engine.chat import fix_template
+    from dpo.engine.pretrained import load_tokenizer
+
+    tokenizer = load_tokenizer(model)
+    given = tokenizer.chat_template
+    try:
+        merges = settings.system_in_user_turn
+        fix_template(tokenizer, settings.template_kwargs, settings.date, system_in_user_turn=merges)
+    except InputError as error:
+        raise InputError(f"--model: {model}: {error}") from error
+    if tokenizer.chat_template == given:
+        yield model
+        return
+    with tempfile.TemporaryDirectory() as fixed:
+        tokenizer.save_pretrained(fixed)
+        yield Path(fixed)
 
 
 def training_sequences(table: Path, model: Path, count: int, max_length: int) -> Iterator[str]:

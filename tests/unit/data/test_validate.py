@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import jinja2
@@ -26,6 +27,7 @@ from dpo.data.settings import DataSettings, ValidateSettings
 from dpo.data.summary import wilson_interval
 from dpo.data.validate import EXAMPLES, MAX_SERIAL_GROUPS, validate
 from dpo.engine.chat import read_turns
+from dpo.engine.pretrained import load_tokenizer
 from tasks import validate as task
 from tasks.commands import validate as command
 from tasks.common.markdown import inline
@@ -658,6 +660,24 @@ def test_pairs_are_shown_as_the_model_reads_them(workdir, capsys, tiny_model_dir
     assert "[chosen] The end.\n[end] <|im_end|>\n" in shown
     with pytest.raises(InputError, match="--show: pairs are shown as tokens; set --model"):
         command.check_files(PARAMS, ["data.jsonl"], None, Path("checked"), show=1)
+
+
+@pytest.mark.parametrize(
+    "template", ["Today: {{ strftime_now('%d %b %Y') }}\n", '{{ strftime_now("%H:%M:%S") }}\n']
+)
+def test_check_files_writes_the_date_of_the_pipeline(workdir, capsys, tiny_model_dir, template):
+    tokenizer = load_tokenizer(tiny_model_dir)
+    tokenizer.chat_template = template + tokenizer.chat_template
+    tokenizer.save_pretrained("dated")
+    (workdir / "data.jsonl").write_bytes(lines_of(ROWS))
+    with pytest.raises(
+        InputError, match=r"--model: dated: the chat template writes today's date; set model\.date"
+    ):
+        command.check_files(PARAMS, ["data.jsonl"], Path("dated"), Path("checked"))
+    dated = replace(PARAMS, model=replace(PARAMS.model, date="2021-02-03"))
+    command.check_files(dated, ["data.jsonl"], Path("dated"), Path("checked"), show=1)
+    shown = capsys.readouterr().out
+    assert ("[prompt] Today: 03 Feb 2021\n" if "Today" in template else "[prompt] 00:00:00\n") in shown
 
 
 def test_check_files_without_a_tokenizer_reports_lengths_in_characters(workdir, capsys):
