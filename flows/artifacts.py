@@ -107,7 +107,8 @@ def publish_stage(stage: str, verdict: str, seconds: float, complete: bool) -> N
     page = REPORTS / f"{stage}.md"
     parts += [page.read_text().strip()] if page.is_file() else []
     for path, out in outs.items():
-        if (out.metric or out.plot) and path.is_file():
+        own = f"{path.with_suffix('')}/".startswith(f"metrics/{stage.split('@')[0]}/")
+        if (out.metric or out.plot or own) and path.is_file():
             parts += [f"### {path}", *plot_images(path, out.plot), file_table(path)]
     with ignore_outage():
         create_markdown_artifact("\n\n".join(parts), key=artifact_key(stage), description=ended)

@@ -1,6 +1,7 @@
 """Stage `compare`: compare all policies, select one and write the report."""
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import pandas as pd
@@ -12,6 +13,7 @@ from dpo.evaluation.gate import kept_for_gate
 from dpo.evaluation.pair_metrics import reliability, slices
 from dpo.evaluation.selection import compare_policies, failure_modes, select, tested_metric
 from dpo.evaluation.yardsticks import yardsticks
+from dpo.training.settings import Trial
 from tasks.common import paths
 from tasks.common.runner import run
 from tasks.report.comparison import Results, concatenate, draw_figures, write_report
@@ -21,6 +23,7 @@ from tasks.report.figures import labels, reward_metric
 def main() -> None:
     """Select a policy, write metrics and report, and log them."""
     params = load_params()
+    remove_earlier(params.trials())
     results = compare(params)
     write_metrics(results)
     figures = draw_figures(results)
@@ -32,6 +35,18 @@ def main() -> None:
     log_comparison(params, results.policies, selection.name, selection.reason, figures)
     selected = [paths.policy_folder(trial) for trial in results.trials if trial.name == selection.name]
     log_models(params, [paths.REFERENCE, *selected])
+
+
+def remove_earlier(trials: Sequence[Trial]) -> None:
+    """Delete results of trials that left the sweep. DVC's cache and git have those that were committed.
+
+    The stage depends on the folders, so a leftover file would make it stale in a clone, which does not have it.
+    """
+    files = (paths.policy_margins, paths.policy_samples, paths.evaluation, paths.train_log)
+    current = {paths.REFERENCE_SAMPLES, *(path(trial) for trial in trials for path in files)}
+    for folder in {path.parent for path in current}:
+        for leftover in {*folder.glob("*.parquet"), *folder.glob("*.csv"), *folder.glob("*.json")} - current:
+            leftover.unlink()
 
 
 def compare(params: Params) -> Results:
@@ -94,6 +109,9 @@ def write_metrics(results: Results) -> None:
     selection = results.selection
     verdict = {"selected": selection.name, "against_reference": selection.against_reference}
     write_json(paths.COMPARISON, verdict | {"reason": selection.reason, "policies": policies})
+    names = ("win_rate", "reward_accuracy", "margin", "kl")
+    figures = policies.get(selection.name or "", {})
+    write_json(paths.SUMMARY, verdict | {name: figures[name] for name in names if name in figures})
     reward = reward_metric(results.policies)
     frontier = pd.DataFrame(
         {"policy": name, "beta": metrics["trial"]["beta"], "kl": metrics["kl"], "reward": metrics[reward]}

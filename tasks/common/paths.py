@@ -26,6 +26,8 @@ TRAINING_PROGRESS = Path(".training-progress")
 REFERENCE_SAMPLES = Path("samples/reference.parquet")
 METRICS = Path("metrics")
 COMPARISON = METRICS / "comparison.json"
+SUMMARY = METRICS / "summary.json"
+"""The only file that DVC shows as metrics: the choice, and the main figures of the selected policy."""
 MLFLOW_STORE = "sqlite:///mlflow.db"
 PROFILE = METRICS / "profile.json"
 REPORTS = Path("reports")

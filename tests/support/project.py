@@ -28,6 +28,8 @@ def make_project(folder: Path, model: Path) -> Path:
     shutil.copytree(model, folder / "models/own/tiny")
     shutil.copytree(ROOT / "data/benchmarks", folder / "data/benchmarks")
     (folder / "data/own").mkdir()
+    for name in ("data/.own", "models/.own"):
+        (folder / name).symlink_to("own")
     pairs = pd.DataFrame(
         {
             "prompt": [f"Say something about film {number}." for number in range(40)],
