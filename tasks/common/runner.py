@@ -3,6 +3,7 @@
 import errno
 import gc
 import os
+import signal
 import sys
 from collections.abc import Callable
 
@@ -17,15 +18,21 @@ def run(main: Callable[[], None]) -> None:
     """Run a stage or a command. Errors that the user can fix end it with one message, without a traceback.
 
     Exit codes: 2 for bad input, 75 (EX_TEMPFAIL) for transient faults, 1 if a file cannot be written or a loss is
-    not finite, 143 after SIGTERM.
+    not finite, 143 after SIGTERM, 141 if the reader of the output has closed the pipe.
     """
     gc.freeze()  # objects that imports created stay until the end: exclude them from garbage collection
     try:
-        main()
+        try:
+            main()
+        finally:
+            sys.stdout.flush()  # a closed pipe is noticed here, not at the interpreter's end
     except InputError as error:
         _exit(f"error: {error}", 2)
     except TransientError as error:
         _exit(f"error: {error}", os.EX_TEMPFAIL)
+    except BrokenPipeError:  # the reader, such as `head`, has closed the pipe
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes at its end
+        sys.exit(128 + signal.SIGPIPE)
     except OSError as error:
         if error.errno not in NOT_WRITABLE:
             raise

@@ -1,5 +1,6 @@
 """`dpo chat`."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -8,7 +9,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from tasks.commands.chat import _columns
+from tasks.commands import chat as command
+from tasks.commands.chat import _columns, _start
 from tasks.commands.cli import app
 
 ROOT = Path(__file__).parents[3]
@@ -55,3 +57,45 @@ def test_columns_are_side_by_side_or_one_below_the_other_in_a_narrow_terminal():
     assert [line.split("|")[1].strip() for line in wide] == ["b", "-", "three", "four"]
     assert all(len(line) <= 80 for line in wide)
     assert _columns(["a", "b"], ["one", "two"], 40) == "a:\none\n\nb:\ntwo"
+
+
+def answers(shown):
+    return [part.strip().rsplit("\n", 1)[-1] for part in shown.split("\n> ")[1:]]
+
+
+def test_redo_samples_the_last_response_again_with_the_next_seed(chat):
+    first, again, third = answers(chat("Hello\n/redo\n/redo\n"))[:3]
+    assert len({first, again, third}) == 3
+    assert answers(chat("Hello\n/redo\n", "--seed", "0"))[1] == again
+    assert answers(chat("Hello\n", "--seed", "1"))[0] == again, "the conversation is that of the first prompt"
+    assert "There is no response yet" in chat("/redo\n")
+
+
+def test_a_system_prompt_starts_a_conversation_and_changes_the_response(chat):
+    plain, _, instructed = answers(chat("Hello\n/system Talk like a pirate.\nHello\n"))[:3]
+    assert plain != instructed
+
+
+def test_a_model_without_a_system_prompt_says_so(capsys):
+    class Tokenizer:
+        def apply_chat_template(self, messages, tokenize):
+            raise ValueError("System role not supported")
+
+    assert _start(Tokenizer(), "Be brief.") == []
+    assert "no system prompt: System role not supported" in capsys.readouterr().out
+
+
+def test_the_base_model_speaks_too_if_the_reference_was_trained_from_it(
+    tiny_model_dir, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    for name in ("policy", "reference", "base"):
+        shutil.copytree(tiny_model_dir, f"models/{name}")
+    words = iter(["Hello", "/quit"] * 2)
+    monkeypatch.setattr("builtins.input", lambda _: next(words))
+    options = {"max_new_tokens": 3, "temperature": 0.7, "seed": 0}
+    for base, spoken in (("same", False), ("other", True)):
+        facts = {"models": {"models/base": base}, "weights": "same"}
+        Path("models/reference/provenance.json").write_text(json.dumps(facts))
+        command.chat(Path("models/policy"), Path("models/reference"), **options)
+        assert ("models/base" in capsys.readouterr().out) is spoken

@@ -1,5 +1,7 @@
 """The console script `dpo`."""
 
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -71,3 +73,19 @@ def test_unknown_commands_and_values_are_refused_with_exit_code_2(tmp_path):
     wrong = dpo("chat", "model", "--temperature", "0", cwd=tmp_path)
     assert wrong.returncode == 2
     assert "Invalid value for '--temperature': must be above 0" in wrong.stderr
+
+
+@pytest.mark.parametrize("command", [["results"], ["--help"], ["init", "--help"]])
+def test_a_closed_pipe_ends_a_command_without_a_traceback(command, tmp_path):
+    Path(tmp_path / "metrics").mkdir()
+    policy = {"reward_accuracy": 0.5, "reward_accuracy_ci": [0.4, 0.6]}
+    comparison = {"policies": {f"policy-{n}": policy for n in range(3000)}, "reason": "none"}
+    (tmp_path / "metrics/comparison.json").write_text(json.dumps(comparison))
+    reader, writer = os.pipe()
+    os.close(reader)
+    words = [sys.executable, "-m", "tasks.commands.cli", *command]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(words, cwd=tmp_path, env=env, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert done.stderr == ""
+    assert done.returncode in (1, 141)
