@@ -32,7 +32,7 @@ def prepare(folder: Path) -> None:
         (shutil.copytree if Path(name).is_dir() else shutil.copy)(name, folder / name)
     yaml = YAML()
     params = yaml.load(folder / "params.yaml")
-    params["evaluate"] |= {"samples": RESPONSES, "max_new_tokens": NEW_TOKENS}
+    params["evaluate"] |= {"samples": RESPONSES, "kl_samples": None, "max_new_tokens": NEW_TOKENS}
     yaml.dump(params, folder / "params.yaml")
     subprocess.run([sys.executable, "-m", "tasks.reference_samples"], cwd=folder, check=True)
 

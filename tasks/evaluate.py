@@ -99,10 +99,13 @@ def sample_responses(
     max_new_tokens: int,
     served: pd.DataFrame | None,
 ) -> pd.DataFrame:
-    """Return the responses (sampled here unless `served`) with KL to the reference and implicit reward."""
+    """Return the responses (sampled here unless `served`) with KL to the reference and implicit reward.
+
+    Both are NaN after the first `evaluate.kl_samples` rows.
+    """
     sampling = params.sampling(max_new_tokens)
     samples = response_table(policy, tokenizer, prompts, **sampling) if served is None else served
-    responses = samples["ids"].tolist()
+    responses = samples["ids"].tolist()[: params.evaluate.kl_samples]
 
     def kl_to_reference(mine: list[int]) -> list[Any]:
         reference = None  # the policy without its adapter
@@ -113,13 +116,13 @@ def sample_responses(
         table = divergence(policy, reference, prompt_tokens, [responses[i] for i in mine], max_tokens)
         return table.to_dict("records")
 
-    kl = pd.DataFrame(share(len(prompts), kl_to_reference))
+    kl = pd.DataFrame(share(len(responses), kl_to_reference))
     logps, reference_logps = (torch.tensor(kl[name].to_numpy()) for name in ("policy_logp", "reference_logp"))
     lengths = torch.tensor([len(ids) for ids in responses])
     if served is not None:
         check_sampled(kl, lengths.tolist(), paths.policy_folder(trial))
     rewards = trial.loss.rewards(logps, reference_logps, lengths, trial.beta)
-    return samples.join(kl).assign(implicit_reward=rewards.numpy())
+    return samples.join(kl.assign(implicit_reward=rewards.numpy()))
 
 
 def compare_responses(

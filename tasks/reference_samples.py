@@ -13,7 +13,7 @@ from dpo.engine.tokenization import prompt_ids
 from dpo.evaluation.judges import load_judges
 from dpo.evaluation.judges.accuracy import judge_accuracy
 from dpo.evaluation.kl import divergence
-from dpo.evaluation.sampling import response_limit, response_table
+from dpo.evaluation.sampling import proportional_first, response_limit, response_table
 from dpo.evaluation.server_sampling import check_sampled, served_responses
 from tasks.common.memory import check_memory
 from tasks.common.paths import EVAL, REFERENCE, REFERENCE_SAMPLES
@@ -23,6 +23,7 @@ from tasks.common.runner import run_launched
 def main() -> None:
     """Draw prompts, sample a response to each, and add the column `score/NAME` of each judge that scores.
 
+    The first `evaluate.kl_samples` rows, on which KL is measured, have the same share of each prompt as all rows.
     The table's `attrs` have the accuracy of the judges on held-out pairs.
     """
     params = load_params()
@@ -31,7 +32,9 @@ def main() -> None:
     check_memory("reference_samples", params, REFERENCE)
     pairs, count = pd.read_parquet(EVAL), params.evaluate.samples
     table = pairs.sample(count, replace=len(pairs) < count, random_state=params.seed)
-    table = table[["prompt", "turns", "tools", "chat_template_kwargs"]].reset_index(drop=True)
+    table = table[["prompt", "turns", "tools", "chat_template_kwargs"]]
+    order = proportional_first(table["prompt"].tolist(), params.evaluate.kl_samples or count)
+    table = table.iloc[order].reset_index(drop=True)
     prompts = [prompt_of(pair, tokenizer) for pair in table.to_dict("records")]
     limit = response_limit(params.evaluate.max_new_tokens, pairs, tokenizer, params.engine.max_length)
     table = table.join(sample_responses(params, tokenizer, prompts, limit))
@@ -55,7 +58,8 @@ def sample_responses(
     model = load_model(REFERENCE, **engine.loading, frozen=True).to(this_process().device)
     if served is None:
         return response_table(model, tokenizer, prompts, **sampling)
-    rows, responses = prompt_ids(tokenizer, prompts, sampling["max_prompt_tokens"]), served["ids"].tolist()
+    rows = prompt_ids(tokenizer, prompts[: params.evaluate.kl_samples], sampling["max_prompt_tokens"])
+    responses = served["ids"].tolist()[: params.evaluate.kl_samples]
     scores = divergence(model, model, rows, responses, engine.max_tokens_per_microbatch)
     check_sampled(scores, [len(ids) for ids in responses], REFERENCE)
     return served

@@ -43,8 +43,9 @@ def ratio(numerators: ArrayLike, denominators: ArrayLike) -> Statistic:
 
 
 def mean(values: ArrayLike) -> Statistic:
-    """Return the weighted mean of N values."""
-    return ratio(values, np.ones(np.size(values)))
+    """Return the weighted mean of N values. Those that are NaN are left out."""
+    data = np.asarray(values, float)
+    return ratio(np.nan_to_num(data), ~np.isnan(data))
 
 
 def quantile(values: ArrayLike, q: float) -> Statistic:

@@ -107,21 +107,16 @@ def preference_metrics(
         "reward_accuracy": mean(table["correct"]),
         "margin": mean(table["margin"]),
         **{f"margin_p{percent:02}": quantile(table["margin"], percent / 100) for percent in (5, 25, 50, 75, 95)},
-        **{name: _mean(table[name]) for name in ("chosen_reward", "rejected_reward", "chosen_logp_change")},
+        **{name: mean(table[name]) for name in ("chosen_reward", "rejected_reward", "chosen_logp_change")},
         "loss": mean(table["loss"]),
         "loss_rise": mean(table["loss"] - table["initial_loss"]),
-        "chosen_logp_fell_share": _mean((table["chosen_logp_change"] < 0).where(table["chosen_reward"].notna())),
+        "chosen_logp_fell_share": mean((table["chosen_logp_change"] < 0).where(table["chosen_reward"].notna())),
         "perplexity": _exp(ratio(-policy, tokens)),
         "reference_perplexity": _exp(ratio(-reference, tokens)),
         "perplexity_ratio": _exp(ratio(reference - policy, tokens)),
         **_human_agreement(table),
     }
     return {"pairs": len(table), **bootstrap(statistics, table["prompt"].tolist(), seed)}
-
-
-def _mean(values: pd.Series) -> Statistic:
-    """Return the mean without the rows that have no such completion, as labelled rows of the other label."""
-    return ratio(values.fillna(0), values.notna()) if values.isna().any() else mean(values)
 
 
 def _exp(statistic: Statistic) -> Statistic:
@@ -181,7 +176,7 @@ def slices(table: pd.DataFrame, seed: int) -> pd.DataFrame:
     columns = {"reward_accuracy": "correct", "margin": "margin", "chosen_logp_change": "chosen_logp_change"}
     rows = []
     for name, value, part in _split(table):
-        statistics = {metric: _mean(part[column]) for metric, column in columns.items()}
+        statistics = {metric: mean(part[column]) for metric, column in columns.items()}
         metrics = bootstrap(statistics, part["prompt"].tolist(), seed)
         rows.append({"slice": name, "value": value, "pairs": len(part), **metrics})
     result = pd.DataFrame(rows)

@@ -21,7 +21,8 @@ def response_metrics(table: pd.DataFrame, seed: int) -> dict[str, float | list[f
     Token counts include the end token of a finished response; n-grams of tokens leave it out.
 
     - `kl` and `tokens`: means per response. `kl_per_token`, `entropy_per_token`: sums divided by all tokens.
-      `length_ratio`: tokens divided by the reference's. `implicit_reward`: mean.
+      `length_ratio`: tokens divided by the reference's. `implicit_reward`: mean. KL, entropy and implicit reward
+      are over the `kl_samples` responses on which they are not NaN.
     - `repetition`: mean over responses of the share of 4-grams that occur earlier in the same response
       (seq-rep-4, Welleck et al. 2020, "Neural Text Generation with Unlikelihood Training"), 0 without 4-grams;
       `reference_repetition`; `repetition_rise`, the difference.
@@ -45,6 +46,8 @@ def response_metrics(table: pd.DataFrame, seed: int) -> dict[str, float | list[f
     `reference_score`; from a further judge `win/NAME`.
     """
     tokens, reference_tokens = table["ids"].map(len), table["reference_ids"].map(len)
+    scored = table["kl"].notna()
+    scored_tokens = tokens.where(scored, 0)
     responses, reference_responses = _without_end(table, ""), _without_end(table, "reference_")
     repetition, reference_repetition = (
         np.array([_repetition(ids) for ids in side]) for side in (responses, reference_responses)
@@ -54,8 +57,8 @@ def response_metrics(table: pd.DataFrame, seed: int) -> dict[str, float | list[f
     both = zip(table["ids"], table["reference_ids"], strict=True)
     statistics = {
         "kl": mean(table["kl"]),
-        "kl_per_token": ratio(table["kl"], tokens),
-        "entropy_per_token": ratio(table["entropy"], tokens),
+        "kl_per_token": ratio(table["kl"].fillna(0), scored_tokens),
+        "entropy_per_token": ratio(table["entropy"].fillna(0), scored_tokens),
         "tokens": mean(tokens),
         "length_ratio": ratio(tokens, reference_tokens),
         "repetition": mean(repetition),
@@ -72,7 +75,7 @@ def response_metrics(table: pd.DataFrame, seed: int) -> dict[str, float | list[f
         "unchanged": mean([list(ids) == list(others) for ids, others in both]),
         "implicit_reward": mean(table["implicit_reward"]),
     }
-    counts: dict[str, float | list[float]] = {"samples": len(table)}
+    counts: dict[str, float | list[float]] = {"samples": len(table), "kl_samples": int(scored.sum())}
     for column, wins in table.filter(regex="^win(/|$)").items():
         judge = str(column).removeprefix("win")
         counts[f"failed_verdicts{judge}"] = int(wins.isna().sum())

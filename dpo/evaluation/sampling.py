@@ -10,6 +10,7 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedTokenizerBase
@@ -39,6 +40,19 @@ def response_limit(
     rows = encode_pairs(held_out.to_dict("records"), tokenizer, max_length)
     longest = np.quantile([length for row in rows for length in row.lengths], 0.95)
     return min(math.ceil(longest), max_length * 3 // 4)
+
+
+def proportional_first(prompts: Sequence[str], count: int) -> NDArray[np.int64]:
+    """Return an order of N prompts in which the first `count` have the same share of each prompt as all, rounded.
+
+    The first ones are a systematic sample: of the prompts sorted by text, every N / count-th. Both parts keep the
+    order of the rows.
+    """
+    by_prompt = np.argsort(np.asarray(prompts, dtype=object), kind="stable")
+    size = min(count, len(prompts))
+    places = (np.arange(size) * len(prompts) + len(prompts) // 2) // max(size, 1)
+    first = np.isin(np.arange(len(prompts)), by_prompt[places])
+    return np.argsort(~first, kind="stable")
 
 
 def sample(

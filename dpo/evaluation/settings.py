@@ -141,6 +141,9 @@ class EvaluateSettings(Settings):
 
     samples: Positive
     """Number of responses sampled from each policy and from the reference."""
+    kl_samples: Positive | None = 96
+    """Number of these responses on which KL, entropy and implicit reward are measured, with the same share of each
+    prompt. Null: all. Win rates need many responses, KL needs few."""
     max_new_tokens: Annotated[Positive | Literal["auto"], ONE_ERROR]
     """Maximum number of tokens of a response. `auto` is the 95% quantile of the held-out completions, but at most
     three quarters of `engine.max_length`."""

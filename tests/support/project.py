@@ -53,6 +53,7 @@ def make_project(folder: Path, model: Path) -> Path:
             "sweep.learning_rates": [1e-2],
             "sweep.betas": [0.1],
             "evaluate.samples": 8,
+            "evaluate.kl_samples": 6,
             "evaluate.max_new_tokens": 6,
             "compare.guardrails.max_unfinished": 1.0,
         },

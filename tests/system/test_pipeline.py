@@ -80,7 +80,10 @@ def test_samples_and_margins_agree_with_the_metrics(project):
     samples = pd.read_parquet(project / f"samples/{TRIAL}.parquet")
     metrics = json.loads((project / f"metrics/evaluate/{TRIAL}.json").read_text())
     assert len(samples) == metrics["samples"] == 8
+    assert samples["kl"].notna().tolist() == [True] * 6 + [False] * 2
     assert samples["kl"].mean() == pytest.approx(metrics["kl"])
+    assert samples["implicit_reward"].mean() == pytest.approx(metrics["implicit_reward"])
+    assert metrics["kl_samples"] == 6
     assert samples["win"].mean() == pytest.approx(metrics["win_rate"])
     margins = pd.read_parquet(project / f"margins/{TRIAL}.parquet")
     assert margins["margin"].mean() == pytest.approx(metrics["margin"])
@@ -96,7 +99,10 @@ def test_model_card_is_valid_for_the_hub_and_names_the_weights(project):
     assert metrics["weights"] in card.text
     assert metrics["sampler"] == "transformers"
     assert "sampled with `transformers`" in card.text
-    assert "sampled with <code>transformers</code>" in (project / "reports/index.html").read_text()
+    assert "8 responses of at most 6 tokens, with KL on 6 of them," in card.text
+    page = (project / "reports/index.html").read_text()
+    assert "sampled with <code>transformers</code>" in page
+    assert "KL is measured on 6 of the responses." in page
 
 
 def test_lineage_of_a_checkpoint_and_of_its_mlflow_model_are_equal(project, tmp_path):

@@ -29,6 +29,11 @@ def test_weighted_quantile_equals_numpy_on_repeated_values(q):
     np.testing.assert_allclose(quantile(values, q)(weights), expected, rtol=1e-12)
 
 
+def test_the_mean_leaves_out_nan():
+    weights = np.array([[1.0, 1, 1], [2, 1, 0], [0, 0, 3]])
+    np.testing.assert_array_equal(mean([1.0, 4.0, np.nan])(weights), [2.5, 2.0, np.nan])
+
+
 def test_weighted_mean_and_ratio_equal_numpy_on_repeated_values():
     rng = np.random.default_rng(1)
     above, below = rng.normal(size=30), rng.integers(1, 9, size=30)

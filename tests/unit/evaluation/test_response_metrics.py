@@ -55,6 +55,23 @@ def test_kl_entropy_and_lengths_by_hand():
     assert metrics["unchanged"] == 0
 
 
+def test_kl_entropy_and_implicit_reward_are_over_the_scored_responses():
+    table = samples(
+        [[5, END], [5, 6, 7, END], [5, 6, 7, 8, 9, END]],
+        [[5, END]] * 3,
+        kl=[0.5, 3.5, np.nan],
+        entropy=[6.0, 10.0, np.nan],
+        implicit_reward=[1.0, -0.25, np.nan],
+    )
+    metrics, alone = response_metrics(table, 0), response_metrics(table.head(2), 0)
+    assert (metrics["samples"], metrics["kl_samples"]) == (3, 2)
+    for name in ("kl", "kl_per_token", "entropy_per_token", "implicit_reward"):
+        assert metrics[name] == alone[name]
+        low, high = metrics[f"{name}_ci"]
+        assert low <= metrics[name] <= high
+    assert metrics["tokens"] == 4, "other metrics are over all responses"
+
+
 def test_unchanged_counts_responses_that_equal_the_references():
     table = samples([[1, END], [1, 2], [3, END], [4]], [[1, END], [1, 2, END], [3, END], [5]])
     assert response_metrics(table, 0)["unchanged"] == 2 / 4
@@ -122,7 +139,7 @@ def test_wins_and_scores_by_hand():
 def test_every_metric_has_an_interval_and_is_json():
     table = samples([[1, 2, END], [3]] * 5, [[1, END], [2, 3]] * 5, win=[1, 0.5] * 5, score=1, reference_score=0)
     metrics = response_metrics(table, 0)
-    names = {name for name in metrics if not name.endswith("_ci")} - {"samples", "failed_verdicts"}
+    names = {name for name in metrics if not name.endswith("_ci")} - {"samples", "kl_samples", "failed_verdicts"}
     assert {f"{name}_ci" for name in names} == {name for name in metrics if name.endswith("_ci")}
     assert json.loads(json.dumps(metrics, allow_nan=False)) == metrics
 

@@ -11,7 +11,7 @@ from dpo.engine.logprobs import load_model
 from dpo.engine.packing import pack
 from dpo.engine.tokenization import TokenRow, prompt_ids
 from dpo.evaluation import sampling
-from dpo.evaluation.sampling import draw, response_limit, response_table, sample
+from dpo.evaluation.sampling import draw, proportional_first, response_limit, response_table, sample
 from tests.support.models import ARCHITECTURES, GROUPED, make_model
 
 CACHES = {
@@ -24,6 +24,18 @@ CACHES = {
     "minimax": {"layer_types": ["linear_attention", "full_attention"], "num_local_experts": 2, "head_dim": 8},
 }
 """Absolute, relative and rotary positions, a sliding window, convolution states, caches that are not shared."""
+
+
+@pytest.mark.parametrize("count", [1, 5, 16, 96, 256, 300])
+def test_the_first_rows_have_the_same_share_of_each_prompt(count):
+    sizes = {"c": 128, "a": 64, "d": 48, "b": 16}
+    prompts = pd.Series([name for name, size in sizes.items() for _ in range(size)]).sample(frac=1, random_state=3)
+    order = proportional_first(prompts.tolist(), count)
+    assert sorted(order) == list(range(256))
+    first = prompts.iloc[order[:count]].value_counts()
+    assert all(abs(first.get(name, 0) - min(count, 256) * size / 256) < 1 for name, size in sizes.items())
+    assert list(order[:count]) == sorted(order[:count])
+    assert list(order[count:]) == sorted(order[count:])
 
 
 @pytest.fixture
