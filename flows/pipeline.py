@@ -15,10 +15,11 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import datetime
+from functools import partial
 from graphlib import TopologicalSorter
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeAlias
 
 import httpx
 from dvc.repo import Repo
@@ -34,6 +35,7 @@ from pydantic import PositiveInt
 from dpo.common.errors import TransientError
 from dpo.common.progress import PROGRESS_FILE
 from flows.artifacts import ProgressArtifact, failure_page, publish_stage
+from flows.distributed import machines_of_trials
 from flows.processes import Logger, StageError, command_error, execute
 from tasks.common.addresses import shown
 
@@ -63,9 +65,13 @@ def read_graph() -> tuple[dict[str, list[str]], set[str]]:
         return needs, {stage.addressing for stage in stages if stage.changed()}
 
 
-def run_stage(stage: str, stop: threading.Event, logger: Logger, **options: Any) -> str:
-    """Bring one stage up to date and return what DVC did, or raise StageError. Takes the options of `execute`."""
-    code, lines = execute(["dvc", "--wait-for-lock", "repro", "--single-item", stage], stop, logger, **options)
+def run_stage(stage: str, stop: threading.Event, logger: Logger, pull: bool = False, **options: Any) -> str:
+    """Bring one stage up to date and return what DVC did, or raise StageError. Takes the options of `execute`.
+
+    `pull` fetches missing inputs, and results of the same run on another machine, from DVC's default remote.
+    """
+    command = ["dvc", "--wait-for-lock", "repro", *(["--pull"] if pull else []), "--single-item", stage]
+    code, lines = execute(command, stop, logger, **options)
     if code and stop.is_set():
         return STOPPED
     if code:
@@ -80,6 +86,8 @@ def is_transient(task: object, run: object, state: State[Any]) -> bool:
     return isinstance(error, TransientError) or (isinstance(error, StageError) and error.transient)
 
 
+Elsewhere: TypeAlias = Callable[[str, threading.Event, Logger], None]
+MOST_TRIALS = 64  # threads, each of which waits for a stage on another machine
 RETRIES: Any = {"retries": 2, "retry_delay_seconds": [30.0, 300.0], "retry_condition_fn": is_transient}
 
 
@@ -89,8 +97,14 @@ def name_flow_run() -> str:
 
 
 @task(name="stage", task_run_name="{stage}", cache_policy=NO_CACHE, **RETRIES)
-def bring_up_to_date(stage: str, stop: threading.Event, stale: bool) -> str | State[str]:
-    """Run one stage, if it is stale, as a task run whose state says what DVC did. Raise StageError if it fails."""
+def bring_up_to_date(
+    stage: str, stop: threading.Event, stale: bool, slots: threading.Semaphore, elsewhere: Elsewhere | None = None
+) -> str | State[str]:
+    """Run one stage, if it is stale, as a task run whose state says what DVC did. Raise StageError if it fails.
+
+    If `elsewhere` is given, it runs the stage on another machine first, and DVC then restores the results. `slots`
+    limits the stages that run in this checkout.
+    """
     if not stale:
         get_run_logger().info("Stage '%s' didn't change, skipping", stage)
         return Completed(name="UpToDate", message="nothing changed", data=UP_TO_DATE)
@@ -99,7 +113,12 @@ def bring_up_to_date(stage: str, stop: threading.Event, stale: bool) -> str | St
         progress = ProgressArtifact(stage, Path(folder) / "progress.json")
         try:
             env = {PROGRESS_FILE: str(progress.file)}
-            verdict = run_stage(stage, stop, get_run_logger(), env=env, poll=progress.update)
+            logger = get_run_logger()
+            if elsewhere is not None:
+                elsewhere(stage, stop, logger)
+            with slots:
+                pull = elsewhere is not None
+                verdict = run_stage(stage, stop, logger, pull=pull, env=env, poll=progress.update)
         finally:
             progress.end(verdict, complete=verdict not in (FAILED, STOPPED))
             if verdict not in (UP_TO_DATE, STOPPED):
@@ -114,31 +133,37 @@ def bring_up_to_date(stage: str, stop: threading.Event, stale: bool) -> str | St
 
 
 @flow(name="pipeline", flow_run_name=name_flow_run)
-def pipeline(parallel: PositiveInt = 1) -> dict[str, str]:
+def pipeline(parallel: PositiveInt = 1, distributed: bool = False) -> dict[str, str]:
     """Bring all stages up to date in the order of the graph, up to `parallel` stages at once.
 
+    If `distributed`, the stages of trials run on machines that have a worker for the pool of trials, all at once.
+
     Returns what DVC did with each stage. Raises StageError if a stage failed; stages that need it do not run, all
-    others do.
+    others do. Raises InputError if trials cannot be distributed.
     """
     with failure_page("Pipeline"):
-        return run_stages(parallel)
+        return run_stages(parallel, distributed)
 
 
-def run_stages(parallel: int) -> dict[str, str]:
+def run_stages(parallel: int, distributed: bool) -> dict[str, str]:
     """Bring all stages up to date; see `pipeline`."""
     graph, changed = read_graph()
+    machines = machines_of_trials() if distributed else None
+    slots, most = threading.Semaphore(parallel), max(parallel, MOST_TRIALS) if distributed else parallel
     generations = TopologicalSorter(graph)
     generations.prepare()
     futures: dict[str, PrefectFuture[Any]] = {}
     stop = threading.Event()
-    with ThreadPoolTaskRunner[Any](max_workers=parallel) as runner:
+    with ThreadPoolTaskRunner[Any](max_workers=most) as runner:
         try:
             while generations.is_active():
                 generation = generations.get_ready()
                 for stage in generation:
                     upstream = [futures[needed] for needed in graph[stage]]
                     stale = stage in changed or any(future.state.name != "UpToDate" for future in upstream)
-                    parameters = {"stage": stage, "stop": stop, "stale": stale}
+                    elsewhere = partial(machines.run, graph[stage]) if machines and "@" in stage else None
+                    parameters = {"stage": stage, "stop": stop, "stale": stale, "slots": slots}
+                    parameters["elsewhere"] = elsewhere
                     futures[stage] = runner.submit(bring_up_to_date, parameters, wait_for=upstream)
                 wait([futures[stage] for stage in generation])
                 generations.done(*generation)
@@ -198,6 +223,7 @@ def main() -> None:
     """Run the flow on the server of PREFECT_API_URL, else on a temporary one. Exit with 1 if a stage failed."""
     parser = argparse.ArgumentParser(prog="python -m flows.pipeline", description=main.__doc__)
     parser.add_argument("--parallel", type=int, default=1, metavar="N", help="stages to run at once (default: 1)")
+    parser.add_argument("--distributed", action="store_true", help="run trials on machines with a worker for them")
     run_now(pipeline, **vars(parser.parse_args()))
 
 

@@ -160,7 +160,7 @@ def update_model() -> bool:
     stage = "fetch_model"
     if stage not in read_graph()[1]:
         return False
-    bring_up_to_date(stage, threading.Event(), stale=True)
+    bring_up_to_date(stage, threading.Event(), stale=True, slots=threading.Semaphore())
     return True
 
 
