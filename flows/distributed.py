@@ -17,7 +17,7 @@ from prefect.settings import PREFECT_API_URL
 from prefect.states import Cancelling, Crashed
 
 from dpo.common.errors import InputError
-from flows.git import default_remote, dvc, git
+from flows.git import default_remote, dvc, git, snapshot_commit
 from flows.identity import project
 from flows.processes import Logger
 
@@ -143,6 +143,6 @@ def push_snapshot(ref: str, needs: list[str]) -> None:
                     f"{name}: neither git nor DVC has this file, so another machine does not have it; run "
                     f"`dvc add {name}` for data and models, `git add {name}` for code"
                 )
-        commit = git("stash", "create") or git("rev-parse", "HEAD")
+        commit = snapshot_commit("dvc.lock")
     dvc("push", "--quiet", "--with-deps", *needs)
     git("push", "--quiet", "--force", "origin", f"{commit}:{ref}")

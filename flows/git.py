@@ -71,6 +71,16 @@ def snapshot(paths: Sequence[str]) -> str:
         return git("write-tree", env=env)
 
 
+def snapshot_commit(*paths: str) -> str:
+    """Return a commit on no branch that has the tracked files, and those under `paths`, as they are now."""
+    with TemporaryDirectory(prefix="dpo-index-") as folder:
+        env = {"GIT_INDEX_FILE": str(Path(folder) / "index")}
+        git("read-tree", "HEAD", env=env)
+        git("add", "--update", env=env)
+        git("add", "--", *(path for path in paths if os.path.lexists(path)), env=env)
+        return git("commit-tree", git("write-tree", env=env), "-p", "HEAD", "-m", "Snapshot of the working tree")
+
+
 def restore_files(source: str, paths: Sequence[str]) -> None:
     """Make the files under `paths` equal to those of a commit or a tree; delete files that it does not have."""
     with _index_of(paths) as env:

@@ -32,7 +32,7 @@ from tasks.common.runner import run
 ALIVE_SECONDS = 15.0
 
 
-@flow(name="trial", flow_run_name="{stages}")
+@flow(name="trial")
 def trial(ref: str, stages: list[str]) -> dict[str, str]:
     """Run stages of a commit in this checkout and push their outputs.
 
