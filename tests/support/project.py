@@ -54,6 +54,7 @@ def make_project(folder: Path, model: Path) -> Path:
             "sweep.betas": [0.1],
             "evaluate.samples": 8,
             "evaluate.kl_samples": 6,
+            "evaluate.judges": [{"kind": "scorer", "function": "dpo.evaluation.judges.scorer:vader_compound"}],
             "evaluate.max_new_tokens": 6,
             "compare.guardrails.max_unfinished": 1.0,
         },

@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike
 
 from dpo.common.errors import InputError
 from dpo.engine.chat import Prompt
+from dpo.evaluation.judges.rated_sentences import ridge_rating as ridge_rating  # beside vader_compound
 
 ScoreFunction = Callable[[Sequence[Prompt], Sequence[str]], Sequence[float]]
 """Maps N prompts and N responses to N scores, higher is better."""
