@@ -124,6 +124,21 @@ def promote(
 
 
 @app.command()
+def publish(
+    trial: Annotated[str, Argument(help="Trial of the sweep, such as sigmoid-0.1-7e-05-17.")],
+    repo: Annotated[str, Argument(help="Repository on the hub, as USER/NAME.")],
+    public: Annotated[
+        bool, Option("--public", help="Create a public repository (default: a private one).")
+    ] = False,
+    dry_run: Annotated[bool, Option("--dry-run", help="Write the folder, upload nothing.")] = False,
+) -> None:
+    """Upload a policy with its model card to the hub."""
+    from tasks.commands import publish as command
+
+    command.publish(trial, repo, private=not public, dry_run=dry_run)
+
+
+@app.command()
 def results() -> None:
     """Print the comparison of all policies."""
     from tasks.commands.results import show

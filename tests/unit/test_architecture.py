@@ -147,6 +147,7 @@ MAY_IMPORT = {
     "tasks.commands.merge": set(),
     "tasks.commands.plan": set(),
     "tasks.commands.promote": MODEL | {"mlflow"},
+    "tasks.commands.publish": set(),
     "tasks.commands.results": set(),
     "tasks.commands.validate": {"scipy"},
     "tasks.tracking.offline": {"mlflow", "scipy"},

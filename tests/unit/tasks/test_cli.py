@@ -14,7 +14,7 @@ from tasks.commands import plan
 from tasks.commands.cli import app
 
 ROOT = Path(__file__).parents[3]
-COMMANDS = ["validate", "init", "plan", "chat", "lineage", "merge", "promote", "results", "sync"]
+COMMANDS = ["validate", "init", "plan", "chat", "lineage", "merge", "promote", "publish", "results", "sync"]
 
 
 def dpo(*words, cwd):
