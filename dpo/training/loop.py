@@ -206,7 +206,9 @@ class TrainingLoop:
             if self.stop_requested:
                 self._save()
                 raise Stopped(f"stopped after step {self.step} of {self.steps}")
-            with nullcontext() if number == len(groups) else self.accelerator.no_sync(self.model):
+            # FSDP reduces the gradients of each micro-batch. Otherwise each process would hold all of them.
+            synced = self.sharded or number == len(groups)
+            with nullcontext() if synced else self.accelerator.no_sync(self.model):
                 with offloaded_activations(self.model) if self.offloads else nullcontext():
                     loss, metrics = self.objective(self.model, batch)
                 finite = bool(loss.isfinite())

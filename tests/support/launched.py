@@ -6,6 +6,7 @@ from pathlib import Path
 
 import accelerate.state
 from accelerate import PartialState
+from torch.distributed.fsdp import FSDPModule
 from transformers import AutoTokenizer
 
 from dpo.engine.logprobs import load_model
@@ -26,6 +27,15 @@ def shard_on_cpu() -> None:
     PartialState.__init__ = init
 
 
+def require_reduced_gradients() -> None:
+    """Fail if a process accumulates the gradients of the whole model."""
+
+    def check(self, requires_gradient_sync, **kwargs):
+        assert requires_gradient_sync, "FSDP does not reduce the gradients of this micro-batch"
+
+    FSDPModule.set_requires_gradient_sync = check
+
+
 class Exit(Callback):
     def on_log(self, entry):
         if entry["step"] == 4:
@@ -35,6 +45,7 @@ class Exit(Callback):
 def main(model_folder, out, settings):
     if settings.pop("sharded", False):
         shard_on_cpu()
+        require_reduced_gradients()
     callbacks = [Exit()] if settings.pop("interrupted", False) else []
     loss = settings.pop("loss", "sigmoid")
     loss = Centered() if loss == "centered" else loss
