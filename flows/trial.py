@@ -114,7 +114,7 @@ def main() -> None:
     parser.add_argument("ref", help="a branch or ref of the git remote `origin`")
     parser.add_argument("stages", nargs="+", help="for example train@sigmoid-0.1-7e-05-17")
     arguments = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout, force=True)
     try:
         run_commit(arguments.ref, arguments.stages, logging.getLogger("dpo"), lambda: None)
     except StageError as error:
