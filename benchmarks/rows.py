@@ -68,6 +68,7 @@ def random_table(pairs: list[dict[str, Any]]) -> pa.Table:
         lists(count),
         pa.ListArray.from_arrays(np.arange(0, 2 * count + 1, 2, dtype=np.int32), lists(2 * count)),
         pa.ListArray.from_arrays(np.zeros(count + 1, np.int32), lists(0)),
+        pa.nulls(count, pa.bool_()),
     ]
     return pa.table(columns, FEATURES.arrow_schema)
 
