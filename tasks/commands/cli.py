@@ -86,6 +86,21 @@ def chat(
 
 
 @app.command()
+def sample(
+    prompts: Annotated[Path, Argument(help="File of prompts.")],
+    output: Annotated[Path, Option(help="New .jsonl file for the responses.")],
+    checkpoint: Annotated[Path | None, Option(help="Checkpoint to sample from (default: the champion).")] = None,
+    responses: Annotated[int, Option(min=2, help="Number of responses per prompt.")] = 4,
+    max_new_tokens: Annotated[int, Option(min=1, help="Maximum length of a response.")] = 128,
+    seed: Annotated[int, Option(help="Seed of the sampling.")] = 0,
+) -> None:
+    """Sample responses to prompts, for people or a judge to rank."""
+    from tasks.commands import sample as command
+
+    command.sample(prompts, output, checkpoint, responses=responses, max_new_tokens=max_new_tokens, seed=seed)
+
+
+@app.command()
 def lineage(
     checkpoint: Annotated[str, Argument(help="Folder, models:/NAME/VERSION or models:/NAME@ALIAS.")],
     as_json: Annotated[bool, Option("--json", help="Print JSON.")] = False,

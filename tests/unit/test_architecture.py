@@ -149,6 +149,7 @@ MAY_IMPORT = {
     "tasks.commands.promote": MODEL | {"mlflow"},
     "tasks.commands.publish": set(),
     "tasks.commands.results": set(),
+    "tasks.commands.sample": set(),
     "tasks.commands.validate": {"scipy"},
     "tasks.tracking.offline": {"mlflow", "scipy"},
 }

@@ -14,7 +14,9 @@ from tasks.commands import plan
 from tasks.commands.cli import app
 
 ROOT = Path(__file__).parents[3]
-COMMANDS = ["validate", "init", "plan", "chat", "lineage", "merge", "promote", "publish", "results", "sync"]
+COMMANDS = [
+    "validate", "init", "plan", "chat", "sample", "lineage", "merge", "promote", "publish", "results", "sync",
+]  # fmt: skip
 
 
 def dpo(*words, cwd):
