@@ -268,8 +268,7 @@ def opponent(params: Params, champion: ModelVersion | None) -> Iterator[Opponent
         return
     with tempfile.TemporaryDirectory() as temporary:
         folder = champions.download(champion, temporary)
-        precision, compiled = params.engine.precision, params.engine.compile
-        model = load_model(folder / "model", precision, compiled, frozen=True)
+        model = load_model(folder / "model", **params.engine.loading, frozen=True)
         yield model.to(device), load_tokenizer(folder / "components/tokenizer")
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import mlflow
 import numpy as np
@@ -13,11 +14,13 @@ from dpo.common.errors import InputError
 from dpo.config import load_params
 from dpo.evaluation.gate import kept_for_gate, significance_level
 from dpo.evaluation.settings import PromoteSettings
+from tasks.commands import promote
 from tasks.commands.promote import Evidence, compete, contest_rows, decide, read_comparison, too_few, weigh
 from tasks.common import paths
 from tasks.common.paths import EVAL, policy_margins, policy_samples
 from tasks.tracking import champions, offline, registry, runs
 from tasks.tracking.provenance import weights
+from tests.support.training import PARAMS
 
 TRIAL = "sigmoid-0.1-0.01-17"
 
@@ -351,3 +354,24 @@ def test_runs_with_equal_weights_are_told_apart_by_role_and_trial(project, model
         assert runs.run_of(folder).info.run_id == made[name]
     (paths.REFERENCE / "model.safetensors").write_text("first")
     assert runs.run_of(paths.REFERENCE).info.run_id == made[None]
+
+
+def test_the_champion_is_loaded_as_the_engine_loads_models(tmp_path, monkeypatch):
+    loaded = []
+    engine = dataclasses.replace(PARAMS.engine, precision="bf16", quantization="nf4", vocabulary="bf16")
+    monkeypatch.setattr(
+        promote, "load_model", lambda *given, **options: loaded.append((*given, options)) or Loaded()
+    )
+    monkeypatch.setattr(promote, "load_tokenizer", lambda folder: folder)
+    monkeypatch.setattr(promote.champions, "download", lambda *_: tmp_path)
+    params = SimpleNamespace(engine=engine)
+    for champion, folder in ((None, promote.paths.REFERENCE), (object(), tmp_path / "model")):
+        with promote.opponent(params, champion):
+            assert loaded.pop() == (folder, {**engine.loading, "frozen": True})
+
+
+class Loaded:
+    """A model that is never used."""
+
+    def to(self, _):
+        return self
