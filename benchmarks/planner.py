@@ -54,11 +54,13 @@ class Case:
     checkpointing: bool
     precision: Precision = "fp32"
     quantization: Quantization = None
+    weights: Precision = "fp32"
 
     @property
     def name(self) -> str:
         """The method, for the table."""
         method = "all weights" if self.rank is None else f"LoRA, rank {self.rank}"
+        method += " in bf16" if self.weights == "bf16" else ""
         return ", ".join([method, *([self.quantization] if self.quantization else []), self.precision])
 
 
@@ -70,6 +72,7 @@ CASES = [
     Case(16, 8, False),
     Case(16, 8, True),
     Case(None, 8, True, "bf16"),
+    Case(None, 8, True, "bf16", weights="bf16"),
     Case(16, 8, False, "bf16"),
     Case(16, 8, True, "bf16"),
     Case(16, 8, False, "bf16", "nf4"),
@@ -89,6 +92,7 @@ LENGTHS = [2**n for n in range(9, 18)]
 """Tokens of a pair: half of them are the prompt, a quarter each completion."""
 METHODS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "all weights": ({}, {"optimizer": "adamw"}),
+    "all weights in bf16": ({}, {"optimizer": "adamw", "weights": "bf16"}),
     "all weights, 8-bit optimizer": ({}, {"optimizer": "adamw_8bit"}),
     "LoRA": ({}, {}),
     "LoRA, bf16 vocabulary": ({"vocabulary": "bf16"}, {}),
@@ -124,6 +128,7 @@ def measure(model: Path, case: Case) -> Run:
         epochs=1,
         pairs_per_step=pairs * MICRO_BATCHES,
         optimizer="adamw",
+        weights=case.weights,
         gradient_checkpointing=case.checkpointing,
         lora=None if rank is None else LoraSettings(rank=rank, alpha=2 * rank),
         early_stop=None,
@@ -158,8 +163,9 @@ def main() -> None:
         for case in CASES:
             run = alone(measure, options.model, case, **TRAINING)
             setup = Setup(
-                case.pairs * PAIR.tokens, case.precision, case.rank, case.checkpointing, case.quantization
-            )
+                case.pairs * PAIR.tokens, case.precision, case.rank, case.checkpointing, case.quantization,
+                weights=case.weights,
+            )  # fmt: skip
             memory = training_memory(shape, PAIR, setup, run.overhead)
             flops = case.pairs * MICRO_BATCHES * sum(pair_flops(shape, PAIR, setup))
             rate = results[0]["flops"] / results[0]["seconds"] if results else flops / run.seconds

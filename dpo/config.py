@@ -153,6 +153,7 @@ def load_params(path: Path = Path("params.yaml")) -> Params:
     _check_continued_adapter(path, params)
     _check_demonstrations(path, params)
     _check_frozen_weights(path, params)
+    _check_bf16_weights(path, params)
     for key, name in (("model.base", params.model.base), ("data.source", params.data.source)):
         if name == "embedded":
             raise InputError(f"{path}: {key}: the value embedded is renamed; use default")
@@ -208,6 +209,21 @@ def _check_frozen_weights(path: Path, params: Params) -> None:
                 f"{path}: engine.{key}: {value}: these weights cannot be trained; set dpo.lora, as "
                 f"{{rank: 16, alpha: 32}}, or remove engine.{key}"
             )
+
+
+def _check_bf16_weights(path: Path, params: Params) -> None:
+    """Raise InputError if trained weights cannot be in bf16 with the other settings."""
+    adapter = params.model.adapter == "continue"
+    for section, training in (("sft", params.sft), ("dpo", params.dpo)):
+        if training is None or training.weights == "fp32":
+            continue
+        key = f"{path}: {section}.weights: bf16"
+        if training.lora is not None or adapter:
+            raise InputError(f"{key} has no effect with an adapter, whose weights are fp32; set it to fp32")
+        if training.optimizer != "adamw":
+            raise InputError(f"{key} needs the optimizer adamw; set {section}.optimizer to adamw, or it to fp32")
+        if params.engine.precision != "bf16":
+            raise InputError(f"{key} needs engine.precision: bf16; set one of them")
 
 
 def _refuse_credentials(path: Path, value: object, key: str = "") -> None:

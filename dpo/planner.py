@@ -1,9 +1,9 @@
 """Estimates of peak GPU memory and hours of a training, from the shape of the model.
 
-The formulas describe the engine: a packed stream of at most `max_tokens_per_microbatch` tokens; trained weights,
-gradients and optimizer states in fp32; other weights in fp32, bf16 or NF4; products in fp32 or bf16; logits in
-chunks of `HEAD_CHUNK` positions; reference log-probs from a cache. They hold for the Llama architecture:
-grouped-query attention, a gated MLP and two RMSNorms per layer.
+The formulas describe the engine: a packed stream of at most `max_tokens_per_microbatch` tokens; trained weights
+and gradients in fp32 or bf16, optimizer states in fp32 or 8 bits; other weights in fp32, bf16 or NF4; products in
+fp32 or bf16; logits in chunks of `HEAD_CHUNK` positions; reference log-probs from a cache. They hold for the Llama
+architecture: grouped-query attention, a gated MLP and two RMSNorms per layer.
 """
 
 from dataclasses import dataclass
@@ -131,6 +131,8 @@ class Setup:
     accumulates: bool = True
     """Whether a step has several micro-batches. If so, gradients and all activations exist at the same time."""
     optimizer: str = "adamw"
+    weights: Precision = "fp32"
+    """Data type of the trained matrices of the layers and of their gradients."""
     sharding: Sharding = "none"
     gpus: int = 1
     head_chunk: int = HEAD_CHUNK
@@ -206,6 +208,7 @@ def layer_activations(shape: Shape, pair: Pair, setup: Setup) -> float:
     MLP keeps gate, its activation, up and their product. LoRA keeps the inner vector of each of the seven updates.
     """
     fp32, full = setup.precision == "fp32", setup.lora_rank is None
+    copies = full and not fp32 and setup.weights == "fp32"
     norms = 2 * 4 * shape.hidden * (2 if full else 1)
     inputs = setup.width * shape.hidden * (2 if fp32 else 5)
     again = (pair.prompt + pair.completion) / pair.tokens
@@ -213,7 +216,7 @@ def layer_activations(shape: Shape, pair: Pair, setup: Setup) -> float:
     attention = setup.width * shape.query * (5 + 2 * again) + 4 * shape.heads + mask
     mlp = 4 * setup.width * shape.intermediate
     per_token = norms + inputs + attention + mlp + setup.width * 7 * (setup.lora_rank or 0)
-    return setup.max_tokens_per_microbatch * per_token + (2 * shape.layer if full and not fp32 else 0)
+    return setup.max_tokens_per_microbatch * per_token + (2 * shape.layer if copies else 0)
 
 
 def activations(shape: Shape, pair: Pair, setup: Setup) -> float:
@@ -231,12 +234,13 @@ def activations(shape: Shape, pair: Pair, setup: Setup) -> float:
 
 
 def training_memory(shape: Shape, pair: Pair, setup: Setup, overhead: float) -> Memory:
-    """Return the peak memory of a training step, the largest of three candidates.
+    """Return the peak memory of a training step, the largest of four candidates.
 
     - At the head, all activations exist, with one chunk of logits and the gradient of the head.
     - At the last layer, the temporaries of its backward pass replace the chunk, and gradient checkpointing has
       recomputed the layer. In both, gradients exist only if the step has several micro-batches.
     - At the end of the backward pass, all gradients exist.
+    - In the optimizer step, a bf16 matrix, its gradient and its random numbers exist in 32 bits.
 
     One process accumulates gradients of the vocabulary matrices in place; several processes create one per use.
     `data` keeps gradients twice, in the buckets of DDP too. `full` keeps 1/N of weights, gradients and states. In
@@ -247,9 +251,10 @@ def training_memory(shape: Shape, pair: Pair, setup: Setup, overhead: float) -> 
     full, sharded = setup.lora_rank is None, setup.sharding == "full"
     shards = setup.gpus if sharded else 1
     trained = trained_parameters(shape, setup.lora_rank)
-    base = 4 * shape.parameters if full else frozen_weights(shape, setup)
+    saved = 2 * shape.layers * shape.products if full and setup.weights == "bf16" else 0
+    base = 4 * shape.parameters - saved if full else frozen_weights(shape, setup)
     weights = (base + (0 if full else 4 * trained)) / shards
-    gradients = 4 * trained / shards * (2 if setup.sharding == "data" else 1)
+    gradients = (4 * trained - saved) / shards * (2 if setup.sharding == "data" else 1)
     states: float = STATE_BYTES[setup.optimizer] * trained / shards
     if full and "8bit" in setup.optimizer:
         states += (8 - STATE_BYTES[setup.optimizer]) * shape.head / shards
@@ -273,7 +278,8 @@ def training_memory(shape: Shape, pair: Pair, setup: Setup, overhead: float) -> 
     at_head = (accumulated, kept, gathered_head + first + chunk)
     at_last_layer = (accumulated, kept + layer, gathered_layers + head_in_layers + backward)
     at_end = (gradients, 0, gathered_layers + head_at_end + backward)
-    gradients, kept, temporary = max(at_head, at_last_layer, at_end, key=sum)
+    at_step = (gradients, 0, 12 * shape.hidden * shape.intermediate if saved else 0)
+    gradients, kept, temporary = max(at_head, at_last_layer, at_end, at_step, key=sum)
     return Memory(weights, gradients, states, kept, temporary, overhead)
 
 

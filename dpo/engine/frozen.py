@@ -73,13 +73,10 @@ def hold_frozen_in_bf16(model: PreTrainedModel, *, vocabulary: bool) -> None:
     Raises:
         InputError: `vocabulary` is set, and the embedding is not a plain one or is trained.
     """
-    head = model.get_output_embeddings()
-    for module in model.modules():
-        if type(module) in (nn.Linear, Conv1D) and module is not head:
-            for weight in module.parameters(recurse=False):
-                _round(weight)
+    round_linear_layers(model, trained=False)
     if not vocabulary:
         return
+    head = model.get_output_embeddings()
     table = model.get_input_embeddings()
     if type(table) is not nn.Embedding or table.weight.requires_grad or head.weight.requires_grad:
         reason = "is trained" if type(table) is nn.Embedding else f"is a {type(table).__name__}"
@@ -92,6 +89,16 @@ def hold_frozen_in_bf16(model: PreTrainedModel, *, vocabulary: bool) -> None:
     table.register_forward_hook(lambda module, inputs, output: output.float())
 
 
+def round_linear_layers(model: PreTrainedModel, *, trained: bool) -> None:
+    """Round the fp32 weights of linear layers except the output that are or are not trained to bf16, in place."""
+    head = model.get_output_embeddings()
+    for module in model.modules():
+        if type(module) in (nn.Linear, Conv1D) and module is not head:
+            for weight in module.parameters(recurse=False):
+                if weight.requires_grad == trained:
+                    _round(weight)
+
+
 def _round(weight: Tensor) -> None:
-    if not weight.requires_grad and weight.dtype == torch.float32:
+    if weight.dtype == torch.float32:
         weight.data = weight.data.to(torch.bfloat16)

@@ -86,7 +86,7 @@ class TrainingLoop:
         self.weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
         if not self.sharded:
             self.model.to(self.accelerator.device)
-        optimizer = create_optimizer(self.settings.optimizer, self.model)
+        optimizer = create_optimizer(self.settings.optimizer, self.model, self.sampler.seed)
         self.model, self.optimizer = self.accelerator.prepare(self.model, optimizer)
         self.early_stop = self.early_stop_settings and EarlyStop(self.early_stop_settings, self.weights)
         self.history: list[dict[str, float]] = []

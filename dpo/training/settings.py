@@ -25,6 +25,9 @@ class OptimizerSettings(Settings):
     warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.1
     """Share of the steps, rounded down, in which the learning rate rises linearly; 0.1 in Tunstall et al. 2023,
     "Zephyr: Direct Distillation of LM Alignment", section 4."""
+    weights: Literal["fp32", "bf16"] = "fp32"
+    """Data type of trained matrices of the layers and of their gradients. Updates of `bf16` are rounded
+    stochastically, so that small ones are not lost. It needs `engine.precision: bf16`, `adamw` and no adapter."""
     max_grad_norm: Rate = 1.0
     """Norm to which gradients are clipped; 10 in the paper's code."""
     gradient_checkpointing: bool | Literal["offload"] = False

@@ -18,7 +18,7 @@ from dpo.common.distributed import share, this_process
 from dpo.common.errors import InputError
 from dpo.common.files import PROVENANCE, atomic_write, sha256, write_json
 from dpo.engine.base_model import load_checkpoint
-from dpo.engine.frozen import is_quantised
+from dpo.engine.frozen import is_quantised, round_linear_layers
 from dpo.engine.logprobs import LogProbModel, packed_batches
 from dpo.engine.pretrained import ADAPTER, ADAPTER_CONFIG, has_adapter, load_tokenizer, read_adapter_config
 from dpo.engine.token_table import TokenTable
@@ -196,6 +196,13 @@ def _train(
             "params.yaml: engine.quantization does not work with sharded weights (FSDP); set it to null, or train "
             "in one process or with DDP"
         )
+    if sharded and params.weights == "bf16":
+        raise InputError(
+            "params.yaml: weights: bf16 does not work with sharded weights (FSDP), which have one data type; set "
+            "it to fp32"
+        )
+    if params.weights == "bf16":
+        round_linear_layers(model.model, trained=True)
     model.hold_frozen_weights()
     validation = rows.select([])
     early_stop = params.early_stop if isinstance(params, DpoSettings) else None

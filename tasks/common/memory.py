@@ -56,6 +56,7 @@ def training_setup(
         vocabulary=engine.vocabulary if lora else "fp32",
         accumulates=step > budget,
         optimizer=training.optimizer,
+        weights=training.weights if lora is None else "fp32",
         sharding=hardware.sharding,
         gpus=hardware.gpus,
         head_chunk=hardware.head_chunk,

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from dpo.common.errors import InputError
 from dpo.config import load_params
+from dpo.engine.frozen import round_linear_layers
 from dpo.engine.logprobs import load_model
 from dpo.engine.packing import pack
 from dpo.engine.tokenization import TokenRow
@@ -85,6 +86,18 @@ def test_activations_and_weights_equal_what_the_engine_keeps(folder, quantizatio
     assert kept_bytes(model) == pytest.approx(expected, rel=0.03)
     planned = training_memory(shape, PAIR, setup, 0).weights
     assert held_bytes(model) == pytest.approx(planned, rel=0.01)
+
+
+def test_trained_weights_in_bf16_are_counted(folder):
+    model = load_model(folder, "bf16").train()
+    round_linear_layers(model.model, trained=True)
+    shape, setup = shape_of(model.model.config), Setup(TOKENS, "bf16", weights="bf16")
+    assert kept_bytes(model) == pytest.approx(activations(shape, PAIR, setup), rel=0.03)
+    planned = training_memory(shape, PAIR, setup, 0)
+    assert held_bytes(model) == pytest.approx(planned.weights, rel=0.01)
+    sum(model(pack([TokenRow("1", (1, 2), ((3, 4), (5,)))]))).backward()
+    gradients = sum(weight.grad.numel() * weight.grad.element_size() for weight in model.parameters())
+    assert gradients == pytest.approx(planned.gradients, rel=0.01)
 
 
 def held_bytes(model):
