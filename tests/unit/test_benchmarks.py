@@ -276,7 +276,7 @@ def test_validation_benchmark_writes_faulty_pairs_and_a_table(tmp_path):
     assert len(rows) == 200
     assert sum(not row["chosen"].strip() for row in rows) == 2
     assert validate.table([{"rows": 2000, "gigabytes": 1, "seconds": 4, "peak_gib": 2}]).splitlines()[-1] == (
-        "| 2,000 | 1.000 | 4.0 | 500 | 2.00 |"
+        "| 2,000 | 1.000 | 4.0 | 500 | 2.00 | **not run** |"
     )
 
 
