@@ -19,7 +19,8 @@ from dpo.common.errors import InputError
 from dpo.common.settings import Seed, Settings
 from dpo.data.settings import DataSettings, ValidateSettings
 from dpo.engine.settings import EngineSettings, ModelSettings
-from dpo.evaluation.settings import CompareSettings, EvaluateSettings, PromoteSettings
+from dpo.evaluation.settings import CompareSettings, EvaluateSettings, JudgeSettings, PromoteSettings
+from dpo.online.settings import OnlineSettings
 from dpo.training.losses import LOSSES, Loss
 from dpo.training.settings import DpoSettings, SftSettings, SweepSettings, Trial
 
@@ -34,6 +35,9 @@ FORMER_KEYS = {
     "delete the key",
 }
 """Keys of earlier versions, with the fix."""
+
+PROXIES = ("scorer", "reward_model", "llm")
+"""Kinds of judges that estimate the preference of people. A verifier knows the right answer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,15 +83,19 @@ class Params(Settings):
     sweep: SweepSettings
     evaluate: EvaluateSettings
     compare: CompareSettings
+    feedback: JudgeSettings | None = None
+    """Judge that ranks responses for training, as in `evaluate.judges`; null if `sweep.rounds` is empty. A judge
+    that trains may not evaluate."""
+    online: OnlineSettings = field(default_factory=OnlineSettings)
     promote: PromoteSettings = field(default_factory=PromoteSettings)
     run: RunSettings = field(default_factory=RunSettings)
 
     def trials(self) -> list[Trial]:
-        """Return all trials of the sweep, in DVC's order."""
+        """Return all trials of the sweep, in DVC's order: those on the pairs of the data, then those in rounds."""
         lists = (self.sweep.losses, self.sweep.betas, self.sweep.learning_rates, self.sweep.seeds)
         return [
-            Trial(loss=self.losses[name], beta=beta, learning_rate=rate, seed=seed)
-            for name, beta, rate, seed in itertools.product(*lists)
+            Trial(loss=self.losses[name], beta=beta, learning_rate=rate, seed=seed, rounds=rounds)
+            for rounds, name, beta, rate, seed in itertools.product((None, *self.sweep.rounds), *lists)
         ]
 
     @property
@@ -152,6 +160,7 @@ def load_params(path: Path = Path("params.yaml")) -> Params:
         )
     _check_continued_adapter(path, params)
     _check_demonstrations(path, params)
+    _check_feedback(path, params)
     _check_frozen_weights(path, params)
     _check_bf16_weights(path, params)
     for key, name in (("model.base", params.model.base), ("data.source", params.data.source)):
@@ -164,6 +173,36 @@ def load_params(path: Path = Path("params.yaml")) -> Params:
             f"engine.max_length, {params.engine.max_length}; lower the former or raise the latter"
         )
     return params
+
+
+def _check_feedback(path: Path, params: Params) -> None:
+    """Raise InputError if rounds have no judge or too few prompts, or if the judge that trains also evaluates."""
+    feedback, prompts = params.feedback, params.online.prompts
+    if not params.sweep.rounds:
+        return
+    if feedback is None:
+        raise InputError(
+            f"{path}: feedback: null, but sweep.rounds needs a judge that ranks responses; set it to a judge as "
+            "in evaluate.judges, or set sweep.rounds: []"
+        )
+    if prompts is not None and prompts < max(params.sweep.rounds):
+        raise InputError(
+            f"{path}: online.prompts: {prompts} leaves a round without a prompt, because sweep.rounds has "
+            f"{max(params.sweep.rounds)}; raise the former or lower the latter"
+        )
+    if params.dpo.early_stop is not None:
+        raise InputError(f"{path}: dpo.early_stop: not supported with sweep.rounds; set one of them to null or []")
+    if feedback.kind in PROXIES and _judging(feedback) in map(_judging, params.evaluate.judges):
+        raise InputError(
+            f"{path}: feedback: {feedback.name} is also in evaluate.judges; a policy exploits the faults of the "
+            "judge that trains it, so that judge cannot measure the gain. Evaluate with another judge"
+        )
+
+
+def _judging(judge: JudgeSettings) -> tuple[str, str]:
+    """Return kind and function or model of a judge."""
+    source = getattr(judge, "function", None) or getattr(judge, "model", "")
+    return judge.kind, str(source).rstrip("/")
 
 
 def _check_continued_adapter(path: Path, params: Params) -> None:

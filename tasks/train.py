@@ -33,7 +33,7 @@ from tasks.tracking.steplog import StepLog
 def main() -> None:
     """Train one trial and save its policy."""
     params = load_params()
-    trial, engine = trial_argument(params), params.engine
+    trial, engine = trial_argument(params, of=lambda each: each.rounds is None), params.engine
     tokenizer = load_tokenizer(REFERENCE)
     rows = open_table(TOKENS_TRAIN, TRAIN, tokenizer, engine.max_length)
     check_rows([trial.loss], labelled=bool(rows.labels))

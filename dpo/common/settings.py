@@ -11,13 +11,14 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 
-def _distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
+def distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return `values`, or raise ValueError if one appears twice."""
     if len(set(values)) < len(values):
         raise ValueError("the same value appears twice")
     return values
 
 
-Several = (Field(min_length=1), AfterValidator(_distinct))
+Several = (Field(min_length=1), AfterValidator(distinct))
 """Annotations of a tuple with at least one value and no duplicates."""
 
 

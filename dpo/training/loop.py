@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dpo.common.errors import InputError, Stopped
-from dpo.common.files import write_json
+from dpo.common.files import atomic_write, write_json
 from dpo.common.progress import progress
 from dpo.engine.logprobs import LogProbModel, packed_batches
 from dpo.engine.packing import pack
@@ -53,6 +53,22 @@ def copy_into(weights: dict[str, Tensor], values: dict[str, Tensor]) -> None:
         weights[name].copy_(value)
 
 
+@dataclass(frozen=True)
+class Segment:
+    """A part of a longer training. It carries on the learning rate schedule and the state of the optimizer."""
+
+    start: int
+    """Number of steps in the parts before it."""
+    steps: int
+    """Number of steps in this part."""
+    total: int
+    """Number of steps in all parts."""
+    before: Path | None
+    """Optimizer state at the end of the part before it."""
+    after: Path
+    """Where the optimizer state is written at the end of this part."""
+
+
 @dataclass(eq=False)
 class TrainingLoop:
     """Trains a model in place, in one process or in each of the processes of `accelerate launch`.
@@ -73,6 +89,7 @@ class TrainingLoop:
     early_stop_settings: EarlyStopSettings | None = None
     validation: Rows = ()
     callbacks: Sequence[Callback] = ()
+    segment: Segment | None = None
 
     def __post_init__(self) -> None:
         self.accelerator = Accelerator()
@@ -91,6 +108,10 @@ class TrainingLoop:
         self.early_stop = self.early_stop_settings and EarlyStop(self.early_stop_settings, self.weights)
         self.history: list[dict[str, float]] = []
         self.steps = self.sampler.epochs * -(-len(self.rows) // self.sampler.rows_per_step)
+        self.first_step, self.schedule_steps = 0, self.steps
+        if self.segment:
+            self.steps = min(self.steps, self.segment.steps)
+            self.first_step, self.schedule_steps = self.segment.start, self.segment.total
         self.parts = 1
         self.offloads = self.settings.gradient_checkpointing == "offload"
         self.skipped = self.stop_requested = False
@@ -114,7 +135,7 @@ class TrainingLoop:
         # Several processes do not stop, because they would save at different micro-batches.
         with bar, self._stopping_on_sigterm() if self.accelerator.num_processes == 1 else nullcontext():
             for groups, epoch in self._remaining_steps():
-                entry = {**self._train_step(groups), "epoch": epoch, "step": self.step + 1}
+                entry = {**self._train_step(groups), "epoch": epoch, "step": self.first_step + self.step + 1}
                 if self.early_stop and entry["step"] % self.early_stop.settings.every_steps == 0:
                     entry["eval_loss"] = self._validate()
                     self.early_stop.update(entry["eval_loss"])
@@ -133,8 +154,11 @@ class TrainingLoop:
         if self.early_stop:
             copy_into(self.weights, self.early_stop.best)
         for callback in self.callbacks:
-            callback.on_log({"step": self.step, "train_runtime": time.monotonic() - started})
+            callback.on_log({"step": self.first_step + self.step, "train_runtime": time.monotonic() - started})
             callback.on_end()
+        if self.segment and self.accelerator.is_main_process:
+            with atomic_write(self.segment.after) as tmp:
+                torch.save(self.optimizer.state_dict(), tmp)
         return self.history
 
     def _remaining_steps(self) -> Iterator[tuple[list[Rows], float]]:
@@ -150,7 +174,8 @@ class TrainingLoop:
     def _train_step(self, groups: list[Rows]) -> dict[str, float]:
         """Change the weights by one optimizer step, and return its log entry."""
         decay, warmup_ratio = self.settings.schedule, self.settings.warmup_ratio
-        learning_rate = self.learning_rate * schedule_factor(decay, warmup_ratio, self.step, self.steps)
+        place = self.first_step + self.step
+        learning_rate = self.learning_rate * schedule_factor(decay, warmup_ratio, place, self.schedule_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self.skipped = False
@@ -281,18 +306,23 @@ class TrainingLoop:
         with self.accelerator.main_process_first():
             checkpoint = last_checkpoint(self.folder)
         if checkpoint is None:
+            if self.segment and self.segment.before:
+                self._load_optimizer(self.segment.before)
             return
         self.history = json.loads((checkpoint / HISTORY).read_text())
         if self.sharded:
             self.accelerator.load_state(str(checkpoint))
             return
         copy_into(self.weights, load_file(checkpoint / WEIGHTS))
-        self.optimizer.load_state_dict(torch.load(checkpoint / OPTIMIZER, map_location="cpu", weights_only=True))
+        self._load_optimizer(checkpoint / OPTIMIZER)
         if self.early_stop:
             for entry in self.history:
                 if "eval_loss" in entry:
                     self.early_stop.update(entry["eval_loss"])
             self.early_stop.best = load_file(checkpoint / BEST)
+
+    def _load_optimizer(self, file: Path) -> None:
+        self.optimizer.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
 
     @contextmanager
     def _stopping_on_sigterm(self) -> Iterator[None]:

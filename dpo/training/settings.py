@@ -3,9 +3,9 @@
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
-from dpo.common.settings import Positive, Rate, Seed, Settings, Several
+from dpo.common.settings import Positive, Rate, Seed, Settings, Several, distinct
 from dpo.training.losses import Loss, LossName
 
 
@@ -110,16 +110,20 @@ class Trial:
     beta: float
     learning_rate: float
     seed: int
+    rounds: int | None = None
+    """Number of rounds of training on pairs of own responses; None trains on the pairs of the data."""
 
     @property
     def name(self) -> str:
         """DVC's name of the trial, and the name of its files."""
-        return f"{self.loss.name}-{self.beta}-{self.learning_rate}-{self.seed}"
+        method = "" if self.rounds is None else f"online-{self.rounds}-"
+        return f"{method}{self.loss.name}-{self.beta}-{self.learning_rate}-{self.seed}"
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The loss by name, beta, learning rate and seed, and the settings of the loss."""
-        return {**vars(self), "loss": self.loss.name, **asdict(self.loss)}
+        """The loss by name, beta, learning rate, seed, any rounds, and the settings of the loss."""
+        fields = {name: value for name, value in vars(self).items() if value is not None}
+        return {**fields, "loss": self.loss.name, **asdict(self.loss)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,3 +138,5 @@ class SweepSettings(Settings):
     """Peak learning rates."""
     seeds: Annotated[tuple[Seed, ...], *Several]
     """Seeds of the order of the training pairs."""
+    rounds: Annotated[tuple[Positive, ...], AfterValidator(distinct)] = ()
+    """Numbers of rounds of on-policy training (`online`). An empty list trains on the pairs of the data only."""

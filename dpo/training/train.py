@@ -25,7 +25,7 @@ from dpo.engine.token_table import TokenTable
 from dpo.engine.tokenization import TokenRow
 from dpo.training.callbacks import Callback, DivergenceAlarm
 from dpo.training.checkpoints import CheckpointStore, training_key
-from dpo.training.loop import TrainingLoop
+from dpo.training.loop import Segment, TrainingLoop
 from dpo.training.losses import check_rows
 from dpo.training.objectives import DpoObjective, Objective, SftObjective, Weights, cached_reference
 from dpo.training.sampler import StepSampler
@@ -112,6 +112,7 @@ def train_dpo(
     agreement: Weights | None = None,
     store: CheckpointStore | None = None,
     callbacks: Sequence[Callback] = (),
+    segment: Segment | None = None,
 ) -> list[dict[str, float]]:
     """Train `model` in place on preference pairs, and return one log entry per step.
 
@@ -120,7 +121,8 @@ def train_dpo(
     trained further. If `params.lora` is set, the model gets a new one. `weights` multiply the losses of rows by
     their id, `agreement` is the probability that a person prefers chosen; both are 1 for other rows. If training
     with a `store` is interrupted, the next call resumes from its last checkpoint and reaches the same weights and
-    log, on a CPU bit for bit.
+    log, on a CPU bit for bit. With a `segment`, the call has the steps of one part of a longer training, and
+    passes over the rows as often as these steps need, in place of `params.epochs`.
 
     Raises:
         KeyError: a row has no reference log-probs.
@@ -152,7 +154,7 @@ def train_dpo(
         start_lora(model, params.lora, trial.seed)
     return _train(
         model, table, objective, params, trial.learning_rate, trial.seed, max_tokens_per_microbatch, store,
-        [DivergenceAlarm(), *callbacks], key=key,
+        [DivergenceAlarm(), *callbacks], key=key, segment=segment,
     )  # fmt: skip
 
 
@@ -186,10 +188,16 @@ def _train(
     store: CheckpointStore | None,
     callbacks: Sequence[Callback],
     key: Mapping[str, object],
+    segment: Segment | None = None,
 ) -> list[dict[str, float]]:
     set_seed(seed)
     key = {**key, "params": params, "learning_rate": learning_rate, "seed": seed, "precision": model.precision}
     key["max_tokens_per_microbatch"] = max_tokens_per_microbatch
+    epochs = params.epochs
+    if segment:
+        epochs = -(-segment.steps // -(-len(rows) // params.pairs_per_step))
+        state_before = sha256(segment.before) if segment.before else None
+        key["segment"] = [segment.start, segment.steps, segment.total, state_before]
     sharded = os.environ.get("ACCELERATE_USE_FSDP") == "true"
     if sharded and is_quantised(model.model):
         raise InputError(
@@ -216,7 +224,7 @@ def _train(
         model.model.gradient_checkpointing_enable({"use_reentrant": False})
     state = this_process()
     sampler = StepSampler(
-        rows.tokens, rows_per_step=params.pairs_per_step, epochs=params.epochs, seed=seed,
+        rows.tokens, rows_per_step=params.pairs_per_step, epochs=epochs, seed=seed,
         max_tokens_per_microbatch=max_tokens_per_microbatch, processes=state.num_processes,
         process=state.process_index,
     )  # fmt: skip
@@ -227,6 +235,7 @@ def _train(
         history = TrainingLoop(
             model, objective, rows, sampler, params, learning_rate, folder, checkpoint_minutes=store.minutes,
             early_stop_settings=early_stop, validation=validation, callbacks=callbacks,
+            segment=segment,
         ).run()  # fmt: skip
     model.eval()
     return history

@@ -15,7 +15,7 @@ _KEEP_LARGE_BLOCKS = "glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_t
 SCORING = {"GLIBC_TUNABLES": _NO_SMALL_CACHES, "THP_MEM_ALLOC_ENABLE": "1"}
 TRAINING = {"GLIBC_TUNABLES": f"{_NO_SMALL_CACHES}:{_KEEP_LARGE_BLOCKS}", "THP_MEM_ALLOC_ENABLE": "1"}
 
-STAGES = dict.fromkeys(("tasks.sft", "tasks.train"), TRAINING)
+STAGES = dict.fromkeys(("tasks.sft", "tasks.train", "tasks.online"), TRAINING)
 STAGES |= dict.fromkeys(("tasks.reference_logprobs", "tasks.reference_samples", "tasks.evaluate"), SCORING)
 
 

@@ -49,6 +49,16 @@ def train_log(trial: Trial) -> Path:
     return METRICS / "train" / f"{trial.name}.csv"
 
 
+def rounds_folder(trial: Trial) -> Path:
+    """Return the folder of a trial's rounds: responses with scores, pairs, quarantine and reference log-probs."""
+    return Path("rounds") / trial.name
+
+
+def rounds_summary(trial: Trial) -> Path:
+    """Return the path of the counts of a trial's rounds."""
+    return METRICS / "online" / f"{trial.name}.json"
+
+
 def evaluation(trial: Trial) -> Path:
     """Return the path of a trial's held-out metrics."""
     return METRICS / "evaluate" / f"{trial.name}.json"

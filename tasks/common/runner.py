@@ -64,9 +64,9 @@ def _exit(message: str, code: int) -> None:
     sys.exit(code)
 
 
-def trial_argument(params: Params) -> Trial:
-    """Return the trial whose name is the stage's only argument."""
-    trials = {trial.name: trial for trial in params.trials()}
+def trial_argument(params: Params, *, of: Callable[[Trial], bool] = lambda trial: True) -> Trial:
+    """Return the trial whose name is the stage's only argument, among those for which `of` is true."""
+    trials = {trial.name: trial for trial in filter(of, params.trials())}
     if len(sys.argv) != 2 or sys.argv[1] not in trials:
         given = " ".join(sys.argv[1:])
         raise InputError(f"TRIAL: {given!r} is not a trial of params.yaml: sweep; use one of {', '.join(trials)}")

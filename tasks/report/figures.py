@@ -19,12 +19,12 @@ REWARD_METRICS = {
 
 def labels(trials: Sequence[Trial], *, beta: bool = True) -> dict[str, str]:
     """Return a short name for each trial: its beta, if requested, and every setting that varies in the sweep."""
-    varies = {
-        name: len({getattr(trial, name) for trial in trials}) > 1 for name in ("loss", "learning_rate", "seed")
-    }
+    names = ("loss", "learning_rate", "seed", "rounds")
+    varies = {name: len({getattr(trial, name) for trial in trials}) > 1 for name in names}
     return {
         trial.name: ", ".join(
-            [trial.loss.name] * varies["loss"]
+            [f"{trial.rounds or 'no'} rounds"] * varies["rounds"]
+            + [trial.loss.name] * varies["loss"]
             + [f"β {trial.beta:g}"] * beta
             + [f"lr {trial.learning_rate:g}"] * varies["learning_rate"]
             + [f"seed {trial.seed}"] * varies["seed"]

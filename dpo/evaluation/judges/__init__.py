@@ -43,10 +43,11 @@ def load_judges(settings: Sequence[JudgeSettings]) -> list[Judge]:
         InputError: a function cannot be imported or called, a model is neither a folder in `models/own/` nor a
             hub id with a revision, a URL is invalid, or a table of answers cannot be read.
     """
-    return [_load_judge(each, f"evaluate.judges.{number}") for number, each in enumerate(settings)]
+    return [load_judge(each, f"evaluate.judges.{number}") for number, each in enumerate(settings)]
 
 
-def _load_judge(settings: JudgeSettings, key: str) -> Judge:
+def load_judge(settings: JudgeSettings, key: str) -> Judge:
+    """Return the judge of the settings at `key` in params.yaml, as `load_judges` does."""
     if isinstance(settings, LlmSettings):
         return LlmJudge(settings, key)
     if isinstance(settings, VerifierSettings):

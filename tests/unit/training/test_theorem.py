@@ -83,6 +83,18 @@ def test_the_learned_policy_is_the_closed_form_optimum(beta):
     assert total_variation(learned_policy(reference, bradley_terry(reward), beta), optimum) < 1e-4
 
 
+@pytest.mark.parametrize("rounds", [2, 4])
+def test_rounds_with_a_moving_reference_are_one_round_with_a_smaller_beta(rounds):
+    reference, reward = known_world()
+    policy = reference
+    for _ in range(rounds):
+        policy = learned_policy(policy, bradley_terry(reward), 2.0).log()
+    at_once = learned_policy(reference, bradley_terry(reward), 2.0 / rounds)
+    assert total_variation(policy.exp(), at_once) < 1e-4
+    fixed = learned_policy(reference, bradley_terry(reward), 2.0)
+    assert total_variation(policy.exp(), fixed) > 0.05
+
+
 def test_adding_a_function_of_the_prompt_to_the_reward_changes_nothing():
     reference, reward = known_world()
     shifted = reward + torch.tensor([[-7.0], [0.5], [30.0]], dtype=torch.float64)

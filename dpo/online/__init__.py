@@ -1,0 +1,1 @@
+"""Training on preference pairs of the policy's own responses."""
