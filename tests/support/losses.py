@@ -68,8 +68,8 @@ class Tokens:
     def batch(self, loss, beta, step=None):
         """The pairs as the loss receives them, in an optimizer step with the pairs of `step`, by default these."""
         pairs = PairBatch(
-            self.sums(self.policy), self.sums(self.reference), self.lengths, self.agreement, self.policy,
-            self.reference, self.collisions,
+            self.sums(self.policy), self.sums(self.reference), self.lengths, self.agreement,
+            token_logps=self.policy, reference_token_logps=self.reference, collision_logps=self.collisions,
         )  # fmt: skip
         if "statistics" not in loss.needs:
             return pairs
