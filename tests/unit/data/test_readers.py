@@ -412,7 +412,7 @@ def test_a_connection_error_in_offline_mode_is_not_transient(own, monkeypatch):
         ({"source": "/tmp/pairs.jsonl"}, ["/tmp/pairs.jsonl is outside data/own/"]),
         ({"source": "data"}, ["data is outside data/own/"]),
         ({"source": ("data/own/a.csv", "secret.csv")}, ["secret.csv is outside data/own/"]),
-        ({"source": "someone/pairs"}, ["'someone/pairs' is not `default`, `arithmetic`, a file or a folder", "data.revision"]),
+        ({"source": "someone/pairs"}, ["'someone/pairs' is not `default`", "a file or a folder", "data.revision"]),
         ({"source": ("someone/pairs",)}, ["'someone/pairs' is not `default`", "data.revision"]),
         ({"source": ("a/b", "data/own/a.csv")}, ["texts of a list may contain files and folders only"]),
         ({"source": ("default", "data/own/a.csv")}, ["texts of a list may contain files and folders only"]),
