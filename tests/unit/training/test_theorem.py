@@ -60,8 +60,8 @@ def table_batch(sides, agreement=None):
     """Answers of one token each: their log-probs are those of the token."""
     policy, reference = sides
     return PairBatch(
-        policy, reference, torch.ones_like(reference, dtype=torch.long), agreement, policy.flatten(),
-        reference.flatten(), torch.zeros_like(reference).flatten(),
+        policy, reference, torch.ones_like(reference, dtype=torch.long), agreement, token_logps=policy.flatten(),
+        reference_token_logps=reference.flatten(), collision_logps=torch.zeros_like(reference).flatten(),
     )  # fmt: skip
 
 
