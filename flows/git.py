@@ -73,8 +73,7 @@ def snapshot(paths: Sequence[str]) -> str:
 
 def snapshot_commit(*paths: str) -> str:
     """Return a commit on no branch that has the tracked files, and those under `paths`, as they are now."""
-    with TemporaryDirectory(prefix="dpo-index-") as folder:
-        env = {"GIT_INDEX_FILE": str(Path(folder) / "index")}
+    with _index_of(()) as env:
         git("read-tree", "HEAD", env=env)
         git("add", "--update", env=env)
         git("add", "--", *(path for path in paths if os.path.lexists(path)), env=env)

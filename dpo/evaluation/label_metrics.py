@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
 
-from dpo.common.errors import InputError
 from dpo.evaluation.bootstrap import Numbers, Statistic, bootstrap
+from dpo.evaluation.pair_metrics import check_finite
 from dpo.training.losses import PairBatch
 from dpo.training.settings import Trial
 
@@ -35,12 +37,7 @@ def label_table(
         InputError: a log-prob is not finite.
     """
     policy, reference = policy.double(), reference.double()
-    non_finite = ~(policy.isfinite() & reference.isfinite()).all(1).numpy()
-    if non_finite.any():
-        raise InputError(
-            f"row '{rows['id'].iloc[non_finite.argmax()]}': its log-probs are not finite, so the weights have "
-            "diverged; lower the learning rate in params.yaml"
-        )
+    check_finite("row", rows, policy, reference)
     desirable = rows["chosen"].notna().to_numpy()
     loss, initial_loss = (_losses(logps, reference, lengths, desirable, trial) for logps in (policy, reference))
     own = policy[:, 0], reference[:, 0], lengths[:, 0]
@@ -65,10 +62,7 @@ def _losses(
         return np.nan
     labels = torch.from_numpy(desirable).double()
     step = PairBatch(logps, reference, lengths, labels=labels)
-    statistics = trial.loss.statistics(step, trial.beta)
-    return trial.loss(
-        PairBatch(logps, reference, lengths, labels=labels, statistics=statistics), trial.beta
-    ).numpy()
+    return trial.loss(replace(step, statistics=trial.loss.statistics(step, trial.beta)), trial.beta).numpy()
 
 
 def label_metrics(table: pd.DataFrame, seed: int) -> dict[str, float | list[float]]:

@@ -22,6 +22,16 @@ BINS = 10  # of equal width, for confidences from 0.5 to 1
 MAX_PROMPT_SLICES, MIN_PAIRS_PER_PROMPT = 20, 5  # the most frequent prompts are slices
 
 
+def check_finite(kind: str, rows: pd.DataFrame, *logps: Tensor) -> None:
+    """Raise InputError with the id of the first row, called `kind`, that has a log-prob that is not finite."""
+    finite = np.logical_and.reduce([each.isfinite().all(1).numpy() for each in logps])
+    if not finite.all():
+        raise InputError(
+            f"{kind} '{rows['id'].iloc[finite.argmin()]}': its log-probs are not finite, so the weights have "
+            "diverged; lower the learning rate in params.yaml"
+        )
+
+
 def pair_table(
     pairs: pd.DataFrame, policy: Tensor, reference: Tensor, lengths: Tensor, trial: Trial
 ) -> pd.DataFrame:
@@ -44,12 +54,7 @@ def pair_table(
         InputError: a log-prob is not finite.
     """
     policy, reference = policy.double(), reference.double()
-    non_finite = ~(policy.isfinite() & reference.isfinite()).all(1).numpy()
-    if non_finite.any():
-        raise InputError(
-            f"pair '{pairs['id'].iloc[non_finite.argmax()]}': its log-probs are not finite, so the weights have "
-            "diverged; lower the learning rate in params.yaml"
-        )
+    check_finite("pair", pairs, policy, reference)
     loss, initial_loss = (
         _losses(pairs, PairBatch(logps, reference, lengths), trial) for logps in (policy, reference)
     )

@@ -99,7 +99,7 @@ def round_to_bf16(values: Tensor, generator: torch.Generator) -> Tensor:
     """Return finite fp32 `values` rounded to one of the two nearest bf16 numbers, equal to the value in the mean.
 
     bf16 is the upper half of fp32. A uniform random number below 2^16 is added to the bits, and the lower half is
-    cut off, so that the probability of each neighbour is linear in the distance to the other.
+    set to 0, so that the probability of each neighbour is linear in the distance to the other.
     """
     bits = torch.randint(2**16, values.shape, generator=generator, dtype=torch.int32, device=values.device)
     bits += values.view(torch.int32)

@@ -9,7 +9,7 @@ The modules of this package import torch on first use, because every command rea
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
@@ -51,6 +51,7 @@ class PairBatch:
     """Number of tokens of each completion, at least 1, shape [P, 2]."""
     agreement: Tensor | None = None
     """Probability that a random person prefers chosen, 1 if unknown, shape [P], if the loss needs it."""
+    _: KW_ONLY
     labels: Tensor | None = None
     """1 for a desirable and 0 for an undesirable completion, shape [P], if the rows are labelled."""
     token_logps: Tensor | None = None
