@@ -11,6 +11,8 @@ from pathlib import Path
 from prefect import flow
 from pydantic import PositiveFloat, PositiveInt
 from ruamel.yaml import YAML
+from ruamel.yaml.nodes import ScalarNode
+from ruamel.yaml.representer import RoundTripRepresenter
 
 from dpo.common.errors import InputError
 from dpo.common.files import atomic_write
@@ -49,14 +51,22 @@ def sweep(
         return pipeline(parallel)
 
 
+class _Representer(RoundTripRepresenter):
+    """Write None as `null`, as `params.yaml` does; ruamel writes an empty value."""
+
+    def represent_none(self, _: None) -> ScalarNode:
+        return self.represent_scalar("tag:yaml.org,2002:null", "null")
+
+
+_Representer.add_representer(type(None), _Representer.represent_none)
+
+
 def set_lists(lists: dict[str, list[LossName] | list[float] | list[int]]) -> None:
     """Write lists to `sweep` in `params.yaml` and keep its comments. Invalid lists leave the file unchanged."""
     before = PARAMS.read_bytes()
     yaml = YAML()
     yaml.width = 4096
-    yaml.representer.add_representer(  # ruamel writes None as an empty value
-        type(None), lambda representer, _: representer.represent_scalar("tag:yaml.org,2002:null", "null")
-    )
+    yaml.Representer = _Representer
     params = yaml.load(before)
     for name, values in lists.items():
         params["sweep"][name][:] = values

@@ -272,8 +272,9 @@ def test_without_sft_the_reference_is_the_base_model(change):
         None,
         "both",
     )
-    text = path.read_text().replace("revision:", "revision: abc", 1).replace("base: default", "base: Org/Model")
-    path.write_text(text)
+    values = YAML(typ="safe").load(path)
+    values["model"] |= {"base": "Org/Model", "revision": "abc"}
+    YAML().dump(values, path)
     assert load_params(path).hub_reference == ("Org/Model", "abc")
 
 
