@@ -419,7 +419,7 @@ def test_training_resumes_from_its_last_checkpoint_after_the_worker_is_killed(pr
 def test_a_second_up_starts_nothing_and_down_stops_everything(project):
     (project.folder / "pause.txt").write_text("300")
     project.pause()
-    added = f"deployments/{project.deployment('sweep/sweep')['id']}/schedules"
+    added = f"deployments/{project.deployment('sweep')['id']}/schedules"
     httpx.post(f"{project.url}/api/{added}", json=[{"schedule": {"cron": "0 3 * * *"}}]).raise_for_status()
     before = roots_in(project.folder)
     output = project.servers("up")
