@@ -11,14 +11,14 @@ import pandas as pd
 from dpo.common.distributed import this_process
 from dpo.common.files import atomic_write, md5, sha256, write_json
 from dpo.config import Params, load_params
-from dpo.engine.logprobs import ENGINE_VERSION, load_model
+from dpo.engine.logprobs import ENGINE_VERSION
 from dpo.engine.pretrained import load_tokenizer
 from dpo.evaluation.judges import load_judge
 from dpo.evaluation.sampling import response_limit
 from dpo.online.rounds import Rounds, drawn_prompts, save_rounds
 from dpo.training.checkpoints import CheckpointStore
 from dpo.training.settings import Trial
-from dpo.training.train import save_checkpoint
+from dpo.training.train import copy_checkpoint
 from tasks.common import paths
 from tasks.common.memory import check_memory
 from tasks.common.runner import run_launched, trial_argument
@@ -49,8 +49,8 @@ def main() -> None:
         prompts = drawn_prompts(train, params.online, trial.seed)
         folder, log, counts = rounds.run(prompts, [StepLog(run_id)] if run_id else [])
         facts = made_by(params, run_id, trial) | {"feedback": asdict(params.feedback)}
-        model = load_model(folder, **params.engine.loading)
-        save_checkpoint(model, tokenizer, paths.policy_folder(trial), facts, params.hub_reference)
+        if main_process:
+            copy_checkpoint(folder, paths.policy_folder(trial), facts, params.hub_reference)
         if run_id:
             tag_checkpoint(run_id, paths.policy_folder(trial))
     if main_process:

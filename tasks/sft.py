@@ -3,14 +3,13 @@
 With `sft: null`, the base model is the reference.
 """
 
-import os
 import shutil
 from contextlib import nullcontext
 
 import pandas as pd
 
 from dpo.common.distributed import this_process
-from dpo.common.files import PROVENANCE, atomic_write, write_json
+from dpo.common.files import PROVENANCE, atomic_write, link_tree, write_json
 from dpo.config import Params, load_params
 from dpo.engine.logprobs import load_model
 from dpo.engine.pretrained import load_tokenizer
@@ -49,18 +48,10 @@ def main() -> None:
 def link_base(params: Params) -> None:
     """Make the base model the reference. Its files are hard links to those of the base, or copies."""
     with atomic_write(REFERENCE) as tmp:
-        shutil.copytree(BASE, tmp, copy_function=_link)
+        link_tree(BASE, tmp)
         write_json(tmp / PROVENANCE, {**made_by(params, None), "weights": weights(tmp)})
     with atomic_write(METRICS / "sft.csv") as tmp:
         tmp.write_text("step,loss\n")
-
-
-def _link(source: str, target: str) -> None:
-    """Create a hard link, or copy the file if the file system has no hard links."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
 
 
 def fine_tune(params: Params, sft: SftSettings) -> None:

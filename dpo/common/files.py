@@ -44,6 +44,18 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def link_tree(source: Path, target: Path) -> None:
+    """Copy a folder. Its files are hard links to those of `source`, or copies if the file system has no links."""
+    shutil.copytree(source, target, copy_function=_link)
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
 def write_json(path: Path, value: object) -> None:
     """Write `value` as indented JSON with sorted keys. NaN and infinity raise ValueError."""
     with atomic_write(path) as tmp:

@@ -8,6 +8,7 @@ import hashlib
 import operator
 import random
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -92,15 +93,21 @@ def is_right(answer: str, response: str) -> bool:
 def work_is_right(problem: Problem, response: str) -> bool:
     """Return whether the work above the last line has one true equation per operator and leads to the answer.
 
-    An equation is `a + b = c`, also with - or *. The result of the last one must be the stated answer.
+    An equation is `a + b = c`, also with - or *. Its numbers are of the problem, or results of earlier equations,
+    each used once. The result of the last one must be the stated answer.
     """
     *lines, stated = _lines(response)
     equations = [LINE.fullmatch(line) for line in lines]
     if len(lines) != len(problem) // 2 or not all(equations):
         return False
     found = [each.groups() for each in equations if each]
-    are_true = all(OPERATORS[sign](int(a), int(b)) == int(result) for a, sign, b, result in found)
-    return are_true and stated == ANSWER.format(int(found[-1][3]))
+    unused = Counter(part for part in problem if part not in OPERATORS)
+    for a, sign, b, result in found:
+        unused.subtract([int(a), int(b)])
+        if OPERATORS[sign](int(a), int(b)) != int(result) or min(unused.values()) < 0:
+            return False
+        unused[int(result)] += 1
+    return stated == ANSWER.format(int(found[-1][3]))
 
 
 def _lines(response: str) -> list[str]:

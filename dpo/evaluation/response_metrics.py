@@ -9,6 +9,7 @@ from numpy.typing import ArrayLike
 from scipy.special import expit
 
 from dpo.evaluation.bootstrap import Numbers, Statistic, bootstrap, mean, over, ratio
+from dpo.evaluation.verifier_metrics import verifier_statistics
 
 RIDGE = 0.01  # weight of half the squared coefficients; it keeps the fit finite if all responses win
 MAX_NEWTON_STEPS, TOLERANCE = 25, 1e-9  # about 6 steps are usual, and 20 if all of 100,000 responses win
@@ -37,6 +38,7 @@ def response_metrics(table: pd.DataFrame, seed: int) -> dict[str, float | list[f
       0.5; with scores `reward` and `reference_reward`, their means. `failed_verdicts` counts the responses whose
       `win` is NaN, which are left out. Each further judge adds `win_rate/NAME`, `failed_verdicts/NAME` and
       `same_verdict/NAME`, the share of responses on which it and the first judge prefer the same side.
+    - With a verifier: see `dpo.evaluation.verifier_metrics.verifier_statistics`.
 
     - `samples`, the number of responses. A ratio with denominator 0 is left out.
 
@@ -84,6 +86,8 @@ def response_metrics(table: pd.DataFrame, seed: int) -> dict[str, float | list[f
             judged = wins.notna() & table["win"].notna()
             same = np.sign(wins - 0.5) == np.sign(table["win"] - 0.5)
             statistics[f"same_verdict{judge}"] = ratio(judged & same, judged)
+    for column in map(str, table.filter(regex="^right_work(/|$)")):
+        statistics |= verifier_statistics(table, column.removeprefix("right_work"))
     if "win" in table:
         statistics |= _judge_statistics(table, tokens - reference_tokens)
     return counts | bootstrap(statistics, table["prompt"].tolist(), seed)

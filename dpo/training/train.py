@@ -1,6 +1,7 @@
 """Supervised fine-tuning and preference training of a model in memory, and saving the result."""
 
 import hashlib
+import json
 import math
 import os
 import tempfile
@@ -16,7 +17,7 @@ from transformers import PreTrainedModel
 
 from dpo.common.distributed import share, this_process
 from dpo.common.errors import InputError
-from dpo.common.files import PROVENANCE, atomic_write, sha256, write_json
+from dpo.common.files import PROVENANCE, atomic_write, link_tree, sha256, write_json
 from dpo.engine.base_model import load_checkpoint
 from dpo.engine.frozen import is_quantised, round_linear_layers
 from dpo.engine.logprobs import LogProbModel, packed_batches
@@ -282,10 +283,23 @@ def save_checkpoint(
         with atomic_write(folder) as tmp:
             model.save_pretrained(tmp, state_dict=state)
             if has_adapter(model) and base:
-                named = dict(zip(("base_model_name_or_path", "revision"), base, strict=True))
-                write_json(tmp / ADAPTER_CONFIG, read_adapter_config(tmp) | named)
+                _name_base(tmp, base)
             _finish(tmp, tokenizer, facts)
     this_process().wait_for_everyone()
+
+
+def copy_checkpoint(
+    source: Path, folder: Path, facts: Mapping[str, object], base: tuple[str, str] | None = None
+) -> None:
+    """Write a checkpoint of `save_checkpoint` to `folder`, atomically, and add `facts` to its provenance.
+
+    `base` is that of `save_checkpoint`. Files are hard links if the file system has them.
+    """
+    with atomic_write(folder) as tmp:
+        link_tree(source, tmp)
+        if base and (tmp / ADAPTER_CONFIG).is_file():
+            _name_base(tmp, base)
+        write_json(tmp / PROVENANCE, json.loads((tmp / PROVENANCE).read_text()) | {**facts})
 
 
 def save_merged(adapter: Path, folder: Path, facts: Mapping[str, object]) -> None:
@@ -296,6 +310,12 @@ def save_merged(adapter: Path, folder: Path, facts: Mapping[str, object]) -> Non
     with atomic_write(folder) as tmp:
         load_checkpoint(adapter).save_pretrained(tmp)
         _finish(tmp, load_tokenizer(adapter), facts)
+
+
+def _name_base(folder: Path, base: tuple[str, str]) -> None:
+    """Write the hub id and the revision of the base model into the configuration of an adapter."""
+    named = dict(zip(("base_model_name_or_path", "revision"), base, strict=True))
+    write_json(folder / ADAPTER_CONFIG, read_adapter_config(folder) | named)
 
 
 def _finish(folder: Path, tokenizer: Any, facts: Mapping[str, object]) -> None:

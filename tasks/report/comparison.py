@@ -1,5 +1,6 @@
 """The comparison of all policies as a page for the browser."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,21 @@ def concatenate(tables: dict[str, pd.DataFrame], names: dict[str, str]) -> pd.Da
     return pd.concat([table.assign(policy=names[key]) for key, table in tables.items()], ignore_index=True)
 
 
+def verified_metrics(policies: dict[str, dict[str, Any]]) -> dict[str, str]:
+    """Return titles of the metrics of verified answers that the policies have, empty without a verifier."""
+    metrics = next(iter(policies.values()))
+    shown = {name: f"pass@{name.rpartition('_')[2]}" for name in metrics if re.fullmatch(r"pass_at_\d+", name)}
+    if not shown:
+        return {}
+    others = (
+        ("without_pair", "problems without a pair"),
+        ("entropy_per_token", "entropy, nats per token"),
+        ("right_work", "right work"),
+        ("right_answer_wrong_work", "right answers with wrong work"),
+    )
+    return shown | {name: title for name, title in others if name in metrics}
+
+
 def draw_figures(results: Results) -> list[go.Figure]:
     """Return the figures of the page. Calibration needs pairs with agreement."""
     return [
@@ -81,6 +97,7 @@ def write_report(params: Params, results: Results, figures: list[go.Figure]) -> 
             "reward_accuracy": "reward accuracy",
             "margin": "margin",
         },
+        verified=verified_metrics(results.policies),
         tests=results.tests.to_dict("records"),
         slices=results.slices.to_dict("records"),
         responses=concatenate(samples, results.names).to_dict("records"),

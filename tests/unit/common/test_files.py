@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from dpo.common.files import atomic_write, sha256, write_json
+from dpo.common.files import atomic_write, link_tree, sha256, write_json
 
 
 def names(folder):
@@ -113,3 +113,17 @@ def test_a_block_that_writes_nothing_is_an_error_and_keeps_the_old_content(tmp_p
     with pytest.raises(FileNotFoundError), atomic_write(target):
         pass
     assert target.read_text() == "old"
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_linked_folder_has_the_same_files(tmp_path, monkeypatch, links):
+    def refuse(*_):
+        raise OSError("no links")
+
+    if not links:
+        monkeypatch.setattr("dpo.common.files.os.link", refuse)
+    (tmp_path / "a/inner").mkdir(parents=True)
+    (tmp_path / "a/inner/file").write_text("text")
+    link_tree(tmp_path / "a", tmp_path / "b")
+    assert (tmp_path / "b/inner/file").read_text() == "text"
+    assert (tmp_path / "b/inner/file").samefile(tmp_path / "a/inner/file") is links

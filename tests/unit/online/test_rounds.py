@@ -218,6 +218,7 @@ def test_a_killed_run_reaches_the_same_files(reference, finished, tmp_path, monk
     assert (log, counts) == (finished[2], finished[3])
 
 
+@pytest.mark.slow
 def test_a_moving_reference_is_the_policy_of_the_round_before(reference, tmp_path):
     _, log, _ = train(reference, tmp_path, reference="moving")
     assert log[2]["rewards/margins"] == pytest.approx(0, abs=1e-4)

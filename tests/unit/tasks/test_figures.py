@@ -6,6 +6,7 @@ import pytest
 from dpo.evaluation.yardsticks import yardsticks
 from dpo.training.losses import LOSSES
 from dpo.training.settings import Trial
+from tasks.report.comparison import verified_metrics
 from tasks.report.figures import calibration, curve, frontier, labels, margins, reward_metric
 
 NO_POINTS = yardsticks([], [])
@@ -67,3 +68,11 @@ def test_curves_margins_and_calibration_have_a_line_per_policy():
         assert [trace.name for trace in figure.data] == ["a", "b"]
     assert list(curve(table, "loss").data[0].y) == [3.0, 2.0]
     assert list(calibration(table).data[0].x) == [0.6, 0.9]
+
+
+def test_verified_answers_are_shown_if_there_is_a_verifier():
+    metrics = {"pass_at_1": 0.2, "pass_at_1_ci": [0.1, 0.3], "pass_at_4": 0.5, "without_pair": 0.4}
+    assert list(verified_metrics({"a": metrics | {"entropy_per_token": 0.1}}).values()) == [
+        *("pass@1", "pass@4", "problems without a pair", "entropy, nats per token"),
+    ]
+    assert verified_metrics({"a": {"entropy_per_token": 0.1, "win_rate": 0.5}}) == {}

@@ -67,7 +67,7 @@ def test_files_are_copied_if_the_file_system_has_no_hard_links(base, monkeypatch
     def refuse(*_):
         raise OSError("no links")
 
-    monkeypatch.setattr(stage.os, "link", refuse)
+    monkeypatch.setattr("dpo.common.files.os.link", refuse)
     monkeypatch.setattr(stage, "load_params", lambda: dataclasses.replace(PARAMS, sft=None))
     stage.main()
     assert weights(REFERENCE) == weights(BASE)

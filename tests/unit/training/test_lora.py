@@ -1,10 +1,12 @@
 """LoRA settings: target modules, rank-stabilised LoRA, DoRA; activations in host memory."""
 
+import json
 import math
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
 from dpo.common.errors import InputError
 from dpo.engine.base_model import load_checkpoint
@@ -12,7 +14,7 @@ from dpo.engine.logprobs import load_model, sequence_logps
 from dpo.engine.packing import pack
 from dpo.training import offload
 from dpo.training.settings import LoraSettings
-from dpo.training.train import add_lora, save_checkpoint, start_lora, train_dpo
+from dpo.training.train import add_lora, copy_checkpoint, save_checkpoint, start_lora, train_dpo
 from tests.support.logprobs import make_rows
 from tests.support.models import make_model
 from tests.support.training import LORA, dpo_params, trial
@@ -113,3 +115,15 @@ def test_the_inputs_of_the_layers_are_offloaded(tmp_path, monkeypatch):
     assert copied.count((1, batch.input_ids.shape[1], 32)) >= 3, "all but the embedding, which has no gradient"
     assert {len(shape) for shape in copied if len(shape) == 3} == {3}
     total.backward()
+
+
+def test_a_copied_adapter_has_further_facts_and_the_name_of_its_base(tiny_model_dir, tmp_path):
+    model, tokenizer = load_model(tiny_model_dir), AutoTokenizer.from_pretrained(tiny_model_dir)
+    start_lora(model, LORA, 0)
+    save_checkpoint(model, tokenizer, tmp_path / "first", {"round": 2})
+    copy_checkpoint(tmp_path / "first", tmp_path / "second", {"trial": "a"}, ("someone/base", "abc"))
+    first, second = (json.loads((tmp_path / name / "provenance.json").read_text()) for name in ("first", "second"))
+    assert second == {**first, "trial": "a"}
+    configs = [json.loads((tmp_path / name / "adapter_config.json").read_text()) for name in ("first", "second")]
+    assert configs[1] == {**configs[0], "base_model_name_or_path": "someone/base", "revision": "abc"}
+    assert configs[0] != configs[1]
