@@ -3,7 +3,7 @@
 import itertools
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -92,10 +92,12 @@ class Params(Settings):
 
     def trials(self) -> list[Trial]:
         """Return all trials of the sweep, in DVC's order: those on the pairs of the data, then those in rounds."""
-        lists = (self.sweep.losses, self.sweep.betas, self.sweep.learning_rates, self.sweep.seeds)
+        sweep = self.sweep
+        losses = [self.losses[name] for name in (*sweep.losses, *sweep.reference_free_losses)]
+        lists = ((None, *sweep.rounds), losses, sweep.betas, sweep.learning_rates, sweep.seeds)
         return [
-            Trial(loss=self.losses[name], beta=beta, learning_rate=rate, seed=seed, rounds=rounds)
-            for rounds, name, beta, rate, seed in itertools.product((None, *self.sweep.rounds), *lists)
+            Trial(loss=loss, beta=beta, learning_rate=rate, seed=seed, rounds=rounds)
+            for rounds, loss, beta, rate, seed in itertools.product(*lists)
         ]
 
     @property
@@ -147,12 +149,7 @@ def load_params(path: Path = Path("params.yaml")) -> Params:
         params: Params = TypeAdapter(Params).validate_json(as_json)
     except ValidationError as error:
         raise InputError("\n".join(f"{path}: {_explain(fault)}" for fault in error.errors())) from error
-    unlisted = [name for name in params.sweep.losses if name not in values["losses"]]
-    if unlisted:
-        raise InputError(
-            f"{path}: losses.{unlisted[0]}: missing, but sweep.losses uses it, and DVC tracks its settings; add "
-            f"`{unlisted[0]}: {{}}` to losses, or run `dvc exp run -S '+losses.{unlisted[0]}={{}}'`"
-        )
+    _check_losses(path, params, values["losses"])
     if not params.evaluate.judges and "win_rate" in params.compare.select:
         raise InputError(
             f"{path}: compare.select: {params.compare.select} needs a judge; add one to evaluate.judges, or "
@@ -173,6 +170,28 @@ def load_params(path: Path = Path("params.yaml")) -> Params:
             f"engine.max_length, {params.engine.max_length}; lower the former or raise the latter"
         )
     return params
+
+
+def _check_losses(path: Path, params: Params, listed: Collection[str]) -> None:
+    """Raise InputError if the sweep has no loss, one without settings, or one in the wrong list."""
+    lists = {"losses": params.sweep.losses, "reference_free_losses": params.sweep.reference_free_losses}
+    if not any(lists.values()):
+        raise InputError(
+            f"{path}: sweep.losses: the sweep has no loss; name one here, or one that needs no reference "
+            "log-probs in sweep.reference_free_losses"
+        )
+    for key, other, need in (
+        ("losses", "reference_free_losses", "needs no reference log-probs"),
+        ("reference_free_losses", "losses", "needs reference log-probs"),
+    ):
+        for name in lists[key]:
+            if name not in listed:
+                raise InputError(
+                    f"{path}: losses.{name}: missing, but sweep.{key} uses it, and DVC tracks its settings; add "
+                    f"`{name}: {{}}` to losses, or run `dvc exp run -S '+losses.{name}={{}}'`"
+                )
+            if ("reference" in params.losses[name].needs) != (key == "losses"):
+                raise InputError(f"{path}: sweep.{key}: {name} {need}; move it to sweep.{other}")
 
 
 def _check_feedback(path: Path, params: Params) -> None:

@@ -39,7 +39,7 @@ def sweep(
     Raises StageError if a stage failed; stages that need it did not run, all others did.
 
     Args:
-        losses: objectives, by name.
+        losses: objectives, by name; they are written to `losses` or `reference_free_losses`.
         betas: strengths of the KL constraint.
         learning_rates: peak learning rates.
         seeds: orders of the training pairs.
@@ -64,13 +64,18 @@ _Representer.add_representer(type(None), _Representer.represent_none)
 def set_lists(lists: dict[str, list[LossName] | list[float] | list[int]]) -> None:
     """Write lists to `sweep` in `params.yaml` and keep its comments. Invalid lists leave the file unchanged."""
     before = PARAMS.read_bytes()
+    if "losses" in lists:
+        known = load_params(PARAMS).losses
+        free = [name for name in lists["losses"] if name in known and "reference" not in known[name].needs]
+        others = [name for name in lists["losses"] if name not in free]
+        lists = lists | {"losses": others, "reference_free_losses": free}
     yaml = YAML()
     yaml.width = 4096
     yaml.Representer = _Representer
     params = yaml.load(before)
     for name, values in lists.items():
         params["sweep"][name][:] = values
-    for loss in lists.get("losses", []):
+    for loss in (*params["sweep"]["losses"], *params["sweep"]["reference_free_losses"]):
         params["losses"].setdefault(loss, {})  # DVC tracks the settings of every loss of the sweep
     with atomic_write(PARAMS) as tmp:
         yaml.dump(params, tmp)

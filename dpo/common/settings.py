@@ -18,7 +18,10 @@ def distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
     return values
 
 
-Several = (Field(min_length=1), AfterValidator(distinct))
+Distinct = AfterValidator(distinct)
+"""Annotation of a tuple without duplicates."""
+
+Several = (Field(min_length=1), Distinct)
 """Annotations of a tuple with at least one value and no duplicates."""
 
 

@@ -3,9 +3,9 @@
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import Field
 
-from dpo.common.settings import Positive, Rate, Seed, Settings, Several, distinct
+from dpo.common.settings import Distinct, Positive, Rate, Seed, Settings, Several
 from dpo.training.losses import Loss, LossName
 
 
@@ -130,13 +130,15 @@ class Trial:
 class SweepSettings(Settings):
     """One policy is trained for every combination of these lists."""
 
-    losses: Annotated[tuple[LossName, ...], *Several]
-    """Losses, by name."""
+    losses: Annotated[tuple[LossName, ...], Distinct]
+    """Losses that need reference log-probs, by name."""
+    reference_free_losses: Annotated[tuple[LossName, ...], Distinct]
+    """Losses that need no reference log-probs, by name. Their trials do not wait for the reference log-probs."""
     betas: Annotated[tuple[Positive | Rate, ...], *Several]
     """Strengths of the KL constraint (Rafailov et al. 2023, eq. 7)."""
     learning_rates: Annotated[tuple[Rate, ...], *Several]
     """Peak learning rates."""
     seeds: Annotated[tuple[Seed, ...], *Several]
     """Seeds of the order of the training pairs."""
-    rounds: Annotated[tuple[Positive, ...], AfterValidator(distinct)] = ()
+    rounds: Annotated[tuple[Positive, ...], Distinct] = ()
     """Numbers of rounds of on-policy training (`online`). An empty list trains on the pairs of the data only."""

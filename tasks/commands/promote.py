@@ -325,7 +325,8 @@ def logged_model(params: Params, folder: Path) -> tuple[str, str]:
         if of_version(f"models:/{model.model_id}")["weights"] == weights(folder):
             return run_id, model.model_id
     raise InputError(
-        f"MLflow: run {run_id} has no model of {folder}; train again: `dvc repro -f -s train@{folder.name}`"
+        f"MLflow: run {run_id} has no model of {folder}; train again: "
+        f"`dvc repro -f -s --glob 'train*@{folder.name}'`"
     )
 
 

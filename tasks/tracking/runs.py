@@ -2,7 +2,7 @@
 
 One parent run holds a sweep: all policies that were trained from the same reference on the same data. Each
 training of a trial is a child run with its parameters, step curves, held-out metrics and responses. Stages find
-the parent run by the hash of the reference cache, in any process and at any time.
+the parent run by a hash of these, in any process and at any time.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ from mlflow.data.sources import LocalArtifactDatasetSource
 from mlflow.entities import Dataset, DatasetInput, InputTag, Run
 from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT, MLFLOW_PARENT_RUN_ID
 
-from dpo.common.files import md5, sha256
+from dpo.common.files import md5
 from dpo.config import Params
 from dpo.training.settings import Trial
 from tasks.common.flatten import flatten
@@ -31,7 +31,6 @@ from tasks.common.paths import (
     EVAL,
     RAW_PAIRS,
     REFERENCE,
-    REFERENCE_TRAIN,
     REPORT,
     TRAIN,
     policy_folder,
@@ -74,7 +73,7 @@ def reference_run(params: Params, data: Path = TRAIN) -> AbstractContextManager[
 def policy_run(params: Params, trial: Trial) -> AbstractContextManager[str]:
     """Create a child run of the sweep for the training of a trial; yield its id."""
     offline.connect_or_offline()
-    tags = {SWEEP: _sweep(), TRIAL: trial.name, ROLE: "policy", MLFLOW_PARENT_RUN_ID: sweep_run(params)}
+    tags = {SWEEP: _sweep(params), TRIAL: trial.name, ROLE: "policy", MLFLOW_PARENT_RUN_ID: sweep_run(params)}
     groups = {"model": params.model, "data": params.data, "engine": params.engine, "dpo": params.dpo}
     return _training(trial.name, tags, _settings(**groups, **trial.settings), TRAIN)
 
@@ -108,11 +107,12 @@ def _begin(name: str, tags: dict[str, str]) -> str:
 @or_offline
 def sweep_run(params: Params) -> str:
     """Return the id of this sweep's parent run; create the run if it does not exist."""
+    sweep = _sweep(params)
     with offline.store_lock():
-        found = search(MlflowClient(), f"tags.`{SWEEP}` = '{_sweep()}' and tags.`{ROLE}` = 'sweep'")
+        found = search(MlflowClient(), f"tags.`{SWEEP}` = '{sweep}' and tags.`{ROLE}` = 'sweep'")
         if found:
             return str(found[0].info.run_id)
-        run_id = new_run(f"sweep {_sweep()[:8]}", {SWEEP: _sweep(), ROLE: "sweep"})
+        run_id = new_run(f"sweep {sweep[:8]}", {SWEEP: sweep, ROLE: "sweep"})
     RunLogger(run_id).log_params(_settings(seed=params.seed, model=params.model))
     return run_id
 
@@ -194,8 +194,8 @@ def _hash(settings: dict[str, Any], data: Path) -> str:
     return hashlib.sha256(f"{settings}{md5(data)}".encode()).hexdigest()[:16]
 
 
-def _sweep() -> str:
-    return sha256(REFERENCE_TRAIN / "manifest.json")
+def _sweep(params: Params) -> str:
+    return _hash(_settings(reference=weights(REFERENCE), engine=params.engine), TRAIN)
 
 
 def _dataset(path: Path, context: str) -> DatasetInput:

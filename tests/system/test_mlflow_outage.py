@@ -75,7 +75,6 @@ def story(tmp_path_factory):
             "data/train.parquet",
             "data/eval.parquet",
             "data/raw_pairs.parquet",
-            "reference/train/manifest.json",
             REPORT,
             COMPARISON,
         ):

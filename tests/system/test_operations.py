@@ -529,7 +529,10 @@ def test_a_sweep_changes_only_its_lists_and_nothing_if_they_are_invalid(tmp_path
     assert {line.split(":")[0] for line in changed} == {"losses", "learning_rates"}
     (trial, other) = {trial.name for trial in sweep.load_params().trials() if trial.beta == 0.1}
     assert {trial, other} == {"sigmoid-0.1-1e-05-17", "ipo-0.1-1e-05-17"}
-    sweep.set_lists({"losses": ["simpo"]})  # params.yaml does not list its settings
+    sweep.set_lists({"losses": ["simpo", "nca"]})  # params.yaml does not list their settings
+    assert {trial.loss.name for trial in sweep.load_params().trials()} == {"simpo", "nca"}
+    assert sweep.load_params().sweep.reference_free_losses == ("simpo",)
+    sweep.set_lists({"losses": ["simpo"]})
     assert {trial.loss.name for trial in sweep.load_params().trials()} == {"simpo"}
     assert "  simpo: {}\n" in sweep.PARAMS.read_text()
     changed_once = sweep.PARAMS.read_text()

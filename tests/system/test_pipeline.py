@@ -183,9 +183,10 @@ def test_unchanged_stages_are_skipped_and_a_new_beta_runs_only_its_trial(project
 @pytest.mark.slow
 def test_a_loss_that_params_yaml_does_not_list_needs_an_entry(project, tmp_path):
     folder = shutil.copytree(project, tmp_path / "project", symlinks=True)
-    sweep = ("dvc", "exp", "run", "-S", "sweep.losses=[sigmoid, simpo, wpo, ld_dpo, custom]")
+    sweep = ("dvc", "exp", "run", "-S", "sweep.losses=[sigmoid, wpo, ld_dpo, custom]")
+    sweep += ("-S", "sweep.reference_free_losses=[simpo]")
     refused = execute(folder, *sweep, fails=True)
-    assert "losses.simpo" in refused
+    assert "losses.wpo" in refused
     assert "missing" in refused
     mine = "def loss(pairs, beta):\n    return -beta * (pairs.policy[:, 0] - pairs.policy[:, 1])\n"
     (folder / "dpo/training/losses/mine.py").write_text(mine)
@@ -193,10 +194,29 @@ def test_a_loss_that_params_yaml_does_not_list_needs_an_entry(project, tmp_path)
     entries += ["+losses.custom.function=dpo.training.losses.mine:loss"]
     output = execute(folder, *sweep, *(word for entry in entries for word in ("-S", entry)))
     trials = [f"{name}-{TRIAL.partition('-')[2]}" for name in ("simpo", "wpo", "ld_dpo", "custom")]
-    assert {f"train@{trial}" for trial in trials} <= set(stages_run(output))
+    expected = {f"train@{trial}" for trial in trials[1:]} | {
+        f"{name}_reference_free@{trials[0]}" for name in ("train", "evaluate")
+    }
+    assert expected <= set(stages_run(output))
     for trial in trials:
         metrics = json.loads((folder / f"metrics/evaluate/{trial}.json").read_text())
         assert math.isfinite(metrics["loss_rise"])
+    assert "up to date" in execute(folder, "dvc", "status")
+
+
+@pytest.mark.slow
+def test_a_reference_free_trial_does_not_wait_for_reference_log_probs(project, tmp_path):
+    folder = shutil.copytree(project, tmp_path / "project", symlinks=True)
+    shutil.rmtree(folder / "reference")
+    losses = {"sweep.losses": [], "sweep.reference_free_losses": ["simpo"], "losses.simpo": {}}
+    change(folder, losses | {"engine.max_tokens_per_microbatch": 401})
+    trial = TRIAL.replace("sigmoid", "simpo")
+    execute(folder, "dvc", "repro", "--single-item", f"train_reference_free@{trial}")
+    assert not (folder / "reference").exists()
+    output = execute(folder, "dvc", "repro")
+    assert stages_run(output)[-2:] == [f"evaluate_reference_free@{trial}", "compare"]
+    assert not [stage for stage in stages_run(output) if stage.startswith("train")]
+    assert list(json.loads((folder / "metrics/comparison.json").read_text())["policies"]) == [trial]
     assert "up to date" in execute(folder, "dvc", "status")
 
 

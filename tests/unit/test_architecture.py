@@ -106,12 +106,23 @@ def test_the_packages_of_dpo_import_each_other_in_one_direction():
 
 
 def module_of(stage):
-    """Return the name of the module in `tasks` that a stage runs."""
-    return STAGES[stage]["cmd"].split()[2].removeprefix("tasks.")
+    """Return the file of the module that a stage runs."""
+    return ROOT / (STAGES[stage]["cmd"].split()[2].replace(".", "/") + ".py")
 
 
 def test_the_modules_in_tasks_are_those_that_stages_run():
-    assert {path.stem for path in (ROOT / "tasks").glob("*.py")} - {"__init__"} == set(map(module_of, STAGES))
+    modules = {path for path in (ROOT / "tasks").glob("*.py") if path.stem != "__init__"}
+    assert modules == {module_of(stage) for stage in STAGES}
+
+
+def test_trials_of_reference_free_losses_do_not_depend_on_reference_log_probs_of_the_training_pairs():
+    for name in ("train", "evaluate"):
+        stage, free = STAGES[name], STAGES[f"{name}_reference_free"]
+        missing = {"reference/train"} if name == "train" else set()
+        assert set(stage["deps"]) - set(free["deps"]) == missing
+        assert not set(free["deps"]) - set(stage["deps"])
+        for key in stage.keys() - {"desc", "matrix", "deps"}:
+            assert stage[key] == free[key]
 
 
 def test_the_default_flow_has_the_five_steps_of_the_method():
@@ -122,7 +133,7 @@ def test_the_default_flow_has_the_five_steps_of_the_method():
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_module_a_stage_imports_is_among_its_deps(stage):
-    found, _ = imported_files(ROOT / f"tasks/{module_of(stage)}.py")
+    found, _ = imported_files(module_of(stage))
     found = {file for file in found if file.name != "__init__.py"}
     declared = [Path(dep) for dep in STAGES[stage]["deps"]]
     known = [*declared, *map(Path, NO_DEPS)]
@@ -183,12 +194,15 @@ def test_a_module_that_runs_a_model_imports_no_other_heavy_package(module):
     assert {name.split(".")[0] for name in names} & HEAVY <= MAY_IMPORT[module]
 
 
+@pytest.mark.parametrize("losses", ["losses", "reference_free_losses"])
 @pytest.mark.parametrize("stage", ["train", "evaluate"])
-def test_a_trial_depends_on_the_settings_of_its_own_loss_and_on_no_list_of_the_sweep(stage):
+def test_a_trial_depends_on_the_settings_of_its_own_loss_and_on_no_list_of_the_sweep(stage, losses):
+    stage += "_reference_free" if losses == "reference_free_losses" else ""
     assert "losses.${item.loss}" in STAGES[stage]["params"]
     assert not {"losses", "sweep"} & set(STAGES[stage]["params"])
+    assert list(STAGES[stage]["matrix"]) == ["loss", "beta", "learning_rate", "seed"]
     assert STAGES[stage]["matrix"] == {
-        "loss": "${sweep.losses}",
+        "loss": f"${{sweep.{losses}}}",
         "beta": "${sweep.betas}",
         "learning_rate": "${sweep.learning_rates}",
         "seed": "${sweep.seeds}",

@@ -236,9 +236,40 @@ def test_losses_that_the_section_omits_have_their_defaults(change):
 
 
 def test_a_loss_of_the_sweep_that_the_section_omits_is_named_with_the_fix(change):
-    assert_one_fault(
-        change("sweep.losses", ["sigmoid", "simpo"]), "losses.simpo: missing, but sweep.losses uses it"
-    )
+    assert_one_fault(change("sweep.losses", ["sigmoid", "wpo"]), "losses.wpo: missing, but sweep.losses uses it")
+
+
+def sweep_of(change, losses, reference_free, **settings):
+    sections = {name: {} for name in ("sigmoid", "ipo", "simpo", "weighted_sum")} | settings
+    sweep = YAML(typ="safe").load(PARAMS)["sweep"]
+    path = change("sweep", sweep | {"losses": losses, "reference_free_losses": reference_free})
+    params = YAML(typ="safe").load(path)
+    YAML().dump(params | {"losses": sections}, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("losses", "reference_free", "settings", "fault"),
+    [
+        (["sigmoid", "simpo"], [], {}, "sweep.losses: simpo needs no reference log-probs; move it to sweep."),
+        (["simpo"], ["simpo"], {}, "sweep.losses: simpo needs no reference log-probs"),
+        ([], ["ipo"], {}, "sweep.reference_free_losses: ipo needs reference log-probs; move it to sweep.losses"),
+        ([], ["weighted_sum"], {}, "sweep.reference_free_losses: weighted_sum needs reference log-probs"),
+        (["weighted_sum"], [], {"weighted_sum": {"weights": {"simpo": 1.0}}}, "sweep.losses: weighted_sum"),
+        ([], ["sft"], {}, "losses.sft: missing, but sweep.reference_free_losses uses it"),
+        ([], [], {}, "sweep.losses: the sweep has no loss; name one here"),
+    ],
+)  # fmt: skip
+def test_a_loss_is_in_the_list_that_says_whether_it_needs_reference_log_probs(
+    change, losses, reference_free, settings, fault
+):
+    assert_one_fault(sweep_of(change, losses, reference_free, **settings), fault)
+
+
+@pytest.mark.parametrize(("losses", "reference_free"), [(["ipo"], ["simpo"]), ([], ["simpo"]), (["ipo"], [])])
+def test_trials_are_those_of_both_lists(change, losses, reference_free):
+    trials = load_params(sweep_of(change, losses, reference_free)).trials()
+    assert [trial.loss.name for trial in trials] == [name for name in losses + reference_free for _ in range(3)]
 
 
 @pytest.mark.parametrize("weights", [{}, {"kto": 1.0}, {"weighted_sum": 1.0}, {"custom": 1.0}])
@@ -254,7 +285,14 @@ def test_reading_settings_does_not_import_torch():
 
 def test_cells_are_every_combination_named_as_dvc_names_them(change):
     path = change(
-        "sweep", {"losses": ["sigmoid", "ipo"], "betas": [0.1, 1], "learning_rates": [5e-5], "seeds": [1, 2]}
+        "sweep",
+        {
+            "losses": ["sigmoid", "ipo"],
+            "reference_free_losses": [],
+            "betas": [0.1, 1],
+            "learning_rates": [5e-5],
+            "seeds": [1, 2],
+        },
     )
     trials = load_params(path).trials()
     assert [trial.name for trial in trials] == [

@@ -147,8 +147,11 @@ def check_rows(losses: Iterable[Loss], *, labelled: bool) -> None:
             continue
         if labelled:
             problem = "needs pairs, but the rows of the data have one completion with a label"
-            fix = "use kto, or set data.pair_labels: true to make pairs of prompts with both labels"
+            fix = (
+                "use kto in sweep.losses, or set data.pair_labels: true to make pairs of prompts with both labels"
+            )
         else:
             problem = "needs rows of one completion with a label, but the data has pairs"
             fix = "use a loss for pairs, such as sigmoid"
-        raise InputError(f"params.yaml: sweep.losses: {loss.name} {problem}; {fix}")
+        key = "losses" if "reference" in loss.needs else "reference_free_losses"
+        raise InputError(f"params.yaml: sweep.{key}: {loss.name} {problem}; {fix}")

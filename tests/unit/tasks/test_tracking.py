@@ -56,8 +56,6 @@ def make_project(folder):
     for name in ("train", "eval", "raw_pairs"):
         (folder / "data").mkdir(exist_ok=True)
         TABLE.to_parquet(folder / "data" / f"{name}.parquet")
-    (folder / "reference/train").mkdir(parents=True)
-    (folder / "reference/train/manifest.json").write_text("{}")
     return folder
 
 
