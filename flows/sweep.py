@@ -6,6 +6,7 @@ queue is not used: it trains in folders and workers that Prefect does not see.
 """
 
 import argparse
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from prefect import flow
@@ -61,14 +62,15 @@ class _Representer(RoundTripRepresenter):
 _Representer.add_representer(type(None), _Representer.represent_none)
 
 
-def set_lists(lists: dict[str, list[LossName] | list[float] | list[int]]) -> None:
+def set_lists(lists: Mapping[str, Sequence[LossName | float]]) -> None:
     """Write lists to `sweep` in `params.yaml` and keep its comments. Invalid lists leave the file unchanged."""
     before = PARAMS.read_bytes()
     if "losses" in lists:
         known = load_params(PARAMS).losses
-        free = [name for name in lists["losses"] if name in known and "reference" not in known[name].needs]
-        others = [name for name in lists["losses"] if name not in free]
-        lists = lists | {"losses": others, "reference_free_losses": free}
+        names = [str(name) for name in lists["losses"]]
+        free = [name for name in names if name in known and "reference" not in known[name].needs]
+        others = [name for name in names if name not in free]
+        lists = {**lists, "losses": others, "reference_free_losses": free}
     yaml = YAML()
     yaml.width = 4096
     yaml.Representer = _Representer
