@@ -95,6 +95,11 @@ def data_choices(params: Params, data: str, model: str | None, context: int) -> 
     step = 16 if train < 2_000 else 32 if train < 20_000 else 64
     epochs = min(MAX_EPOCHS, max(1, math.ceil(MIN_STEPS * step / max(train, 1))))
     steps = epochs * math.ceil(train / step)
+    labelled: Choices = {
+        "losses.kto": (dataclasses.asdict(params.losses["kto"]), "for labelled rows"),
+        "sweep.losses": (["kto"], "the loss of labelled rows"),
+        "sweep.reference_free_losses": ([], "losses of pairs"),
+    }
     return {
         "data.source": (data, f"{train} training pairs, {held_out} held-out pairs"),
         "data.max_train_pairs": (None, "use all"),
@@ -112,6 +117,7 @@ def data_choices(params: Params, data: str, model: str | None, context: int) -> 
         "evaluate.max_new_tokens": ("auto", "the 95% quantile of the held-out completions"),
         "evaluate.judges": ([], "add a judge of your task to compare responses"),
         "compare.select": ("reward_accuracy", "win_rate needs a judge"),
+        **(labelled if facts["kind"] == "labelled" else {}),
     }
 
 

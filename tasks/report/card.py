@@ -33,7 +33,9 @@ def write_card(params: Params, trial: Trial, metrics: dict[str, Any]) -> None:
     shown = {name: words for name, words in METRICS.items() if name in metrics}
     shown |= {f"win_rate/{judge}": f"win rate against the reference, judged by {judge}" for judge in judges[1:]}
     base = MODEL_NAME if params.model.base == "default" else params.model.base
-    dataset = ("text-generation", "preferences", f"{params.data.origin}, held-out pairs")
+    rows = "labelled rows" if "labels" in trial.loss.needs else "pairs"
+    shown = {name: words.replace("held-out pairs", f"held-out {rows}") for name, words in shown.items()}
+    dataset = ("text-generation", "preferences", f"{params.data.origin}, held-out {rows}")
     folder = policy_folder(trial)
     adapter = read_adapter_config(folder) if (folder / ADAPTER_CONFIG).is_file() else None
     data = ModelCardData(
@@ -52,6 +54,7 @@ def write_card(params: Params, trial: Trial, metrics: dict[str, Any]) -> None:
         sft=params.sft,
         adapter=adapter,
         metrics=metrics,
+        rows=rows,
         shown=shown,
         interval=lambda ends: f"{ends[0]:.3f} to {ends[1]:.3f}",
         evaluate=params.evaluate,

@@ -48,7 +48,11 @@ LOSSES["custom"] = EXAMPLES["custom"]
 """Losses of pairs."""
 
 
-KINDS = ("sigmoid", "simpo", "wpo", "ld_dpo", "aot_unpaired")
+ALL_LOSSES = LOSSES | {name: PARAMS.losses[name] for name in LABELLED}
+"""Losses of pairs and of labelled rows."""
+
+
+KINDS = ("sigmoid", "simpo", "wpo", "ld_dpo", "aot_unpaired", "kto")
 """Losses that need different things. Tests of training with the others are slow together."""
 
 
@@ -58,7 +62,7 @@ def every_loss(names=LOSSES):
 
 
 def trial(beta=0.1, learning_rate=1e-3, seed=3, loss="sigmoid"):
-    loss = LOSSES[loss] if isinstance(loss, str) else loss
+    loss = ALL_LOSSES[loss] if isinstance(loss, str) else loss
     return Trial(loss=loss, beta=beta, learning_rate=learning_rate, seed=seed)
 
 
@@ -95,6 +99,11 @@ def as_labelled(rows, max_length=200):
         for label, completion in zip((True, False), row.completions, strict=True)
     ]
     return list(labelled_rows(single, max_length, "the test"))
+
+
+def rows_of(loss, rows):
+    """Return pairs, or as many labelled rows of half of the pairs if the loss, given by name, needs labels."""
+    return as_labelled(rows[: len(rows) // 2]) if loss in LABELLED else rows
 
 
 def make_reference(folder, rows):

@@ -30,6 +30,7 @@ def test_an_example_is_a_whole_parameter_file(path):
         ("full-1b-24gb", "llama-1b", 24),
         ("separate-sft-data", "llama-1b", 24),
         ("continued-adapter", "llama-1b", 24),
+        ("thumbs", "llama-1b", 24),
     ],
 )
 def test_every_stage_of_an_example_is_planned_to_fit(name, model, gib):
@@ -50,4 +51,5 @@ def test_the_examples_cover_the_cases_of_their_list():
     assert by_name["full-1b-24gb"].dpo.optimizer == "adamw_8bit"
     assert by_name["separate-sft-data"].demonstrations.origin == "data/own/demonstrations.jsonl"
     assert [judge.kind for judge in by_name["arithmetic"].evaluate.judges] == ["verifier"]
+    assert [trial.loss.name for trial in by_name["thumbs"].trials()] == ["kto", "kto"]
     assert by_name["continued-adapter"].model.adapter == "continue"

@@ -9,6 +9,7 @@ import pytest
 
 from dpo.common.errors import InputError
 from dpo.config import load_params
+from dpo.training.losses import Kto
 from tasks.commands.init import describe, init, model_choices, with_choices
 
 ROOT = Path(__file__).parents[3]
@@ -56,6 +57,22 @@ def test_settings_fit_data_and_model_and_every_choice_has_a_comment(project, cap
         init("data/own/pairs.jsonl", "models/own/tiny", force=False)
     init("data/own/pairs.jsonl", "models/own/tiny", force=True)
     assert Path("params.yaml").read_text() == text, "a second run chooses the same"
+
+
+def test_labelled_rows_are_trained_with_kto_and_its_settings_are_kept(project):
+    pairs = pd.read_json("data/own/pairs.jsonl", lines=True)
+    rows = [
+        pairs[["prompt", side]].rename(columns={side: "completion"}).assign(label=side == "chosen")
+        for side in ("chosen", "rejected")
+    ]
+    pd.concat(rows).to_json("data/own/thumbs.jsonl", orient="records", lines=True)
+    text = (
+        Path("params.yaml").read_text().replace("  rpo:", "  kto: {undesirable_weight: 1.5}\n  simpo: {}\n  rpo:")
+    )
+    Path("params.yaml").write_text(text.replace("reference_free_losses: []", "reference_free_losses: [simpo]"))
+    init("data/own/thumbs.jsonl", None, force=True)
+    params = load_params()
+    assert {trial.loss for trial in params.trials()} == {Kto(undesirable_weight=1.5)}
 
 
 def test_without_supervised_fine_tuning_its_settings_are_left_out(project):

@@ -18,7 +18,16 @@ from dpo.training.checkpoints import CheckpointStore, last_checkpoint
 from dpo.training.objectives import DpoObjective
 from dpo.training.settings import EarlyStopSettings
 from dpo.training.train import train_dpo, train_sft
-from tests.support.training import LORA, LOSSES, dpo_params, every_loss, sft_params, trial
+from tests.support.training import (
+    ALL_LOSSES,
+    LORA,
+    dpo_params,
+    every_loss,
+    make_reference,
+    rows_of,
+    sft_params,
+    trial,
+)
 
 EARLY_STOP = EarlyStopSettings(validation_share=0.3, every_steps=1, patience=2)
 
@@ -121,12 +130,14 @@ def test_training_killed_twice_ends_with_the_same_log_and_the_same_bits(train, t
     assert count.steps[0] == kills[-1] + 1
 
 
-@pytest.mark.parametrize("loss", every_loss(name for name in LOSSES if name != "sigmoid"))
+@pytest.mark.parametrize("loss", every_loss(name for name in ALL_LOSSES if name != "sigmoid"))
 @pytest.mark.parametrize("lora", [pytest.param(None, marks=pytest.mark.slow), LORA], ids=["full", "lora"])
-def test_training_with_every_loss_resumes_to_the_same_bits(train, tmp_path, loss, lora):
+def test_training_with_every_loss_resumes_to_the_same_bits(train, rows, tiny_model_dir, tmp_path, loss, lora):
+    rows = rows_of(loss, rows)
+    settings = {"loss": loss, "lora": lora, "rows": rows, "reference": make_reference(tiny_model_dir, rows)}
     with pytest.raises(Killed):
-        train(tmp_path, KillAfter(4), loss=loss, lora=lora)
-    assert_same(train(tmp_path, loss=loss, lora=lora), train(loss=loss, lora=lora))
+        train(tmp_path, KillAfter(4), **settings)
+    assert_same(train(tmp_path, **settings), train(**settings))
 
 
 def test_sft_resumes_too(tiny_model_dir, rows, tmp_path):
