@@ -13,7 +13,16 @@ from dpo.engine.logprobs import load_model
 from dpo.training.callbacks import Callback
 from dpo.training.checkpoints import CheckpointStore
 from dpo.training.train import save_checkpoint, train_dpo
-from tests.support.training import LORA, Centered, dpo_params, make_reference, make_rows, trial
+from tests.support.training import (
+    ALL_LOSSES,
+    LORA,
+    Centered,
+    dpo_params,
+    make_reference,
+    make_rows,
+    rows_of,
+    trial,
+)
 
 
 def shard_on_cpu() -> None:
@@ -43,16 +52,24 @@ class Exit(Callback):
 
 
 def main(model_folder, out, settings):
+    if settings.pop("every_loss", False):
+        for name in ALL_LOSSES:
+            run(model_folder, out / name, {**settings, "loss": name})
+    else:
+        run(model_folder, out, settings)
+
+
+def run(model_folder, out, settings):
     if settings.pop("sharded", False):
         shard_on_cpu()
         require_reduced_gradients()
     callbacks = [Exit()] if settings.pop("interrupted", False) else []
     loss = settings.pop("loss", "sigmoid")
-    loss = Centered() if loss == "centered" else loss
     if settings.pop("lora", False):
         settings["lora"] = LORA
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
-    rows = make_rows(model_folder, 16)
+    rows = rows_of(loss, make_rows(model_folder, 16))
+    loss = Centered() if loss == "centered" else loss
     reference = make_reference(model_folder, rows)
     model = load_model(model_folder)
     log = train_dpo(

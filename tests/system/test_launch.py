@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from dpo.engine.logprobs import load_model
 from tests.support.models import free_ports
-from tests.support.training import LOSSES
+from tests.support.training import ALL_LOSSES
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "tests/support/launched.py"
@@ -41,6 +41,14 @@ def train(processes, model, out, config=None, **settings):
     return log
 
 
+def assert_close_weights(folder, other):
+    (name,) = (path.name for path in folder.glob("*.safetensors"))
+    ours, theirs = load_file(folder / name), load_file(other / name)
+    assert ours.keys() == theirs.keys()
+    for key in ours:
+        torch.testing.assert_close(ours[key], theirs[key], rtol=1e-3, atol=1e-4)
+
+
 def assert_close(log, other):
     assert len(log) == len(other) == 4
     for ours, theirs in zip(log, other, strict=True):
@@ -53,14 +61,12 @@ def assert_close(log, other):
     [
         pytest.param(None, {}, marks=pytest.mark.slow),
         (None, {"loss": "centered"}),
-        *[pytest.param(None, {"loss": name}, marks=pytest.mark.slow) for name in LOSSES if name != "sigmoid"],
         pytest.param(FSDP, {"gradient_checkpointing": True}, marks=pytest.mark.slow),
         pytest.param(FSDP, {"lora": True}, marks=pytest.mark.slow),
     ],
     ids=[
         "ddp",
         "ddp and step-wide statistics",
-        *[n for n in LOSSES if n != "sigmoid"],
         "fsdp2 and checkpointing",
         "fsdp2 and lora",
     ],
@@ -71,12 +77,23 @@ def test_two_processes_train_like_one_and_their_checkpoint_loads_in_one(
     # 16 pairs in steps of 5: in the last step one process has no pair.
     alone = train(1, tiny_model_dir, tmp_path / "alone", **settings)
     assert_close(train(2, tiny_model_dir, tmp_path / "both", config, **settings), alone)
-    (name,) = (path.name for path in (tmp_path / "alone").glob("*.safetensors"))
-    ours, theirs = (load_file(tmp_path / folder / name) for folder in ("both", "alone"))
-    assert ours.keys() == theirs.keys()
-    for key in ours:
-        torch.testing.assert_close(ours[key], theirs[key], rtol=1e-3, atol=1e-4)
+    assert_close_weights(tmp_path / "both", tmp_path / "alone")
     load_model(tmp_path / "both")
+
+
+@pytest.mark.slow
+def test_two_processes_train_like_one_with_every_loss(tiny_model_dir, tmp_path):
+    logs = {}
+    for count in (1, 2):
+        out = tmp_path / str(count)
+        done = start(count, SCRIPT, tiny_model_dir, out, json.dumps({"every_loss": True}))
+        assert done.returncode == 0, done.stderr[-3000:]
+        results = {name: json.loads((out / f"{name}.json").read_text()) for name in ALL_LOSSES}
+        assert {counted for counted, _ in results.values()} == {count}
+        logs[count] = {name: log for name, (_, log) in results.items()}
+    for name in ALL_LOSSES:
+        assert_close(logs[2][name], logs[1][name])
+        assert_close_weights(tmp_path / "2" / name, tmp_path / "1" / name)
 
 
 @pytest.mark.slow
