@@ -1,6 +1,6 @@
 """Comparison of rows with each other: duplicates, near duplicates, contradictions and leaks between the splits.
 
-Texts are compared by hashes of their normalized forms, so a pair takes about 850 bytes of memory. Near duplicates
+Texts are compared by hashes of their normalized forms, so a pair takes about 860 bytes of memory. Near duplicates
 are found by MinHash over pairs of neighbouring words (Broder 1997; `rensa`) with banding: two rows that share all
 values of a band are near duplicates if the share of equal values is large enough for the prompt and for each
 completion.
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from rensa import RMinHash
 
 from dpo.data.checks import Violation
-from dpo.data.formats import PAIR_TEXTS, Pair, normalize
+from dpo.data.formats import COMPLETIONS, PAIR_TEXTS, Pair, normalize
 
 PERMUTATIONS, BAND = 64, 8
 """MinHash values per text, and per band. A near duplicate of similarity 0.9 is found with a probability of 99%."""
@@ -44,9 +44,18 @@ class Fingerprints:
     """MinHash values of the same texts [R, 3, PERMUTATIONS]."""
     words: NDArray[np.int32]
     """Number of words of the same texts [R, 3]."""
+    context: NDArray[np.uint64]
+    """Hashes of what else the model reads [R]: tools and variables of the template."""
+    calls: NDArray[np.bool_]
+    """Whether chosen and rejected are only tool calls [R, 2]."""
 
     def __len__(self) -> int:
         return len(self.row)
+
+    @property
+    def read(self) -> NDArray[np.uint64]:
+        """Hashes of all that the model reads [R, 4]."""
+        return np.column_stack([self.texts, self.context])
 
     def select(self, mask: NDArray[np.bool_]) -> "Fingerprints":
         """Return the rows of a mask."""
@@ -64,7 +73,14 @@ def fingerprint(pairs: Sequence[Pair], rows: Sequence[int]) -> Fingerprints:
         np.array([pair["split"] == "eval" for pair in pairs], bool),
         _minhash(words).reshape(-1, 3, PERMUTATIONS),
         np.array(list(map(_size, texts, words)), np.int32).reshape(-1, 3),
+        _hash([f"{pair.get('tools')}\x1f{pair.get('chat_template_kwargs')}" for pair in pairs]),
+        np.array([[_is_call(pair, field) for field in COMPLETIONS] for pair in pairs], bool).reshape(-1, 2),
     )
+
+
+def _is_call(pair: Pair, field: str) -> bool:
+    turns = pair.get(f"{field}_turns") or []
+    return any(turn.get("tool_calls") for turn in turns) and not any(turn.get("content") for turn in turns)
 
 
 def _size(text: str, words: Sequence[str]) -> int:
@@ -102,7 +118,7 @@ def compare(prints: Fingerprints, similarity: float, excluding: frozenset[str]) 
     estimated Jaccard similarity of near duplicates. Later checks skip a row that breaks a rule of `excluding`.
     """
     checks: tuple[Callable[[Fingerprints], Iterator[Violation]], ...] = (
-        lambda rows: _repeats(rows, _combine(rows.texts), "duplicate_pair", "the same pair as row {}"),
+        lambda rows: _repeats(rows, _combine(rows.read), "duplicate_pair", "the same pair as row {}"),
         lambda rows: _repeats(rows, rows.id, "duplicate_id", "the same id as row {}"),
         _contradictions,
         lambda rows: _near(rows, similarity),
@@ -149,7 +165,8 @@ def _near(prints: Fingerprints, similarity: float) -> Iterator[Violation]:
 def _contradictions(prints: Fingerprints) -> Iterator[Violation]:
     prompt, chosen, rejected = prints.texts.T
     labelled = bool((prints.words[:, 1:].min(1) == 0).all())  # one completion has no words: the row has a label
-    ordered = _combine(np.stack([prompt, np.minimum(chosen, rejected), np.maximum(chosen, rejected)], 1))
+    both = np.minimum(chosen, rejected), np.maximum(chosen, rejected)
+    ordered = _combine(np.stack([prompt, *both, prints.context], 1))
     table = pd.DataFrame({"key": ordered, "flipped": chosen > rejected, "row": prints.row})
     table = table[table.groupby("key")["flipped"].transform("nunique") > 1]
     first = {(key, flipped): row for key, flipped, row in table[::-1].itertuples(index=False)}
@@ -159,14 +176,17 @@ def _contradictions(prints: Fingerprints) -> Iterator[Violation]:
         yield Violation(int(row), "contradiction", f"row {against} {other}")
 
 
-def _stock_phrases(prints: Fingerprints) -> NDArray[np.bool_]:
-    """Return which completions [R, 2] are absent, or stock phrases that are not rare for their length."""
+def _generic(prints: Fingerprints) -> NDArray[np.bool_]:
+    """Return which completions [R, 2] are absent, tool calls, or stock phrases that are not rare for their length.
+
+    A tool call follows from the request, so equal requests in different conversations have equal calls.
+    """
     texts = prints.texts[:, 1:].ravel()
     table = pd.DataFrame({"text": texts, "prompt": np.repeat(prints.texts[:, 0], 2)})
     prompts = table.groupby("text")["prompt"].transform("nunique").to_numpy().reshape(-1, 2)
     words = prints.words[:, 1:]
     needed = np.where(words <= SHORT, PROMPTS_OF_SHORT, np.maximum(PROMPTS, words / WORDS_PER_PROMPT))
-    stock: NDArray[np.bool_] = (prompts >= needed) | (words == 0)
+    stock: NDArray[np.bool_] = (prompts >= needed) | (words == 0) | prints.calls
     return stock
 
 
@@ -175,6 +195,6 @@ def leaks(prints: Fingerprints) -> Iterator[Violation]:
     trained, held_out = prints.select(~prints.held_out), prints.select(prints.held_out)
     for row in trained.row[np.isin(trained.texts[:, 0], held_out.texts[:, 0])]:
         yield Violation(int(row), "prompt_in_both_splits", "its prompt is held out for evaluation")
-    leaked = np.isin(trained.texts[:, 1:], held_out.texts[:, 1:]) & ~_stock_phrases(prints)[~prints.held_out]
+    leaked = np.isin(trained.texts[:, 1:], held_out.texts[:, 1:]) & ~_generic(prints)[~prints.held_out]
     for row in trained.row[leaked.any(1)]:
         yield Violation(int(row), "eval_text_in_train", "one of its completions is held out for evaluation")

@@ -181,8 +181,9 @@ def convert(row: Row, spelling: Spelling, usual_layout: str) -> Converted:
         if label:
             pair["id"] = label if len(pairs) == 1 else f"{label}/{place}"
         else:
-            texts = "\x1f".join(pair[text] or "" for text in PAIR_TEXTS)
-            pair["id"] = hashlib.sha256(texts.encode()).hexdigest()[:16]
+            texts = [pair[text] or "" for text in PAIR_TEXTS]
+            texts += [str(shared[name]) for name in ("tools", "chat_template_kwargs") if shared[name]]
+            pair["id"] = hashlib.sha256("\x1f".join(texts).encode()).hexdigest()[:16]
     return Converted(pairs, name, sorted({*fields.unread(), *reading.unread}), sorted(reading.notes))
 
 

@@ -79,7 +79,8 @@ TABLE_RULES = {
     ),
     "prompt_in_both_splits": Rule("no held-out prompt is trained on", "move all rows of the prompt to one split"),
     "eval_text_in_train": Rule(
-        "no held-out completion is trained on, unless it is a stock phrase", "remove it from the training rows"
+        "no held-out completion is trained on, unless it is a stock phrase or a tool call",
+        "remove it from the training rows",
     ),
 }
 """Checked by comparing rows with each other."""

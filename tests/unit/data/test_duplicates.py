@@ -62,6 +62,18 @@ def test_texts_that_differ_after_a_zero_byte_are_not_duplicates():
     assert found(pairs_of(("Say\0a", "A\0a", "B"), ("Say\0b", "A\0b", "B"))) == []
 
 
+@pytest.mark.parametrize(("name", "value"), [("tools", '[{"type": "function"}]'), ("chat_template_kwargs", "{}")])
+def test_pairs_with_other_tools_or_template_variables_are_neither_duplicates_nor_contradictions(name, value):
+    texts = ("Say", "A joy.", "A bore."), ("Say", "A bore.", "A joy.")
+    for other in texts:
+        pairs = pairs_of(texts[0], other)
+        assert len(found(pairs)) == (1 if other == texts[0] else 2)
+        assert found([pairs[0], {**pairs[1], name: value}]) == []
+        assert found([{**each, name: value} for each in pairs]) == found(pairs)
+    held_out = [pair(0, *texts[0], "eval"), {**pair(1, *texts[0]), name: value}]
+    assert found(held_out) == [("prompt_in_both_splits", 1), ("eval_text_in_train", 1)]
+
+
 @pytest.mark.parametrize("field", [0, 1, 2])
 def test_one_changed_word_of_sixty_is_a_near_duplicate(field):
     first = [text("p"), text("c"), text("r")]
@@ -155,6 +167,18 @@ def test_a_held_out_completion_is_found_in_the_training_row(chosen, rejected):
 def test_a_short_answer_to_enough_prompts_is_no_leak(text, count, is_stock):
     rows = [(f"Film {n}?", text, f"No {n}.", "eval" if n == 0 else "train") for n in range(count)]
     assert (found(pairs_of(*rows)) == []) == is_stock
+
+
+def test_an_equal_tool_call_of_another_conversation_is_no_leak():
+    call = {"role": "assistant", "content": "", "tool_calls": '[{"function": {"name": "convert"}}]'}
+    said = {**call, "content": "Let me look that up for you."}
+    for turn, is_leak in ((call, False), (said, True)):
+        turns = {"chosen_turns": [turn], "rejected_turns": None}
+        rows = [
+            {**pair(n, f"Convert {n}.", "convert 5 EUR", f"No {n}.", split), **turns}
+            for n, split in enumerate(("train", "eval"))
+        ]
+        assert found(rows) == ([("eval_text_in_train", 0)] if is_leak else [])
 
 
 def test_excluded_rows_are_skipped_by_later_checks():
