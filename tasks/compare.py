@@ -8,16 +8,18 @@ import pandas as pd
 
 from dpo.common.files import atomic_write, write_json
 from dpo.config import Params, load_params
+from dpo.engine.chat import read_turns, turns_of
 from dpo.evaluation.bootstrap import bootstrap, mean
 from dpo.evaluation.gate import kept_for_gate
 from dpo.evaluation.pair_metrics import reliability, slices
+from dpo.evaluation.response_metrics import win_slices
 from dpo.evaluation.selection import compare_policies, failure_modes, select, tested_metric
 from dpo.evaluation.yardsticks import yardsticks
 from dpo.training.settings import Trial
 from tasks.common import paths
 from tasks.common.runner import run
 from tasks.report.comparison import Results, concatenate, draw_figures, write_report
-from tasks.report.figures import labels, reward_metric
+from tasks.report.figures import reward_metric
 
 
 def main() -> None:
@@ -26,7 +28,7 @@ def main() -> None:
     remove_earlier(params.trials())
     results = compare(params)
     write_metrics(results)
-    figures = draw_figures(results)
+    figures = draw_figures(params, results)
     write_report(params, results, figures)
     from tasks.tracking.models import log_models  # after the comparison: MLflow starts slowly
     from tasks.tracking.runs import log_comparison
@@ -52,7 +54,6 @@ def remove_earlier(trials: Sequence[Trial]) -> None:
 def compare(params: Params) -> Results:
     """Read the results of all trials, test their differences and select a policy."""
     trials = params.trials()
-    names = labels(trials)
     policies = {trial.name: json.loads(paths.evaluation(trial).read_text()) for trial in trials}
     pairs = {trial.name: pd.read_parquet(paths.policy_margins(trial)) for trial in trials}
     samples = {trial.name: pd.read_parquet(paths.policy_samples(trial)) for trial in trials}
@@ -63,20 +64,28 @@ def compare(params: Params) -> Results:
     outcomes = {name: table[column].tolist() for name, table in tables.items()}
     comparisons = compare_policies(outcomes, tables[trials[0].name]["prompt"].tolist(), params.seed)
     responses = samples[trials[0].name]  # the reference's responses are the same for all policies
+    prompts = pd.read_parquet(paths.REFERENCE_SAMPLES)
+    judged = {name: table.assign(source=prompts["source"]) for name, table in samples.items() if "win" in table}
     selection = select(choice, comparisons, params.compare)
     return Results(
         trials=trials,
-        names=names,
         policies=policies,
         selection=selection,
         failure_modes={name: failure_modes(metrics, params.compare) for name, metrics in policies.items()},
         tests=pd.DataFrame([vars(each) | {"verdict": each.verdict} for each in comparisons]),
-        pairs=concatenate(pairs, names),
+        pairs=concatenate(pairs),
         samples=samples,
+        conversations=[
+            turns_of(text if turns is None else read_turns(turns))
+            for text, turns in zip(prompts["prompt"], prompts["turns"], strict=True)
+        ],
         yardsticks=yardsticks(responses.get("reference_score", []), responses["prompt"].tolist()),
-        train_logs=concatenate({trial.name: pd.read_csv(paths.train_log(trial)) for trial in trials}, names),
-        calibration=concatenate({name: reliability(table) for name, table in pairs.items()}, names),
-        slices=concatenate({name: slices(table, params.seed) for name, table in pairs.items()}, names),
+        train_logs=concatenate({trial.name: pd.read_csv(paths.train_log(trial)) for trial in trials}),
+        calibration=concatenate({name: reliability(table) for name, table in pairs.items()}),
+        slices=concatenate({name: slices(table, params.seed) for name, table in pairs.items()}),
+        wins=concatenate({name: win_slices(table, params.seed) for name, table in judged.items()})
+        if judged
+        else pd.DataFrame(),
     )
 
 

@@ -32,7 +32,7 @@ def main() -> None:
     check_memory("reference_samples", params, REFERENCE)
     pairs, count = pd.read_parquet(EVAL), params.evaluate.samples
     table = pairs.sample(count, replace=len(pairs) < count, random_state=params.seed)
-    table = table[["prompt", "turns", "tools", "chat_template_kwargs"]]
+    table = table[["prompt", "turns", "tools", "chat_template_kwargs", "source"]]
     order = proportional_first(table["prompt"].tolist(), params.evaluate.kl_samples or count)
     table = table.iloc[order].reset_index(drop=True)
     prompts = [prompt_of(pair, tokenizer) for pair in table.to_dict("records")]

@@ -21,7 +21,9 @@ def main() -> None:
     subprocess.run(["dot", "-Tsvg", "-o", str(IMAGES / "dag.svg")], input=dot, check=True, text=True)
     policies = json.loads(COMPARISON.read_text())["policies"]
     points = pd.read_csv(METRICS / "frontier.csv").dropna(subset="yardstick")
-    figure = frontier(load_params().trials(), policies, points)
+    params = load_params()
+    judges = params.evaluate.judges
+    figure = frontier(params.trials(), policies, points, judges[0].name if judges else None)
     with tempfile.TemporaryDirectory() as folder:
         page = Path(folder) / "frontier.html"
         page.write_text(figure.update_layout(width=900, height=520).to_html(config={"displayModeBar": False}))

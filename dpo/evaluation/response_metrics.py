@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -137,6 +138,33 @@ def length_controlled(wins: ArrayLike, extra_tokens: ArrayLike, judged: ArrayLik
         return expit(a)
 
     return statistic
+
+
+def win_slices(table: pd.DataFrame, seed: int) -> pd.DataFrame:
+    """Return the win rate of judged responses by source of the prompt and by length against the reference's.
+
+    The table is that of `response_metrics` with the column `source`.
+
+    Returns:
+        One row per slice: `slice`, `source` or `length`; `value`; `responses`, their number; `win_rate` with the
+        limits `low` and `high` of its 95% interval. A slice in which no response has a verdict is left out.
+    """
+    extra = np.sign(table["ids"].map(len) - table["reference_ids"].map(len))
+    lengths = {
+        -1: "shorter than the reference's",
+        0: "as long as the reference's",
+        1: "longer than the reference's",
+    }
+    parts = [("source", str(value), part) for value, part in table.groupby("source")]
+    parts += [("length", words, table[extra == sign]) for sign, words in lengths.items()]
+    rows: list[dict[str, Any]] = []
+    for name, value, part in parts:
+        part = part[part["win"].notna()]
+        if len(part):
+            found: Any = bootstrap({"win_rate": mean(part["win"])}, part["prompt"].tolist(), seed)
+            low, high = found.pop("win_rate_ci")
+            rows.append({"slice": name, "value": value, "responses": len(part), **found, "low": low, "high": high})
+    return pd.DataFrame(rows)
 
 
 def _without_end(table: pd.DataFrame, prefix: str) -> list[Ids]:

@@ -111,9 +111,10 @@ def compare_policies(
 
 @dataclass(frozen=True)
 class Selection:
-    """The selected policy, if any, the reason in words, and its paired test against the reference."""
+    """The selected policy, if any, the verdict in one sentence, the reason, and the test against the reference."""
 
     name: str | None
+    verdict: str
     reason: str
     against_reference: Literal["better", "tie", "worse"] | None = None
 
@@ -138,9 +139,8 @@ def select(
     if not passed:
         learned = any(NO_EFFECT not in [mode.name for mode in modes] for modes in failed.values())
         prefix = "" if learned else "Nothing was learned. "
-        return Selection(
-            None, f"{prefix}No policy is selected, because every policy fails a guardrail: {excluded}."
-        )
+        verdict = f"{prefix}No policy is selected, because every policy fails a guardrail"
+        return Selection(None, f"{verdict}.", f"{verdict}: {excluded}.")
     metric = settings.select
     best = max(passed, key=lambda name: (policies[name][metric], -policies[name]["kl"]))
     verdicts = {frozenset((c.first, c.second)): c.verdict for c in comparisons}
@@ -163,9 +163,8 @@ def select(
         reason += f" Excluded: {excluded}."
     outcome = against[selected]
     word: Any = "better" if outcome == selected else "worse" if outcome == REFERENCE else "tie"
-    return Selection(
-        selected, f"{reason} {_against_reference(selected, word, policies[selected], settings)}", word
-    )
+    verdict = _against_reference(selected, word, policies[selected], settings)
+    return Selection(selected, verdict, f"{reason} {verdict}", word)
 
 
 def _limits_exceeded(modes: Sequence[FailureMode]) -> str:

@@ -2,48 +2,54 @@
 
 import re
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import plotly.graph_objects as go
 from jinja2 import Environment, FileSystemLoader
+from markupsafe import Markup, escape
 from plotly.offline import get_plotlyjs
 
+from dpo.common.bundled import MODEL_NAME
 from dpo.common.files import atomic_write
 from dpo.config import Params
 from dpo.evaluation.selection import FailureMode, Selection
 from dpo.evaluation.yardsticks import kl_at
 from dpo.training.settings import Trial
 from tasks.common.paths import REFERENCE, REPORT, policy_folder
-from tasks.report.figures import calibration, curve, frontier, margins
+from tasks.report.figures import CURVES, calibration, curve, frontier, margins
+from tasks.report.responses import Conversation, extremes, shown_responses
 from tasks.tracking.provenance import provenance
 
-MAX_RESPONSES = 100  # of each policy on the page
 FIGURE_CONFIG = {"responsive": True, "displayModeBar": False}
+LARGE, BESIDE = 1, 2
+"""Figures with room for a legend, and the next ones, beside the first. A policy's colour is in the table too."""
 
 
 @dataclass(frozen=True)
 class Results:
-    """Results of all trials. The dicts have the trials' names as keys."""
+    """Results of all trials. The dicts have the trials' names as keys, the tables the column `policy`."""
 
     trials: list[Trial]
-    names: dict[str, str]  # short names for figures and tables
     policies: dict[str, dict[str, Any]]  # metrics
     selection: Selection
     failure_modes: dict[str, list[FailureMode]]
     tests: pd.DataFrame  # of all policies and the reference
     samples: dict[str, pd.DataFrame]
+    conversations: list[Conversation]  # the turns of the prompt of each row of the samples
     yardsticks: pd.DataFrame  # points of best-of-n and of the optimum
-    pairs: pd.DataFrame  # of all trials, with the short name in the column `policy`, as the next three tables
+    pairs: pd.DataFrame
     train_logs: pd.DataFrame
     calibration: pd.DataFrame
-    slices: pd.DataFrame
+    slices: pd.DataFrame  # of held-out pairs
+    wins: pd.DataFrame  # by source and length of the responses; empty without a judge
 
 
-def concatenate(tables: dict[str, pd.DataFrame], names: dict[str, str]) -> pd.DataFrame:
-    """Concatenate tables and add the policy's short name as the column `policy`."""
-    return pd.concat([table.assign(policy=names[key]) for key, table in tables.items()], ignore_index=True)
+def concatenate(tables: dict[str, pd.DataFrame]) -> pd.DataFrame:
+    """Concatenate tables and add the policy's name as the column `policy`."""
+    return pd.concat([table.assign(policy=name) for name, table in tables.items()], ignore_index=True)
 
 
 def verified_metrics(policies: dict[str, dict[str, Any]]) -> dict[str, str]:
@@ -61,52 +67,78 @@ def verified_metrics(policies: dict[str, dict[str, Any]]) -> dict[str, str]:
     return shown | {name: title for name, title in others if name in metrics}
 
 
-def draw_figures(results: Results) -> list[go.Figure]:
-    """Return the figures of the page. Calibration needs pairs with agreement."""
+def draw_figures(params: Params, results: Results) -> list[go.Figure]:
+    """Return the figures of the page, the frontier first. Calibration needs pairs with agreement."""
+    judges = params.evaluate.judges
     return [
-        frontier(results.trials, results.policies, results.yardsticks),
+        frontier(results.trials, results.policies, results.yardsticks, judges[0].name if judges else None),
         margins(results.pairs),
+        *(curve(results.train_logs, name) for name in CURVES),
         *([calibration(results.calibration)] if len(results.calibration) else []),
-        *(curve(results.train_logs, name) for name in ("rewards/margins", "rewards/accuracies", "loss")),
     ]
+
+
+def metric_titles(params: Params, policies: dict[str, dict[str, Any]]) -> dict[str, str]:
+    """Return the titles of the columns of the main table, by metric; those that no policy has are left out."""
+    judges = [judge.name for judge in params.evaluate.judges]
+    titles = {
+        "win_rate": "win rate",
+        **{f"win_rate/{judge}": f"win rate by {judge}" for judge in judges[1:]},
+        "length_controlled_win_rate": "length-controlled win rate",
+        "judged_gain": "judged gain",
+        "kl": "KL, nats per response",
+        "reward_accuracy": "reward accuracy",
+        "margin": "margin, nats",
+    }
+    return {name: title for name, title in titles.items() if any(name in row for row in policies.values())}
 
 
 def write_report(params: Params, results: Results, figures: list[go.Figure]) -> None:
     """Write the page. Its text is escaped, and it needs no network."""
-    from tasks.tracking.runs import training_times  # after the comparison: MLflow starts slowly
+    from tasks.tracking.runs import run_pages, training_times  # after the comparison: MLflow starts slowly
 
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True)
+    names = [trial.name for trial in results.trials]
+    environment.filters["names"] = lambda text: with_names(text, names)
     checkpoints = [REFERENCE, *(policy_folder(trial) for trial in results.trials)]
-    samples = {name: table.head(MAX_RESPONSES) for name, table in results.samples.items()}
-    judges = [judge.name for judge in params.evaluate.judges]
+    facts = provenance(checkpoints)
     page = environment.get_template("report.html.jinja").render(
         params=params,
         params_text=Path("params.yaml").read_text(),
+        facts={
+            "Model": MODEL_NAME if params.model.base == "default" else params.model.base,
+            "Data": params.data.origin,
+            "Date": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
+            "Commit": facts["code"]["git commit"],
+        },
         results=results,
-        judges=judges,
+        judges=[judge.name for judge in params.evaluate.judges],
         kl_of_optimum={
             name: kl_at(row.get("reward"), results.yardsticks) for name, row in results.policies.items()
         },
-        metrics={
-            "win_rate": "win rate",
-            **{f"win_rate/{judge}": f"win rate by {judge}" for judge in judges[1:]},
-            "length_controlled_win_rate": "length-controlled win rate",
-            "tie_rate": "tie rate",
-            "judged_gain": "judged gain",
-            "kl": "KL, nats per response",
-            "reward_accuracy": "reward accuracy",
-            "margin": "margin",
-        },
+        titles=metric_titles(params, results.policies),
         verified=verified_metrics(results.policies),
-        tests=results.tests.to_dict("records"),
-        slices=results.slices.to_dict("records"),
-        responses=concatenate(samples, results.names).to_dict("records"),
-        provenance=provenance(checkpoints) | {"training took": training_times(checkpoints)},
+        colours={trace.name: trace.marker.color for trace in figures[0].data if trace.name in names},
+        pages=run_pages(params, checkpoints),
+        extremes=extremes(results.samples, results.conversations, results.selection.name),
+        responses=shown_responses(results.samples, results.conversations),
+        provenance=facts | {"training took": training_times(checkpoints)},
         plotly=get_plotlyjs(),
         figures=[
-            figure.to_html(FIGURE_CONFIG, full_html=False, include_plotlyjs=False, div_id=f"figure-{number}")
+            go.Figure(figure)
+            .update_layout({} if number < LARGE else {"showlegend": False})
+            .to_html(FIGURE_CONFIG, full_html=False, include_plotlyjs=False, div_id=f"figure-{number}")
             for number, figure in enumerate(figures)
         ],
+        beside=LARGE + BESIDE,
     )
     with atomic_write(REPORT) as tmp:
         tmp.write_text(page)
+
+
+def with_names(text: str, names: list[str]) -> Markup:
+    """Return escaped text in which the names of policies are marked, so that the browser does not break them."""
+    pattern = "|".join(sorted(map(re.escape, names), key=len, reverse=True))
+    parts = re.split(f"({pattern})", text)
+    marked = [Markup("<code>{}</code>").format(part) if part in names else escape(part) for part in parts]
+    return Markup("").join(marked)

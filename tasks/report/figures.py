@@ -1,7 +1,8 @@
-"""Figures of the comparison."""
+"""Figures of the comparison. A policy has the same name and the same colour in all of them."""
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from typing import Any
 
 import pandas as pd
@@ -11,26 +12,32 @@ import plotly.graph_objects as go
 from dpo.training.settings import Trial
 
 REWARD_METRICS = {
-    "reward": "judge's score of the policy's responses",
-    "win_rate": "win rate against the reference",
-    "reward_accuracy": "reward accuracy",
+    "reward": "Judged reward",
+    "win_rate": "Win rate",
+    "reward_accuracy": "Reward accuracy",
 }  # for the reward axis; the first one that the policies have is used
-
-
-def labels(trials: Sequence[Trial], *, beta: bool = True) -> dict[str, str]:
-    """Return a short name for each trial: its beta, if requested, and every setting that varies in the sweep."""
-    names = ("loss", "learning_rate", "seed", "rounds")
-    varies = {name: len({getattr(trial, name) for trial in trials}) > 1 for name in names}
-    return {
-        trial.name: ", ".join(
-            [f"{trial.rounds or 'no'} rounds"] * varies["rounds"]
-            + [trial.loss.name] * varies["loss"]
-            + [f"β {trial.beta:g}"] * beta
-            + [f"lr {trial.learning_rate:g}"] * varies["learning_rate"]
-            + [f"seed {trial.seed}"] * varies["seed"]
-        )
-        for trial in trials
-    }
+CURVES = {
+    "rewards/margins": ("Training: reward margin", "margin, nats"),
+    "rewards/accuracies": ("Training: reward accuracy", "share of pairs"),
+    "loss": ("Training: loss", "loss"),
+}
+"""Title and axis of each training curve, by the column of the training log."""
+COLOURS = (
+    "#3b82f6",
+    "#e07b1a",
+    "#2c9c5e",
+    "#d0508f",
+    "#8a68d8",
+    "#a8852a",
+    "#1497a8",
+    "#dd5050",
+    "#74893a",
+    "#6f7d91",
+)  # legible on white and on black
+GREY = "#8a94a3"
+MAX_LABELS = 6  # policies with their names beside their points; the names of more would overlap
+MARGINS = {"l": 64, "r": 16, "t": 44, "b": 48}  # pixels around the axes
+LEGEND = {"orientation": "h", "yanchor": "top", "y": -0.16, "x": 0, "title_text": ""}
 
 
 def reward_metric(policies: Mapping[str, dict[str, Any]]) -> str:
@@ -40,73 +47,96 @@ def reward_metric(policies: Mapping[str, dict[str, Any]]) -> str:
 
 
 def frontier(
-    trials: Sequence[Trial], policies: Mapping[str, dict[str, Any]], yardsticks: pd.DataFrame
+    trials: Sequence[Trial], policies: Mapping[str, dict[str, Any]], yardsticks: pd.DataFrame, judge: str | None
 ) -> go.Figure:
-    """Plot reward against KL, one point per beta, with 95% intervals (Rafailov et al. 2023, fig. 2).
+    """Plot reward against KL, one point per policy, with 95% intervals (Rafailov et al. 2023, fig. 2).
 
-    The points of `dpo.evaluation.yardsticks.yardsticks` are dotted lines.
+    Lines connect policies that differ in beta only. The points of `dpo.evaluation.yardsticks.yardsticks` are lines
+    too. `judge` is the name of the judge that scores the responses.
     """
     reward = reward_metric(policies)
     figure = go.Figure()
     lines = defaultdict(list)
-    names = labels(trials, beta=False)
     for trial in trials:
-        lines[names[trial.name] or "policies"].append(trial)
-    for line, members in lines.items():
-        members.sort(key=lambda trial: policies[trial.name]["kl"])
-        rows = [policies[trial.name] for trial in members]
+        lines[trial.rounds, trial.loss.name, trial.learning_rate, trial.seed].append(policies[trial.name])
+    for rows in lines.values():
+        rows.sort(key=lambda row: row["kl"])
         figure.add_scatter(
-            x=[row["kl"] for row in rows],
-            y=[row[reward] for row in rows],
-            text=[f"β {trial.beta:g}" for trial in members],
-            textposition="bottom right",
-            mode="lines+markers+text",
-            error_x=_error_bars(rows, "kl"),
-            error_y=_error_bars(rows, reward),
-            name=line,
+            x=[row["kl"] for row in rows], y=[row[reward] for row in rows], mode="lines",
+            line={"color": GREY, "width": 1}, hoverinfo="skip", showlegend=False,
+        )  # fmt: skip
+    middle = max(row["kl"] for row in policies.values()) / 2
+    labelled = len(trials) <= MAX_LABELS
+    for trial, colour in zip(trials, cycle(COLOURS), strict=False):
+        row = policies[trial.name]
+        figure.add_scatter(
+            x=[row["kl"]],
+            y=[row[reward]],
+            name=trial.name,
+            text=[trial.name],
+            textposition="top left" if row["kl"] > middle else "top right",  # towards the middle of the figure
+            textfont_color=colour,
+            mode="markers+text" if labelled else "markers",
+            marker={"color": colour, "size": 9},
+            error_x=_error_bars(row, "kl", colour),
+            error_y=_error_bars(row, reward, colour),
+            cliponaxis=False,
+            showlegend=not labelled,
         )
     start = policies[trials[0].name].get("reference_reward", 0.5)
     figure.add_scatter(
-        x=[0], y=[start], text=["reference"], mode="markers+text", textposition="bottom right", name="reference"
-    )
-    for name, points in yardsticks.groupby("yardstick"):
-        figure.add_scatter(x=points["kl"], y=points["reward"], mode="lines", line_dash="dot", name=name)
-    return figure.update_layout(
-        title="Reward against KL to the reference",
-        xaxis_title="KL(π ‖ π_ref), nats per response",
-        yaxis_title=REWARD_METRICS[reward],
-        template="plotly_white",
-        showlegend=len(figure.data) > 2,
+        x=[0], y=[start], text=["reference"], name="reference", mode="markers+text", textposition="top right",
+        textfont_color=GREY, marker={"color": GREY, "size": 9}, cliponaxis=False, showlegend=False,
+    )  # fmt: skip
+    for (name, points), dash in zip(yardsticks.groupby("yardstick"), ("dot", "dash"), strict=False):
+        figure.add_scatter(
+            x=points["kl"], y=points["reward"], mode="lines", name=f"{name} (upper bound)",
+            line={"color": GREY, "dash": dash}, showlegend=True,
+        )  # fmt: skip
+    axes = {"reward": f"mean score of {judge}", "win_rate": "win rate against the reference"}
+    axis = axes.get(reward, "reward accuracy on held-out pairs")
+    figure.update_layout(title=f"{REWARD_METRICS[reward]} against KL")
+    return _styled(figure, "KL(policy ‖ reference), nats per response", axis).update_layout(
+        showlegend=not labelled or bool(len(yardsticks))
     )
 
 
-def _error_bars(rows: list[dict[str, Any]], name: str) -> dict[str, Any]:
-    return {
-        "array": [row[f"{name}_ci"][1] - row[name] for row in rows],
-        "arrayminus": [row[name] - row[f"{name}_ci"][0] for row in rows],
-    }
+def _error_bars(row: dict[str, Any], name: str, colour: str) -> dict[str, Any]:
+    """Return the interval as bars that are light enough to read a name across them."""
+    low, high = row[f"{name}_ci"]
+    light = "rgba({}, {}, {}, 0.45)".format(*px.colors.hex_to_rgb(colour))
+    return {"array": [high - row[name]], "arrayminus": [row[name] - low], "thickness": 1.5, "color": light}
+
+
+def _styled(figure: go.Figure, x: str, y: str) -> go.Figure:
+    """Set axis titles and the common style. Margins grow so that no label is clipped."""
+    figure.update_layout(
+        template="plotly_white", margin=MARGINS, legend=LEGEND, title={"font_size": 15, "x": 0.01}
+    )
+    return figure.update_xaxes(title=x, automargin=True).update_yaxes(title=y, automargin=True)
 
 
 def curve(curves: pd.DataFrame, name: str) -> go.Figure:
     """Plot one training metric by step, with one line per policy."""
-    figure = px.line(curves, x="step", y=name, color="policy", title=f"Training: {name}", template="plotly_white")
-    return figure.update_layout(legend_title="")
+    title, axis = CURVES[name]
+    lines = px.line(curves, x="step", y=name, color="policy", title=title, color_discrete_sequence=COLOURS)
+    return _styled(lines, "optimizer step", axis)
 
 
 def margins(pairs: pd.DataFrame) -> go.Figure:
     """Plot the distribution of the margins of the held-out pairs."""
-    figure = px.histogram(
-        pairs, x="margin", color="policy", barmode="overlay", nbins=40,
-        title="Margins of the held-out pairs", template="plotly_white",
+    bars = px.histogram(
+        pairs, x="margin", color="policy", barmode="overlay", nbins=40, title="Reward margin of held-out pairs",
+        color_discrete_sequence=COLOURS,
     )  # fmt: skip
-    return figure.update_layout(legend_title="", yaxis_title="pairs").add_vline(x=0, line_dash="dot")
+    return _styled(bars, "margin, nats", "pairs").add_vline(x=0, line_dash="dot", line_color=GREY)
 
 
 def calibration(bins: pd.DataFrame) -> go.Figure:
     """Plot agreement with people by the policy's confidence. A calibrated policy is on the diagonal."""
-    figure = px.line(
+    lines = px.line(
         bins, x="confidence", y="agreement", color="policy", markers=True, hover_data=["pairs"],
-        title="Calibration of sigmoid(margin)", template="plotly_white",
+        title="Calibration: agreement with people", color_discrete_sequence=COLOURS,
     )  # fmt: skip
-    figure.add_shape(type="line", x0=0.5, y0=0.5, x1=1, y1=1, line={"dash": "dot", "color": "#888"})
-    return figure.update_layout(legend_title="", yaxis_title="share of people who agree")
+    lines.add_shape(type="line", x0=0.5, y0=0.5, x1=1, y1=1, line={"dash": "dot", "color": GREY})
+    return _styled(lines, "confidence, sigmoid(|margin|)", "share of people who agree")

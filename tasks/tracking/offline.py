@@ -29,6 +29,8 @@ from tasks.tracking.relocation import relocate
 EXPERIMENT = "dpo-pipeline"
 SWEEP, CHECKPOINT, ROLE, TRIAL = "dpo.sweep", "dpo.checkpoint", "dpo.role", "dpo.trial"
 OFFLINE_STORE = f"{MLFLOW_STORE}.offline"
+LOCAL_UI = "http://127.0.0.1:5000"
+"""Where `make mlflow` serves the UI."""
 OFFLINE_RUN = "dpo.offline_run"
 """Tag of a run on the server: its id in the offline store, which the provenance of its checkpoint names."""
 CONTINUES, SYNCED = "dpo.continues", "dpo.synced"
@@ -95,6 +97,13 @@ def _use_offline_store(store: str, error: Exception) -> None:
         log.warning("MLflow at %s is unreachable; logging to %s: %s", shown(store), OFFLINE_STORE, reason)
     _use(OFFLINE_STORE)
     os.environ["MLFLOW_TRACKING_URI"] = store  # set_tracking_uri changed it
+
+
+def page(run: Run) -> str:
+    """Return the address of a run's page in the UI of the server, or in the UI that `make mlflow` starts."""
+    store = os.environ.get("MLFLOW_TRACKING_URI", MLFLOW_STORE)
+    site = shown(store).rstrip("/") if _is_server(store) else LOCAL_UI
+    return f"{site}/#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}"
 
 
 def _is_server(store: str) -> bool:

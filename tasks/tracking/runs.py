@@ -174,6 +174,19 @@ def training_times(folders: list[Path]) -> dict[str, str]:
     return {str(folder): f"{seconds:.0f} s" for folder, seconds in times.items() if seconds is not None}
 
 
+def run_pages(params: Params, folders: list[Path]) -> dict[str, str]:
+    """Return the page in MLflow's UI of the run that made each checkpoint, and of the sweep as `sweep`.
+
+    Without a server the pages are those of `make mlflow`. While MLflow is unreachable there are none.
+    """
+    if not offline.connect_or_offline():
+        return {}
+    made = {str(folder): run for folder in folders if (run := run_of(folder))}
+    for run in search(MlflowClient(), f"tags.`{SWEEP}` = '{_sweep(params)}' and tags.`{ROLE}` = 'sweep'"):
+        made["sweep"] = run
+    return {name: offline.page(run) for name, run in made.items()}
+
+
 def _numbers(metrics: dict[str, Any], group: str) -> dict[str, float]:
     """Return the numbers among nested metrics by `group/PATH`; `NAME_ci` becomes NAME_low and NAME_high."""
     flat: dict[str, float] = {}

@@ -64,12 +64,19 @@ def test_checkpoints_are_plain_transformers_models(project):
 def test_report_and_results_table_show_metrics_and_selection(project):
     page = (project / "reports/index.html").read_text()
     comparison = json.loads((project / "metrics/comparison.json").read_text())
-    for words in ("Reward against KL", "Say something about film", "Failure modes", comparison["reason"]):
+    for words in ("Judged reward against KL", "Say something about film", "Failure modes", "Worst losses"):
         assert words in page
+    text = re.sub(r"<[^>]+>", "", page)
+    assert comparison["reason"] in text
+    head = page.partition("<h2>")[0]
+    assert all(f"<dt>{name}</dt>" in head for name in ("Model", "Data", "Date", "Commit"))
+    assert f"<code>{TRIAL}</code> is " in head
+    assert page.count(f'<span class="dot" style="background: #3b82f6"></span>{TRIAL}') >= 2
     assert comparison["selected"] == TRIAL
     assert "<script src" not in page
     outside_scripts = re.sub(r"<script.*?</script>", "", page, flags=re.DOTALL)
-    assert not re.search(r"""(src|href)=["']?http""", outside_scripts), "the page opens offline"
+    assert not re.search(r"""src=["']?http|<link""", outside_scripts), "the page opens offline"
+    assert re.search(r'href="http://127.0.0.1:5000/#/experiments/1/runs/\w{32}">MLflow run', page)
     table = execute(project, sys.executable, "-m", "tasks.commands.cli", "results")
     assert "reward accuracy" in table
     assert f"{TRIAL} has the highest win rate" in " ".join(table.split())

@@ -9,7 +9,7 @@ import pytest
 from scipy.optimize import minimize
 from scipy.special import expit
 
-from dpo.evaluation.response_metrics import RIDGE, length_controlled, response_metrics
+from dpo.evaluation.response_metrics import RIDGE, length_controlled, response_metrics, win_slices
 
 END = 0
 
@@ -248,3 +248,22 @@ def test_length_controlled_interval_covers_the_true_value():
         low, high = response_metrics(table, seed)["length_controlled_win_rate_ci"]
         covered.append(low <= expit(0.4) <= high)
     assert 0.90 <= np.mean(covered) <= 0.99
+
+
+def test_wins_by_source_and_by_length_against_the_reference():
+    table = samples(
+        [[5, END], [5, 6, 7, END], [5, 6, 7, END], [5, END], [5, END]],
+        [[5, 6, END]] * 5,
+        win=[1.0, 0.0, 0.5, 1.0, np.nan],
+        source=["a", "a", "b", "b", "c"],
+    )
+    found = win_slices(table, 0).set_index(["slice", "value"])
+    assert found["responses"].to_dict() == {
+        ("source", "a"): 2,
+        ("source", "b"): 2,
+        ("length", "shorter than the reference's"): 2,
+        ("length", "longer than the reference's"): 2,
+    }
+    assert found["win_rate"].tolist() == [0.5, 0.75, 1.0, 0.25]
+    assert (found["low"] <= found["win_rate"]).all()
+    assert (found["win_rate"] <= found["high"]).all()

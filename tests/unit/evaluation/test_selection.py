@@ -115,6 +115,7 @@ def test_a_separable_best_policy_that_passes_all_guardrails_is_selected():
         "KL budget 10 nats per response). Excluded: far (KL blow-up: kl 12, limit 10). best is better than the "
         "reference: win rate 0.800 [0.700, 0.900]."
     )
+    assert selection.verdict == "best is better than the reference: win rate 0.800 [0.700, 0.900]."
 
 
 def test_of_policies_that_the_test_does_not_separate_the_one_with_the_least_kl_is_selected():
@@ -154,6 +155,7 @@ def test_no_policy_is_selected_if_every_policy_fails_a_guardrail():
         "No policy is selected, because every policy fails a guardrail: a (KL blow-up: kl 99, limit 10), "
         "b (empty responses: empty 0.5, limit 0.02)."
     )
+    assert selection.verdict == "No policy is selected, because every policy fails a guardrail."
 
 
 def test_policies_that_equal_the_reference_are_reported_as_nothing_learned():

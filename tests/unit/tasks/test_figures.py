@@ -7,7 +7,7 @@ from dpo.evaluation.yardsticks import yardsticks
 from dpo.training.losses import LOSSES
 from dpo.training.settings import Trial
 from tasks.report.comparison import verified_metrics
-from tasks.report.figures import calibration, curve, frontier, labels, margins, reward_metric
+from tasks.report.figures import MAX_LABELS, calibration, curve, frontier, margins, reward_metric
 
 NO_POINTS = yardsticks([], [])
 
@@ -21,43 +21,54 @@ def metrics(kl, reward):
             "reference_reward": 0.05, "win_rate": 0.5, "win_rate_ci": [0.4, 0.6]}  # fmt: skip
 
 
-def test_label_has_the_beta_and_the_settings_that_vary():
-    assert list(labels([trial(beta=0.1), trial(beta=1)]).values()) == ["β 0.1", "β 1"]
-    varied = labels([trial("sigmoid", seed=1), trial("ipo", seed=2)])
-    assert list(varied.values()) == ["sigmoid, β 0.1, seed 1", "ipo, β 0.1, seed 2"]
-    rates = labels([trial(learning_rate=1e-5), trial(learning_rate=5e-5)], beta=False)
-    assert list(rates.values()) == ["lr 1e-05", "lr 5e-05"]
-
-
-def test_frontier_has_a_line_per_loss_and_a_point_with_error_bars_per_beta():
+def test_frontier_has_a_named_point_with_error_bars_per_policy_and_a_line_per_loss():
     trials = [trial(loss, beta) for loss in ("sigmoid", "ipo") for beta in (0.5, 0.1)]
     policies = {each.name: metrics(kl=1 / each.beta, reward=each.beta) for each in trials}
-    figure = frontier(trials, policies, NO_POINTS)
-    lines = {trace.name: trace for trace in figure.data}
-    assert list(lines) == ["sigmoid", "ipo", "reference"]
-    assert lines["ipo"].x == (2.0, 10.0)
-    assert lines["ipo"].y == (0.5, 0.1)
-    assert lines["ipo"].text == ("β 0.5", "β 0.1")
-    assert lines["ipo"].error_y.array == pytest.approx((0.3, 0.3))
-    assert lines["ipo"].error_x.arrayminus == pytest.approx((1, 1))
-    assert (lines["reference"].x, lines["reference"].y) == ((0,), (0.05,))
+    figure = frontier(trials, policies, NO_POINTS, "my_scorer")
+    points = {trace.name: trace for trace in figure.data if trace.name}
+    assert list(points) == [*policies, "reference"]
+    for each in trials:
+        point = points[each.name]
+        assert (point.x, point.y, point.text) == ((1 / each.beta,), (each.beta,), (each.name,))
+        assert point.error_y.array == pytest.approx((0.3,))
+        assert point.error_x.arrayminus == pytest.approx((1,))
+    assert len({points[name].marker.color for name in policies}) == 4, "each policy has a colour of its own"
+    lines = [trace for trace in figure.data if trace.mode == "lines"]
+    assert [(line.x, line.y) for line in lines] == [((2.0, 10.0), (0.5, 0.1))] * 2
+    assert (points["reference"].x, points["reference"].y) == ((0,), (0.05,))
+    assert figure.layout.yaxis.title.text == "mean score of my_scorer"
+    assert figure.layout.title.text == "Judged reward against KL"
+
+
+def test_names_of_many_policies_are_in_the_legend():
+    trials = [trial(beta=beta / 10) for beta in range(1, MAX_LABELS + 2)]
+    policies = {each.name: metrics(kl=1 / each.beta, reward=each.beta) for each in trials}
+    points = [trace for trace in frontier(trials, policies, NO_POINTS, "s").data if trace.name in policies]
+    assert all(point.mode == "markers" and point.showlegend for point in points)
 
 
 def test_frontier_has_a_dotted_line_per_yardstick():
     scores = [i / 96 for i in range(96)]
-    figure = frontier([trial()], {trial().name: metrics(kl=2, reward=0.6)}, yardsticks(scores, ["prompt"] * 96))
-    dotted = {trace.name: trace for trace in figure.data if trace.line.dash == "dot"}
-    assert list(dotted) == ["best-of-n", "optimum"]
-    assert dotted["best-of-n"].y[0] == pytest.approx(2 / 3, abs=0.01)  # the larger of two uniform numbers
+    figure = frontier(
+        [trial()], {trial().name: metrics(kl=2, reward=0.6)}, yardsticks(scores, ["prompt"] * 96), "s"
+    )
+    dotted = {trace.name: trace for trace in figure.data if trace.line.dash in ("dot", "dash")}
+    assert list(dotted) == ["best-of-n (upper bound)", "optimum (upper bound)"]
+    assert dotted["best-of-n (upper bound)"].y[0] == pytest.approx(
+        2 / 3, abs=0.01
+    )  # the larger of two uniform numbers
     assert figure.layout.showlegend
 
 
 def test_frontier_shows_the_win_rate_if_there_are_no_scores():
     policies = {trial().name: {k: v for k, v in metrics(3, 1).items() if "reward" not in k}}
     assert reward_metric(policies) == "win_rate"
-    figure = frontier([trial()], policies, NO_POINTS)
-    assert figure.data[-1].y == (0.5,)
-    assert figure.data[0].y == (0.5,)
+    figure = frontier([trial()], policies, NO_POINTS, "s")
+    assert {trace.name: trace.y for trace in figure.data if trace.name} == {
+        trial().name: (0.5,),
+        "reference": (0.5,),
+    }
+    assert figure.layout.yaxis.title.text == "win rate against the reference"
 
 
 def test_curves_margins_and_calibration_have_a_line_per_policy():
