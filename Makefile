@@ -74,8 +74,9 @@ bench: setup
 	python -m benchmarks.profile
 	python -m benchmarks.validate
 
-# Inject faults into a tiny project: kills, full disks, unreachable servers. Takes half an hour. Full and read-only disks need
-# root on Linux. Writes benchmarks/results/faults.json and the table of docs/operations/faults.md.
+# Inject faults into a tiny project: kills, full disks, unreachable servers, kills of nightly runs and rollbacks. Takes an hour;
+# `python -m tests.support.nightly` runs the last two only. Interrupted nightly cases continue. Full and read-only disks need root on
+# Linux. Writes benchmarks/results/faults.json and the table of docs/operations/faults.md.
 faults: setup
 	python -m tests.support.faults
 

@@ -25,6 +25,7 @@ from dpo.common.errors import InputError, TransientError
 from dpo.common.files import PROVENANCE
 from flows.identity import project
 from flows.processes import StageError
+from tasks.common.addresses import mlflow_site, shown, without_credentials
 from tasks.common.flatten import flatten
 from tasks.common.markdown import block, inline
 from tasks.common.paths import REPORTS
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
     import pandas as pd
 
 PROGRESS_SECONDS = 10.0  # shortest duration of a bar that gets an artifact, and time between two updates
-MLFLOW_PAGES = "DPO_MLFLOW_PAGES"  # address of MLflow's UI, used if MLFLOW_TRACKING_URI is not a server
 MAX_ROWS = 10
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
 
@@ -120,7 +120,7 @@ def failure_page(title: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        what, _, rest = str(error).partition("\n")
+        what, _, rest = without_credentials(str(error)).partition("\n")
         lines = [f"## {title} failed", f"**What failed:** {inline(what or type(error).__name__)}"]
         lines += [f"**Why:**\n\n{block(rest)}"] if rest else []
         lines.append(f"**What to do:** {_advice(error)}")
@@ -144,15 +144,12 @@ def _advice(error: Exception) -> str:
 def mlflow_link(provenance: Path) -> str:
     """Return the MLflow run that made a checkpoint: a link if an MLflow server has the run, else its id."""
     run = json.loads(provenance.read_text())["mlflow_run"]
-    site = os.environ.get("MLFLOW_TRACKING_URI", "")
-    if not site.startswith(("http://", "https://")):
-        site = os.environ.get(MLFLOW_PAGES, "")  # if it is empty, the request raises UnsupportedProtocol
-    site = site.rstrip("/")
+    site = mlflow_site()  # if it is empty, the request raises UnsupportedProtocol
     try:
         answer = httpx.get(f"{site}/api/2.0/mlflow/runs/get", params={"run_id": run}).raise_for_status().json()
     except httpx.HTTPError:
         return f"run `{run}`"
-    return f"[run {run}]({site}/#/experiments/{answer['run']['info']['experiment_id']}/runs/{run})"
+    return f"[run {run}]({shown(site)}/#/experiments/{answer['run']['info']['experiment_id']}/runs/{run})"
 
 
 def file_table(path: Path) -> str:

@@ -13,6 +13,7 @@ from prefect import get_run_logger
 
 from dpo.common.errors import InputError
 from flows.processes import StageError, run_module
+from tasks.common.addresses import without_credentials
 
 
 def git(*arguments: str, stdin: str | None = None, env: dict[str, str] | None = None) -> str:
@@ -22,7 +23,7 @@ def git(*arguments: str, stdin: str | None = None, env: dict[str, str] | None = 
         ["git", *arguments], input=stdin, capture_output=True, text=True, check=False, env=variables
     )
     if done.returncode:
-        raise StageError(f"git {arguments[0]}: {(done.stderr or done.stdout).strip()}")
+        raise StageError(without_credentials(f"git {arguments[0]}: {(done.stderr or done.stdout).strip()}"))
     return done.stdout.strip()
 
 

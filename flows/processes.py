@@ -19,6 +19,7 @@ import psutil
 from prefect import get_run_logger
 from prefect.runtime import flow_run
 
+from tasks.common.addresses import without_credentials
 from tasks.tracking.provenance import FLOW_RUN
 
 Logger: TypeAlias = "logging.Logger | logging.LoggerAdapter[Any]"
@@ -94,6 +95,7 @@ def execute(
         for line in filter(None, split_lines(_read(process, stop, poll))):
             if ADVICE.match(line):
                 continue
+            line = without_credentials(line)
             found = LEVEL.search(line)
             logger.log(logging.getLevelNamesMapping()[found[0].rstrip(":").upper() if found else "INFO"], line)
             lines.append(line)

@@ -17,8 +17,11 @@ from flows.git import commit, fetch_missing_data, git, remove_dead_locks, restor
 from flows.journal import WORK, Journal, close, restore, unfinished
 from flows.landing import refuse
 from flows.processes import FLOW_PROCESS, StageError, kill_after_grace, send_signal
+from tasks.report.promotion import describe
+from tasks.tracking.champions import RUN
 from tasks.tracking.offline import connect
 from tasks.tracking.registry import COMMIT, LANDED, VERSIONED, champion, roll_back, version
+from tasks.tracking.sweeps import name_sweeps, record_decision
 
 LOCK = WORK / "lock"
 
@@ -73,7 +76,9 @@ def recover(journal: Journal | None) -> Journal | None:
         now = champion()
         if now and now.tags.get(COMMIT) == git("rev-parse", "HEAD") != journal.commit:
             reason = f"version {now.version} was promoted before the run was interrupted"
-            return journal.update(decision={"outcome": "promoted", "reason": reason})
+            if RUN in now.tags:
+                record_decision(now.tags[RUN], "promoted", reason)
+            return journal.update(decision={"outcome": "promoted", "reason": reason, "details": describe(now)})
     journal.undo()
     return None
 
@@ -108,5 +113,6 @@ def apply_rollback(journal: Journal) -> Journal:
     for name in sorted(set(journal.files) - landed):
         refuse(name, f"rolled back with version {now.version}")
     roll_back(earlier)
+    name_sweeps()
     close()
     return journal

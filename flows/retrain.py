@@ -40,7 +40,8 @@ from flows.landing import (
 from flows.pipeline import RETRIES, bring_up_to_date, name_flow_run, pipeline, read_graph, run_now
 from flows.processes import StageError, run_module
 from flows.recovery import recover_now, run_exclusively
-from tasks.common.addresses import shown
+from flows.sweep import set_aside_sweep
+from tasks.common.addresses import refuse_credentials, shown
 from tasks.common.git import uncommitted
 from tasks.common.markdown import inline
 from tasks.tracking.registry import GATE, LANDED
@@ -59,6 +60,8 @@ class Retrained:
     refused: dict[str, str]
     repeated: int = 0
     """Number of rows in new files that the data had already; they were dropped."""
+    details: str = ""
+    """For a promotion, what was promoted, as Markdown."""
 
 
 @flow(name="retrain", flow_run_name=name_flow_run)
@@ -83,6 +86,7 @@ def retrain(
 def _retrain(
     landing: str, branch: str | None, parallel: int, push: bool, done: Journal | None
 ) -> State[Retrained]:
+    refuse_credentials("landing", landing)
     arrived, finished = fetch_new(landing), None
     if done and done.decision:
         finished = finish(done, push, may_fail=bool(arrived.files))
@@ -178,6 +182,7 @@ def check_project(branch: str | None) -> None:
             f"params.yaml: data.source: {data.origin!r} does not contain {LANDED}, the folder of new files; add "
             f"it, for example data.source: [data/own/pairs.jsonl, {LANDED}]"
         )
+    set_aside_sweep()
     if changed := [path for path in uncommitted() if not path.startswith(RESULTS)]:
         fix = "commit them first, so that the results belong to a commit"
         raise InputError(f"git: uncommitted changes in {', '.join(changed)}; {fix}")
@@ -209,7 +214,8 @@ def run_gate() -> dict[str, str]:
     with ignore_outage():
         create_markdown_artifact(GATE.with_suffix(".md").read_text(), key=artifact_key("gate"))
     verdict = json.loads(GATE.read_text())
-    return {"outcome": "promoted" if verdict["promoted"] else "kept", "reason": verdict["reason"]}
+    outcome = "promoted" if verdict["promoted"] else "kept"
+    return {"outcome": outcome, "reason": verdict["reason"], "details": verdict["details"]}
 
 
 @task(name="push", cache_policy=NO_CACHE, **RETRIES)
@@ -247,7 +253,7 @@ def report(done: Retrained) -> State[Retrained]:
     """Publish the result as an artifact and return it as a state."""
     counts = f"{count_files(done.new)} new, {count_files(done.refused)} refused"
     counts += f", {done.repeated} rows in the data already" if done.repeated else ""
-    lines = [f"## Retraining: {done.outcome}", "", inline(done.reason), "", f"{counts}.", ""]
+    lines = [f"## Retraining: {done.outcome}", "", inline(done.reason), "", done.details, "", f"{counts}.", ""]
     lines += [f"- new: {inline(name)}" for name in first_of(done.new)]
     lines += [f"- refused: {inline(name)}: {inline(reason)}" for name, reason in first_of(done.refused).items()]
     if max(len(done.new), len(done.refused)) > SHOWN_FILES:

@@ -32,11 +32,10 @@ from ruamel.yaml import YAML
 
 from dpo.common.errors import InputError
 from dpo.config import load_params
-from flows.artifacts import MLFLOW_PAGES
 from flows.identity import PROJECT, project
 from flows.processes import TAIL_LINES, kill_after_grace, search_path, send_signal, stop_tree
-from flows.slots import WORKERS_RUN, active_runs, in_pool, release_slots, variables_of_processes
-from tasks.common.addresses import shown
+from flows.slots import WORKERS_RUN, active_runs, in_pool, release_slots, skip_missed, variables_of_processes
+from tasks.common.addresses import MLFLOW_PAGES, shown
 from tasks.common.paths import MLFLOW_STORE
 from tasks.common.runner import run
 from tasks.tracking.provenance import FLOW_RUN
@@ -293,7 +292,8 @@ def start_worker(client: SyncPrefectClient, url: str, env: dict[str, str]) -> No
     starting = find(WORKER) is None
     if starting:
         end_orphans(client)
-    for line in release_slots(client, project(), load_params().run.flow_hours):
+    released = release_slots(client, project(), load_params().run.flow_hours)
+    for line in (*released, *skip_missed(client, project())):
         echo(f"{WORKER:8} {line}")
     worker = start(WORKER, url, "flows.worker", project(), env=env)
     register(client, env)

@@ -15,7 +15,7 @@ import psutil
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas import filters
 from prefect.client.schemas.objects import FlowRun, StateType
-from prefect.states import Crashed
+from prefect.states import Cancelled, Crashed
 
 from flows.processes import kill_after_grace, send_signal
 from tasks.tracking.provenance import FLOW_RUN
@@ -24,6 +24,8 @@ WORKERS_RUN = "PREFECT__FLOW_RUN_ID"
 """Variable that Prefect's worker sets for the process of a flow run; its stages inherit it."""
 START_SECONDS = 60.0
 """Time for a worker to start the process of a run, and for an ended process to report its state."""
+WAITING = "AwaitingConcurrencySlot"
+"""Prefect's state of a run that waits for the end of another run of its deployment."""
 STOP_SECONDS = 300.0
 """Time for a flow that received SIGTERM to undo its changes."""
 
@@ -62,6 +64,26 @@ def release_slots(client: SyncPrefectClient, pool: str, hours: float) -> Iterato
             psutil.wait_procs(found.flow, timeout=STOP_SECONDS)
             _stop(found.flow | found.stages)
             yield _crash(client, run, f"it ran for more than run.flow_hours = {hours:g} hours")
+
+
+def skip_missed(client: SyncPrefectClient, pool: str) -> Iterator[str]:
+    """Cancel the scheduled runs that are due, except the latest one of each deployment. Yield a line for each."""
+    now, due = datetime.now(UTC), dict[Any, list[FlowRun]]()
+    scheduled = filters.FlowRunFilterStateType(any_=[StateType.SCHEDULED])
+    soon = filters.FlowRunFilterExpectedStartTime.model_validate({"before_": now + timedelta(minutes=1)})
+    state = filters.FlowRunFilterState(type=scheduled)
+    runs = filters.FlowRunFilter(state=state, expected_start_time=soon)
+    for run in client.read_flow_runs(flow_run_filter=runs, work_pool_filter=in_pool(pool)):
+        is_due = run.state_name == WAITING or (run.expected_start_time and run.expected_start_time <= now)
+        if run.auto_scheduled and is_due:
+            due.setdefault(run.deployment_id, []).append(run)
+    for waiting in due.values():
+        *missed, latest = sorted(
+            waiting, key=lambda run: (run.state_name != WAITING, run.expected_start_time or now)
+        )
+        for run in missed:
+            client.set_flow_run_state(run.id, Cancelled(message=f"missed; flow run {latest.name} starts instead"))
+            yield f"flow run {run.name} was missed and is cancelled; flow run {latest.name} starts instead"
 
 
 def _crash(client: SyncPrefectClient, run: FlowRun, reason: str) -> str:

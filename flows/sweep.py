@@ -1,29 +1,36 @@
 """Sweep over losses, betas, learning rates and seeds: `python -m flows.sweep --betas 0.05 0.1 --seeds 17 18`.
 
 The flow writes the lists to `params.yaml` and runs the pipeline. DVC expands the trials, so the DAG is defined
-once and a trial that is up to date is not trained again; `git diff params.yaml` shows the change. DVC's experiment
-queue is not used: it trains in folders and workers that Prefect does not see.
+once and a trial that is up to date is not trained again; `git diff params.yaml` shows the change. The next
+retraining restores the committed lists. DVC's experiment queue is not used: it trains in folders and workers that
+Prefect does not see.
 """
 
 import argparse
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from prefect import flow
+from prefect import flow, get_run_logger
 from pydantic import PositiveFloat, PositiveInt
 from ruamel.yaml import YAML
 from ruamel.yaml.nodes import ScalarNode
 from ruamel.yaml.representer import RoundTripRepresenter
 
 from dpo.common.errors import InputError
-from dpo.common.files import atomic_write
+from dpo.common.files import atomic_write, sha256, write_json
 from dpo.common.settings import Seed
 from dpo.config import load_params
 from dpo.training.losses import LossName
 from flows.artifacts import failure_page
+from flows.git import git
+from flows.journal import WORK
 from flows.pipeline import name_flow_run, pipeline, run_now
+from tasks.common.git import committed_file
 
 PARAMS = Path("params.yaml")
+RECORD = WORK / "sweep.json"
+"""The SHA-256 of `params.yaml` after a sweep changed it, if it had no other uncommitted change."""
 
 
 @flow(name="sweep", flow_run_name=name_flow_run)
@@ -48,8 +55,27 @@ def sweep(
     """
     lists = {"losses": losses, "betas": betas, "learning_rates": learning_rates, "seeds": seeds}
     with failure_page("Sweep"):
-        set_lists({name: values for name, values in lists.items() if values is not None})
+        given = {name: values for name, values in lists.items() if values is not None}
+        only_sweeps = changed_by_sweeps() or PARAMS.read_bytes() == committed_file(PARAMS)
+        set_lists(given)
+        if only_sweeps:
+            write_json(RECORD, sha256(PARAMS))
         return pipeline(parallel)
+
+
+def changed_by_sweeps() -> bool:
+    """Return whether sweeps, and nothing else, have changed `params.yaml` since the commit."""
+    return RECORD.exists() and json.loads(RECORD.read_text()) == sha256(PARAMS)
+
+
+def set_aside_sweep() -> None:
+    """Restore the committed `params.yaml` if only sweeps have changed it; `git stash` keeps the lists."""
+    if changed_by_sweeps() and PARAMS.read_bytes() != committed_file(PARAMS):
+        stash = git("stash", "create")
+        git("stash", "store", "--message", "settings of a sweep, set aside by a retraining", stash)
+        git("restore", "--source=HEAD", "--staged", "--worktree", "--", str(PARAMS))
+        get_run_logger().warning("%s: the lists of a sweep are set aside; `git stash list` has them", PARAMS)
+    RECORD.unlink(missing_ok=True)
 
 
 class _Representer(RoundTripRepresenter):

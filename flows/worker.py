@@ -1,4 +1,7 @@
-"""The worker of this checkout, which `make up` starts: Prefect's process worker, and a thread that frees slots."""
+"""The worker of this checkout, which `make up` starts: Prefect's process worker, and a thread that frees slots.
+
+The thread also cancels missed runs, except the latest one of each deployment.
+"""
 
 import asyncio
 import logging
@@ -13,13 +16,13 @@ from prefect.workers.process import ProcessWorker
 
 from dpo.common.errors import InputError
 from dpo.config import load_params
-from flows.slots import release_slots
+from flows.slots import release_slots, skip_missed
 
 log = logging.getLogger("prefect.worker")
 
 
 def watch(pool: str) -> None:
-    """Free the slots of runs that ended without reporting it, or that run for too long, at every poll."""
+    """At every poll, free the slots of ended and endless runs, and cancel missed runs except the latest."""
     hours = 72.0
     with SyncPrefectClient(PREFECT_API_URL.value()) as client:
         while True:
@@ -29,7 +32,7 @@ def watch(pool: str) -> None:
             except InputError as error:
                 log.warning("run.flow_hours stays %g: %s", hours, error)
             try:
-                for line in release_slots(client, pool, hours):
+                for line in (*release_slots(client, pool, hours), *skip_missed(client, pool)):
                     log.warning(line)
             except httpx.HTTPError as error:
                 log.warning("Prefect's server does not answer, start it with `make up`: %s", error)

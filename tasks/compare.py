@@ -17,19 +17,22 @@ from dpo.evaluation.selection import compare_policies, failure_modes, select, te
 from dpo.evaluation.yardsticks import yardsticks
 from dpo.training.settings import Trial
 from tasks.common import paths
-from tasks.common.runner import run
-from tasks.report.comparison import Results, concatenate, draw_figures, write_report
+from tasks.common.runner import check_store, run
+from tasks.report.comparison import Results, concatenate, draw_figures, selection_page, write_report
 from tasks.report.figures import reward_metric
 
 
 def main() -> None:
     """Select a policy, write metrics and report, and log them."""
     params = load_params()
+    check_store()
     remove_earlier(params.trials())
     results = compare(params)
     write_metrics(results)
     figures = draw_figures(params, results)
     write_report(params, results, figures)
+    with atomic_write(paths.SELECTION) as tmp:
+        tmp.write_text(selection_page(results, params.compare.select))
     from tasks.tracking.models import log_models  # after the comparison: MLflow starts slowly
     from tasks.tracking.runs import log_comparison
 

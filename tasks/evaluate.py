@@ -26,7 +26,7 @@ from dpo.evaluation.server_sampling import check_sampled, served_responses
 from dpo.training.settings import Trial
 from tasks.common import paths
 from tasks.common.memory import check_memory
-from tasks.common.runner import run_launched, trial_argument
+from tasks.common.runner import check_store, run_launched, trial_argument
 from tasks.report.card import write_card
 from tasks.tracking.provenance import weights
 
@@ -34,6 +34,7 @@ from tasks.tracking.provenance import weights
 def main() -> None:
     """Evaluate one policy and save metrics, pairs, samples and model card."""
     params = load_params()
+    check_store()
     trial = trial_argument(params)
     judges = load_judges(params.evaluate.judges)
     tokenizer = load_tokenizer(paths.REFERENCE)

@@ -21,7 +21,7 @@ from dpo.training.settings import Trial
 from dpo.training.train import copy_checkpoint
 from tasks.common import paths
 from tasks.common.memory import check_memory
-from tasks.common.runner import run_launched, trial_argument
+from tasks.common.runner import check_store, run_launched, trial_argument
 from tasks.tracking.provenance import made_by
 from tasks.tracking.runs import policy_run, tag_checkpoint
 from tasks.tracking.steplog import StepLog
@@ -30,6 +30,7 @@ from tasks.tracking.steplog import StepLog
 def main() -> None:
     """Train one trial in rounds; save its policy, its rounds and its log."""
     params = load_params()
+    check_store()
     trial = trial_argument(params, of=lambda each: each.rounds is not None)
     assert params.feedback is not None
     judge, tokenizer = load_judge(params.feedback, "feedback"), load_tokenizer(paths.REFERENCE)

@@ -28,7 +28,7 @@ from tasks.common.paths import (
     TRAIN,
     TRAINING_PROGRESS,
 )
-from tasks.common.runner import run_launched
+from tasks.common.runner import check_store, run_launched
 from tasks.tracking.provenance import made_by, weights
 from tasks.tracking.runs import reference_run, tag_checkpoint
 from tasks.tracking.steplog import StepLog
@@ -56,6 +56,7 @@ def link_base(params: Params) -> None:
 
 def fine_tune(params: Params, sft: SftSettings) -> None:
     """Fine-tune the base model on completions and save it as the reference. Adapters are merged into it."""
+    check_store()
     engine, tokenizer = params.engine, load_tokenizer(BASE)
     folder, table = (TOKENS_DEMONSTRATIONS, DEMONSTRATIONS) if sft.source else (TOKENS_TRAIN, TRAIN)
     rows = open_table(folder, table, tokenizer, engine.max_length)

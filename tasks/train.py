@@ -24,7 +24,7 @@ from tasks.common.paths import (
     policy_folder,
     train_log,
 )
-from tasks.common.runner import run_launched, trial_argument
+from tasks.common.runner import check_store, run_launched, trial_argument
 from tasks.tracking.provenance import made_by
 from tasks.tracking.runs import policy_run, tag_checkpoint
 from tasks.tracking.steplog import StepLog
@@ -33,6 +33,7 @@ from tasks.tracking.steplog import StepLog
 def main() -> None:
     """Train one trial and save its policy."""
     params = load_params()
+    check_store()
     trial, engine = trial_argument(params, of=lambda each: each.rounds is None), params.engine
     tokenizer = load_tokenizer(REFERENCE)
     rows = open_table(TOKENS_TRAIN, TRAIN, tokenizer, engine.max_length)

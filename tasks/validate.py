@@ -26,13 +26,14 @@ from tasks.common.paths import (
     REPORTS,
     TRAIN,
 )
-from tasks.common.runner import run
+from tasks.common.runner import check_store, run
 from tasks.report.validation import markdown, table, write_report
 
 
 def main() -> None:
     """Validate the raw pairs and log the result."""
     params = load_params()
+    check_store()
     caps = {"train": params.data.max_train_pairs, "eval": params.data.max_eval_pairs}
     files = {"report": REPORTS / "validate.html", "metrics": METRICS / "validate.json"}
     outputs = {"train": TRAIN, "eval": EVAL, "quarantine": QUARANTINE, **files}

@@ -16,6 +16,7 @@ from typing import Any
 
 import mlflow
 import pandas as pd
+import pyarrow.parquet as pq
 import torch
 from mlflow.entities.model_registry import ModelVersion
 from transformers import PreTrainedTokenizerBase
@@ -38,9 +39,12 @@ from dpo.training.settings import Trial
 from tasks.commands.lineage import of_version
 from tasks.common import paths
 from tasks.common.git import head_commit, uncommitted
+from tasks.common.markdown import inline
+from tasks.report.promotion import describe
 from tasks.tracking import champions, offline, registry, runs
 from tasks.tracking.models import log_models
 from tasks.tracking.provenance import weights
+from tasks.tracking.sweeps import name_sweeps, record_decision
 
 WORSE_LEVEL = 0.05
 """Two-sided significance level for the word "worse"; it decides nothing."""
@@ -136,10 +140,11 @@ def promote() -> None:
     verdict = decide(trial.name, compared["policies"][trial.name]["failure_modes"], evidence, contest.note)
     if verdict.promoted:
         champions.log_prompts(run_id)
+        pairs = str(pq.read_metadata(paths.TRAIN).num_rows)
         tags = {registry.COMMIT: head_commit(), "data_md5": md5(paths.TRAIN), "trial": trial.name}
+        tags |= {registry.PAIRS: pairs}
         registry.promote(model_id, tags | champions.conditions(params) | {champions.RUN: run_id})
-    mlflow.MlflowClient().set_tag(run_id, registry.DECISION, "promoted" if verdict.promoted else "kept")
-    mlflow.MlflowClient().set_tag(run_id, "dpo.gate_reason", verdict.reason)
+    record_decision(run_id, "promoted" if verdict.promoted else "kept", verdict.reason)
     report(verdict)
 
 
@@ -161,6 +166,7 @@ def set_champion(number: str) -> None:
     """Set the champion to a version that was promoted, or to `none`, after the registry was changed by hand."""
     offline.connect()
     registry.set_champion(number)
+    name_sweeps()
     print(f"Champion: {f'version {number}' if number != 'none' else 'none'}.")
 
 
@@ -335,7 +341,10 @@ def report(verdict: Verdict) -> None:
     champion = registry.champion()
     served = f"version {champion.version}" if champion else "none"
     heading = "Promoted" if verdict.promoted else "Not promoted"
-    write_json(registry.GATE, asdict(verdict) | {"champion": str(champion.version) if champion else None})
+    details = describe(champion) if verdict.promoted and champion else ""
+    facts = {"champion": str(champion.version) if champion else None, "details": details}
+    write_json(registry.GATE, asdict(verdict) | facts)
     with atomic_write(registry.GATE.with_suffix(".md")) as tmp:
-        tmp.write_text(f"## Gate: {heading.lower()}\n\n{verdict.reason}\n\nChampion: {served}.\n")
+        parts = [f"## Gate: {heading.lower()}", inline(verdict.reason), f"Champion: {served}.", details]
+        tmp.write_text("\n\n".join(filter(None, parts)) + "\n")
     print(f"{heading}: {verdict.reason} Champion: {served}.")

@@ -4,12 +4,15 @@ import re
 
 PLAIN = re.compile(r"(?!.*www\.)[\w .,:;()+=/%-]*")
 """Text that Markdown shows as it is."""
+INTERVAL = re.compile(r"\[-?[\d.]+, -?[\d.]+\](?![(\[:])")
+"""Brackets around numbers: no link, because other text from data cannot define a reference."""
 
 
 def inline(text: str) -> str:
     """Return text for a line or a table cell: as it is if it is plain, else as a code span."""
     text = " ".join(text.split())
-    if PLAIN.fullmatch(text) and "//" not in text and "__" not in text:
+    words = INTERVAL.sub("", text)
+    if PLAIN.fullmatch(words) and "//" not in words and "__" not in words:
         return text
     ticks = "`" * (_longest_ticks(text) + 1)
     space = " " if text.startswith("`") or text.endswith("`") else ""

@@ -32,6 +32,7 @@ MLFLOW_STORE = "sqlite:///mlflow.db"
 PROFILE = METRICS / "profile.json"
 REPORTS = Path("reports")
 REPORT = REPORTS / "index.html"
+SELECTION = REPORTS / "compare.md"
 
 
 def policy_folder(trial: Trial) -> Path:

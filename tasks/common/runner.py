@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dpo.common.errors import InputError, Stopped, TransientError
 from dpo.config import Params, load_params
 from dpo.training.settings import Trial
+from tasks.common.addresses import without_credentials
 
 NOT_WRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
@@ -44,6 +45,14 @@ def run(main: Callable[[], None]) -> None:
         _exit(f"{stopped}; run again to resume", 143)
 
 
+def check_store() -> None:
+    """Connect to MLflow in the main process, so that a refusal ends the stage before its work."""
+    from tasks.tracking.offline import connect_or_offline  # imported here because MLflow starts slowly
+
+    if os.environ.get("RANK", "0") == "0":
+        connect_or_offline()
+
+
 def run_launched(main: Callable[[], None]) -> None:
     """Run a stage with `run`, in the processes that the accelerate configuration `run.launch` specifies."""
 
@@ -60,7 +69,7 @@ def run_launched(main: Callable[[], None]) -> None:
 
 
 def _exit(message: str, code: int) -> None:
-    print(message, file=sys.stderr)  # noqa: T201
+    print(without_credentials(message), file=sys.stderr)  # noqa: T201
     sys.exit(code)
 
 

@@ -18,6 +18,7 @@ from dpo.config import Params
 from dpo.evaluation.selection import FailureMode, Selection
 from dpo.evaluation.yardsticks import kl_at
 from dpo.training.settings import Trial
+from tasks.common.markdown import inline
 from tasks.common.paths import REFERENCE, REPORT, policy_folder
 from tasks.report.figures import CURVES, calibration, curve, frontier, margins
 from tasks.report.responses import Conversation, extremes, shown_responses
@@ -142,3 +143,21 @@ def with_names(text: str, names: list[str]) -> Markup:
     parts = re.split(f"({pattern})", text)
     marked = [Markup("<code>{}</code>").format(part) if part in names else escape(part) for part in parts]
     return Markup("").join(marked)
+
+
+def selection_page(results: Results, metric: str) -> str:
+    """Return the selected policy, the reason, and the deciding metric of all policies as Markdown for Prefect."""
+    lines = [
+        f"**Selected:** {inline(results.selection.name or 'no policy')}",
+        "",
+        inline(results.selection.reason),
+    ]
+    lines += ["", f"| policy | {inline(metric.replace('_', ' '))} | KL | detected failure modes |"]
+    lines.append("| --- | ---: | ---: | --- |")
+    for name, figures in results.policies.items():
+        modes = sorted({mode.name for mode in results.failure_modes[name] if mode.detected})
+        shown = f"{figures[metric]:.3f}" if metric in figures else "-"
+        if ends := figures.get(f"{metric}_ci"):
+            shown += f" [{ends[0]:.3f}, {ends[1]:.3f}]"
+        lines.append(f"| {inline(name)} | {shown} | {figures['kl']:.3f} | {', '.join(modes) or 'none'} |")
+    return "\n".join([*lines, ""])

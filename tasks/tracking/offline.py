@@ -7,6 +7,7 @@ uploads what the offline store holds.
 import functools
 import logging
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,10 +19,11 @@ from mlflow import MlflowClient, MlflowException
 from mlflow.entities import Metric, Param, Run, RunTag
 from mlflow.tracking.context.registry import resolve_tags
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME
+from sqlalchemy.exc import SQLAlchemyError
 
 from dpo.common.errors import InputError
 from dpo.common.files import atomic_write
-from tasks.common.addresses import shown
+from tasks.common.addresses import shown, without_credentials
 from tasks.common.git import head_commit, inputs_changed
 from tasks.common.paths import MLFLOW_STORE
 from tasks.tracking.relocation import relocate
@@ -38,6 +40,7 @@ CONTINUES, SYNCED = "dpo.continues", "dpo.synced"
 KEPT_TAGS = ("git_", "mlflow.source.", "mlflow.user", MLFLOW_RUN_NAME, MLFLOW_PARENT_RUN_ID)
 """Prefixes of tags that are set when a run is created on the server; a sync does not overwrite them."""
 CALL_SECONDS, SYNC_SECONDS = 5, 60
+REASON_LENGTH = 300
 
 log = logging.getLogger(__name__)
 P = ParamSpec("P")
@@ -57,7 +60,10 @@ def connect() -> None:
 def connect_or_offline() -> bool:
     """Use MLFLOW_TRACKING_URI or `mlflow.db`, and sync the offline store; if that fails, use the offline store.
 
-    Return False if the offline store is in use. Raise MlflowException if the server answers with a status 4xx.
+    Return False if the offline store is in use.
+
+    Raises:
+        InputError: MLflow refuses, for example because the experiment is deleted, or the store is of another kind.
     """
     store = os.environ.get("MLFLOW_TRACKING_URI", MLFLOW_STORE)
     try:
@@ -65,12 +71,36 @@ def connect_or_offline() -> bool:
             _use(store)
         if _is_server(store) and Path(OFFLINE_STORE.removeprefix("sqlite:///")).exists():
             sync()
-    except (MlflowException, OSError) as error:
-        if not _is_server(store) or (isinstance(error, MlflowException) and error.get_http_status_code() < 500):
-            raise
+    except (MlflowException, OSError, SQLAlchemyError, ModuleNotFoundError) as error:
+        status = error.get_http_status_code() if isinstance(error, MlflowException) else 500
+        if isinstance(error, OSError) and not _is_server(store):
+            raise  # of the disk
+        if not _is_server(store) or status < 500:
+            raise InputError(_refusal(store, error)) from error
         _use_offline_store(store, error)
         return False
     return True
+
+
+def _refusal(store: str, error: Exception) -> str:
+    """Return one line that says why MLflow refuses, and the command that fixes it."""
+    address = shown(store)
+    if isinstance(error, ModuleNotFoundError):
+        fix = "`pip install -e '.[postgresql]'`, and write postgresql+pg8000://USER:PASSWORD@HOST/DATABASE"
+        return f"MLFLOW_TRACKING_URI: {address}: the driver {error.name} is not installed; {fix}"
+    reason = re.sub(r'user "[^"]*"', "user", " ".join(without_credentials(str(error)).split()))
+    if "deleted experiment" in reason:
+        with _request_limits(CALL_SECONDS):
+            found = MlflowClient().get_experiment_by_name(EXPERIMENT)
+        number = found.experiment_id if found else "ID"
+        variable = "" if "MLFLOW_TRACKING_URI" in os.environ else f"MLFLOW_TRACKING_URI={MLFLOW_STORE} "
+        fix = f"restore it: `{variable}mlflow experiments restore --experiment-id {number}`"
+        return f"MLflow at {address}: the experiment {EXPERIMENT} is deleted; {fix}"
+    if "filesystem tracking backend" in reason:
+        fix = "use the local database, `unset MLFLOW_TRACKING_URI`; `mlflow migrate-filestore` copies earlier runs"
+        return f"MLFLOW_TRACKING_URI: {address}: MLflow no longer supports a folder as a store; {fix}"
+    fix = "check MLFLOW_TRACKING_URI, user and password with `mlflow experiments search`"
+    return f"MLflow at {address} refuses: {reason[:REASON_LENGTH]}; {fix}"
 
 
 def _use(store: str) -> None:
@@ -93,7 +123,7 @@ def store_lock() -> FileLock:
 
 def _use_offline_store(store: str, error: Exception) -> None:
     if mlflow.get_tracking_uri() != OFFLINE_STORE:
-        reason = str(error).replace(store, shown(store))
+        reason = without_credentials(str(error))
         log.warning("MLflow at %s is unreachable; logging to %s: %s", shown(store), OFFLINE_STORE, reason)
     _use(OFFLINE_STORE)
     os.environ["MLFLOW_TRACKING_URI"] = store  # set_tracking_uri changed it
@@ -171,7 +201,12 @@ def sync() -> None:
             except MlflowException as error:
                 if error.get_http_status_code() >= 500:
                     raise
-                log.warning("MLflow refuses run %s; it stays in %s: %s", run.info.run_id, OFFLINE_STORE, error)
+                log.warning(
+                    "MLflow refuses run %s; it stays in %s: %s",
+                    run.info.run_id,
+                    OFFLINE_STORE,
+                    without_credentials(str(error)),
+                )
 
 
 def _sync_run(offline: MlflowClient, server: MlflowClient, run: Run) -> None:

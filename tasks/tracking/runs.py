@@ -11,6 +11,7 @@ import logging
 import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,8 @@ from dpo.common.files import md5
 from dpo.config import Params
 from dpo.training.settings import Trial
 from tasks.common.flatten import flatten
+from tasks.common.git import head_commit
+from tasks.common.markdown import inline
 from tasks.common.paths import (
     COMPARISON,
     EVAL,
@@ -112,7 +115,8 @@ def sweep_run(params: Params) -> str:
         found = search(MlflowClient(), f"tags.`{SWEEP}` = '{sweep}' and tags.`{ROLE}` = 'sweep'")
         if found:
             return str(found[0].info.run_id)
-        run_id = new_run(f"sweep {sweep[:8]}", {SWEEP: sweep, ROLE: "sweep"})
+        name = f"sweep {datetime.now(UTC):%Y-%m-%d %H:%M} {head_commit()[:7]}"  # the gate adds its verdict
+        run_id = new_run(name, {SWEEP: sweep, ROLE: "sweep"})
     RunLogger(run_id).log_params(_settings(seed=params.seed, model=params.model))
     return run_id
 
@@ -161,7 +165,7 @@ def log_comparison(
         name = re.sub(r"\W+", "-", figure.layout.title.text.lower()).strip("-")
         run.log_figure(figure, f"figures/{name}.html")
     run.set_tag("dpo.selected", selected or "none")
-    run.set_tag("mlflow.note.content", reason)
+    run.set_tag("mlflow.note.content", inline(reason))  # MLflow shows it as Markdown
     for name, metrics in policies.items():
         run.log_metrics(metric_points(_numbers(metrics, name)))
     run.close()

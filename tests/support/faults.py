@@ -36,6 +36,7 @@ from benchmarks.page import put_table
 from dpo.common.files import write_json
 from flows.servers import is_healthy
 from tasks.common import paths, runner
+from tests.support import nightly
 from tests.support.mlflow_server import Server
 from tests.support.models import chat_tokenizer, free_ports, make_model
 from tests.support.project import ENV, ROOT, TRIAL, change, make_project
@@ -733,6 +734,8 @@ def main() -> None:
             print(table(results[-1:]).splitlines()[-1], flush=True)
     print(table(results))
     if not arguments.only:
+        results += nightly.run(arguments.seed)
+        print(table(results[-2:]))
         write_json(RESULTS, results)
         put_table(PAGE, "faults", table(results))
     sys.exit(any(row["survived"] != row["tried"] for row in results))

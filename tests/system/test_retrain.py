@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -352,6 +353,7 @@ def story(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> Ite
             git("log", "-1", "--format=%s"),
         )
         record.first = retrain(str(landing), parallel=2, return_state=True)
+        record.promoted_commit = git("rev-parse", "HEAD")
         record.first_tree = git("rev-parse", "HEAD^{tree}")
         record.log = git("log", "--format=%s").splitlines()
         record.facts = of_folder(folder / "models" / TRIAL)
@@ -439,6 +441,28 @@ def test_a_policy_that_loses_to_the_champion_is_not_promoted(story):
 
 
 @pytest.mark.slow
+def test_the_list_of_sweeps_shows_what_serves(story):
+    client = mlflow.MlflowClient(f"sqlite:///{story.folder}/mlflow.db")
+    runs = client.search_runs(["1"], "tags.`dpo.role` = 'sweep'", order_by=["start_time"])
+    assert [run.info.run_name.partition(": ")[2] for run in runs] == ["promoted, serves as version 1", "promoted"]
+    assert [run.info.run_name.split()[3].rstrip(":") for run in runs] == [
+        run.data.tags["git_commit"][:7] for run in runs
+    ]
+
+
+@pytest.mark.slow
+def test_logs_have_no_advice_of_dvc_and_git(story):
+    with get_client(sync_client=True) as client:
+        logs = client.read_logs(limit=200, offset=0)
+        while page := client.read_logs(limit=200, offset=len(logs)):
+            logs += page
+    text = "\n".join(line.message for line in logs)
+    assert "Running stage 'train" in text
+    for advice in ("git add", "track the changes", "autostage", "dvc push` to send", "Having any troubles"):
+        assert advice not in text
+
+
+@pytest.mark.slow
 def test_results_are_pushed_to_the_default_remote(story):
     assert "in sync" in story.pushed
 
@@ -513,6 +537,13 @@ def test_artifacts_show_the_gate_and_the_retraining(story):
     with get_client(sync_client=True) as client:
         found = client.read_artifacts()
     pages = [artifact.data for artifact in found if artifact.key.endswith("-retrain")]
+    (promoted,) = [page for page in pages if "Retraining: promoted" in page]
+    assert "- version: 1 of dpo-policy" in promoted
+    assert f"- commit: `{story.promoted_commit}`" in promoted
+    assert "- training pairs: 28" in promoted
+    assert re.search(r"\| win rate against the reference \| 1\.000 \[1\.000, 1\.000\] \|", promoted)
+    selections = [each.data for each in found if each.key.endswith("-compare")]
+    assert any(f"**Selected:** {TRIAL}\n\n" in page for page in selections)
     assert any("Retraining: kept" in page and "tuesday.jsonl" in page for page in pages)
     trained = [
         artifact.data

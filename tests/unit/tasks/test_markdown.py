@@ -12,6 +12,8 @@ HOSTILE = [
     "www.example.org",
     "<img src=http://127.0.0.1:1/x.png>",
     "`` ` ![x](http://127.0.0.1:1/x.png) ```` ![x](http://127.0.0.1:1/x.png)",
+    "[0.5, 1](http://127.0.0.1:1)",
+    "[0.5, 1][x]\n\n[0.5, 1]: http://127.0.0.1:1",
     "a | ![x](http://127.0.0.1:1/x.png) | b",
     "a\n\n![x](http://127.0.0.1:1/x.png)\n\n```\n<b>b</b>",
     "__init__ *x* #",
@@ -30,6 +32,8 @@ def test_no_link_picture_or_html_is_made_of_text(text):
     assert not any("http" in part or "www" in part for part in plain), "no address that an extension links"
 
 
-@pytest.mark.parametrize("text", ["sigmoid-0.1", "0.25 of 3 files, 20%", "a_b (c)"])
+@pytest.mark.parametrize(
+    "text", ["sigmoid-0.1", "0.25 of 3 files, 20%", "a_b (c)", "0.610 [0.540, 0.680], p = 0.006 [-1, 2]."]
+)
 def test_plain_text_is_shown_as_it_is(text):
     assert inline(text) == text
