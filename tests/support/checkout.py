@@ -99,7 +99,7 @@ class Checkout:
 
     def run(self, *command: str, code: int = 0, **env: str) -> str:
         done = subprocess.run(
-            command, cwd=self.folder, env={**self.env, **env}, capture_output=True, text=True, timeout=300
+            command, cwd=self.folder, env={**self.env, **env}, capture_output=True, text=True, timeout=1200
         )
         assert done.returncode == code, (done.stdout + done.stderr)[-4000:]
         return done.stdout + done.stderr

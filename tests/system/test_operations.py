@@ -70,6 +70,7 @@ class Project:
             "MLFLOW_PORT": str(self.ports[1]),
             "PREFECT_WORKER_QUERY_SECONDS": "2",
             "PREFECT_WORKER_PREFETCH_SECONDS": "2",
+            "PREFECT_WORKER_HEARTBEAT_SECONDS": "3",
             "HF_HUB_OFFLINE": "1",
             "GIT_CONFIG_COUNT": "2",
             "GIT_CONFIG_KEY_0": f"url.{place}/origin/.insteadOf",
@@ -413,6 +414,23 @@ def test_training_resumes_from_its_last_checkpoint_after_the_worker_is_killed(pr
     assert resumed == [0, first, second]
     (project.folder / "dvc.yaml").write_text(DVC_YAML)
     wait_for(lambda: len(family()) == 1)
+
+
+@pytest.mark.slow
+def test_a_silent_worker_is_restarted(project):
+    def worker() -> psutil.Process:
+        return psutil.Process(json.loads((project.folder / ".servers/worker.json").read_text())["pid"])
+
+    project.pause()
+    (silent := worker()).suspend()
+    time.sleep(40)
+    code = "from flows import servers; servers.SILENT_SECONDS = 30.0; servers.up()"
+    output = project.execute(sys.executable, "-c", code)
+    assert "worker   has sent no heartbeat for 30 seconds; it is restarted" in output
+    assert not processes.is_running(silent)
+    assert worker().pid != silent.pid
+    (project.folder / "pause.txt").write_text("0")
+    project.await_run(project.submit("pipeline"), "Completed")
 
 
 @pytest.mark.slow

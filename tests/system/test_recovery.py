@@ -228,6 +228,19 @@ def test_limits_of_size_and_time_refuse_one_file(checkout):
 
 
 @pytest.mark.slow
+def test_thousands_of_files_are_taken_in_by_one_run(checkout):
+    for number in range(2000):
+        write(checkout.landing / f"{number}.jsonl", book_pairs(2 * number, 2))
+    for number in range(5):
+        (checkout.landing / f"broken-{number}.jsonl").write_text(f'{{"prompt": "What?", "answer": {number}}}\n')
+    assert "2000 files new, 5 files refused" in checkout.flow()
+    assert len(checkout.landed()) == 2000
+    assert len(checkout.refused()) == 5
+    assert len(checkout.run("git", "log", "-1", "--format=%b").splitlines()) == 2000
+    assert "NothingNew" in checkout.flow()
+
+
+@pytest.mark.slow
 def test_other_branches_and_a_detached_head_are_refused(checkout):
     write(checkout.landing / "monday.jsonl", book_pairs(0, 8))
     checkout.run("git", "switch", "--quiet", "--detach")

@@ -125,6 +125,14 @@ def test_a_source_without_the_landed_folder_is_refused_before_any_change(here):
     assert not LANDED.exists()
 
 
+def test_a_landing_place_with_credentials_is_refused_without_showing_them(here):
+    with pytest.raises(
+        InputError, match=r"landing: s3://bucket/new: the address contains a user or a pass"
+    ) as error:
+        retrain("s3://someone:canary@bucket/new")
+    assert "canary" not in str(error.value)
+
+
 def test_without_new_files_nothing_is_done_or_checked(here):
     change(here, {"data.source": "default"})
     for landing in ("landing", "data/landing"):
