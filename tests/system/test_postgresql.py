@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,21 +21,19 @@ ENCODED = "canary-user:canary%20p%40ss%2Fword"
 
 
 @pytest.fixture(scope="module")
-def database(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def database() -> Iterator[str]:
     """Start a server with a password; yield host, port and database."""
     pytest.importorskip("pg8000", reason="pg8000: installed with the extra postgresql")
     programs = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
     if not programs:
         pytest.skip("PostgreSQL is not installed: apt-get install postgresql")
-    folder, place = programs[-1].parent, tmp_path_factory.mktemp("postgresql")
+    folder, place = programs[-1].parent, Path(tempfile.mkdtemp(prefix="postgresql-"))
     (place / "password").write_text(PASSWORD)
     user = []
     if os.geteuid() == 0:  # PostgreSQL refuses to run as root
         user = ["runuser", "-u", "postgres", "--"]
         for path in (place, place / "password"):
             shutil.chown(path, "postgres")
-        for path in place.parents[:2]:
-            path.chmod(0o711)
     (port,) = free_ports(1)
     options = f"-p {port} -c listen_addresses=127.0.0.1 -k {place} -c fsync=off"
 
@@ -51,6 +50,7 @@ def database(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield f"127.0.0.1:{port}/mlflow"
     finally:
         run(str(folder / "pg_ctl"), "-D", data, "-m", "immediate", "stop")
+        shutil.rmtree(place)
 
 
 USE = """
@@ -87,7 +87,11 @@ def test_stages_and_server_use_the_database_and_show_no_password(database, tmp_p
 
     run = python(USE, url).split()[-1]
     try:
-        found = httpx.get(f"{url}/api/2.0/mlflow/runs/get", params={"run_id": run}).raise_for_status().json()
+        found = (
+            httpx.get(f"{url}/api/2.0/mlflow/runs/get", params={"run_id": run}, timeout=60)
+            .raise_for_status()
+            .json()
+        )
         assert found["run"]["data"]["metrics"][0]["value"] == 0.6
         lines = [" ".join(process.info["cmdline"] or []) for process in psutil.process_iter(["cmdline"])]
         assert any("mlflow" in line for line in lines)
