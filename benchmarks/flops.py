@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.cases import Case, padded_batches
+from dpo.engine.flops import attended, cost_of, forward_flops, shape_of
 from dpo.engine.settings import GPU_HEAD_CHUNK, HEAD_CHUNK
 from dpo.engine.tokenization import TokenRow
-from dpo.planner import forward_flops, shape_of
 
 
 def flops(case: Case, rows: Sequence[TokenRow], config: Any) -> float:
@@ -17,8 +17,9 @@ def flops(case: Case, rows: Sequence[TokenRow], config: Any) -> float:
     pass itself, the gradient of the activations and the gradient of the weights. LoRA needs the last for attention
     only. Recomputation is not counted.
     """
-    tokens, scored = sum(row.tokens for row in rows), sum(row.completion_tokens for row in rows)
-    return _passes(case, *forward_flops(shape_of(config), tokens, scored, _seen(rows)))
+    cost = cost_of(rows, config, "trained" if case.train else "scored", lora=case.lora)
+    assert cost.flops is not None
+    return cost.flops
 
 
 def flop_ratio(case: Case, rows: Sequence[TokenRow], config: Any) -> float:
@@ -45,18 +46,10 @@ def flop_ratio(case: Case, rows: Sequence[TokenRow], config: Any) -> float:
     trained_head = case.train and not case.lora
     ours = flops(case, rows, config) + trained_head * forward_flops(shape, 0, again, 0)[1]
     if case.ours_checkpointing:
-        layers, _, attention = forward_flops(shape, sum(row.tokens for row in rows), 0, _seen(rows))
+        seen = sum(map(attended, rows))
+        layers, _, attention = forward_flops(shape, sum(row.tokens for row in rows), 0, seen)
         ours += layers + attention
     return theirs / ours
-
-
-def _seen(rows: Sequence[TokenRow]) -> int:
-    """Return the number of unmasked (query, key) pairs."""
-    seen = 0
-    for row in rows:
-        prompt, *completions = len(row.prompt), *map(len, row.completions)
-        seen += sum(n * (n + 1) // 2 for n in (prompt, *completions)) + prompt * sum(completions)
-    return seen
 
 
 def _passes(case: Case, layers: int, head: int, attention: int) -> int:

@@ -3,7 +3,7 @@
 import itertools
 import json
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -21,8 +21,8 @@ from dpo.data.settings import DataSettings, ValidateSettings
 from dpo.engine.settings import EngineSettings, ModelSettings
 from dpo.evaluation.settings import CompareSettings, EvaluateSettings, JudgeSettings, PromoteSettings
 from dpo.online.settings import OnlineSettings
-from dpo.training.losses import LOSSES, Loss
-from dpo.training.settings import DpoSettings, SftSettings, SweepSettings, Trial
+from dpo.training.losses import LOSSES, Loss, Sigmoid
+from dpo.training.settings import DpoSettings, Method, SftSettings, SweepSettings, Trial
 
 FORMER_KEYS = {
     "engine.tokens_per_batch": "renamed; use engine.max_tokens_per_microbatch",
@@ -84,20 +84,26 @@ class Params(Settings):
     evaluate: EvaluateSettings
     compare: CompareSettings
     feedback: JudgeSettings | None = None
-    """Judge that ranks responses for training, as in `evaluate.judges`; null if `sweep.rounds` is empty. A judge
-    that trains may not evaluate."""
+    """Judge that scores responses for training, as in `evaluate.judges`; null if `sweep.rounds` and `sweep.rloo`
+    are empty. A judge that trains may not evaluate."""
     online: OnlineSettings = field(default_factory=OnlineSettings)
     promote: PromoteSettings = field(default_factory=PromoteSettings)
     run: RunSettings = field(default_factory=RunSettings)
 
     def trials(self) -> list[Trial]:
-        """Return all trials of the sweep, in DVC's order: those on the pairs of the data, then those in rounds."""
+        """Return all trials of the sweep, in DVC's order: on the pairs of the data, online, RLOO."""
         sweep = self.sweep
-        losses = [self.losses[name] for name in (*sweep.losses, *sweep.reference_free_losses)]
-        lists = ((None, *sweep.rounds), losses, sweep.betas, sweep.learning_rates, sweep.seeds)
+        points = (sweep.betas, sweep.learning_rates, sweep.seeds)
+        every = [self.losses[name] for name in (*sweep.losses, *sweep.reference_free_losses)]
+        kinds: list[tuple[Method | None, tuple[int | None, ...], Sequence[Loss]]] = [
+            (None, (None,), every),
+            ("online", sweep.rounds, every),
+            ("rloo", sweep.rloo, [Sigmoid()]),
+        ]
         return [
-            Trial(loss=loss, beta=beta, learning_rate=rate, seed=seed, rounds=rounds)
-            for rounds, loss, beta, rate, seed in itertools.product(*lists)
+            Trial(loss=loss, beta=beta, learning_rate=rate, seed=seed, method=method, rounds=rounds)
+            for method, numbers, losses in kinds
+            for rounds, loss, beta, rate, seed in itertools.product(numbers, losses, *points)
         ]
 
     @property
@@ -197,20 +203,23 @@ def _check_losses(path: Path, params: Params, listed: Collection[str]) -> None:
 def _check_feedback(path: Path, params: Params) -> None:
     """Raise InputError if rounds have no judge or too few prompts, or if the judge that trains also evaluates."""
     feedback, prompts = params.feedback, params.online.prompts
-    if not params.sweep.rounds:
+    for key, rounds in (("sweep.rounds", params.sweep.rounds), ("sweep.rloo", params.sweep.rloo)):
+        if not rounds:
+            continue
+        if feedback is None:
+            raise InputError(
+                f"{path}: feedback: null, but {key} needs a judge that ranks responses; set it to a judge as "
+                f"in evaluate.judges, or set {key}: []"
+            )
+        if prompts is not None and prompts < max(rounds):
+            raise InputError(
+                f"{path}: online.prompts: {prompts} leaves a round without a prompt, because {key} has "
+                f"{max(rounds)}; raise the former or lower the latter"
+            )
+        if params.dpo.early_stop is not None:
+            raise InputError(f"{path}: dpo.early_stop: not supported with {key}; set one of them to null or []")
+    if feedback is None or not params.sweep.rounds + params.sweep.rloo:
         return
-    if feedback is None:
-        raise InputError(
-            f"{path}: feedback: null, but sweep.rounds needs a judge that ranks responses; set it to a judge as "
-            "in evaluate.judges, or set sweep.rounds: []"
-        )
-    if prompts is not None and prompts < max(params.sweep.rounds):
-        raise InputError(
-            f"{path}: online.prompts: {prompts} leaves a round without a prompt, because sweep.rounds has "
-            f"{max(params.sweep.rounds)}; raise the former or lower the latter"
-        )
-    if params.dpo.early_stop is not None:
-        raise InputError(f"{path}: dpo.early_stop: not supported with sweep.rounds; set one of them to null or []")
     if feedback.kind in PROXIES and _judging(feedback) in map(_judging, params.evaluate.judges):
         raise InputError(
             f"{path}: feedback: {feedback.name} is also in evaluate.judges; a policy exploits the faults of the "

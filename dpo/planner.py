@@ -7,9 +7,11 @@ architecture: grouped-query attention, a gated MLP and two RMSNorms per layer.
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
-from dpo.common.errors import InputError
+from dpo.engine.flops import Shape as Shape
+from dpo.engine.flops import forward_flops as forward_flops
+from dpo.engine.flops import shape_of as shape_of
 from dpo.engine.settings import HEAD_CHUNK, VOCABULARY_PART, Precision, Quantization
 
 Sharding = Literal["none", "data", "full"]
@@ -22,53 +24,6 @@ NF4_BYTES = 1 / 2 + 1 / 64 + 4 / (64 * 256)
 """Bytes per weight in NF4: 4 bits, an 8-bit scale per 64 weights, an fp32 scale per 256 of these scales."""
 
 
-@dataclass(frozen=True)
-class Shape:
-    """Sizes of a model with the Llama architecture."""
-
-    layers: int
-    hidden: int
-    intermediate: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    vocabulary: int
-    tied: bool
-    """Whether the head and the input embedding share a matrix."""
-
-    @property
-    def query(self) -> int:
-        """Width of the queries of all heads."""
-        return self.heads * self.head_dim
-
-    @property
-    def matrices(self) -> list[tuple[int, int]]:
-        """(inputs, outputs) of the seven linear layers of a block: q, k, v, o, gate, up, down."""
-        hidden, query, key = self.hidden, self.query, self.kv_heads * self.head_dim
-        attention = [(hidden, query), (hidden, key), (hidden, key), (query, hidden)]
-        return [*attention, *[(hidden, self.intermediate)] * 2, (self.intermediate, hidden)]
-
-    @property
-    def products(self) -> int:
-        """Parameters of the linear layers of a block."""
-        return sum(inputs * outputs for inputs, outputs in self.matrices)
-
-    @property
-    def layer(self) -> int:
-        """Parameters of a block."""
-        return self.products + 2 * self.hidden
-
-    @property
-    def head(self) -> int:
-        """Parameters of the projection to the vocabulary."""
-        return self.vocabulary * self.hidden
-
-    @property
-    def parameters(self) -> int:
-        """Parameters of the model: blocks, last norm, embedding and head."""
-        return self.layers * self.layer + self.hidden + (1 if self.tied else 2) * self.head
-
-
 LLAMAS = {
     "default": Shape(30, 576, 1536, 9, 3, 64, 49152, tied=True),
     "llama-1b": Shape(16, 2048, 8192, 32, 8, 64, 128256, tied=True),
@@ -76,25 +31,6 @@ LLAMAS = {
     "llama-70b": Shape(80, 8192, 28672, 64, 8, 128, 128256, tied=False),
 }
 """The default model; Llama 3.2 1B, 3.1 8B and 3.1 70B (Grattafiori et al. 2024, table 3, and the model cards)."""
-
-
-def shape_of(config: Any) -> Shape:
-    """Return the shape of a transformers config.
-
-    Raises:
-        InputError: a size is missing, or the model has experts, so it does not have the Llama architecture.
-    """
-    if any("expert" in name and not name.startswith("_") for name in vars(config)):
-        raise InputError(f"no plan for a model with experts, '{config.model_type}'; use a Llama of its size")
-    try:
-        layers, hidden, heads = config.num_hidden_layers, config.hidden_size, config.num_attention_heads
-        kv_heads = getattr(config, "num_key_value_heads", None) or heads
-        head_dim = getattr(config, "head_dim", None) or hidden // heads
-        sizes = layers, hidden, config.intermediate_size, heads, kv_heads, head_dim, config.vocab_size
-        return Shape(*sizes, tied=config.tie_word_embeddings)
-    except AttributeError as error:
-        reason = f"no plan for a model of type '{config.model_type}': {error}; use a Llama of its size"
-        raise InputError(reason) from error
 
 
 @dataclass(frozen=True)
@@ -308,16 +244,6 @@ def sampling_memory(
     logits = 4 * 4 * rows * shape.vocabulary
     temporary = max(prompts + dequantised(shape, setup), logits)
     return Memory(frozen_weights(shape, setup), 0, 0, cache, temporary, overhead)
-
-
-def forward_flops(shape: Shape, tokens: int, projected: int, seen: int) -> tuple[int, int, int]:
-    """Return the FLOPs of a forward pass as (layers, head, attention).
-
-    The layers process `tokens` and the head `projected` tokens, with 2 FLOPs per weight. `seen` (query, key)
-    positions attend, with 4 FLOPs per element of a query.
-    """
-    attention = 4 * shape.layers * shape.query * seen
-    return 2 * shape.layers * shape.products * tokens, 2 * shape.head * projected, attention
 
 
 def pair_flops(shape: Shape, pair: Pair, setup: Setup | None) -> tuple[int, int]:

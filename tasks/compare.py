@@ -47,8 +47,8 @@ def remove_earlier(trials: Sequence[Trial]) -> None:
 
     The stage depends on the folders, so a leftover file would make it stale in a clone, which does not have it.
     """
-    files = (paths.policy_margins, paths.policy_samples, paths.evaluation, paths.train_log)
-    current = {paths.REFERENCE_SAMPLES, *(path(trial) for trial in trials for path in files)}
+    files = (paths.policy_margins, paths.policy_samples, paths.evaluation, paths.train_log, paths.cost)
+    current = {paths.REFERENCE_SAMPLES, paths.REFERENCE_COST, *(path(trial) for trial in trials for path in files)}
     for folder in {path.parent for path in current}:
         for leftover in {*folder.glob("*.parquet"), *folder.glob("*.csv"), *folder.glob("*.json")} - current:
             leftover.unlink()
@@ -82,6 +82,8 @@ def compare(params: Params) -> Results:
             turns_of(text if turns is None else read_turns(turns))
             for text, turns in zip(prompts["prompt"], prompts["turns"], strict=True)
         ],
+        costs={str(paths.REFERENCE): json.loads(paths.REFERENCE_COST.read_text())}
+        | {trial.name: policies[trial.name]["cost"] for trial in trials},
         yardsticks=yardsticks(responses.get("reference_score", []), responses["prompt"].tolist()),
         train_logs=concatenate({trial.name: pd.read_csv(paths.train_log(trial)) for trial in trials}),
         calibration=concatenate({name: reliability(table) for name, table in pairs.items()}),

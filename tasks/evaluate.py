@@ -1,5 +1,6 @@
 """Stage `evaluate`: compare one policy with the reference on held-out data: `python -m tasks.evaluate TRIAL`."""
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -58,6 +59,7 @@ def main() -> None:
         "trial": trial.settings,
         "weights": weights(folder)[:16],
         "sampler": params.evaluate.sampler.kind,
+        "cost": json.loads(paths.cost(trial).read_text()),
         **preference_metrics(pairs, params.seed, completions=params.imitated),
         **label_metrics(pairs, params.seed),
         **response_metrics(samples, params.seed),

@@ -11,6 +11,7 @@ import pandas as pd
 from dpo.common.distributed import this_process
 from dpo.common.files import PROVENANCE, atomic_write, link_tree, write_json
 from dpo.config import Params, load_params
+from dpo.engine.flops import Cost
 from dpo.engine.logprobs import load_model
 from dpo.engine.pretrained import load_tokenizer
 from dpo.engine.token_table import open_table
@@ -23,12 +24,14 @@ from tasks.common.paths import (
     DEMONSTRATIONS,
     METRICS,
     REFERENCE,
+    REFERENCE_COST,
     TOKENS_DEMONSTRATIONS,
     TOKENS_TRAIN,
     TRAIN,
     TRAINING_PROGRESS,
 )
 from tasks.common.runner import check_store, run_launched
+from tasks.common.usage import Usage, trained_cost
 from tasks.tracking.provenance import made_by, weights
 from tasks.tracking.runs import reference_run, tag_checkpoint
 from tasks.tracking.steplog import StepLog
@@ -52,6 +55,7 @@ def link_base(params: Params) -> None:
         write_json(tmp / PROVENANCE, {**made_by(params, None), "weights": weights(tmp)})
     with atomic_write(METRICS / "sft.csv") as tmp:
         tmp.write_text("step,loss\n")
+    Usage("sft").write(REFERENCE_COST, Cost(), {})
 
 
 def fine_tune(params: Params, sft: SftSettings) -> None:
@@ -70,12 +74,12 @@ def fine_tune(params: Params, sft: SftSettings) -> None:
     check_memory("sft", params, BASE, mean_pair(rows))
     model = load_model(BASE, **engine.loading) if sft.lora else load_model(BASE, engine.precision, engine.compile)
     store = CheckpointStore(TRAINING_PROGRESS / "sft", params.run.checkpoint_minutes)
-    main_process = this_process().is_main_process
+    main_process, usage = this_process().is_main_process, Usage("sft")
     with reference_run(params, table) if main_process else nullcontext() as run_id:
         log = train_sft(
             model, rows, sft, seed=params.seed, store=store,
             max_tokens_per_microbatch=engine.max_tokens_per_microbatch,
-            callbacks=[StepLog(run_id)] if run_id else [],
+            callbacks=[StepLog(run_id), usage] if run_id else [],
         )  # fmt: skip
         facts = made_by(params, run_id)
         save_checkpoint(model, tokenizer, ADAPTER if sft.lora else REFERENCE, facts)
@@ -87,6 +91,7 @@ def fine_tune(params: Params, sft: SftSettings) -> None:
     if main_process:
         with atomic_write(METRICS / "sft.csv") as tmp:
             pd.DataFrame(log).to_csv(tmp, index=False)
+        usage.write(REFERENCE_COST, trained_cost(log), {"pairs": len(rows)})
         store.discard()
 
 

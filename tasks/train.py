@@ -7,6 +7,7 @@ import pandas as pd
 from dpo.common.distributed import this_process
 from dpo.common.files import atomic_write
 from dpo.config import load_params
+from dpo.engine.flops import Cost, cost_of
 from dpo.engine.logprobs import load_model
 from dpo.engine.pretrained import load_tokenizer
 from dpo.engine.reference_cache import cache_key, load_reference
@@ -21,10 +22,12 @@ from tasks.common.paths import (
     TOKENS_TRAIN,
     TRAIN,
     TRAINING_PROGRESS,
+    cost,
     policy_folder,
     train_log,
 )
 from tasks.common.runner import check_store, run_launched, trial_argument
+from tasks.common.usage import Usage, trained_cost
 from tasks.tracking.provenance import made_by
 from tasks.tracking.runs import policy_run, tag_checkpoint
 from tasks.tracking.steplog import StepLog
@@ -41,17 +44,17 @@ def main() -> None:
     reference = {}
     if "reference" in trial.loss.needs:
         reference = load_reference(REFERENCE_TRAIN, cache_key(REFERENCE, tokenizer, rows, engine))
-    table = pd.read_parquet(TRAIN, columns=["id", "weight", "agreement"])
+    table = pd.read_parquet(TRAIN, columns=["id", "prompt", "weight", "agreement"])
     check_memory("train", params, REFERENCE, mean_pair(rows))
     model = load_model(REFERENCE, **engine.loading)
     store = CheckpointStore(TRAINING_PROGRESS / trial.name, params.run.checkpoint_minutes)
-    main_process = this_process().is_main_process
+    main_process, usage = this_process().is_main_process, Usage(trial.name)
     with policy_run(params, trial) if main_process else nullcontext() as run_id:
         log = train_dpo(
             model, rows, reference, params.dpo, trial, store=store,
             max_tokens_per_microbatch=engine.max_tokens_per_microbatch,
             weights=_known(table, "weight"), agreement=_known(table, "agreement"),
-            callbacks=[StepLog(run_id)] if run_id else [],
+            callbacks=[StepLog(run_id), usage] if run_id else [],
         )  # fmt: skip
         facts = made_by(params, run_id, trial)
         save_checkpoint(model, tokenizer, policy_folder(trial), facts, params.hub_reference)
@@ -60,6 +63,9 @@ def main() -> None:
     if main_process:
         with atomic_write(train_log(trial)) as tmp:
             pd.DataFrame(log).to_csv(tmp, index=False)
+        scored = cost_of(rows, model.model.config, "scored") if reference else Cost()
+        counts = {"pairs": len(rows), "prompts": table["prompt"].nunique()}
+        usage.write(cost(trial), scored + trained_cost(log), counts)
         store.discard()
 
 

@@ -9,7 +9,7 @@ from huggingface_hub import constants
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from dpo.common.errors import InputError, TransientError
 from dpo.common.files import PROVENANCE
@@ -50,6 +50,15 @@ def load_weights(kind: Any, source: str | Path, revision: str | None = None, **o
         return kind.from_pretrained(source, **{"dtype": "float32", **options, **safe})
     except (OSError, ValueError, SafetensorError) as error:
         raise _load_error(source, error) from error
+
+
+def load_config(folder: Path) -> Any:
+    """Load the configuration of a model folder, or of the base model of an adapter.
+
+    Raises:
+        InputError: it is missing or unreadable.
+    """
+    return load_weights(AutoConfig, *((folder,) if (folder / "config.json").is_file() else adapter_base(folder)))
 
 
 def load_causal_lm(folder: Path, **options: Any) -> PreTrainedModel:

@@ -1,18 +1,19 @@
-"""Training in rounds: the policy answers prompts, a judge ranks the answers, and the policy trains on the pairs.
+"""Training in rounds: the policy answers prompts, a judge scores the answers, and the policy trains on them.
 
 Prompts, answers and optimizer steps are shared equally among the rounds, so the number of rounds changes only how
 old the policy is that answers. The optimizer and the learning rate schedule are carried on.
 
-A round writes `round-N` (answers with scores, pairs, quarantine, counts), then the reference log-probs of its
-pairs into it, then `policy-N`, and last `round-N.json`. Each of them is written atomically. An interrupted run
-continues after the last of them, or at the last checkpoint of the training.
+A round writes `round-N` (answers with scores, counts), what its training needs into it, then `policy-N`, and last
+`round-N.json`. Each of them is written atomically. An interrupted run continues after the last of them, or at the
+last checkpoint of the training.
 """
 
 import json
 import logging
 import shutil
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,28 +25,43 @@ from dpo.common.errors import InputError
 from dpo.common.files import atomic_write, write_json
 from dpo.data.settings import ValidateSettings
 from dpo.engine.chat import prompt_of
-from dpo.engine.logprobs import load_model
-from dpo.engine.pretrained import load_tokenizer
-from dpo.engine.reference_cache import cache_key, compute_reference, load_reference, policy_key
+from dpo.engine.flops import Cost, cost_of
+from dpo.engine.logprobs import LogProbModel, load_model
+from dpo.engine.pretrained import load_config, load_tokenizer
 from dpo.engine.settings import EngineSettings
 from dpo.engine.tokenization import TokenRow, prompt_ids
 from dpo.evaluation.judges import Judge
 from dpo.evaluation.sampling import response_table
-from dpo.online.pairs import check_pairs, ranked_pairs, score_responses
+from dpo.online.pairs import score_responses
 from dpo.online.settings import OnlineSettings
 from dpo.training.callbacks import Callback
 from dpo.training.checkpoints import CheckpointStore
 from dpo.training.loop import Segment
 from dpo.training.settings import DpoSettings, Trial
-from dpo.training.train import save_checkpoint, train_dpo
+from dpo.training.train import save_checkpoint
 
 log = logging.getLogger(__name__)
 
 Records = Sequence[dict[Any, Any]]
+Log = list[dict[str, float]]
 
 
 @dataclass(frozen=True)
-class Rounds:
+class Outcome:
+    """Result of a training in rounds."""
+
+    policy: Path
+    """Folder of the policy."""
+    log: Log
+    """One entry per step."""
+    counts: list[dict[str, Any]]
+    """Counts of each round."""
+    cost: Cost
+    """Sampling and log-probs, without the training steps."""
+
+
+@dataclass(frozen=True)
+class Rounds(ABC):
     """Training of one policy in rounds. Call `run`.
 
     Attributes:
@@ -67,26 +83,34 @@ class Rounds:
     benchmarks: Path
     store: CheckpointStore
 
-    def run(
-        self, prompts: Records, callbacks: Sequence[Callback] = ()
-    ) -> tuple[Path, list[dict[str, float]], list[dict[str, Any]]]:
+    @abstractmethod
+    def prepare(self, folder: Path, name: str, prompts: Records, answers: pd.DataFrame) -> dict[str, Any]:
+        """Write what training on the answers of the round `name` needs to `folder`, and return counts.
+
+        If the count `pairs` is 0, the policy is not trained in this round.
+        """
+
+    @abstractmethod
+    def train(
+        self, folder: Path, policy: Path, prompts: Records, segment: Segment, callbacks: Sequence[Callback]
+    ) -> tuple[LogProbModel, Log, Cost]:
+        """Train the policy on the answers in `folder`. Return it with its log, and the cost of log-probs."""
+
+    def run(self, prompts: Records, callbacks: Sequence[Callback] = ()) -> Outcome:
         """Train on answers to the prompts of canonical pairs.
 
-        Returns:
-            The folder of the policy, one log entry per step, and the counts of each round.
-
         Raises:
-            InputError: a round has no step, or no round has a pair.
+            InputError: a round has no step, or no round has something to train on.
         """
         rounds, per_step = self.trial.rounds or 1, self.dpo.pairs_per_step
         total = self.dpo.epochs * -(-len(prompts) // per_step)
         if total < rounds or len(prompts) < rounds:
             raise InputError(
-                f"params.yaml: sweep.rounds: {rounds} rounds of {total} steps, which is {len(prompts)} prompts "
-                f"with {per_step} pairs per step: a round has no step; raise online.prompts or lower "
+                f"params.yaml: {self.trial.list_name}: {rounds} rounds of {total} steps, which is {len(prompts)} "
+                f"prompts with {per_step} pairs per step: a round has no step; raise online.prompts or lower "
                 "dpo.pairs_per_step"
             )
-        policy, optimizer, history, counts = self.reference, None, list[dict[str, float]](), []
+        policy, optimizer, history, counts, cost = self.reference, None, Log(), list[dict[str, Any]](), Cost()
         resumed = True
         for number in range(1, rounds + 1):
             done = self.work / f"round-{number}.json"
@@ -98,9 +122,11 @@ class Rounds:
                 first, last = (total * place // rounds for place in (number - 1, number))
                 segment = Segment(first, last - first, total, optimizer, self.work / f"optimizer-{number}.pt")
                 self._round(number, policy, prompts[number - 1 :: rounds], segment, callbacks)
+                self._remove_states_before(number)
             state = json.loads(done.read_text())
             history += state["log"]
             counts.append(state["counts"])
+            cost += Cost(**state["cost"])
             if state["log"]:
                 policy, optimizer = self.work / f"policy-{number}", self.work / f"optimizer-{number}.pt"
         if not history:
@@ -109,7 +135,7 @@ class Rounds:
                 "finished responses; raise online.answers or evaluate.max_new_tokens, or use another judge in "
                 "feedback"
             )
-        return policy, history, counts
+        return Outcome(policy, history, counts, cost)
 
     def _round(
         self, number: int, policy: Path, prompts: Records, segment: Segment, callbacks: Sequence[Callback]
@@ -119,19 +145,31 @@ class Rounds:
         if not folder.is_dir():
             answers = self._answer(number, policy, prompts)
             if state.is_main_process:
-                self._write_pairs(folder, prompts, answers)
+                self._write_answers(folder, prompts, answers)
         state.wait_for_everyone()
         counts = json.loads((folder / "counts.json").read_text())
-        history: list[dict[str, float]] = []
-        if counts["pairs"]:
-            rows = self._rows(folder, prompts)
-            history = self._train(policy, rows, self._reference_logps(folder, policy, rows), segment, callbacks)
+        config = load_config(self.reference)
+        cost = cost_of(answer_rows(pd.read_parquet(folder / "answers.parquet"), folder.name), config, "sampled")
+        history = Log()
+        if counts.get("pairs") != 0:
+            model, history, scored = self.train(folder, policy, prompts, segment, callbacks)
+            save_checkpoint(model, load_tokenizer(self.reference), self.work / f"policy-{number}", {})
+            cost += scored
         else:
             log.warning("round %d: no prompt has a pair; the policy is not trained in this round", number)
         if state.is_main_process:
             steps = [{**entry, "round": float(number)} for entry in history]
-            write_json(self.work / f"round-{number}.json", {"log": steps, "counts": counts})
+            done = {"log": steps, "counts": counts, "cost": asdict(cost)}
+            write_json(self.work / f"round-{number}.json", done)
         state.wait_for_everyone()
+
+    def _remove_states_before(self, number: int) -> None:
+        """Delete policies and optimizer states that no later round needs."""
+        if not this_process().is_main_process or not (self.work / f"policy-{number}").is_dir():
+            return
+        for earlier in range(1, number):
+            shutil.rmtree(self.work / f"policy-{earlier}", ignore_errors=True)
+            (self.work / f"optimizer-{earlier}.pt").unlink(missing_ok=True)
 
     def _answer(self, number: int, policy: Path, prompts: Records) -> pd.DataFrame:
         """Sample answers to every prompt from the policy."""
@@ -144,8 +182,8 @@ class Rounds:
         table = response_table(model, tokenizer, texts, **{**self.sampling, "seed": seed})
         return table.assign(number=repeated, prompt_ids=pd.Series(ids, dtype=object))
 
-    def _write_pairs(self, folder: Path, prompts: Records, answers: pd.DataFrame) -> None:
-        """Score the answers and write them with their pairs."""
+    def _write_answers(self, folder: Path, prompts: Records, answers: pd.DataFrame) -> None:
+        """Score the answers and write them with what training on them needs."""
         tokenizer = load_tokenizer(self.reference)
         texts = [prompt_of(prompts[place], tokenizer) for place in answers["number"]]
         scores = score_responses(self.judge, texts, answers["response"].tolist(), self.online.answers)
@@ -153,61 +191,24 @@ class Rounds:
         with atomic_write(folder) as tmp:
             tmp.mkdir()
             answers.to_parquet(tmp / "answers.parquet", index=False)
-            pairs, _ = ranked_pairs(prompts, answers, folder.name)
-            rules = check_pairs(
-                pairs, tmp, self.contract, tokenizer=self.reference, max_length=self.engine.max_length,
-                benchmarks=self.benchmarks,
-            )  # fmt: skip
-            kept = len(pd.read_parquet(tmp / "pairs.parquet"))
             counts = {
                 "prompts": len(prompts),
                 "answers": len(answers),
                 "sampled_tokens": int(answers["ids"].map(len).sum()),
                 "unfinished": int((~answers["finished"]).sum()),
-                "without_pair": 1 - len(pairs) / len(prompts),
-                "quarantined": len(pairs) - kept,
-                "pairs": kept,
                 "mean_score": float(answers["score"].mean()),
-                "rules": rules,
+                **self.prepare(tmp, folder.name, prompts, answers),
             }
             write_json(tmp / "counts.json", counts)
 
-    def _rows(self, folder: Path, prompts: Records) -> list[TokenRow]:
-        """Return the token rows of the pairs that the data contract accepts."""
-        _, rows = ranked_pairs(prompts, pd.read_parquet(folder / "answers.parquet"), folder.name)
-        accepted = set(pd.read_parquet(folder / "pairs.parquet", columns=["id"])["id"])
-        return [row for row in rows if row.id in accepted]
 
-    def _reference_logps(self, folder: Path, policy: Path, rows: list[TokenRow]) -> dict[str, tuple[float, float]]:
-        """Return the reference log-probs of the pairs, from the cache in the round's folder."""
-        if "reference" not in self.trial.loss.needs:
-            return {}
-        source = policy if self.online.reference == "moving" else self.reference
-        tokenizer, state = load_tokenizer(source), this_process()
-        if not (folder / "reference").is_dir():
-            model = load_model(source, **self.engine.loading, frozen=True).to(state.device)
-            key = policy_key(source, tokenizer, self.engine)
-            compute_reference(folder / "reference", key, rows, model, self.engine, self.work / "shards", state)
-            state.wait_for_everyone()
-        return load_reference(folder / "reference", cache_key(source, tokenizer, rows, self.engine))
-
-    def _train(
-        self,
-        policy: Path,
-        rows: list[TokenRow],
-        reference: dict[str, tuple[float, float]],
-        segment: Segment,
-        callbacks: Sequence[Callback],
-    ) -> list[dict[str, float]]:
-        """Train the policy on pairs, save it beside the rounds, and return the log of the steps."""
-        model = load_model(policy, **self.engine.loading)
-        history = train_dpo(
-            model, rows, reference, self.dpo, self.trial, store=self.store, segment=segment, callbacks=callbacks,
-            max_tokens_per_microbatch=self.engine.max_tokens_per_microbatch,
-        )  # fmt: skip
-        number = segment.after.stem.rpartition("-")[2]
-        save_checkpoint(model, load_tokenizer(self.reference), self.work / f"policy-{number}", {})
-        return history
+def answer_rows(answers: pd.DataFrame, name: str) -> list[TokenRow]:
+    """Return a token row for each prompt with all its answers, as the ids that were sampled."""
+    rows = []
+    for number, group in answers.groupby("number"):
+        prompt, *completions = (tuple(map(int, ids)) for ids in (group["prompt_ids"].iloc[0], *group["ids"]))
+        rows.append(TokenRow(f"{name}-{number}", prompt, tuple(completions)))
+    return rows
 
 
 def drawn_prompts(train: pd.DataFrame, online: OnlineSettings, seed: int) -> Records:

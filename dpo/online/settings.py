@@ -5,12 +5,12 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from dpo.common.settings import Positive, Settings
+from dpo.common.settings import Positive, Rate, Settings
 
 
 @dataclass(frozen=True, kw_only=True)
 class OnlineSettings(Settings):
-    """Training on pairs of the policy's own responses, ranked by `feedback`, in the rounds of `sweep.rounds`."""
+    """Training on the policy's own responses, which `feedback` scores (`sweep.rounds`, `sweep.rloo`)."""
 
     prompts: Positive | None = 160
     """Number of training prompts in all rounds together, drawn at random; null uses all."""
@@ -19,3 +19,9 @@ class OnlineSettings(Settings):
     reference: Literal["fixed", "moving"] = "fixed"
     """Policy of the reference log-probs: the reference, or the policy at the start of the round. R rounds with a
     moving reference at beta have the optimum of one round at beta / R."""
+    advantage: Literal["leave_one_out", "group"] = "leave_one_out"
+    """RLOO: the reward minus the mean reward of the other responses to the prompt (Ahmadian et al. 2024). `group`:
+    minus the mean of all, and divided by their standard deviation, as in GRPO (Shao et al. 2024)."""
+    clip: Rate = 0.2
+    """RLOO: maximum change of a response's probability in a round that the loss rewards, as a share (epsilon of
+    PPO). It has an effect if a round has several steps."""

@@ -27,8 +27,10 @@ from torch import Tensor
 from dpo.common.errors import InputError, Stopped
 from dpo.common.files import atomic_write, write_json
 from dpo.common.progress import progress
+from dpo.engine.flops import cost_of
 from dpo.engine.logprobs import LogProbModel, packed_batches
 from dpo.engine.packing import pack
+from dpo.engine.pretrained import has_adapter
 from dpo.engine.tokenization import TokenRow
 from dpo.training.callbacks import Callback, EarlyStop
 from dpo.training.checkpoints import CHECKSUMS, NON_FINITE, last_checkpoint, write_checksums
@@ -99,6 +101,7 @@ class TrainingLoop:
             )
         self.sharded = self.accelerator.distributed_type == DistributedType.FSDP
         model = self.model.model
+        self.config, self.lora = model.config, has_adapter(model)
         self.model.accumulate_in_place = self.accelerator.num_processes == 1 and not self.sharded
         self.weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
         if not self.sharded:
@@ -186,12 +189,13 @@ class TrainingLoop:
         parts = gather_object([{**sums, "loss": loss, "skipped": self.skipped}])
         totals = {name: sum(part[name] for part in parts) for name in parts[0]}
         rows, loss, skipped = (totals.pop(name) for name in ("rows", "loss", "skipped"))
+        counts = {name: totals.pop(name) for name in ("tokens", "flops") if name in totals}
         if not skipped:
             self.optimizer.step()
         self.model.zero_grad()
         metrics = {name: value / rows for name, value in totals.items()} if rows else {}
         loss = math.nan if skipped else loss / len(parts)
-        return {**metrics, "loss": loss, "grad_norm": norm, "learning_rate": learning_rate}
+        return {**metrics, **counts, "loss": loss, "grad_norm": norm, "learning_rate": learning_rate}
 
     def _accumulate_gradients(self, groups: list[Rows]) -> tuple[float, dict[str, float]]:
         """Run the forward and backward passes of a step, in smaller micro-batches after an out-of-memory error."""
@@ -245,6 +249,11 @@ class TrainingLoop:
                 share = loss * weight / units
                 self.accelerator.backward(share)
             total += share.detach()
+        step, extra = [row for rows in groups for row in rows], self.objective.extra_passes
+        cost = cost_of(step, self.config, "trained", lora=self.lora, extra_passes=extra)
+        sums["tokens"] = cost.trained_tokens
+        if cost.flops is not None:
+            sums["flops"] = cost.flops
         return total.item(), dict(sums)
 
     def _split(self, rows: Rows) -> list[Rows]:

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,6 +23,8 @@ Weights = Mapping[str, float]
 
 class SftObjective:
     """Negative log-likelihood of the completions in nats. The loss of a step is the mean over their tokens."""
+
+    extra_passes = 0
 
     def units(self, row: TokenRow) -> int:
         """Return the number of completion tokens."""
@@ -51,6 +54,12 @@ class DpoObjective:
         self.weights, self.agreement, self.labels = weights or {}, agreement or {}, labels or {}
         self.reference_tokens = reference_tokens or {}
         self.statistics: Mapping[str, Tensor] | None = None
+
+    @property
+    def extra_passes(self) -> int:
+        """Number of forward passes of a step besides the one with a backward pass."""
+        for_collisions, for_statistics = ("collision_logps" in self.loss.needs), ("statistics" in self.loss.needs)
+        return for_collisions + for_statistics * (1 + for_collisions)
 
     def units(self, row: TokenRow) -> int:
         """Return 1."""
@@ -137,11 +146,61 @@ class DpoObjective:
         )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Answers:
+    """Values of the sampled answers to one prompt, in their order."""
+
+    scores: Sequence[float]
+    policy_logps: Sequence[float]
+    """Log-probs of the policy that sampled them."""
+    reference_logps: Sequence[float]
+    advantages: Sequence[float]
+
+
+class RlooObjective:
+    """The policy gradient of all answers to a prompt. The loss of a step is the mean over answers.
+
+    The loss of an answer y is -min(r A, clip(r, 1 - epsilon, 1 + epsilon) A), with its advantage A and the ratio
+    r = pi(y|x) / pi_old(y|x) to the policy that sampled it (Schulman et al. 2017, eq. 7, with one ratio per
+    answer). At r = 1 its gradient is that of -A log pi(y|x).
+    """
+
+    extra_passes = 0
+
+    def __init__(self, answers: Mapping[str, Answers], clip: float) -> None:
+        self.answers, self.clip = answers, clip
+
+    def units(self, row: TokenRow) -> int:
+        """Return 1."""
+        return 1
+
+    def begin_step(self, model: nn.Module, batches: Sequence[PackedBatch], weights: Sequence[int]) -> None:
+        """Do nothing."""
+
+    def __call__(self, model: nn.Module, batch: PackedBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the sum over prompts of the mean loss of their answers, and sums of such means."""
+        logps = model(batch)
+        rows = [self.answers[each] for each in batch.ids]
+        shares = logps.new_tensor([1 / len(row.scores) for row in rows for _ in row.scores])
+        scores, old, reference, advantages = (
+            logps.new_tensor([value for row in rows for value in getattr(row, name)])
+            for name in ("scores", "policy_logps", "reference_logps", "advantages")
+        )
+        ratios = (logps - old).exp()
+        clipped = ratios.clamp(1 - self.clip, 1 + self.clip)
+        losses = -torch.minimum(ratios * advantages, clipped * advantages)
+        with torch.no_grad():
+            beyond = ((ratios - 1) * advantages.sign() > self.clip).to(shares)
+            kl = logps - reference
+            sums = {"score": shares @ scores, "kl": shares @ kl, "clip_ratio": shares @ beyond}
+        return shares @ losses, sums
+
+
 def _by_id(values: Weights, batch: PackedBatch) -> Tensor:
     return torch.tensor([values.get(i, 1.0) for i in batch.ids], device=batch.input_ids.device)
 
 
-Objective = SftObjective | DpoObjective
+Objective = SftObjective | DpoObjective | RlooObjective
 
 
 def cached_reference(table: Mapping[str, tuple[float, float]], ids: Iterable[str]) -> Reference:

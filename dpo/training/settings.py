@@ -8,6 +8,9 @@ from pydantic import Field
 from dpo.common.settings import Distinct, Positive, Rate, Seed, Settings, Several
 from dpo.training.losses import Loss, LossName
 
+Method = Literal["online", "rloo"]
+"""Training on own responses: DPO on pairs of them, or RLOO."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerSettings(Settings):
@@ -110,20 +113,32 @@ class Trial:
     beta: float
     learning_rate: float
     seed: int
+    method: Method | None = None
+    """None trains on the pairs of the data."""
     rounds: int | None = None
-    """Number of rounds of training on pairs of own responses; None trains on the pairs of the data."""
+    """Number of rounds of a method. RLOO has implicit rewards as DPO with the loss `sigmoid`."""
 
     @property
     def name(self) -> str:
         """DVC's name of the trial, and the name of its files."""
-        method = "" if self.rounds is None else f"online-{self.rounds}-"
-        return f"{method}{self.loss.name}-{self.beta}-{self.learning_rate}-{self.seed}"
+        parts = (self.method, self.rounds, None if self.method == "rloo" else self.loss.name, self.beta)
+        return "-".join(str(part) for part in (*parts, self.learning_rate, self.seed) if part is not None)
+
+    @property
+    def objective(self) -> str:
+        """`rloo`, or the name of the loss."""
+        return "rloo" if self.method == "rloo" else self.loss.name
+
+    @property
+    def list_name(self) -> str:
+        """The key in params.yaml that lists the rounds."""
+        return "sweep.rloo" if self.method == "rloo" else "sweep.rounds"
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The loss by name, beta, learning rate, seed, any rounds, and the settings of the loss."""
+        """The loss by name, beta, learning rate, seed, any method and rounds, and the settings of the loss."""
         fields = {name: value for name, value in vars(self).items() if value is not None}
-        return {**fields, "loss": self.loss.name, **asdict(self.loss)}
+        return {**fields, "loss": self.objective, **asdict(self.loss)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,3 +157,6 @@ class SweepSettings(Settings):
     """Seeds of the order of the training pairs."""
     rounds: Annotated[tuple[Positive, ...], Distinct] = ()
     """Numbers of rounds of on-policy training (`online`). An empty list trains on the pairs of the data only."""
+    rloo: Annotated[tuple[Positive, ...], AfterValidator(distinct)] = ()
+    """Numbers of rounds of RLOO (`online`), without the losses. As many rounds as steps sample each step from the
+    current policy."""

@@ -28,7 +28,15 @@ from dpo.training.callbacks import Callback, DivergenceAlarm
 from dpo.training.checkpoints import CheckpointStore, training_key
 from dpo.training.loop import Segment, TrainingLoop
 from dpo.training.losses import check_rows
-from dpo.training.objectives import DpoObjective, Objective, SftObjective, Weights, cached_reference
+from dpo.training.objectives import (
+    Answers,
+    DpoObjective,
+    Objective,
+    RlooObjective,
+    SftObjective,
+    Weights,
+    cached_reference,
+)
 from dpo.training.sampler import StepSampler
 from dpo.training.settings import DpoSettings, LoraSettings, SftSettings, Trial
 
@@ -149,14 +157,45 @@ def train_dpo(
     )  # fmt: skip
     key: dict[str, object] = {"trial": trial.settings, "reference": [reference[each] for each in compared]}
     key |= {"weights": weights or {}, "agreement": agreement if "agreement" in needs else {}}
-    if has_adapter(model.model):
-        continue_lora(model.model)
-    elif params.lora is not None:
-        start_lora(model, params.lora, trial.seed)
+    _start_adapter(model, params, trial.seed)
     return _train(
         model, table, objective, params, trial.learning_rate, trial.seed, max_tokens_per_microbatch, store,
         [DivergenceAlarm(), *callbacks], key=key, segment=segment,
     )  # fmt: skip
+
+
+def train_rloo(
+    model: LogProbModel,
+    rows: Sequence[TokenRow],
+    answers: Mapping[str, Answers],
+    params: DpoSettings,
+    trial: Trial,
+    *,
+    clip: float,
+    max_tokens_per_microbatch: int,
+    store: CheckpointStore | None = None,
+    callbacks: Sequence[Callback] = (),
+    segment: Segment | None = None,
+) -> list[dict[str, float]]:
+    """Train `model` in place on sampled answers by their advantages, and return one log entry per step.
+
+    `answers` has the values of each row by its id. A step has the answers to `params.pairs_per_step` prompts. See
+    `train_dpo` for the rest.
+    """
+    key = {"trial": trial.settings, "answers": {row.id: answers[row.id] for row in rows}, "clip": clip}
+    _start_adapter(model, params, trial.seed)
+    return _train(
+        model, TokenTable.of(rows), RlooObjective(answers, clip), params, trial.learning_rate, trial.seed,
+        max_tokens_per_microbatch, store, [DivergenceAlarm(), *callbacks], key=key, segment=segment,
+    )  # fmt: skip
+
+
+def _start_adapter(model: LogProbModel, params: DpoSettings, seed: int) -> None:
+    """Continue the adapter of a model, or add a new one if `params` has settings of it."""
+    if has_adapter(model.model):
+        continue_lora(model.model)
+    elif params.lora is not None:
+        start_lora(model, params.lora, seed)
 
 
 @torch.no_grad()

@@ -2,11 +2,15 @@
 
 import json
 import textwrap
+from typing import Any
 
 from dpo.common.errors import InputError
 from tasks.common.paths import COMPARISON
 
 COLUMNS = {"reward_accuracy": "reward accuracy", "margin": "margin", "kl": "KL (nats)", "win_rate": "win rate"}
+
+COSTS = ("pairs / prompts", "sampled tokens", "scored tokens", "trained tokens", "TFLOPs", "minutes / GiB")
+"""Titles of the columns of costs."""
 
 
 def show() -> None:
@@ -18,6 +22,10 @@ def show() -> None:
     print("".join(f"{title:>24}" for title in ("policy", *COLUMNS.values())))
     for key, row in policies.items():
         print(f"{key:>24}" + "".join(f"{_with_interval(row, name):>24}" for name in COLUMNS))
+    print(f"\n{'cost':>24}" + "".join(f"{title:>20}" for title in COSTS))
+    for key, row in policies.items():
+        if "cost" in row:
+            print(f"{key:>24}" + "".join(f"{value:>20}" for value in _cost(row["cost"])))
     first = next(iter(policies.values()))
     if "human_ceiling" in first:
         print(f"\nhuman ceiling for reward accuracy on these {first['pairs']} pairs: {first['human_ceiling']:.3f}")
@@ -28,6 +36,14 @@ def show() -> None:
     print("\nmake mlflow     experiments and sweeps, http://127.0.0.1:5000/#/experiments/1/runs")
     print("make prefect    flows and schedules, http://127.0.0.1:4200")
     print("make report     the comparison, reports/index.html")
+
+
+def _cost(cost: dict[str, Any]) -> list[str]:
+    """Return the values of the columns `COSTS`."""
+    tokens = [f"{cost[f'{work}_tokens']:,}" for work in ("sampled", "scored", "trained")]
+    flops = "-" if cost["flops"] is None else f"{cost['flops'] / 1e12:.3g}"
+    usage = f"{cost['minutes']:.1f} / {cost['peak_memory_gib']:.1f}"
+    return [f"{cost['pairs']} / {cost['prompts']}", *tokens, flops, usage]
 
 
 def _with_interval(row: dict[str, float | list[float]], name: str) -> str:

@@ -29,6 +29,8 @@ COMPARISON = METRICS / "comparison.json"
 SUMMARY = METRICS / "summary.json"
 """The only file that DVC shows as metrics: the choice, and the main figures of the selected policy."""
 MLFLOW_STORE = "sqlite:///mlflow.db"
+REFERENCE_COST = METRICS / "cost/reference.json"
+"""Cost of supervised fine-tuning, which all trials share."""
 PROFILE = METRICS / "profile.json"
 REPORTS = Path("reports")
 REPORT = REPORTS / "index.html"
@@ -58,6 +60,11 @@ def rounds_folder(trial: Trial) -> Path:
 def rounds_summary(trial: Trial) -> Path:
     """Return the path of the counts of a trial's rounds."""
     return METRICS / "online" / f"{trial.name}.json"
+
+
+def cost(trial: Trial) -> Path:
+    """Return the path of the tokens, FLOPs, minutes and peak memory of a trial's training."""
+    return METRICS / "cost" / f"{trial.name}.json"
 
 
 def evaluation(trial: Trial) -> Path:

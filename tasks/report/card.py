@@ -42,7 +42,7 @@ def write_card(params: Params, trial: Trial, metrics: dict[str, Any]) -> None:
         base_model=base if params.model.base == "default" or params.model.revision else None,
         library_name="peft" if adapter else "transformers",
         pipeline_tag="text-generation",
-        tags=["dpo", "preference-optimization", trial.loss.name],
+        tags=["dpo", "preference-optimization", trial.objective],
         model_name=trial.name,
         eval_results=[EvalResult(*dataset, name, metrics[name], metric_name=text) for name, text in shown.items()],
     )

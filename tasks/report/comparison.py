@@ -40,6 +40,7 @@ class Results:
     tests: pd.DataFrame  # of all policies and the reference
     samples: dict[str, pd.DataFrame]
     conversations: list[Conversation]  # the turns of the prompt of each row of the samples
+    costs: dict[str, dict[str, Any]]  # of the reference and the policies
     yardsticks: pd.DataFrame  # points of best-of-n and of the optimum
     pairs: pd.DataFrame
     train_logs: pd.DataFrame
@@ -74,7 +75,7 @@ def draw_figures(params: Params, results: Results) -> list[go.Figure]:
     return [
         frontier(results.trials, results.policies, results.yardsticks, judges[0].name if judges else None),
         margins(results.pairs),
-        *(curve(results.train_logs, name) for name in CURVES),
+        *(curve(results.train_logs, name) for name in CURVES if name in results.train_logs),
         *([calibration(results.calibration)] if len(results.calibration) else []),
     ]
 

@@ -58,7 +58,7 @@ def frontier(
     figure = go.Figure()
     lines = defaultdict(list)
     for trial in trials:
-        lines[trial.rounds, trial.loss.name, trial.learning_rate, trial.seed].append(policies[trial.name])
+        lines[trial.rounds, trial.objective, trial.learning_rate, trial.seed].append(policies[trial.name])
     for rows in lines.values():
         rows.sort(key=lambda row: row["kl"])
         figure.add_scatter(

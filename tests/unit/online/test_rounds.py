@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GenerationConfig
 
+import dpo.online.dpo_rounds as dpo_module
 import dpo.online.rounds as module
 from dpo.common.errors import InputError
 from dpo.common.files import sha256
@@ -19,8 +20,9 @@ from dpo.data.schema import PAIRS_SCHEMA
 from dpo.engine.logprobs import load_model
 from dpo.evaluation.judges import load_judge
 from dpo.evaluation.settings import ScorerSettings
+from dpo.online.dpo_rounds import DpoRounds
 from dpo.online.pairs import check_pairs, ranked_pairs, score_responses
-from dpo.online.rounds import Rounds, drawn_prompts, save_rounds
+from dpo.online.rounds import drawn_prompts, save_rounds
 from dpo.online.settings import OnlineSettings
 from dpo.training.checkpoints import CheckpointStore
 from dpo.training.loop import TrainingLoop
@@ -103,9 +105,9 @@ CONTRACT = dataclasses.replace(PARAMS.validate, rules=dict.fromkeys(TEXT_RULES, 
 
 def make_rounds(model, folder, *, rounds=2, minutes=0, function="count_e", **online):
     settings = ScorerSettings(kind="scorer", function=f"tests.unit.online.test_rounds:{function}")
-    return Rounds(
+    return DpoRounds(
         model, folder / "work", load_judge(settings, "feedback"),
-        dataclasses.replace(trial(learning_rate=1e-2), rounds=rounds),
+        dataclasses.replace(trial(learning_rate=1e-2), method="online", rounds=rounds),
         OnlineSettings(**{"prompts": None, "answers": 3, **online}),
         dpo_params(pairs_per_step=2, schedule="cosine"), PARAMS.engine, CONTRACT,
         {"max_new_tokens": 40, "max_prompt_tokens": 100, "max_tokens_per_batch": 4000, "seed": 0},
@@ -115,9 +117,9 @@ def make_rounds(model, folder, *, rounds=2, minutes=0, function="count_e", **onl
 
 def train(model, folder, **options):
     rounds = make_rounds(model, folder, **options)
-    policy, log, counts = rounds.run(make_pairs(8))
+    outcome = rounds.run(make_pairs(8))
     save_rounds(rounds.work, folder / "rounds")
-    return policy, log, counts
+    return outcome.policy, outcome.log, outcome.counts
 
 
 def contents(folder, policy):
@@ -147,10 +149,12 @@ def test_rounds_share_prompts_and_steps_and_carry_the_schedule_on(finished):
     }
 
 
-def test_the_optimizer_state_is_carried_on(finished):
+def test_the_optimizer_state_is_carried_on_and_earlier_states_are_deleted(finished):
     folder = finished[0]
-    states = [torch.load(folder / f"work/optimizer-{number}.pt", weights_only=True)["state"] for number in (1, 2)]
-    assert [state[0]["step"].item() for state in states] == [2, 4]
+    state = torch.load(folder / "work/optimizer-2.pt", weights_only=True)["state"]
+    assert state[0]["step"].item() == 4
+    assert {path.name for path in (folder / "work").glob("*-[12]*")} >= {"policy-2", "round-1.json"}
+    assert not {"policy-1", "optimizer-1.pt"} & {path.name for path in (folder / "work").iterdir()}
 
 
 def test_the_reference_log_probs_are_those_of_the_sampled_ids(finished, reference):
@@ -189,10 +193,10 @@ class Killed(BaseException):
 
 KILLS = {
     "before the answers of a round": (module, "response_table", 2),
-    "before the reference log-probs": (module, "compute_reference", 2),
+    "before the reference log-probs": (dpo_module, "compute_reference", 2),
     "within the training of a round": (TrainingLoop, "_train_step", 4),
     "before the policy of a round is saved": (module, "save_checkpoint", 1),
-    "after the policy of a round is saved": (module.Rounds, "_rows", 2),
+    "after the policy of a round is saved": (DpoRounds, "_rows", 2),
 }
 
 
