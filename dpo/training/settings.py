@@ -157,6 +157,6 @@ class SweepSettings(Settings):
     """Seeds of the order of the training pairs."""
     rounds: Annotated[tuple[Positive, ...], Distinct] = ()
     """Numbers of rounds of on-policy training (`online`). An empty list trains on the pairs of the data only."""
-    rloo: Annotated[tuple[Positive, ...], AfterValidator(distinct)] = ()
+    rloo: Annotated[tuple[Positive, ...], Distinct] = ()
     """Numbers of rounds of RLOO (`online`), without the losses. As many rounds as steps sample each step from the
     current policy."""
