@@ -93,8 +93,8 @@ down: setup
 	python -m flows.servers down
 
 mlflow: setup
-	$(if $(filter http%,$(MLFLOW_TRACKING_URI)),@echo "MLflow's UI is at $(MLFLOW_TRACKING_URI)",mlflow ui \
-		--backend-store-uri $(or $(MLFLOW_TRACKING_URI),sqlite:///mlflow.db) --host 127.0.0.1 --port 5000)
+	$(if $(filter http%,$(MLFLOW_TRACKING_URI)),@echo "MLFLOW_TRACKING_URI is the address of MLflow's UI",\
+		MLFLOW_BACKEND_STORE_URI=$${MLFLOW_TRACKING_URI:-sqlite:///mlflow.db} mlflow ui --host 127.0.0.1 --port 5000)
 
 prefect: setup
 	prefect server start --host 127.0.0.1 --port 4200

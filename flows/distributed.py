@@ -20,6 +20,7 @@ from dpo.common.errors import InputError
 from flows.git import default_remote, dvc, git, snapshot_commit
 from flows.identity import project
 from flows.processes import Logger
+from tasks.common.addresses import shown
 
 ALIVE = "dpo.alive"
 """Label of a flow run, renewed while it works."""
@@ -81,7 +82,7 @@ class Machines:
                         parameters={"ref": ref, "stages": [stage]},
                         timeout=0,
                         flow_run_name=stage,
-                        job_variables={"env": {"MLFLOW_TRACKING_URI": self.tracking_uri}},
+                        job_variables={"env": {"MLFLOW_TRACKING_URI": shown(self.tracking_uri)}},
                     )
                     ended = self._wait(client, started, stop)
                     if ended.state and ended.state.is_completed():

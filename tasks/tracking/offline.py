@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import ParamSpec, TypeVar
+from urllib.parse import unquote, urlsplit
 
 import mlflow
 from filelock import FileLock
@@ -65,7 +66,7 @@ def connect_or_offline() -> bool:
     Raises:
         InputError: MLflow refuses, for example because the experiment is deleted, or the store is of another kind.
     """
-    store = os.environ.get("MLFLOW_TRACKING_URI", MLFLOW_STORE)
+    store = _store()
     try:
         with _request_limits(CALL_SECONDS):
             _use(store)
@@ -80,6 +81,21 @@ def connect_or_offline() -> bool:
         _use_offline_store(store, error)
         return False
     return True
+
+
+def _store() -> str:
+    """Return MLFLOW_TRACKING_URI or the local store. User and password of a server move to variables of their own.
+
+    MLflow prints the address of a run's page, which therefore must not contain them.
+    """
+    store = os.environ.get("MLFLOW_TRACKING_URI", MLFLOW_STORE)
+    parts = urlsplit(store)
+    if not _is_server(store) or parts.username is None:
+        return store
+    os.environ["MLFLOW_TRACKING_USERNAME"] = unquote(parts.username)
+    os.environ["MLFLOW_TRACKING_PASSWORD"] = unquote(parts.password or "")
+    os.environ["MLFLOW_TRACKING_URI"] = shown(store)
+    return shown(store)
 
 
 def _refusal(store: str, error: Exception) -> str:
