@@ -14,6 +14,7 @@ from benchmarks.cases import BETA, LORA, SEED, TRAINING, Case, arguments
 from benchmarks.engine import load_ours
 from benchmarks.measure import Run, close, now, reset_peak, resident
 from dpo.engine.frozen import nf4_options
+from dpo.engine.reference_cache import ReferenceLogps
 from dpo.engine.tokenization import TokenRow
 from dpo.training.callbacks import Callback
 from dpo.training.loop import TrainingLoop
@@ -97,7 +98,7 @@ def train_ours(case: Case, model: Path, rows: Sequence[TokenRow], reference: Ref
         max_grad_norm=TRAINING["max_grad_norm"],
     )
     objective, clock = (
-        DpoObjective(Sigmoid(), BETA, cached_reference(reference, [row.id for row in rows])),
+        DpoObjective(Sigmoid(), BETA, cached_reference(ReferenceLogps.of(reference), [row.id for row in rows])),
         Clock(),
     )
     sampler = InOrder(rows, case.pairs_per_step, case.micro_batch)

@@ -112,6 +112,11 @@ class Params(Settings):
         return self.sft.completions if self.sft and not self.sft.source else "both"
 
     @property
+    def trains_adapter(self) -> bool:
+        """Whether the policy is a LoRA adapter, a new one or a continued one."""
+        return self.dpo.lora is not None or self.model.adapter == "continue"
+
+    @property
     def demonstrations(self) -> DataSettings | None:
         """Where demonstrations come from, or None if supervised fine-tuning uses the training pairs or is off."""
         if self.sft is None or self.sft.source is None:
@@ -271,7 +276,7 @@ def _check_frozen_weights(path: Path, params: Params) -> None:
     if engine.vocabulary == "bf16" and engine.precision != "bf16":
         raise InputError(f"{path}: engine.vocabulary: bf16 needs engine.precision: bf16; set one of them")
     for key, value in (("quantization", engine.quantization), ("vocabulary", engine.vocabulary)):
-        if value not in (None, "fp32") and params.dpo.lora is None and params.model.adapter != "continue":
+        if value not in (None, "fp32") and not params.trains_adapter:
             raise InputError(
                 f"{path}: engine.{key}: {value}: these weights cannot be trained; set dpo.lora, as "
                 f"{{rank: 16, alpha: 32}}, or remove engine.{key}"

@@ -231,6 +231,11 @@ def reference_memory(shape: Shape, setup: Setup, overhead: float, models: int = 
     return Memory(weights, 0, 0, 0, max(layer + dequantised(shape, setup), chunk), overhead)
 
 
+def keys_and_values(shape: Shape, tokens: float, width: int) -> float:
+    """Return the bytes of the keys and values of `tokens` tokens, with `width` bytes per element."""
+    return tokens * shape.layers * 2 * shape.kv_heads * shape.head_dim * width
+
+
 def sampling_memory(
     shape: Shape, setup: Setup, overhead: float, prompt: int, new_tokens: int, max_tokens_per_batch: int
 ) -> Memory:
@@ -239,7 +244,7 @@ def sampling_memory(
     A batch has at most `max_tokens_per_batch` tokens of prompts and responses.
     """
     rows = max(1, max_tokens_per_batch // (prompt + new_tokens))
-    cache = rows * (prompt + new_tokens) * shape.layers * 2 * shape.kv_heads * shape.head_dim * 4
+    cache = keys_and_values(shape, rows * (prompt + new_tokens), 4)
     prompts = rows * prompt * (3 * setup.width * shape.intermediate + 3 * 4 * shape.hidden)
     logits = 4 * 4 * rows * shape.vocabulary
     temporary = max(prompts + dequantised(shape, setup), logits)

@@ -111,8 +111,8 @@ def sample_responses(
     responses = samples["ids"].tolist()[: params.evaluate.kl_samples]
 
     def kl_to_reference(mine: list[int]) -> list[Any]:
-        reference = None  # the policy without its adapter
-        if not policy.is_adapter_of(paths.REFERENCE):
+        reference = None  # the policy with another adapter, or none
+        if not policy.share_base(paths.REFERENCE):
             reference = load_model(paths.REFERENCE, **params.engine.loading, frozen=True).to(policy.device)
         prompt_tokens = prompt_ids(tokenizer, [prompts[i] for i in mine], sampling["max_prompt_tokens"])
         max_tokens = params.engine.max_tokens_per_microbatch

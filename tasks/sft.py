@@ -72,7 +72,11 @@ def fine_tune(params: Params, sft: SftSettings) -> None:
     if sft.completions == "chosen" or rows.labels:  # the second completion of a labelled row is of another prompt
         rows = rows.first_completions(1)
     check_memory("sft", params, BASE, mean_pair(rows))
-    model = load_model(BASE, **engine.loading) if sft.lora else load_model(BASE, engine.precision, engine.compile)
+    model = (
+        load_model(BASE, **engine.loading, frozen="base")
+        if sft.lora
+        else load_model(BASE, engine.precision, engine.compile)
+    )
     store = CheckpointStore(TRAINING_PROGRESS / "sft", params.run.checkpoint_minutes)
     main_process, usage = this_process().is_main_process, Usage("sft")
     with reference_run(params, table) if main_process else nullcontext() as run_id:

@@ -1,5 +1,6 @@
 """Stage `train`: train the policy of one trial from the reference: `python -m tasks.train TRIAL`."""
 
+from collections.abc import Mapping
 from contextlib import nullcontext
 
 import pandas as pd
@@ -41,12 +42,12 @@ def main() -> None:
     tokenizer = load_tokenizer(REFERENCE)
     rows = open_table(TOKENS_TRAIN, TRAIN, tokenizer, engine.max_length)
     check_rows([trial.loss], labelled=bool(rows.labels))
-    reference = {}
+    reference: Mapping[str, tuple[float, float]] = {}
     if "reference" in trial.loss.needs:
         reference = load_reference(REFERENCE_TRAIN, cache_key(REFERENCE, tokenizer, rows, engine))
     table = pd.read_parquet(TRAIN, columns=["id", "prompt", "weight", "agreement"])
     check_memory("train", params, REFERENCE, mean_pair(rows))
-    model = load_model(REFERENCE, **engine.loading)
+    model = load_model(REFERENCE, **engine.loading, frozen="base" if params.trains_adapter else False)
     store = CheckpointStore(TRAINING_PROGRESS / trial.name, params.run.checkpoint_minutes)
     main_process, usage = this_process().is_main_process, Usage(trial.name)
     with policy_run(params, trial) if main_process else nullcontext() as run_id:

@@ -94,11 +94,15 @@ Several = Annotated[
 ]
 
 
+Sources = Annotated[Text | Several, _one_of("Input should be a name, or a list of names and sections")]
+"""A name, or a list of names and sections."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class DataSettings(Settings):
     """Where preference pairs come from and how many are used."""
 
-    source: Annotated[Text | Several, _one_of("Input should be a name, or a list of names and sections")]
+    source: Sources
     """`default`, `arithmetic`, a file or folder under `data/own/`, the hub id of a data set, or a list of files,
     folders and sections `{path or id, revision, split, config, share}`."""
     revision: str | None = None

@@ -15,6 +15,7 @@ from dpo.engine.chat import fix_template
 from dpo.engine.pretrained import (
     ADAPTER,
     ADAPTER_CONFIG,
+    checkpoint_dtype,
     has_adapter,
     is_hub_id,
     load_adapter,
@@ -55,9 +56,9 @@ def check_place(group: str, field: str, name: str, revision: str | None, *, has_
 
 
 def load_base(params: ModelSettings) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load the model `params.base` in fp32, and its tokenizer.
+    """Load the model `params.base` in the data type of its checkpoint, and its tokenizer.
 
-    If it is a LoRA adapter, `params.adapter` says whether the model has the adapter or is merged with it.
+    If it is a LoRA adapter, `params.adapter` says whether the model has the adapter or is merged with it, in fp32.
 
     Raises:
         InputError: the model is missing or unreadable, `check_place` refuses it, its embeddings are fewer than its
@@ -77,7 +78,8 @@ def load_base(params: ModelSettings) -> tuple[PreTrainedModel, PreTrainedTokeniz
             model, tokenizer = _load_adapter(params)
         else:
             tokenizer = load_tokenizer(params.base, params.revision)
-            model = load_weights(AutoModelForCausalLM, params.base, params.revision)
+            dtype = checkpoint_dtype(params.base, params.revision)
+            model = load_weights(AutoModelForCausalLM, params.base, params.revision, dtype=dtype)
         tokens, rows = len(tokenizer), model.get_input_embeddings().num_embeddings
         if tokens > rows:
             fix = "resize the model's embeddings, or use the tokenizer that it was saved with"
@@ -145,6 +147,11 @@ def _load_adapter(params: ModelSettings) -> tuple[PreTrainedModel, PreTrainedTok
     tokenizer = load_tokenizer(folder) if has_tokenizer else load_tokenizer(base, revision)
     if params.adapter == "merge":
         unload_adapter(model, merge=True)
+        return model, tokenizer
+    dtype = getattr(torch, checkpoint_dtype(base, revision))
+    for name, weight in model.named_parameters():
+        if ADAPTER not in name.split("."):
+            weight.data = weight.data.to(dtype)
     return model, tokenizer
 
 

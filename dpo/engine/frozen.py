@@ -5,20 +5,28 @@ are held in bf16 instead, with the same results. NF4 (Dettmers et al. 2023, "QLo
 the scales of each block of 64 weights quantised too.
 """
 
-import logging
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import BitsAndBytesConfig, PreTrainedModel
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from dpo.common.distributed import this_process
 from dpo.common.errors import InputError
-
-logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(
-    logging.ERROR
-)  # it warns that an optional kernel lacks
+from dpo.engine.pretrained import (
+    ADAPTER,
+    ADAPTER_CONFIG,
+    adapter_base,
+    checkpoint_dtype,
+    load_adapter,
+    load_causal_lm,
+    load_weights,
+)
 
 
 def nf4_options() -> dict[str, Any]:
@@ -65,6 +73,37 @@ def _quantised_layers(model: PreTrainedModel) -> list[Any]:
     return [module for module in model.modules() if isinstance(module, Linear4bit)]
 
 
+def load_in_bf16(folder: Path) -> PreTrainedModel:
+    """Load a model like `load_causal_lm`, with linear layers in bf16 if the checkpoint is in bf16.
+
+    Biases of these layers are in bf16 too. All other weights and adapters are in fp32.
+    """
+    is_adapter, has_model = (folder / ADAPTER_CONFIG).is_file(), (folder / "config.json").is_file()
+    base, revision = adapter_base(folder) if is_adapter and not has_model else (folder, None)
+    if checkpoint_dtype(base, revision) != "bfloat16":
+        return load_causal_lm(folder)
+    model: PreTrainedModel = load_weights(AutoModelForCausalLM, base, revision, dtype="bfloat16")
+    if any(buffer.dtype == torch.bfloat16 for buffer in model.buffers()):  # they were computed in bf16
+        return load_causal_lm(folder)
+    layers = {id(weight) for weight in _linear_weights(model)}
+    for name, weight in model.named_parameters():
+        if id(weight) not in layers or ADAPTER in name.split("."):
+            weight.data = weight.data.float()
+    if is_adapter:  # also if it is loaded already: its values were rounded
+        load_adapter(model, folder)
+    return model
+
+
+class ProductsInFp32(TorchFunctionMode):
+    """Inside the block, linear layers with weights in bf16 compute in fp32."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Cast tensors in bf16 before a product."""
+        if function in (F.linear, torch.addmm):
+            args = [each.float() if isinstance(each, Tensor) else each for each in args]
+        return function(*args, **(kwargs or {}))
+
+
 def hold_frozen_in_bf16(model: PreTrainedModel, *, vocabulary: bool) -> None:
     """Round weights of linear layers that require no gradient to bf16, and with `vocabulary` the vocabulary.
 
@@ -91,12 +130,17 @@ def hold_frozen_in_bf16(model: PreTrainedModel, *, vocabulary: bool) -> None:
 
 def round_linear_layers(model: PreTrainedModel, *, trained: bool) -> None:
     """Round the fp32 weights of linear layers except the output that are or are not trained to bf16, in place."""
+    for weight in _linear_weights(model):
+        if weight.requires_grad == trained:
+            _round(weight)
+
+
+def _linear_weights(model: PreTrainedModel) -> Iterator[Tensor]:
+    """Yield weights and biases of the linear layers except the output."""
     head = model.get_output_embeddings()
     for module in model.modules():
         if type(module) in (nn.Linear, Conv1D) and module is not head:
-            for weight in module.parameters(recurse=False):
-                if weight.requires_grad == trained:
-                    _round(weight)
+            yield from module.parameters(recurse=False)
 
 
 def _round(weight: Tensor) -> None:

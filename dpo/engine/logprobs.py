@@ -12,7 +12,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,11 +21,25 @@ from transformers import GenerationConfig, PreTrainedModel
 from dpo.common.errors import InputError
 from dpo.common.progress import progress
 from dpo.engine.attention import PACKED_ATTENTION, VarlenMetadata, supports_varlen, varlen_metadata
-from dpo.engine.frozen import hold_frozen_in_bf16, multiply_in_bf16, nf4_options, use_one_product
+from dpo.engine.frozen import (
+    ProductsInFp32,
+    hold_frozen_in_bf16,
+    load_in_bf16,
+    multiply_in_bf16,
+    nf4_options,
+    use_one_product,
+)
 from dpo.engine.head import FusedEmbedding, chunked_logits, project, token_logps
 from dpo.engine.kv_cache import KVCache
 from dpo.engine.packing import Layout, PackedBatch, budget_batches, pack, pack_prompts
-from dpo.engine.pretrained import load_causal_lm
+from dpo.engine.pretrained import (
+    ADAPTER,
+    ADAPTER_CONFIG,
+    REFERENCE_ADAPTER,
+    add_reference_adapter,
+    has_adapter,
+    load_causal_lm,
+)
 from dpo.engine.settings import Precision, Quantization
 from dpo.engine.tokenization import TokenRow
 
@@ -138,30 +152,47 @@ class LogProbModel(nn.Module):
         if self.precision == "bf16":
             hold_frozen_in_bf16(self.model, vocabulary=self.vocabulary == "bf16")
 
-    def is_adapter_of(self, base: Path) -> bool:
-        """Return whether the model is a LoRA adapter on the model in the folder `base`, which has no adapter."""
-        adapted = getattr(self.model, "_hf_peft_config_loaded", False)
-        has_own = (base / "adapter_config.json").is_file()
-        return bool(adapted and not has_own and Path(self.model.name_or_path).resolve() == base.resolve())
+    def share_base(self, reference: Path) -> bool:
+        """Prepare `reference_logits` if the model is a LoRA adapter on the base model of `reference`.
 
-    def logits_without_adapter(self, batch: PackedBatch) -> Iterator[Tensor]:
-        """Yield the logits of the model without its LoRA adapter, as `logits` does."""
-        with self._adapter_disabled():
+        `reference` is the folder of the base model, with or without an adapter of its own, which is then loaded
+        beside that of this model. Return False if the model is no such adapter.
+        """
+        if not has_adapter(self.model) or Path(self.model.name_or_path).resolve() != reference.resolve():
+            return False
+        if (reference / ADAPTER_CONFIG).is_file():
+            device = self.device
+            add_reference_adapter(self.model, reference)
+            self.hold_frozen_weights()
+            self.to(device)
+        return True
+
+    def reference_logits(self, batch: PackedBatch) -> Iterator[Tensor]:
+        """Yield the logits of the reference that `share_base` has prepared, as `logits` does."""
+        with self._as_reference():
             chunks = self.logits(batch)
         while True:
-            with self._adapter_disabled():
+            with self._as_reference():
                 chunk = next(chunks, None)
             if chunk is None:
                 return
             yield chunk
 
     @contextmanager
-    def _adapter_disabled(self) -> Iterator[None]:
-        self.model.disable_adapters()
+    def _as_reference(self) -> Iterator[None]:
+        """Inside the block, use the reference's adapter, or none, in place of the model's own."""
+        has_own = REFERENCE_ADAPTER in self.model.peft_config
+        if has_own:
+            self.model.set_adapter(REFERENCE_ADAPTER)
+        else:
+            self.model.disable_adapters()
         try:
             yield
         finally:
-            self.model.enable_adapters()
+            if has_own:
+                self.model.set_adapter(ADAPTER)
+            else:
+                self.model.enable_adapters()
 
     @contextmanager
     def generation(self) -> Iterator[PreTrainedModel]:
@@ -240,13 +271,14 @@ def load_model(
     *,
     quantization: Quantization = None,
     vocabulary: Precision = "fp32",
-    frozen: bool = False,
+    frozen: bool | Literal["base"] = False,
 ) -> LogProbModel:
     """Load a causal language model without dropout, in eval mode. Weights are fp32, or NF4 with `quantization`.
 
     `path` is a folder with safetensors weights, a LoRA adapter (`dpo.engine.pretrained.adapter_base`), or both. A
-    model that is `frozen` is not trained, so that `bf16` also holds its weights in bf16. On a GPU, `bf16` enables
-    TF32 for fp32 matrix products in this process. `compiled` fuses the operations of each block.
+    model that is `frozen` is not trained, so that `bf16` also holds its weights in bf16. With `base`, only an
+    adapter is trained: `bf16` loads a checkpoint in bf16 without casting its layers to fp32. On a GPU, `bf16`
+    enables TF32 for fp32 matrix products in this process. `compiled` fuses the operations of each block.
 
     Raises:
         InputError: `compiled` is set without a GPU or without `bf16`.
@@ -254,14 +286,17 @@ def load_model(
     if compiled and not (torch.cuda.is_available() and precision == "bf16"):
         raise InputError("params.yaml: engine.compile: true needs a CUDA GPU and precision: bf16; set it to false")
     torch.backends.cuda.matmul.allow_tf32 = False  # the self-check compares fp32 results
-    options = {} if quantization is None else nf4_options()
-    model = load_causal_lm(path, **options).eval()
+    if quantization is None and precision == "bf16" and frozen:
+        model = load_in_bf16(path).eval()
+    else:
+        model = load_causal_lm(path, **({} if quantization is None else nf4_options())).eval()
     use_one_product(model)
     for module in model.modules():
         rates = [name for name, value in vars(module).items() if "drop" in name and isinstance(value, float)]
         for name in ["p"] if isinstance(module, nn.Dropout) else rates:
             setattr(module, name, 0.0)
-    fault = _self_check(model)
+    with ProductsInFp32():
+        fault = _self_check(model)
     torch.backends.cuda.matmul.allow_tf32 = precision == "bf16"
     if fault:
         log.warning("%s: %s; log-probs are computed row by row, which is slower", type(model).__name__, fault)
@@ -274,7 +309,7 @@ def load_model(
     engine = LogProbModel(model, precision, in_stream=not fault, vocabulary=vocabulary).eval()
     if precision == "bf16":
         multiply_in_bf16(model)
-    if frozen:
+    if frozen is True:
         model.requires_grad_(False)
         engine.hold_frozen_weights()
     return engine

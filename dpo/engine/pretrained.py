@@ -1,22 +1,30 @@
 """Loading of models and tokenizers: weights only from safetensors, and never code that comes with a model."""
 
 import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import constants
 from huggingface_hub.errors import LocalEntryNotFoundError
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils.hub import get_checkpoint_shard_files
 
 from dpo.common.errors import InputError, TransientError
 from dpo.common.files import PROVENANCE
 
+# bitsandbytes, which peft imports, warns about an optional kernel.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
 ADAPTER_CONFIG = "adapter_config.json"
-ADAPTER = "default"
-"""transformers' name of the only adapter of a model."""
+ADAPTER, REFERENCE_ADAPTER = "default", "reference"
+"""Names of a model's own adapter, which is that of transformers, and of a second one, that of the reference."""
 
 
 def load_tokenizer(
@@ -61,6 +69,24 @@ def load_config(folder: Path) -> Any:
     return load_weights(AutoConfig, *((folder,) if (folder / "config.json").is_file() else adapter_base(folder)))
 
 
+def checkpoint_dtype(source: str | Path, revision: str | None = None) -> str:
+    """Return `bfloat16` or `float16` if all weights of a folder or hub id have this data type, else `float32`."""
+    place = {"revision": revision or "main"}
+    find = {**place, "_raise_exceptions_for_missing_entries": False}
+    kinds: set[str] = set()
+    try:
+        files = [cached_file(str(source), SAFE_WEIGHTS_NAME, **find)]
+        if files == [None] and (index := cached_file(str(source), SAFE_WEIGHTS_INDEX_NAME, **find)):
+            files, _ = get_checkpoint_shard_files(str(source), index, **place)
+        for file in filter(None, files):
+            with safe_open(file, "pt") as weights:
+                kinds |= {weights.get_slice(name).get_dtype() for name in weights.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError):
+        return "float32"  # loading the weights reports the fault
+    names = {"BF16": "bfloat16", "F16": "float16"}
+    return names.get(kinds.pop(), "float32") if len(kinds) == 1 else "float32"
+
+
 def load_causal_lm(folder: Path, **options: Any) -> PreTrainedModel:
     """Load a model folder like `load_weights`. A LoRA adapter is loaded on top of its base model, not merged.
 
@@ -88,13 +114,48 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> None:
     """
     _check_adapter(folder)
     try:
-        info = model.load_adapter(str(folder), ADAPTER, hotswap=has_adapter(model))
+        with adapters_in_fp32(model):
+            info = model.load_adapter(str(folder), ADAPTER, hotswap=has_adapter(model))
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputError(f"{folder}: the adapter does not fit its base model: {error}") from error
     dora = _load_magnitudes(model, folder)
-    names = sorted(name for name in {*info.missing_keys, *info.unexpected_keys} if name not in dora)
-    if names:
-        raise InputError(f"{folder}: the adapter does not fit its base model: {len(names)} weights, {names[0]}")
+    faults = sorted({*info.missing_keys, *info.unexpected_keys} - dora)
+    if faults:
+        raise InputError(f"{folder}: the adapter does not fit its base model: {len(faults)} weights, {faults[0]}")
+
+
+def add_reference_adapter(model: PreTrainedModel, folder: Path) -> None:
+    """Load the LoRA adapter in a folder as `REFERENCE_ADAPTER` beside the model's own, which stays active.
+
+    `load_adapter` of transformers would report the weights of the first adapter as missing.
+    """
+    from peft import PeftConfig, set_peft_model_state_dict
+
+    weights = load_file(folder / "adapter_model.safetensors")
+    with adapters_in_fp32(model):
+        model.add_adapter(PeftConfig.from_pretrained(str(folder)), REFERENCE_ADAPTER)
+    named = {name.removeprefix("base_model.model."): value for name, value in weights.items()}
+    loaded: Any = set_peft_model_state_dict(model, named, REFERENCE_ADAPTER)
+    unknown = loaded.unexpected_keys
+    if unknown:
+        raise InputError(
+            f"{folder}: the adapter does not fit its base model: {len(unknown)} weights, {unknown[0]}"
+        )
+    model.set_adapter(ADAPTER)
+    model.requires_grad_(False)
+
+
+@contextmanager
+def adapters_in_fp32(model: PreTrainedModel) -> Iterator[None]:
+    """Inside the block, weights in bf16 look like fp32 weights, so that peft creates adapters of them in fp32."""
+    held = [(weight, weight.data) for weight in model.parameters() if weight.dtype == torch.bfloat16]
+    for weight, data in held:
+        weight.data = torch.zeros((), device=data.device).expand(data.shape)
+    try:
+        yield
+    finally:
+        for weight, data in held:
+            weight.data = data
 
 
 @torch.no_grad()

@@ -1,7 +1,8 @@
 """Cache of reference log-probs, with a manifest of everything that they depend on.
 
-A cache is a folder with `logps.parquet` (id, chosen, rejected) and `manifest.json`. It is used only if its
-manifest equals the manifest that the reader expects.
+A cache is a folder with `logps.arrow` (id, chosen, rejected) and `manifest.json`. It is used only if its manifest
+equals the manifest that the reader expects. The file is mapped into memory, so that all processes of a machine
+share its pages. `datasets.Dataset.from_file` opens it, too.
 
 Rows are scored in shards, so memory does not grow with their number. Processes divide the shards among
 themselves. Each finished shard is a file with the hash of every row, so that an interrupted run resumes with any
@@ -11,12 +12,19 @@ number of processes and never uses a shard of other inputs.
 import hashlib
 import json
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 from accelerate import PartialState
+from datasets import Dataset, Features, Value
+from datasets.arrow_writer import ArrowWriter
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -30,10 +38,10 @@ from dpo.engine.tokenization import TokenRow
 SHARD_ROWS = 256
 
 JOINED_SHARDS = 256
-"""Shards per row group of the finished file: 1.5 MB, which keeps the footer small."""
+"""Shards per record batch of the finished file: 65,536 rows."""
 
-LOGPS = pa.schema({"id": pa.string(), "chosen": pa.float64(), "rejected": pa.float64()})
-SHARD = LOGPS.append(pa.field("row", pa.binary(32)))
+LOGPS = Features({"id": Value("string"), "chosen": Value("float64"), "rejected": Value("float64")})
+SHARD = LOGPS.arrow_schema.remove_metadata().append(pa.field("row", pa.binary(32)))
 """Columns of a shard. `row` is the SHA-256 of the token row."""
 
 
@@ -107,19 +115,86 @@ def write_cache(folder: Path, key: dict[str, object], parts: Iterable[pa.Table])
     digest = hashlib.sha256()
     with atomic_write(folder) as tmp:
         tmp.mkdir()
-        with pq.ParquetWriter(tmp / "logps.parquet", LOGPS) as writer:
+        with ArrowWriter(features=LOGPS, path=str(tmp / "logps.arrow")) as writer:
             for part in parts:
                 digest.update(b"".join(part["row"].to_pylist()))
-                writer.write_table(part.select(LOGPS.names))
-        write_manifest(tmp / "logps.parquet", {**key, "rows": digest.hexdigest()})
+                writer.write_table(part.select(list(LOGPS)).combine_chunks())
+            writer.finalize()
+        write_manifest(tmp / "logps.arrow", {**key, "rows": digest.hexdigest()})
 
 
-def load_reference(folder: Path, key: dict[str, object]) -> dict[str, tuple[float, float]]:
-    """Return (chosen, rejected) reference log-probs in nats by pair id.
+@dataclass(frozen=True, eq=False)
+class ReferenceLogps(Mapping[str, tuple[float, float]]):
+    """(chosen, rejected) reference log-probs in nats by pair id, in rows that are read when they are used.
+
+    Attributes:
+        data: the rows of the file.
+        hashes: sorted hashes of the ids.
+        places: place in `data` of each hash.
+    """
+
+    data: Dataset
+    hashes: np.ndarray
+    places: np.ndarray
+
+    @classmethod
+    def of(cls, table: Mapping[str, tuple[float, float]]) -> "ReferenceLogps":
+        """Return a mapping as a table in memory, unless it is one of this class already."""
+        if isinstance(table, cls):
+            return table
+        chosen, rejected = zip(*table.values(), strict=True) if table else ((), ())
+        columns = dict(zip(LOGPS, ([*table], chosen, rejected), strict=True))
+        return cls._of(Dataset(pa.table(columns, LOGPS.arrow_schema)))
+
+    @classmethod
+    def _of(cls, data: Dataset) -> "ReferenceLogps":
+        chunks = data.data.column("id").chunks
+        hashes = np.concatenate([np.empty(0, np.uint64), *(_hashes(chunk.to_pylist()) for chunk in chunks)])
+        places = hashes.argsort(kind="stable")
+        return cls(data.with_format("arrow"), hashes[places], places)
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __iter__(self) -> Iterator[str]:
+        for chunk in self.data.data.column("id").chunks:
+            yield from chunk.to_pylist()
+
+    def __getitem__(self, pair: str) -> tuple[float, float]:
+        (found,) = _hashes([pair])
+        start, end = (self.hashes.searchsorted(found, side) for side in ("left", "right"))
+        for place in self.places[start:end].tolist():
+            row: Any = self.data[place]
+            name, chosen, rejected = (column[0].as_py() for column in row.columns)
+            if name == pair:
+                return chosen, rejected
+        raise KeyError(pair)
+
+    def missing(self, ids: Sequence[str]) -> list[str]:
+        """Return the ids that have no log-probs."""
+        unknown = ~np.isin(_hashes(ids), self.hashes)
+        return [ids[place] for place in np.flatnonzero(unknown).tolist()]
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of all rows in their order."""
+        digest = hashlib.sha256()
+        for name in LOGPS:
+            for chunk in self.data.data.column(name).chunks:
+                digest.update("".join(f"{each}\0" for each in chunk.to_pylist()).encode())
+        return digest.hexdigest()
+
+
+def _hashes(ids: Sequence[str]) -> np.ndarray:
+    return pd.util.hash_array(np.array(ids, dtype=object), categorize=False)
+
+
+def load_reference(folder: Path, key: dict[str, object]) -> ReferenceLogps:
+    """Open a cache, memory-mapped.
 
     Raises:
         InputError: the cache is missing, incomplete or altered, or its manifest differs from `key` (`cache_key`).
     """
-    check_manifest(folder / "logps.parquet", key, "reference cache", "reference_logprobs")
-    columns = pq.read_table(folder / "logps.parquet").to_pydict()
-    return dict(zip(columns["id"], zip(columns["chosen"], columns["rejected"], strict=True), strict=True))
+    file = folder / "logps.arrow"
+    check_manifest(file, key, "reference cache", "reference_logprobs")
+    return ReferenceLogps._of(Dataset.from_file(str(file)))

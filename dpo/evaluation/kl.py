@@ -30,7 +30,7 @@ def divergence(
     plain estimate log(pi(y|x) / pi_ref(y|x)) and at most its variance (Rao-Blackwell; Amini et al. 2025, "Better
     Estimation of the KL Divergence Between Language Models"), and no response has a negative value.
 
-    Without `reference`, the reference is the policy without its LoRA adapter.
+    Without `reference`, the reference is what `policy.share_base` has prepared.
 
     Prompts and responses are N rows of token ids; no response is empty. Equal prompts are computed once. One
     forward pass has at most `max_tokens_per_microbatch` tokens.
@@ -40,7 +40,7 @@ def divergence(
         The entropy is the policy's, estimated in the same way.
     """
     rows, order = _by_prompt(prompts, responses, max_tokens_per_microbatch)
-    reference_logits = policy.logits_without_adapter if reference is None else reference.logits
+    reference_logits = policy.reference_logits if reference is None else reference.logits
     columns = ("policy_logp", "reference_logp", "kl", "entropy")
     parts = []
     with progress(total=len(rows), desc="KL to the reference", unit="row", mininterval=2) as bar:

@@ -1,6 +1,6 @@
 """Rounds of DPO: the best and the worst answer to each prompt are a preference pair."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,8 @@ from dpo.online.rounds import Log, Records, Rounds
 from dpo.training.callbacks import Callback
 from dpo.training.loop import Segment
 from dpo.training.train import train_dpo
+
+Logps = Mapping[str, tuple[float, float]]
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class DpoRounds(Rounds):
         """Train on the pairs with the loss of the trial."""
         rows = self._rows(folder, prompts)
         reference = self._reference_logps(folder, policy, rows)
-        model = load_model(policy, **self.engine.loading)
+        model = load_model(policy, **self.engine.loading, frozen="base" if self.dpo.lora else False)
         history = train_dpo(
             model, rows, reference, self.dpo, self.trial, store=self.store, segment=segment, callbacks=callbacks,
             max_tokens_per_microbatch=self.engine.max_tokens_per_microbatch,
@@ -58,7 +60,7 @@ class DpoRounds(Rounds):
         accepted = set(pd.read_parquet(folder / "pairs.parquet", columns=["id"])["id"])
         return [row for row in rows if row.id in accepted]
 
-    def _reference_logps(self, folder: Path, policy: Path, rows: list[TokenRow]) -> dict[str, tuple[float, float]]:
+    def _reference_logps(self, folder: Path, policy: Path, rows: list[TokenRow]) -> Logps:
         """Return the reference log-probs of the pairs, from the cache in the round's folder."""
         if "reference" not in self.trial.loss.needs:
             return {}

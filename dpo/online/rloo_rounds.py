@@ -57,7 +57,7 @@ class RlooRounds(Rounds):
             f"{folder.name}-{number}": Answers(*(each[column].tolist() for column in each))
             for number, each in by_prompt
         }
-        model = load_model(policy, **self.engine.loading)
+        model = load_model(policy, **self.engine.loading, frozen="base" if self.dpo.lora else False)
         history = train_rloo(
             model, rows, values, self.dpo, self.trial, clip=self.online.clip, store=self.store, segment=segment,
             max_tokens_per_microbatch=self.engine.max_tokens_per_microbatch, callbacks=callbacks,

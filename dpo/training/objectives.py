@@ -1,7 +1,7 @@
 """What a training step minimizes, and what it logs."""
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from dpo.engine.packing import PackedBatch
+from dpo.engine.reference_cache import ReferenceLogps
 from dpo.engine.tokenization import TokenRow
 from dpo.training.losses import Loss, PairBatch
 from dpo.training.losses.base import PER_TOKEN
@@ -203,13 +204,12 @@ def _by_id(values: Weights, batch: PackedBatch) -> Tensor:
 Objective = SftObjective | DpoObjective | RlooObjective
 
 
-def cached_reference(table: Mapping[str, tuple[float, float]], ids: Iterable[str]) -> Reference:
+def cached_reference(table: ReferenceLogps, ids: Sequence[str]) -> Reference:
     """Return a function that looks reference log-probs up by pair id.
 
     Raises:
         KeyError: one of the `ids` has no reference log-probs.
     """
-    missing = [each for each in ids if each not in table]
-    if missing:
+    if missing := table.missing(ids):
         raise KeyError(f"no reference log-probs for {len(missing)} pairs, the first is {missing[0]!r}")
     return lambda batch: torch.tensor([table[i] for i in batch.ids], dtype=torch.float32).flatten()

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from dpo.common.settings import Distinct, Positive, Rate, Seed, Settings, Several
+from dpo.data.settings import Sources
 from dpo.training.losses import Loss, LossName
 
 Method = Literal["online", "rloo"]
@@ -66,9 +67,9 @@ class SftSettings(OptimizerSettings):
     """Completions to train on. `both` keeps the reference neutral (Rafailov et al. 2023, section 6)."""
     max_pairs: Positive | None = None
     """Maximum number of training pairs whose texts are used, or of demonstrations; null uses all."""
-    source: str | tuple[str, ...] | None = None
-    """Demonstrations to train on, in place of the completions of the training pairs: a file or folder (or a list
-    of them) under `data/own/`, or the hub id of a data set."""
+    source: Sources | None = None
+    """Demonstrations to train on, in place of the completions of the training pairs: a file or folder under
+    `data/own/`, the hub id of a data set, or a list of files, folders and sections as in `data.source`."""
     revision: str | None = None
     """Commit, tag or branch of a hub id. Required for a hub id."""
     split: str | tuple[str, ...] | None = None

@@ -21,7 +21,15 @@ from dpo.common.files import PROVENANCE, atomic_write, link_tree, sha256, write_
 from dpo.engine.base_model import load_checkpoint
 from dpo.engine.frozen import is_quantised, round_linear_layers
 from dpo.engine.logprobs import LogProbModel, packed_batches
-from dpo.engine.pretrained import ADAPTER, ADAPTER_CONFIG, has_adapter, load_tokenizer, read_adapter_config
+from dpo.engine.pretrained import (
+    ADAPTER,
+    ADAPTER_CONFIG,
+    adapters_in_fp32,
+    has_adapter,
+    load_tokenizer,
+    read_adapter_config,
+)
+from dpo.engine.reference_cache import ReferenceLogps
 from dpo.engine.token_table import TokenTable
 from dpo.engine.tokenization import TokenRow
 from dpo.training.callbacks import Callback, DivergenceAlarm
@@ -57,7 +65,8 @@ def add_lora(model: PreTrainedModel, params: LoraSettings) -> None:
     vocabulary = [model.get_input_embeddings(), model.get_output_embeddings()]
     fix = "name linear layers of the model, as [q_proj, v_proj], or set all-linear"
     try:
-        model.add_adapter(config)
+        with adapters_in_fp32(model):
+            model.add_adapter(config)
     except ValueError as error:
         raise InputError(f"params.yaml: lora.target_modules: {error}; {fix}") from error
     if [model.get_input_embeddings(), model.get_output_embeddings()] != vocabulary:  # they are replaced
@@ -140,7 +149,7 @@ def train_dpo(
         FloatingPointError: loss or gradient is not finite, and `params.non_finite` is `stop`.
         Stopped: SIGTERM was received. A checkpoint has been written.
     """
-    needs, tokens, table = trial.loss.needs, None, TokenTable.of(rows)
+    needs, tokens, table, logps = trial.loss.needs, None, TokenTable.of(rows), ReferenceLogps.of(reference)
     labels = table.labels
     check_rows([trial.loss], labelled=bool(labels))
     compared = table.ids if "reference" in needs else []
@@ -152,10 +161,10 @@ def train_dpo(
     if "reference_token_logps" in needs:
         tokens = _token_logps(model, table, max_tokens_per_microbatch)
     objective = DpoObjective(
-        trial.loss, trial.beta, cached_reference(reference, compared), weights=weights, agreement=agreement,
+        trial.loss, trial.beta, cached_reference(logps, compared), weights=weights, agreement=agreement,
         labels=labels, reference_tokens=tokens,
     )  # fmt: skip
-    key: dict[str, object] = {"trial": trial.settings, "reference": [reference[each] for each in compared]}
+    key: dict[str, object] = {"trial": trial.settings, "reference": logps.digest if compared else None}
     key |= {"weights": weights or {}, "agreement": agreement if "agreement" in needs else {}}
     _start_adapter(model, params, trial.seed)
     return _train(

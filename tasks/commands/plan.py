@@ -17,6 +17,7 @@ from tasks.common.memory import (
     STAGES,
     Hardware,
     advice,
+    sampler_note,
     stage_memory,
     trained_adapter,
     training_setup,
@@ -133,7 +134,8 @@ def plan(
         print("| " + " | ".join([stage, *map(cell, totals), hours]) + " |")
         if min(totals) > gib * 2**30:
             too_large.append(f"{stage}: {advice(stage, params, shape, pair, hardware[-1], gib * 2**30)}")
-    print("\n" + "".join(f"{line}\n" for line in too_large))
+    notes = filter(None, [*too_large, sampler_note(params, shape, gib)])
+    print("\n" + "".join(f"{line}\n" for line in notes))
     _heading(["training", "checkpointing", *kinds, "hours"])
     rows = zip(*(candidate_setups(params, pair, gpus, kind) for kind in kinds.values()), strict=True)
     for setups in rows:

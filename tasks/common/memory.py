@@ -85,17 +85,38 @@ def stage_memory(stage: str, params: Params, shape: Shape, pair: Pair, hardware:
         vocabulary=engine.vocabulary,
         head_chunk=hardware.head_chunk,
     )
-    passes = []
-    if stage != "reference_samples":
-        # With an adapter, the reference is the policy without it.
-        models = 2 if stage == "evaluate" and params.dpo.lora is None else 1
-        passes.append(planner.reference_memory(shape, scoring, hardware.overhead, models, stage == "evaluate"))
-    if stage != "reference_logprobs":
+    passes, served = [], evaluate.sampler.kind != "transformers"
+    if stage != "reference_samples" or served:
+        # With an adapter, the reference is the policy without it, or with another one.
+        models = 2 if stage == "evaluate" and not params.trains_adapter else 1
+        kl = stage != "reference_logprobs"
+        passes.append(planner.reference_memory(shape, scoring, hardware.overhead, models, kl))
+    if stage != "reference_logprobs" and not served:
         new = evaluate.max_new_tokens if isinstance(evaluate.max_new_tokens, int) else 2 * pair.completion
         prompt = max(1, min(pair.prompt, engine.max_length - new))
         sizes = prompt, new, evaluate.max_tokens_per_batch
         passes.append(planner.sampling_memory(shape, scoring, hardware.overhead, *sizes))
     return max(passes, key=lambda memory: memory.total)
+
+
+def sampler_note(params: Params, shape: Shape, gib: float) -> str:
+    """Return what a GPU of `gib` GiB needs for the server that samples, or nothing if the stages sample."""
+    sampler, engine = params.evaluate.sampler, params.engine
+    if sampler.kind == "transformers":
+        return ""
+    if sampler.kind == "openai":
+        return (
+            f"evaluate.sampler: the memory of the server at {sampler.base_url} is not planned; if it runs on the "
+            "same GPU, reduce --gpu-memory by what it uses"
+        )
+    setup = Setup(1, engine.precision, quantization=engine.quantization, vocabulary=engine.precision)
+    one = planner.keys_and_values(shape, engine.max_length, setup.width)
+    least = (planner.frozen_weights(shape, setup) + one) / 2**30
+    return (
+        f"evaluate.sampler: vLLM runs before reference_samples and evaluate load their model, not beside it. It "
+        f"needs {least:.1f} GiB for weights and one response of {engine.max_length:,} tokens, and by default uses "
+        f"most of the {gib:.0f} GiB for further responses (--gpu-memory-utilization)"
+    )
 
 
 def smaller_settings(stage: str, params: Params) -> dict[str, Params]:
@@ -109,7 +130,7 @@ def smaller_settings(stage: str, params: Params) -> dict[str, Params]:
     if stage in ("sft", "train", "evaluate") and params.model.adapter != "continue":
         changes.append((section, "lora", lora))
     changes.append(("engine", "precision", "bf16"))
-    if params.dpo.lora is not None or params.model.adapter == "continue":
+    if params.trains_adapter:
         changes += [("engine", "quantization", "nf4"), ("engine", "vocabulary", "bf16")]
     changes += [("engine", "max_tokens_per_microbatch", tokens), ("evaluate", "max_tokens_per_batch", batch)]
     texts = {"True": "true", str(lora): "{rank: 16, alpha: 32}"}

@@ -482,7 +482,7 @@ TAMPERED: list[tuple[str, Callable[[Path], None], str]] = [
     ("params.yaml", lambda path: change(path.parent, {"engine.max_length": 127}), "max_length"),
     ("params.yaml", lambda path: change(path.parent, {"engine.precision": "bf16"}), "precision"),
     ("params.yaml", lambda path: change(path.parent, {"engine.compile": True}), "compile"),
-    ("reference/train/logps.parquet", flip, "logps"),
+    ("reference/train/logps.arrow", flip, "logps"),
 ]
 """Inputs of a training's token table and reference cache: a file, how it is changed, and the name in the error."""
 
@@ -506,7 +506,7 @@ def tampered_under_dvc(projects: Projects, folder: Path, draw: random.Random) ->
     shutil.copytree(projects.done, folder, dirs_exist_ok=True)
     weights = [f"{model}/model.safetensors" for model in ("models/base", REFERENCE, str(POLICY))]
     names = ["data/train.parquet", "data/eval.parquet", "tokens/train/table.arrow"]
-    names += ["reference/train/logps.parquet", *weights]
+    names += ["reference/train/logps.arrow", *weights]
     for name in names:
         flip(folder / name, draw.random())
     Repro(folder).wait()

@@ -29,7 +29,7 @@ def test_an_example_is_a_whole_parameter_file(path):
         ("nf4-70b-80gb", "llama-70b", 80),
         ("full-1b-24gb", "llama-1b", 24),
         ("separate-sft-data", "llama-1b", 24),
-        ("continued-adapter", "llama-1b", 24),
+        ("continued-adapter", "llama-8b", 24),
         ("thumbs", "llama-1b", 24),
     ],
 )

@@ -244,6 +244,33 @@ def test_a_row_for_every_stage_that_runs_a_model(capsys, tmp_path):
     assert "sft: set sft.gradient_checkpointing: true, sft.lora: {rank: 16, alpha: 32} (" in output
 
 
+def test_a_continued_adapter_is_evaluated_with_one_model(tmp_path):
+    bf16 = load_params(params(tmp_path, **{"precision: fp32": "precision: bf16"}))
+    continued = replace(bf16, sft=None, model=replace(bf16.model, adapter="continue"))
+    sizes = LLAMAS["llama-8b"], Pair(256, 256), Hardware()
+    one, two = (stage_memory("evaluate", each, *sizes).weights for each in (continued, bf16))
+    assert two == 2 * one
+
+
+def test_the_server_that_samples_is_named_with_its_memory(capsys, tmp_path):
+    def notes(sampler):
+        file = params(tmp_path, **{**LORA_BF16, "samples: 256": f"sampler: {sampler}\n  samples: 256"})
+        output = run(capsys, "--model", "llama-8b", "--params", str(file), "--pairs", "1000")
+        rows = dict(re.findall(r"^\| (\w+) \| ([\d.]+) ", output, re.MULTILINE))
+        return rows, [line for line in output.splitlines() if line.startswith("evaluate.sampler")]
+
+    rows, found = notes("transformers")
+    assert found == []
+    vllm, (note,) = notes("vllm")
+    # 8.03 billion weights of 2 bytes; 32 layers of keys and values of 8 heads of 128 for 512 tokens.
+    assert "It needs 15.0 GiB for weights and one response of 512 tokens" in note
+    assert "uses most of the 80 GiB" in note
+    _, (note,) = notes("{kind: openai, base_url: 'http://127.0.0.1:8000/v1'}")
+    assert "the memory of the server at http://127.0.0.1:8000/v1 is not planned" in note
+    assert vllm["evaluate"] == vllm["reference_samples"], "both only score"
+    assert vllm["train"] == rows["train"]
+
+
 def test_the_rows_of_the_source_are_counted(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     source = tmp_path / "data/own/pairs.jsonl"

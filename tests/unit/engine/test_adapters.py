@@ -2,10 +2,13 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpo.common.errors import InputError
@@ -115,6 +118,35 @@ def test_continue_keeps_base_and_adapter_and_trains_the_adapter_from_margin_zero
     torch.testing.assert_close(logps("by-peft", rows), ours, rtol=1e-5, atol=1e-4)
 
 
+def layers_of(model):
+    return [(n, p) for n, p in model.model.named_parameters() if ".layers." in n and p.ndim == 2]
+
+
+def test_continue_keeps_the_data_types_of_base_and_adapter(folder, rows, monkeypatch):
+    model = load_weights(AutoModelForCausalLM, "models/own/base", dtype="bfloat16")
+    model.float().save_pretrained("models/own/base")
+    expected = sequence_logps(load_model(fetched("continue"), "bf16", frozen=True), rows, 500)
+    model.bfloat16().save_pretrained("models/own/base")
+    base = fetched("continue")
+    weights, adapter = (load_file(base / f"{name}.safetensors") for name in ("model", "adapter_model"))
+    assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
+    assert all(
+        torch.equal(weights[name], weight) for name, weight in model.state_dict().items() if name in weights
+    )
+    own = load_file(f"{ADAPTER}/adapter_model.safetensors")
+    assert adapter.keys() == own.keys()
+    assert all(torch.equal(adapter[name], own[name]) for name in own)
+    monkeypatch.setattr("dpo.engine.frozen.load_causal_lm", None)  # no copies in fp32
+    for frozen in ("base", True):
+        loaded = load_model(base, "bf16", frozen=frozen)
+        kinds = {"adapter" if "lora_" in name else "base": w.dtype for name, w in layers_of(loaded)}
+        assert kinds == {"base": torch.bfloat16, "adapter": torch.float32 if frozen == "base" else torch.bfloat16}
+        for name, weight in layers_of(loaded):
+            if "lora_" in name and frozen == "base":
+                assert torch.equal(weight, own[f"base_model.model.{name.replace('.default', '')}"])
+    assert torch.equal(sequence_logps(loaded, rows, 500), expected)
+
+
 @pytest.mark.parametrize(
     ("base", "changes", "words"),
     [
@@ -218,3 +250,11 @@ def test_a_policy_of_a_hub_model_names_it_with_its_revision(policy, rows, tmp_pa
     shutil.move("models/policy", tmp_path / "alone")
     shutil.move("models/reference", tmp_path / "gone")
     assert adapter_base(tmp_path / "alone") == ("Org/Model", "abc")
+
+
+@pytest.mark.slow
+def test_the_import_of_peft_prints_nothing_about_optional_kernels():
+    code = "import dpo.engine.base_model, peft, sys; print('bitsandbytes' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "True\n", "peft imports bitsandbytes"
+    assert "kernel" not in done.stderr

@@ -7,15 +7,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoTokenizer
 
 from dpo.common.errors import InputError
 from dpo.config import load_params
 from dpo.engine import head
+from dpo.engine.base_model import save_base
 from dpo.engine.frozen import is_quantised
 from dpo.engine.logprobs import load_model, sequence_logps
 from dpo.engine.packing import pack
+from dpo.engine.pretrained import checkpoint_dtype, load_causal_lm
 from dpo.engine.reference_cache import cache_key, load_reference, shard_table, write_cache
 from dpo.engine.tokenization import encode_pairs
 from dpo.evaluation.kl import divergence
@@ -24,7 +27,7 @@ from dpo.training.checkpoints import CheckpointStore
 from dpo.training.train import add_lora, save_checkpoint, train_dpo
 from tasks.commands.merge import merge
 from tests.support.logprobs import make_rows
-from tests.support.models import make_model
+from tests.support.models import chat_tokenizer, make_model
 from tests.support.training import LORA, PARAMS, dpo_params, make_pairs, trial
 
 ROOT = Path(__file__).parents[3]
@@ -38,7 +41,7 @@ def layers(model):
 def randomise_adapter(model):
     torch.manual_seed(4)
     for name, weight in model.named_parameters():
-        if "lora_" in name:
+        if "lora_A" in name or "lora_B" in name:
             nn.init.normal_(weight, std=0.2)
 
 
@@ -73,6 +76,63 @@ def test_gradients_of_adapters_on_a_bf16_base_are_bit_equal(architecture, tmp_pa
         scores.sum().backward()
         results.append([scores.detach(), *(p.grad for p in engine.parameters() if p.requires_grad)])
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(*results, strict=True))
+
+
+def in_bf16_and_fp32(architecture, folder):
+    """Save a checkpoint in bf16, and another one with the same values in fp32."""
+    model = load_causal_lm(make_model(architecture, folder / "random")).bfloat16()
+    model.save_pretrained(folder / "bf16")
+    model.float().save_pretrained(folder / "fp32")
+    return folder / "bf16", folder / "fp32"
+
+
+@pytest.mark.parametrize("architecture", [*FROZEN, "opt", "gpt_neox", "olmo2"])
+def test_a_checkpoint_in_bf16_is_loaded_without_fp32_layers_and_with_the_same_results(
+    architecture, tmp_path, monkeypatch
+):
+    narrow, wide = in_bf16_and_fp32(architecture, tmp_path)
+    assert [checkpoint_dtype(folder) for folder in (narrow, wide)] == ["bfloat16", "float32"]
+    rows, expected = make_rows(), load_model(wide, "bf16", frozen=True)
+    dtypes = {name: weight.dtype for name, weight in expected.named_parameters()}
+    if architecture != "gemma3":  # it computes a factor in the data type of the checkpoint
+        monkeypatch.setattr("dpo.engine.frozen.load_causal_lm", None)
+    for frozen in (True, "base"):
+        model = load_model(narrow, "bf16", frozen=frozen)
+        assert model.in_stream == expected.in_stream
+        assert frozen == "base" or {name: w.dtype for name, w in model.named_parameters()} == dtypes
+        assert torch.equal(sequence_logps(model, rows, 1000), sequence_logps(expected, rows, 1000))
+    assert {p.dtype for p in load_model(narrow, "fp32", frozen=True).parameters()} == {torch.float32}
+    assert {p.dtype for p in load_model(narrow, "bf16").parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+@pytest.mark.parametrize("dora", [False, True])
+def test_adapters_on_a_checkpoint_in_bf16_have_the_same_fp32_weights(architecture, dora, tmp_path):
+    folders, results = in_bf16_and_fp32(architecture, tmp_path), []
+    rows = make_rows()
+    reference = {row.id: (-20.0, -20.0) for row in rows}
+    lora = dataclasses.replace(LORA, dora=dora)
+    for folder in folders:
+        model = load_model(folder, "bf16", frozen="base")
+        log = train_dpo(
+            model, rows, reference, dpo_params(lora=lora), trial(learning_rate=1e-2), max_tokens_per_microbatch=100
+        )
+        assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+        save_checkpoint(model, chat_tokenizer(), folder / "policy", {})
+        trained = load_file(folder / "policy/adapter_model.safetensors")
+        loaded = load_model(folder / "policy", "bf16", frozen="base")
+        state = loaded.model.state_dict()
+        for name, value in trained.items():
+            place = name.removeprefix("base_model.model.").replace("weight", "default.weight")
+            assert torch.equal(
+                value, state.get(place, state.get(f"{place}.default.weight", state.get(f"{place}.default")))
+            )
+        results.append(([e["loss"] for e in log], trained, sequence_logps(loaded, rows, 1000)))
+    (losses, ours, logps), (other_losses, theirs, other_logps) = results
+    assert losses == other_losses
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert torch.equal(logps, other_logps)
 
 
 def test_training_and_sampling_with_a_bf16_base_are_bit_equal(tiny_model_dir, monkeypatch):
@@ -214,14 +274,41 @@ def test_the_policy_without_its_adapter_is_the_reference(architecture, quantizat
     save_checkpoint(model, AutoTokenizer.from_pretrained(tiny_model_dir), tmp_path / "policy", {})
     policy = load_model(tmp_path / "policy", quantization=quantization, frozen=True)
     reference = load_model(folder, quantization=quantization, frozen=True)
-    assert policy.is_adapter_of(folder)
-    assert not policy.is_adapter_of(tmp_path)
-    assert not reference.is_adapter_of(folder)
+    assert policy.share_base(folder)
+    assert not policy.share_base(tmp_path)
+    assert not reference.share_base(folder)
     rows = make_rows()
     prompts, responses = [row.prompt for row in rows], [row.completions[0] for row in rows]
     one, two = (divergence(policy, each, prompts, responses, 40) for each in (None, reference))
     assert one.equals(two)
     assert (one["kl"] > 0).all()
+
+
+@pytest.mark.parametrize("engine", [{}, {"precision": "bf16"}, {"precision": "bf16", "quantization": "nf4"}])
+@pytest.mark.parametrize(("architecture", "dora"), [("llama", False), ("gemma2", False), ("llama", True)])
+def test_a_continued_adapter_and_its_reference_are_one_model_with_two_adapters(
+    architecture, dora, engine, tmp_path, tiny_model_dir
+):
+    folder = tmp_path / "reference"
+    model = load_model(make_model(architecture, tmp_path / "base", initializer_range=0.5, hidden_size=64))
+    add_lora(model.model, dataclasses.replace(LORA, dora=dora))
+    randomise_adapter(model)
+    save_base(model.model, AutoTokenizer.from_pretrained(tiny_model_dir), folder)
+    model = load_model(folder)
+    torch.manual_seed(5)
+    for weight in (w for name, w in model.named_parameters() if "lora_A" in name):
+        nn.init.normal_(weight, std=0.2)
+    save_checkpoint(model, AutoTokenizer.from_pretrained(tiny_model_dir), tmp_path / "policy", {})
+    policy, two = (load_model(tmp_path / "policy", frozen=True, **engine) for _ in range(2))
+    reference = load_model(folder, frozen=True, **engine)
+    assert policy.share_base(folder)
+    assert not reference.share_base(tmp_path / "base")
+    rows = make_rows()
+    prompts, responses = [row.prompt for row in rows], [row.completions[0] for row in rows]
+    tables = [divergence(*models, prompts, responses, 40) for models in ((policy, None), (two, reference))]
+    assert tables[0].equals(tables[1])
+    assert (tables[0]["kl"] > 0.01).all()
+    assert torch.equal(sequence_logps(policy, rows, 1000), sequence_logps(two, rows, 1000))
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import sys
 import tracemalloc
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
@@ -20,6 +21,7 @@ from dpo.common.errors import InputError
 from dpo.engine import reference_cache, token_table
 from dpo.engine.logprobs import load_model, sequence_logps
 from dpo.engine.reference_cache import (
+    ReferenceLogps,
     cache_key,
     compute_reference,
     load_reference,
@@ -61,6 +63,30 @@ def test_round_trip_is_exact(cache, model, tokenizer):
     loaded = load_reference(cache, cache_key(model, tokenizer, ROWS, KEYED))
     assert list(loaded) == ["a", "b"]
     assert torch.equal(torch.tensor(list(loaded.values())), LOGPS)
+
+
+def test_pairs_are_found_by_id_in_any_order_and_number_of_record_batches(tmp_path, model, tokenizer, monkeypatch):
+    draw = torch.Generator().manual_seed(0)
+    rows = [TokenRow(f"pair {i}", (1, i), ((3,), (4, 5))) for i in torch.randperm(400, generator=draw).tolist()]
+    logps = torch.randn(400, 2, generator=draw)
+    parts = [shard_table(rows[start : start + 150], logps[start : start + 150]) for start in (0, 150, 300)]
+    key = cache_key(model, tokenizer, rows, KEYED)
+    write_cache(tmp_path / "cache", key, parts)
+    opened = load_reference(tmp_path / "cache", key)
+    expected = dict(zip([row.id for row in rows], map(tuple, logps.double().tolist()), strict=True))
+    assert dict(opened) == expected
+    assert (len(opened), list(opened)) == (400, list(expected))
+    assert opened.missing(["pair 7", "pair 400", "", "pair 399"]) == ["pair 400", ""]
+    with pytest.raises(KeyError, match="pair 400"):
+        opened["pair 400"]
+    in_memory = ReferenceLogps.of(expected)
+    assert dict(in_memory) == expected
+    assert in_memory.digest == opened.digest
+    assert ReferenceLogps.of({**expected, "pair 7": (0.0, 1.0)}).digest != opened.digest
+    assert ReferenceLogps.of(dict(reversed(expected.items()))).digest != opened.digest
+    assert not ReferenceLogps.of({})
+    monkeypatch.setattr(reference_cache, "_hashes", lambda ids: np.zeros(len(ids), np.uint64))
+    assert dict(load_reference(tmp_path / "cache", key)) == expected, "ids with equal hashes"
 
 
 def edit(path, old, new):
@@ -118,9 +144,9 @@ def test_altered_and_missing_files_are_an_error(cache, model, tokenizer):
     key = cache_key(model, tokenizer, ROWS, KEYED)
     manifest = json.loads((cache / "manifest.json").read_text())
     assert set(manifest) == {*key, "logps"}
-    content = bytearray((cache / "logps.parquet").read_bytes())
+    content = bytearray((cache / "logps.arrow").read_bytes())
     content[20] ^= 1
-    (cache / "logps.parquet").write_bytes(content)
+    (cache / "logps.arrow").write_bytes(content)
     with pytest.raises(InputError, match="refused: logps differ"):
         load_reference(cache, key)
     (cache / "manifest.json").write_text("{")

@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from datasets import Dataset
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GenerationConfig
 
@@ -145,7 +146,7 @@ def test_rounds_share_prompts_and_steps_and_carry_the_schedule_on(finished):
     files = {path.name for path in (folder / "rounds/round-2").rglob("*")}
     assert files == {
         *("answers.parquet", "pairs.parquet", "quarantine.parquet", "counts.json", "reference"),
-        *("logps.parquet", "manifest.json"),
+        *("logps.arrow", "manifest.json"),
     }
 
 
@@ -159,7 +160,7 @@ def test_the_optimizer_state_is_carried_on_and_earlier_states_are_deleted(finish
 
 def test_the_reference_log_probs_are_those_of_the_sampled_ids(finished, reference):
     folder = finished[0]
-    logps = pd.read_parquet(folder / "rounds/round-2/reference/logps.parquet").set_index("id")
+    logps = Dataset.from_file(str(folder / "rounds/round-2/reference/logps.arrow")).to_pandas().set_index("id")
     table = pd.read_parquet(folder / "rounds/round-2/answers.parquet")
     pair = pd.read_parquet(folder / "rounds/round-2/pairs.parquet").iloc[0]
     chosen = table[table["response"] == pair["chosen"]].iloc[0]

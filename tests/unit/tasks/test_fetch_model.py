@@ -4,6 +4,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from dpo.config import load_params
 from dpo.engine.chat import render_prompts
@@ -25,8 +28,9 @@ def fetch(tmp_path, monkeypatch):
     """Return a function that saves a tokenizer with a model of 320 tokens, and runs the stage."""
     monkeypatch.chdir(tmp_path)
 
-    def save_and_run(tokenizer, **settings):
-        make_model("llama", OWN, vocab_size=320)
+    def save_and_run(tokenizer, *, new_model=True, **settings):
+        if new_model:
+            make_model("llama", OWN, vocab_size=320)
         tokenizer.save_pretrained(OWN)
         params = replace(PARAMS, model=ModelSettings(base=str(OWN), **settings))
         monkeypatch.setattr(fetch_model, "load_params", lambda: params)
@@ -74,3 +78,31 @@ def test_more_tokens_than_embeddings_are_named_in_one_line(fetch, capsys, tokens
     assert f"has 320 embeddings, its tokenizer {320 + len(tokens)} tokens; resize" in refused(
         fetch, capsys, tokenizer
     )
+
+
+@pytest.mark.parametrize(
+    ("kinds", "expected"),
+    [
+        ([torch.bfloat16], {torch.bfloat16}),
+        ([torch.float16], {torch.float16}),
+        ([torch.float32], {torch.float32}),
+        ([torch.bfloat16, torch.float32], {torch.float32}),
+    ],
+)
+@pytest.mark.parametrize("shard", ["1MB", "20KB"])
+def test_the_data_type_and_the_values_of_a_checkpoint_are_kept(fetch, kinds, expected, shard):
+    make_model("llama", OWN, vocab_size=320)
+    model = AutoModelForCausalLM.from_pretrained(OWN)
+    for number, weight in enumerate(model.parameters()):
+        weight.data = weight.data.to(kinds[number % len(kinds)])
+    for file in OWN.glob("*.safetensors"):
+        file.unlink()
+    model.save_pretrained(OWN, max_shard_size=shard)
+    assert (len([*OWN.glob("*.safetensors")]) > 1) == (shard == "20KB")
+    fetch(chat_tokenizer(), new_model=False)
+    saved = load_file(BASE / "model.safetensors")
+    assert {weight.dtype for weight in saved.values()} == expected
+    assert all(
+        torch.equal(saved[name].float(), w.float()) for name, w in model.state_dict().items() if name in saved
+    )
+    assert len(saved) >= len([*model.parameters()])
