@@ -4,7 +4,7 @@ import itertools
 import json
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, make_dataclass
+from dataclasses import dataclass, field, make_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -19,8 +19,15 @@ from dpo.common.errors import InputError
 from dpo.common.settings import Seed, Settings
 from dpo.data.settings import DataSettings, ValidateSettings
 from dpo.engine.settings import EngineSettings, ModelSettings
-from dpo.evaluation.settings import CompareSettings, EvaluateSettings, JudgeSettings, PromoteSettings
-from dpo.online.settings import OnlineSettings
+from dpo.evaluation.settings import (
+    CompareSettings,
+    EvaluateSettings,
+    FeedbackSettings,
+    JudgeSettings,
+    PromoteSettings,
+    RewardModelSettings,
+)
+from dpo.online.settings import OnlineSettings, RewardTrainingSettings
 from dpo.training.losses import LOSSES, Loss, Sigmoid
 from dpo.training.settings import DpoSettings, Method, SftSettings, SweepSettings, Trial
 
@@ -83,10 +90,11 @@ class Params(Settings):
     sweep: SweepSettings
     evaluate: EvaluateSettings
     compare: CompareSettings
-    feedback: JudgeSettings | None = None
+    feedback: FeedbackSettings | None = None
     """Judge that scores responses for training, as in `evaluate.judges`; null if `sweep.rounds` and `sweep.rloo`
     are empty. A judge that trains may not evaluate."""
     online: OnlineSettings = field(default_factory=OnlineSettings)
+    reward_model: RewardTrainingSettings = field(default_factory=RewardTrainingSettings)
     promote: PromoteSettings = field(default_factory=PromoteSettings)
     run: RunSettings = field(default_factory=RunSettings)
 
@@ -105,6 +113,14 @@ class Params(Settings):
             for method, numbers, losses in kinds
             for rounds, loss, beta, rate, seed in itertools.product(numbers, losses, *points)
         ]
+
+    def judge_of(self, trial: Trial) -> JudgeSettings:
+        """Return the judge that trains a trial: of several reward models of the sweep, the one with its seed."""
+        assert self.feedback is not None
+        if not isinstance(self.feedback, RewardModelSettings) or self.feedback.model != "models/rewards":
+            return self.feedback
+        seeds = self.sweep.reward_models
+        return replace(self.feedback, model=f"models/rewards/{trial.seed if trial.seed in seeds else seeds[0]}")
 
     @property
     def imitated(self) -> Literal["both", "chosen"]:
@@ -225,6 +241,18 @@ def _check_feedback(path: Path, params: Params) -> None:
             raise InputError(f"{path}: dpo.early_stop: not supported with {key}; set one of them to null or []")
     if feedback is None or not params.sweep.rounds + params.sweep.rloo:
         return
+    if isinstance(feedback, RewardModelSettings) and feedback.model.startswith("models/rewards"):
+        seeds = params.sweep.reward_models
+        if feedback.model != "models/rewards":
+            raise InputError(
+                f"{path}: feedback.model: {feedback.model}: models/rewards/ belongs to the stage reward_model; "
+                "write `feedback: reward_model`, or copy the model to models/own/"
+            )
+        if len(seeds) != 1 and not set(params.sweep.seeds) <= set(seeds):
+            raise InputError(
+                f"{path}: feedback: reward_model, but sweep.reward_models is {list(seeds)}; list one seed, or "
+                "every seed of sweep.seeds"
+            )
     if feedback.kind in PROXIES and _judging(feedback) in map(_judging, params.evaluate.judges):
         raise InputError(
             f"{path}: feedback: {feedback.name} is also in evaluate.judges; a policy exploits the faults of the "

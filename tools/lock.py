@@ -8,6 +8,7 @@ import argparse
 import re
 import subprocess
 import tempfile
+import tomllib
 from pathlib import Path
 
 FOLDER = Path("requirements")
@@ -15,6 +16,9 @@ KINDS = ("build", "torch", "runtime", "dev")
 HEADER = "# Written by `make lock`.\n"
 BUILD = ("setuptools",)
 """Packages that build this project and the dependencies without a wheel."""
+
+UNLOCKED = ("reasoning",)
+"""Extras that are not locked: a dependency of `reasoning` has no wheel and needs a C compiler."""
 
 TORCH = ("torch", "triton", "nvidia-", "cuda-")
 """Prefixes of torch and the CUDA runtime that it needs on Linux."""
@@ -27,7 +31,8 @@ def main() -> None:
         "--upgrade", action="store_true", help="take the newest versions that pyproject.toml allows"
     )
     held = "" if parser.parse_args().upgrade else "".join((FOLDER / f"{kind}.txt").read_text() for kind in KINDS)
-    everything = resolve(held, "--all-extras")
+    extras = tomllib.loads(Path("pyproject.toml").read_text())["project"]["optional-dependencies"]
+    everything = resolve(held, *(f"--extra={name}" for name in extras if name not in UNLOCKED))
     runtime = resolve("".join(everything.values()))
     files: dict[str, list[str]] = {kind: [] for kind in KINDS}
     for name, entry in everything.items():

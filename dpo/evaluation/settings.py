@@ -78,6 +78,15 @@ JudgeSettings = Annotated[
 ]
 
 
+FeedbackSettings = Annotated[
+    JudgeSettings,
+    BeforeValidator(
+        lambda value: {"kind": value, "model": "models/rewards"} if value == "reward_model" else value
+    ),
+]
+"""`reward_model` alone is the model of the stage `reward_model`."""
+
+
 def _distinct_names(judges: tuple[JudgeSettings, ...]) -> tuple[JudgeSettings, ...]:
     names = [judge.name for judge in judges]
     if len(set(names)) < len(names):

@@ -9,6 +9,21 @@ from dpo.common.settings import Positive, Rate, Settings
 
 
 @dataclass(frozen=True, kw_only=True)
+class RewardTrainingSettings(Settings):
+    """Training of the reward models of `sweep.reward_models` on the training pairs, with TRL."""
+
+    epochs: Positive = 1
+    """Passes over the training pairs."""
+    pairs_per_step: Positive = 16
+    """Effective batch size, in pairs."""
+    learning_rate: Rate = 2e-5
+    """Peak learning rate."""
+    centre: Annotated[float, Field(ge=0)] = 0.01
+    """Weight of the mean of (r_chosen + r_rejected)^2 in the loss, which keeps scores near 0 (Eisenstein et al.
+    2023, eq. 2). Differences of scores do not depend on their offset."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class OnlineSettings(Settings):
     """Training on the policy's own responses, which `feedback` scores (`sweep.rounds`, `sweep.rloo`)."""
 

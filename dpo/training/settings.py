@@ -161,3 +161,6 @@ class SweepSettings(Settings):
     rloo: Annotated[tuple[Positive, ...], Distinct] = ()
     """Numbers of rounds of RLOO (`online`), without the losses. As many rounds as steps sample each step from the
     current policy."""
+    reward_models: Annotated[tuple[Seed, ...], Distinct] = ()
+    """Seeds of reward models (`reward_model`), one model for each. `feedback: reward_model` uses the one with the
+    seed of the trial, or the only one."""

@@ -5,10 +5,11 @@ import textwrap
 from typing import Any
 
 from dpo.common.errors import InputError
-from tasks.common.paths import COMPARISON
+from tasks.common.paths import COMPARISON, METRICS
 
 COLUMNS = {"reward_accuracy": "reward accuracy", "margin": "margin", "kl": "KL (nats)", "win_rate": "win rate"}
 
+REWARD_METRICS = METRICS / "reward_model"
 COSTS = ("pairs / prompts", "sampled tokens", "scored tokens", "trained tokens", "TFLOPs", "minutes / GiB")
 """Titles of the columns of costs."""
 
@@ -32,6 +33,10 @@ def show() -> None:
     if "judge_accuracy" in first:
         accuracy = _with_interval(first, "judge_accuracy")
         print(f"accuracy of the judge on {first['judge_pairs']} held-out pairs: {accuracy}")
+    for path in sorted(REWARD_METRICS.glob("*.json")):
+        accuracy = json.loads(path.read_text())["accuracy"]
+        shown = _with_interval(accuracy, "judge_accuracy")
+        print(f"accuracy of reward model {path.stem} on {accuracy['judge_pairs']} held-out pairs: {shown}")
     print("\n" + textwrap.fill(comparison["reason"], 115))
     print("\nmake mlflow     experiments and sweeps, http://127.0.0.1:5000/#/experiments/1/runs")
     print("make prefect    flows and schedules, http://127.0.0.1:4200")

@@ -6,6 +6,8 @@ from dpo.training.settings import Trial
 
 BASE = Path("models/base")
 REFERENCE = Path("models/reference")
+REWARDS = Path("models/rewards")
+"""Reward models, by their seed."""
 BENCHMARKS = Path("data/benchmarks")
 """Texts that no pair may contain."""
 RAW_PAIRS = Path("data/raw_pairs.parquet")
@@ -65,6 +67,11 @@ def rounds_summary(trial: Trial) -> Path:
 def cost(trial: Trial) -> Path:
     """Return the path of the tokens, FLOPs, minutes and peak memory of a trial's training."""
     return METRICS / "cost" / f"{trial.name}.json"
+
+
+def reward_metrics(seed: int) -> Path:
+    """Return the path of the held-out accuracy and the cost of a reward model."""
+    return METRICS / "reward_model" / f"{seed}.json"
 
 
 def evaluation(trial: Trial) -> Path:

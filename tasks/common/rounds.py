@@ -33,8 +33,8 @@ def train_in_rounds(method: str, kind: type[Rounds]) -> None:
     params = load_params()
     check_store()
     trial = trial_argument(params, of=lambda each: each.method == method)
-    assert params.feedback is not None
-    judge, tokenizer = load_judge(params.feedback, "feedback"), load_tokenizer(paths.REFERENCE)
+    feedback = params.judge_of(trial)
+    judge, tokenizer = load_judge(feedback, "feedback"), load_tokenizer(paths.REFERENCE)
     train = pd.read_parquet(paths.TRAIN)
     check_memory("train", params, paths.REFERENCE)
     limit = response_limit(params.evaluate.max_new_tokens, train, tokenizer, params.engine.max_length)
@@ -50,7 +50,7 @@ def train_in_rounds(method: str, kind: type[Rounds]) -> None:
     with policy_run(params, trial) if main_process else nullcontext() as run_id:
         prompts = drawn_prompts(train, params.online, trial.seed)
         outcome = rounds.run(prompts, [StepLog(run_id), usage] if run_id else [])
-        facts = made_by(params, run_id, trial) | {"feedback": asdict(params.feedback)}
+        facts = made_by(params, run_id, trial) | {"feedback": asdict(feedback)}
         if main_process:
             copy_checkpoint(outcome.policy, paths.policy_folder(trial), facts, params.hub_reference)
         if run_id:
@@ -82,5 +82,6 @@ def _key(params: Params, trial: Trial) -> str:
         "packages": {name: version(name) for name in ("torch", "transformers", "accelerate")},
         "train": md5(paths.TRAIN),
         "reference": sha256(*sorted(paths.REFERENCE.glob("*.safetensors"))),
+        "reward_models": sha256(*sorted(paths.REWARDS.rglob("*.safetensors"))),
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

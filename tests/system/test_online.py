@@ -1,6 +1,7 @@
 """The stages of training in rounds, with a tiny model, in DVC."""
 
 import json
+from importlib.util import find_spec
 
 import pandas as pd
 import pytest
@@ -9,7 +10,8 @@ from dpo.common.files import sha256
 from tests.support.models import chat_tokenizer, make_model
 from tests.support.project import change, execute, make_project
 
-NAME = "online-2-sigmoid-0.1-0.01-17"
+NAME, RLOO = "online-2-sigmoid-0.1-0.01-17", "rloo-2-0.1-0.01-17"
+HAS_TRL = find_spec("trl") is not None
 
 
 @pytest.mark.slow
@@ -27,7 +29,9 @@ def test_rounds_are_trained_evaluated_and_compared(tmp_path):
         project,
         {
             "sweep.rounds": [2],
-            "feedback": {"kind": "scorer", "function": "own_judge:vowels"},
+            "sweep.rloo": [2],
+            "sweep.reward_models": [17] if HAS_TRL else [],
+            "feedback": "reward_model" if HAS_TRL else {"kind": "scorer", "function": "own_judge:vowels"},
             "online": {"prompts": None, "answers": 3, "reference": "fixed"},
             "evaluate.max_new_tokens": 30,
             "sft": None,
@@ -36,7 +40,29 @@ def test_rounds_are_trained_evaluated_and_compared(tmp_path):
     )
     execute(project, "dvc", "repro")
     comparison = json.loads((project / "metrics/comparison.json").read_text())
-    assert set(comparison["policies"]) == {NAME, NAME.removeprefix("online-2-")}
+    offline = NAME.removeprefix("online-2-")
+    assert set(comparison["policies"]) == {NAME, RLOO, offline}
+    costs = {name: row["cost"] for name, row in comparison["policies"].items()}
+    assert costs[offline]["pairs"] == costs[offline]["prompts"] == 24
+    assert (
+        costs[offline]["sampled_tokens"] == 0 < costs[offline]["scored_tokens"] == costs[offline]["trained_tokens"]
+    )
+    assert costs[RLOO]["judged_answers"] == costs[NAME]["judged_answers"] == 72
+    assert costs[RLOO]["pairs"] == 0 < costs[RLOO]["sampled_tokens"]
+    assert all(
+        cost["flops"] > 0 and cost["minutes"] > 0 and cost["peak_memory_gib"] > 0 for cost in costs.values()
+    )
+    shown = execute(project, "python", "-m", "tasks.commands.cli", "results")
+    assert "24 / 24" in shown
+    card = (project / f"models/{RLOO}.md").read_text()
+    assert "reinforcement learning (RLOO, beta 0.1)" in " ".join(card.split())
+    assert f"0 pairs of {costs[RLOO]['prompts']} prompts" in card
+    if HAS_TRL:
+        trained = json.loads((project / "metrics/reward_model/17.json").read_text())
+        assert trained["accuracy"]["judge_pairs"] == 16
+        assert trained["accuracy"]["human_ceiling"] == 0.75
+        assert trained["cost"]["pairs"] == 24
+        assert "accuracy of reward model 17 on 16 held-out pairs" in shown
     assert comparison["policies"][NAME]["trial"]["rounds"] == 2
     counts = json.loads((project / f"metrics/online/{NAME}.json").read_text())
     assert [each["answers"] for each in counts.values()] == [36, 36]
@@ -45,6 +71,12 @@ def test_rounds_are_trained_evaluated_and_compared(tmp_path):
     assert not (project / f".training-progress/{NAME}").exists()
     steps = pd.read_csv(project / f"metrics/train/{NAME}.csv")
     assert steps["step"].tolist() == [1, 2, 3]
+
+    log = pd.read_csv(project / f"metrics/train/{RLOO}.csv")
+    assert log["step"].tolist() == [1, 2, 3]
+    assert {"score", "kl", "clip_ratio", "tokens", "flops"} <= set(log)
+    page = (project / "reports/index.html").read_text()
+    assert f'<td class="name">{RLOO}</td>' in page.partition("<h2>Cost</h2>")[2]
 
     weights = sha256(project / f"models/{NAME}/model.safetensors")
     execute(project, "dvc", "repro", "--force", "--single-item", f"online@{NAME}")

@@ -155,6 +155,7 @@ MAY_IMPORT = {
     "tasks.reference_samples": MODEL,
     "tasks.train": MODEL | {"mlflow", "datasets"},
     "tasks.online": MODEL | {"mlflow", "datasets"},
+    "tasks.reward_model": MODEL | {"datasets"},
     "tasks.rloo": MODEL | {"mlflow", "datasets"},
     "tasks.evaluate": MODEL | {"datasets"},
     "tasks.compare": {"scipy", "plotly"},

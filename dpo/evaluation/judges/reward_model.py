@@ -4,6 +4,7 @@ import functools
 import sys
 from collections.abc import Mapping, Sequence
 from os.path import commonprefix
+from pathlib import Path
 
 import torch
 from jinja2 import TemplateError
@@ -17,6 +18,8 @@ from dpo.engine.chat import Prompt, turns_of
 from dpo.engine.pretrained import load_tokenizer, load_weights
 from dpo.evaluation.settings import RewardModelSettings
 
+TRAINED = Path("models/rewards")
+"""Folder of the models of the stage `reward_model`. Only `feedback` may use them."""
 BATCH_SIZE = 16  # rows, of similar length, in one forward pass
 Row = Mapping[str, list[int]]  # `input_ids`, `attention_mask` and any further fields of the tokenizer's output
 
@@ -30,7 +33,8 @@ class RewardModel:
     """
 
     def __init__(self, settings: RewardModelSettings, key: str) -> None:
-        check_place(key, "model", settings.model, settings.revision)
+        if key != "feedback" or Path(settings.model).parent != TRAINED:
+            check_place(key, "model", settings.model, settings.revision)
         self.settings = settings
         self.where = f"params.yaml: {key}.model"
 
@@ -77,12 +81,11 @@ def reward_scores(
     Raises:
         InputError: a response leaves no room for a prompt token, or the chat template rejects a conversation.
     """
-    config = model.config.get_text_config()
-    max_tokens = min(tokenizer.model_max_length, getattr(config, "max_position_embeddings", sys.maxsize))
+    config, max_tokens = model.config.get_text_config(), context_length(model, tokenizer)
     rows = []
     for number, (prompt, response) in enumerate(zip(prompts, responses, strict=True), 1):
         try:
-            rows.append(_row(tokenizer, prompt, response, max_tokens))
+            rows.append(encoded(tokenizer, prompt, response, max_tokens))
         except (InputError, TemplateError) as error:
             raise InputError(f"response {number}: {error}") from error
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]["input_ids"]))
@@ -101,7 +104,14 @@ def reward_scores(
     return [scores[i] for i in range(len(rows))]
 
 
-def _row(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, response: str, max_tokens: int) -> Row:
+def context_length(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the maximum number of tokens that a model reads."""
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", sys.maxsize)
+    return int(min(tokenizer.model_max_length, longest))
+
+
+def encoded(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, response: str, max_tokens: int) -> Row:
+    """Return the tokens of a prompt with its response, at most `max_tokens` of them; see `reward_scores`."""
     encode = functools.partial(tokenizer, return_attention_mask=True, verbose=False)
     if tokenizer.chat_template:
         turns = turns_of(prompt)
