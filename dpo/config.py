@@ -15,6 +15,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 from ruamel.yaml.events import AliasEvent
 
+from dpo.common import functions
 from dpo.common.errors import InputError
 from dpo.common.settings import Seed, Settings
 from dpo.data.settings import DataSettings, ValidateSettings
@@ -26,9 +27,10 @@ from dpo.evaluation.settings import (
     JudgeSettings,
     PromoteSettings,
     RewardModelSettings,
+    ScorerSettings,
 )
 from dpo.online.settings import OnlineSettings, RewardTrainingSettings
-from dpo.training.losses import LOSSES, Loss, Sigmoid
+from dpo.training.losses import LOSSES, Custom, Loss, Sigmoid
 from dpo.training.settings import DpoSettings, Method, SftSettings, SweepSettings, Trial
 
 FORMER_KEYS = {
@@ -185,6 +187,7 @@ def load_params(path: Path = Path("params.yaml")) -> Params:
     _check_continued_adapter(path, params)
     _check_demonstrations(path, params)
     _check_feedback(path, params)
+    _check_functions(path, params)
     _check_frozen_weights(path, params)
     _check_bf16_weights(path, params)
     for key, name in (("model.base", params.model.base), ("data.source", params.data.source)):
@@ -241,6 +244,12 @@ def _check_feedback(path: Path, params: Params) -> None:
             raise InputError(f"{path}: dpo.early_stop: not supported with {key}; set one of them to null or []")
     if feedback is None or not params.sweep.rounds + params.sweep.rloo:
         return
+    for loss in (trial.loss for trial in params.trials() if trial.method == "online"):
+        if missing := loss.needs & {"labels", "agreement"}:
+            raise InputError(
+                f"{path}: sweep.rounds: {loss.name} needs {' and '.join(sorted(missing))}, which pairs of ranked "
+                "responses do not have; use another loss or setting, or set sweep.rounds: []"
+            )
     if isinstance(feedback, RewardModelSettings) and feedback.model.startswith("models/rewards"):
         seeds = params.sweep.reward_models
         if feedback.model != "models/rewards":
@@ -258,6 +267,16 @@ def _check_feedback(path: Path, params: Params) -> None:
             f"{path}: feedback: {feedback.name} is also in evaluate.judges; a policy exploits the faults of the "
             "judge that trains it, so that judge cannot measure the gain. Evaluate with another judge"
         )
+
+
+def _check_functions(path: Path, params: Params) -> None:
+    """Raise InputError if the function of a loss or a judge cannot be called, or DVC does not track its code."""
+    for loss in {trial.loss for trial in params.trials() if isinstance(trial.loss, Custom)}:
+        functions.LOSS.check(loss.function, f"{path}: losses.custom.function")
+    judges = {f"evaluate.judges.{number}": judge for number, judge in enumerate(params.evaluate.judges)}
+    for key, judge in (judges | {"feedback": params.feedback}).items():
+        if isinstance(judge, ScorerSettings):
+            functions.JUDGE.check(judge.function, f"{path}: {key}.function")
 
 
 def _judging(judge: JudgeSettings) -> tuple[str, str]:

@@ -5,12 +5,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from dpo.common.errors import InputError
 from dpo.common.files import atomic_write, write_json
 from dpo.config import Params, load_params
 from dpo.data.schema import PAIRS_SCHEMA, RAW_PAIRS_SCHEMA, write_empty
 from dpo.data.validate import Validated, validate
-from dpo.training.losses import check_rows
+from dpo.training.losses import check_agreement, check_rows
 from tasks.common.git import committed_file
 from tasks.common.paths import (
     BASE,
@@ -45,7 +47,11 @@ def main() -> None:
     log_validation(params, result.metrics, list(files.values()))
     raise_errors(result)
     # `sweep` is no parameter of this stage, so the stage `train` checks the losses, too.
-    check_rows((trial.loss for trial in params.trials()), labelled=result.metrics["kind"] == "labelled")
+    losses = [trial.loss for trial in params.trials() if trial.method is None]
+    check_rows(losses, labelled=result.metrics["kind"] == "labelled")
+    for path in (TRAIN, EVAL):
+        known = pd.read_parquet(path, columns=["id", "agreement"]).dropna()
+        check_agreement(losses, dict(zip(known["id"].tolist(), known["agreement"].tolist(), strict=True)))
     write_json(PROFILE, result.summary.profile)
 
 

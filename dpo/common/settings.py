@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
-from pydantic import AfterValidator, ConfigDict, Field
+from pydantic import AfterValidator, ConfigDict, Field, GetPydanticSchema
+from pydantic_core.core_schema import custom_error_schema
 
 Positive = Annotated[int, Field(gt=0)]
 Rate = Annotated[float, Field(gt=0)]
@@ -23,6 +24,13 @@ Distinct = AfterValidator(distinct)
 
 Several = (Field(min_length=1), Distinct)
 """Annotations of a tuple with at least one value and no duplicates."""
+
+
+def one_error(message: str) -> GetPydanticSchema:
+    """Return an annotation of a union that reports one error, not one for each of its members."""
+    return GetPydanticSchema(
+        lambda kind, handler: custom_error_schema(handler(kind), "limit", custom_error_message=message)
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

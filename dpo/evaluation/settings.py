@@ -4,10 +4,9 @@ import re
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, GetPydanticSchema
-from pydantic_core.core_schema import custom_error_schema
+from pydantic import AfterValidator, BeforeValidator, Field
 
-from dpo.common.settings import Positive, Rate, Settings, Share
+from dpo.common.settings import Positive, Rate, Settings, Share, one_error
 
 
 class _NamedJudge(Settings):
@@ -24,7 +23,8 @@ class ScorerSettings(_NamedJudge):
 
     kind: Literal["scorer"]
     function: str
-    """`module:function` that maps prompts and responses to scores, higher is better."""
+    """`module:function` that maps prompts and responses to scores, higher is better. Your module is in
+    `functions/judges/`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,14 +94,6 @@ def _distinct_names(judges: tuple[JudgeSettings, ...]) -> tuple[JudgeSettings, .
     return judges
 
 
-ONE_ERROR = GetPydanticSchema(
-    lambda kind, handler: custom_error_schema(
-        handler(kind), "limit", custom_error_message="must be auto or an integer above 0"
-    )
-)
-"""Report one error for a union, not one for each of its members."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class TransformersSampler(Settings):
     """The stage samples in its own process, with the model that scores the responses."""
@@ -153,7 +145,7 @@ class EvaluateSettings(Settings):
     kl_samples: Positive | None = 96
     """Number of these responses on which KL, entropy and implicit reward are measured, with the same share of each
     prompt. Null: all. Win rates need many responses, KL needs few."""
-    max_new_tokens: Annotated[Positive | Literal["auto"], ONE_ERROR]
+    max_new_tokens: Annotated[Positive | Literal["auto"], one_error("must be auto or an integer above 0")]
     """Maximum number of tokens of a response. `auto` is the 95% quantile of the held-out completions, but at most
     three quarters of `engine.max_length`."""
     max_tokens_per_batch: Positive = 16_384

@@ -35,7 +35,7 @@ from dpo.engine.tokenization import TokenRow
 from dpo.training.callbacks import Callback, DivergenceAlarm
 from dpo.training.checkpoints import CheckpointStore, training_key
 from dpo.training.loop import Segment, TrainingLoop
-from dpo.training.losses import check_rows
+from dpo.training.losses import check_agreement, check_rows
 from dpo.training.objectives import (
     Answers,
     DpoObjective,
@@ -145,7 +145,7 @@ def train_dpo(
     Raises:
         KeyError: a row has no reference log-probs.
         InputError: the optimizer is not available, the memory is too small, or early stopping leaves no rows,
-            the loss needs an agreement that no row has, or it needs labelled rows, or pairs, and the rows are not.
+            the loss needs other agreements, or it needs labelled rows, or pairs, and the rows are not.
         FloatingPointError: loss or gradient is not finite, and `params.non_finite` is `stop`.
         Stopped: SIGTERM was received. A checkpoint has been written.
     """
@@ -153,11 +153,7 @@ def train_dpo(
     labels = table.labels
     check_rows([trial.loss], labelled=bool(labels))
     compared = table.ids if "reference" in needs else []
-    if "agreement" in needs and not agreement:
-        raise InputError(
-            f"params.yaml: losses.{trial.loss.name}: label_smoothing needs the agreement of pairs, but no "
-            "training pair has one; add the field `agreement` to the data, or set a number"
-        )
+    check_agreement([trial.loss], agreement or {})
     if "reference_token_logps" in needs:
         tokens = _token_logps(model, table, max_tokens_per_microbatch)
     objective = DpoObjective(
@@ -165,6 +161,7 @@ def train_dpo(
         labels=labels, reference_tokens=tokens,
     )  # fmt: skip
     key: dict[str, object] = {"trial": trial.settings, "reference": logps.digest if compared else None}
+    key["source"] = trial.loss.source
     key |= {"weights": weights or {}, "agreement": agreement if "agreement" in needs else {}}
     _start_adapter(model, params, trial.seed)
     return _train(

@@ -10,6 +10,7 @@ import pandas as pd
 
 from dpo.common.distributed import this_process
 from dpo.common.files import atomic_write, md5, sha256, write_json
+from dpo.common.functions import JUDGE
 from dpo.config import Params, load_params
 from dpo.engine.logprobs import ENGINE_VERSION
 from dpo.engine.pretrained import load_tokenizer
@@ -77,6 +78,7 @@ def _key(params: Params, trial: Trial) -> str:
     facts = {
         "settings": [group and asdict(group) for group in groups],
         "trial": trial.settings,
+        "functions": [trial.loss.source, JUDGE.digest(getattr(params.feedback, "function", ""))],
         "max_new_tokens": params.evaluate.max_new_tokens,
         "engine": ENGINE_VERSION,
         "packages": {name: version(name) for name in ("torch", "transformers", "accelerate")},

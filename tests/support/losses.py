@@ -25,6 +25,7 @@ EXAMPLES = {
     "ipo, averaged": losses.Ipo(average_over_tokens=True),
     "conservative, agreement": losses.Conservative(label_smoothing="agreement"),
     "robust": losses.Robust(label_smoothing=0.2),
+    "robust, agreement": losses.Robust(label_smoothing="agreement"),
     "rpo": losses.Rpo(sft_weight=0.4),
     "dpop": losses.Dpop(penalty=4.0),
     "simpo": losses.SimPo(gamma_beta_ratio=0.3),

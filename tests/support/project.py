@@ -21,7 +21,7 @@ ENV.pop("MLFLOW_TRACKING_URI", None)
 
 def make_project(folder: Path, model: Path) -> Path:
     """Copy this repository to a folder, with a tiny model and 40 pairs in place of the default ones."""
-    for name in ("dpo", "tasks", "flows"):
+    for name in ("dpo", "tasks", "flows", "functions"):
         shutil.copytree(ROOT / name, folder / name)
     for name in ("dvc.yaml", "params.yaml", "pyproject.toml", ".gitignore", ".dvcignore", "prefect.toml"):
         shutil.copy(ROOT / name, folder / name)

@@ -196,9 +196,9 @@ def test_a_loss_that_params_yaml_does_not_list_needs_an_entry(project, tmp_path)
     assert "losses.wpo" in refused
     assert "missing" in refused
     mine = "def loss(pairs, beta):\n    return -beta * (pairs.policy[:, 0] - pairs.policy[:, 1])\n"
-    (folder / "dpo/training/losses/mine.py").write_text(mine)
+    (folder / "functions/losses/mine.py").write_text(mine)
     entries = [f"+losses.{name}={{}}" for name in ("simpo", "wpo", "ld_dpo")]
-    entries += ["+losses.custom.function=dpo.training.losses.mine:loss"]
+    entries += ["+losses.custom.function=functions.losses.mine:loss"]
     output = execute(folder, *sweep, *(word for entry in entries for word in ("-S", entry)))
     trials = [f"{name}-{TRIAL.partition('-')[2]}" for name in ("simpo", "wpo", "ld_dpo", "custom")]
     expected = {f"train@{trial}" for trial in trials[1:]} | {
@@ -209,6 +209,13 @@ def test_a_loss_that_params_yaml_does_not_list_needs_an_entry(project, tmp_path)
         metrics = json.loads((folder / f"metrics/evaluate/{trial}.json").read_text())
         assert math.isfinite(metrics["loss_rise"])
     assert "up to date" in execute(folder, "dvc", "status")
+    (folder / "functions/losses/mine.py").write_text(mine.replace("-beta", "-2 * beta"))
+    stale = set(json.loads(execute(folder, "dvc", "status", "--json")))
+    assert {f"train@{trials[-1]}", f"evaluate@{trials[-1]}"} <= stale
+    assert not stale & {"sft", "reference_logprobs", "reference_samples"}
+    (folder / "functions/losses/mine.py").write_text("def loss(pairs):\n    return pairs\n")
+    refused = execute(folder, "dvc", "repro", "--force", "--single-item", "ingest", fails=True)
+    assert "losses.custom.function: 'functions.losses.mine:loss' cannot be called as loss(pairs, beta)" in refused
 
 
 @pytest.mark.slow
@@ -243,10 +250,12 @@ def test_push_and_pull_bring_a_clean_clone_up_to_date(project, tmp_path):
 @pytest.mark.slow
 def test_a_second_judge_adds_its_win_rate_and_does_not_change_the_selection(project, tmp_path):
     copy = shutil.copytree(project, tmp_path / "copy", symlinks=True)
-    (copy / "judge.py").write_text("def length(prompts, responses): return [len(text) for text in responses]\n")
+    (copy / "functions/judges/length.py").write_text(
+        "def length(prompts, responses): return [len(text) for text in responses]\n"
+    )
     before = json.loads((copy / "metrics/comparison.json").read_text())
     first = {"kind": "scorer", "function": "dpo.evaluation.judges.scorer:vader_compound"}
-    change(copy, {"evaluate.judges": [first, {"kind": "scorer", "function": "judge:length"}]})
+    change(copy, {"evaluate.judges": [first, {"kind": "scorer", "function": "functions.judges.length:length"}]})
     for stage in (["tasks.reference_samples"], ["tasks.evaluate", TRIAL], ["tasks.compare"]):
         execute(copy, sys.executable, "-m", *stage)
     samples = pd.read_parquet(copy / f"samples/{TRIAL}.parquet")

@@ -329,12 +329,13 @@ def story(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> Ite
         patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")
         patch.setenv("HF_HUB_OFFLINE", "1")
         set_identity(patch)
-        (folder / "judge.py").write_text(JUDGE)
+        patch.syspath_prepend(folder)
+        (folder / "functions/judges/newest.py").write_text(JUDGE)
         change(
             folder,
             {
                 "data.source": ["data/own/pairs.jsonl", str(LANDED)],
-                "evaluate.judges": [{"kind": "scorer", "function": "judge:newest"}],
+                "evaluate.judges": [{"kind": "scorer", "function": "functions.judges.newest:newest"}],
             },
         )
         change(

@@ -116,7 +116,7 @@ def test_the_modules_in_tasks_are_those_that_stages_run():
 
 
 def test_trials_of_reference_free_losses_do_not_depend_on_reference_log_probs_of_the_training_pairs():
-    for name in ("train", "evaluate"):
+    for name in ("train", "evaluate", "online", "evaluate_online"):
         stage, free = STAGES[name], STAGES[f"{name}_reference_free"]
         missing = {"reference/train"} if name == "train" else set()
         assert set(stage["deps"]) - set(free["deps"]) == missing
@@ -225,6 +225,16 @@ def test_sections_that_dvc_depends_on_are_in_params_yaml():
             value = params
             for part in key.split("."):
                 value = value[part]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_stages_depend_on_the_functions_of_the_user_that_they_call(stage):
+    used = {
+        "functions/losses": ("train", "online", "evaluate"),
+        "functions/judges": ("online", "rloo", "evaluate", "reference_samples"),
+    }
+    expected = {folder for folder, stages in used.items() if module_of(stage).stem in stages}
+    assert {dep for dep in STAGES[stage].get("deps", []) if dep.startswith("functions")} == expected
 
 
 def test_dvc_yaml_starts_with_a_stage_and_stays_short():

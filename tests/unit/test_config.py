@@ -136,7 +136,7 @@ ABSENT = type(None)
         (
             "losses.robust",
             {"label_smoothing": 0.5},
-            "losses.robust.label_smoothing: input should be less than 0.5",
+            "losses.robust.label_smoothing: must be agreement, or a number at least 0",
         ),
         ("losses.sigmoid", {"label_smoothing": 0.1}, "losses.sigmoid.label_smoothing: unknown key"),
         ("losses.none", {}, "losses.none: unknown key"),
@@ -270,6 +270,29 @@ def test_a_loss_is_in_the_list_that_says_whether_it_needs_reference_log_probs(
 def test_trials_are_those_of_both_lists(change, losses, reference_free):
     trials = load_params(sweep_of(change, losses, reference_free)).trials()
     assert [trial.loss.name for trial in trials] == [name for name in losses + reference_free for _ in range(3)]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "fault"),
+    [
+        (
+            "sweep.losses",
+            ["custom"],
+            "losses.custom.function: '' cannot be imported: it is not in",
+        ),
+        (
+            "evaluate.judges",
+            [{"kind": "scorer", "function": "a:b"}],
+            "evaluate.judges.0.function: 'a:b' cannot be",
+        ),
+        ("feedback", {"kind": "scorer", "function": "a:b"}, "feedback.function: 'a:b' cannot be imported"),
+    ],
+)
+def test_functions_of_losses_and_judges_are_checked_with_the_settings(change, key, value, fault):
+    path = change(key, value)
+    text = path.read_text()
+    path.write_text(text.replace("  sigmoid: {}", "  sigmoid: {}\n  custom: {}"))
+    assert_one_fault(path, fault)
 
 
 @pytest.mark.parametrize("weights", [{}, {"kto": 1.0}, {"weighted_sum": 1.0}, {"custom": 1.0}])

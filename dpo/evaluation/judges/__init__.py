@@ -6,10 +6,11 @@ from typing import Protocol
 import pandas as pd
 from numpy.typing import ArrayLike
 
+from dpo.common.functions import JUDGE
 from dpo.engine.chat import Prompt
 from dpo.evaluation.judges.llm import LlmJudge
 from dpo.evaluation.judges.reward_model import RewardModel
-from dpo.evaluation.judges.scorer import Scorer, load_function
+from dpo.evaluation.judges.scorer import Scorer
 from dpo.evaluation.judges.verifier import Verifier
 from dpo.evaluation.settings import JudgeSettings, LlmSettings, ScorerSettings, VerifierSettings
 
@@ -53,5 +54,7 @@ def load_judge(settings: JudgeSettings, key: str) -> Judge:
     if isinstance(settings, VerifierSettings):
         return Verifier(settings, key)
     if isinstance(settings, ScorerSettings):
-        return Scorer(settings.name, load_function(settings.function, key), f"{key}.function")
+        return Scorer(
+            settings.name, JUDGE.load(settings.function, f"params.yaml: {key}.function"), f"{key}.function"
+        )
     return Scorer(settings.name, RewardModel(settings, key), f"{key}.model")

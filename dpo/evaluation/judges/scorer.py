@@ -1,7 +1,5 @@
 """Judges that score each response by a function; the response with the higher score wins."""
 
-import importlib
-import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -56,25 +54,6 @@ class Scorer:
         other_scores = self.score(prompts, others) if other_scores is None else other_scores
         win = (np.sign(np.subtract(scores, other_scores)) + 1) / 2
         return pd.DataFrame({"win": win, "score": scores, "other_score": np.asarray(other_scores)})
-
-
-def load_function(name: str, key: str) -> ScoreFunction:
-    """Return the function that `name` gives as `module:function`.
-
-    Raises:
-        InputError: it cannot be imported or does not accept prompts and responses.
-    """
-    where = f"params.yaml: {key}.function: '{name}'"
-    module, _, attribute = name.partition(":")
-    try:
-        function: ScoreFunction = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise InputError(f"{where} cannot be imported: {error}; write it as `module:function`") from error
-    try:
-        inspect.signature(function).bind([], [])
-    except (TypeError, ValueError) as error:
-        raise InputError(f"{where} cannot be called as function(prompts, responses): {error}") from error
-    return function
 
 
 def vader_compound(prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Literal
 
-from dpo.training.losses.base import Loss, PairBatch, check_rows
+from dpo.training.losses.base import Loss, PairBatch, check_agreement, check_rows
 from dpo.training.losses.combined import Custom, WeightedSum
 from dpo.training.losses.labelled import Kto
 from dpo.training.losses.margin import (
@@ -65,5 +65,6 @@ __all__ = [
     "SppoHard",
     "WeightedSum",
     "Wpo",
+    "check_agreement",
     "check_rows",
 ]

@@ -15,12 +15,15 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from pydantic import Field
 
 from dpo.common.errors import InputError
-from dpo.common.settings import Settings
+from dpo.common.settings import Settings, one_error
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-Smoothing = Annotated[float, Field(ge=0, lt=0.5)]
+Smoothing = Annotated[
+    Annotated[float, Field(ge=0, lt=0.5)] | Literal["agreement"],
+    one_error("must be agreement, or a number at least 0 and below 0.5"),
+]
 
 Need = Literal[
     "reference", "agreement", "labels", "token_logps", "reference_token_logps", "collision_logps", "statistics"
@@ -74,11 +77,18 @@ class Loss(Settings):
     """A preference loss. Its fields are its settings in `params.yaml`."""
 
     name: ClassVar[str]
+    least_agreement: ClassVar[float] = -1
+    """Agreements must exceed this if label smoothing takes them from the data; -1 allows all."""
 
     @property
     def needs(self) -> frozenset[Need]:
         """What the loss needs besides log-probs of the policy. Without `reference`, r(y) is log pi(y|x)."""
         return WITH_REFERENCE
+
+    @property
+    def source(self) -> str:
+        """SHA-256 of the user's code that the loss calls, or an empty text if it calls none."""
+        return ""
 
     def __call__(self, pairs: PairBatch, beta: float) -> Tensor:
         """Return the loss of each pair, shape [P]. `beta` is the strength of the KL constraint.
@@ -155,3 +165,25 @@ def check_rows(losses: Iterable[Loss], *, labelled: bool) -> None:
             fix = "use a loss for pairs, such as sigmoid"
         key = "losses" if "reference" in loss.needs else "reference_free_losses"
         raise InputError(f"params.yaml: sweep.{key}: {loss.name} {problem}; {fix}")
+
+
+def check_agreement(losses: Iterable[Loss], agreement: Mapping[str, float]) -> None:
+    """Check the agreements of pairs, by id, from which losses take their label smoothing.
+
+    Raises:
+        InputError: no pair has an agreement, or the loss is not defined for one.
+    """
+    for loss in losses:
+        if "agreement" not in loss.needs:
+            continue
+        where = f"params.yaml: losses.{loss.name}.label_smoothing: agreement"
+        if not agreement:
+            fix = "add the field `agreement` to the data, or set a number"
+            raise InputError(f"{where}: no pair has an agreement; {fix}")
+        low = [each for each, value in agreement.items() if value <= loss.least_agreement]
+        if low:
+            raise InputError(
+                f"{where}: {loss.name} needs agreements above {loss.least_agreement}, but those of {len(low)} "
+                f"pairs are not, for example {agreement[low[0]]} of {low[0]!r}; remove these pairs, use the loss "
+                "conservative, or set a number"
+            )

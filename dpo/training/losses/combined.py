@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
-import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import AfterValidator
 
+from dpo.common import functions
 from dpo.common.errors import InputError
 from dpo.common.settings import Rate
 from dpo.training.losses.base import Loss, Need, PairBatch
@@ -80,26 +79,19 @@ class Custom(Loss):
 
     name: ClassVar[str] = "custom"
     function: str = ""
-    """`module:function` that maps a `PairBatch` of P pairs and beta to the losses of the pairs, a tensor [P]."""
+    """`module:function` that maps a `PairBatch` of P pairs and beta to the losses of the pairs, a tensor [P]. The
+    module is in `functions/losses/`."""
+
+    @property
+    def source(self) -> str:
+        """SHA-256 of the files in the folder of the function."""
+        return functions.LOSS.digest(self.function)
 
     def _forward(self, pairs: PairBatch, beta: float) -> Tensor:
-        losses = self._load()(pairs, beta)
+        losses: Tensor = functions.LOSS.load(self.function, "params.yaml: losses.custom.function")(pairs, beta)
         if tuple(losses.shape) != (len(pairs.policy),):
             raise InputError(
                 f"params.yaml: losses.custom.function: '{self.function}' returned a tensor of shape "
                 f"{tuple(losses.shape)} for {len(pairs.policy)} pairs; return one loss per pair"
             )
         return losses
-
-    def _load(self) -> Callable[[PairBatch, float], Tensor]:
-        where = f"params.yaml: losses.custom.function: '{self.function}'"
-        module, _, attribute = self.function.partition(":")
-        try:
-            function: Callable[[PairBatch, float], Tensor] = getattr(importlib.import_module(module), attribute)
-        except (ImportError, AttributeError, ValueError) as error:
-            raise InputError(f"{where} cannot be imported: {error}; write it as `module:function`") from error
-        try:
-            inspect.signature(function).bind(None, 0.1)
-        except TypeError as error:
-            raise InputError(f"{where} cannot be called as function(pairs, beta): {error}") from error
-        return function

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import Field
 
@@ -46,6 +46,15 @@ class Ipo(Loss):
         return (self._h(pairs) - 1 / (2 * beta)) ** 2
 
 
+def _smoothing_needs(smoothing: Smoothing) -> frozenset[Need]:
+    return WITH_REFERENCE | {"agreement"} if smoothing == "agreement" else WITH_REFERENCE
+
+
+def _flipped(smoothing: Smoothing, pairs: PairBatch) -> float | Tensor:
+    """Return the probability that chosen and rejected are swapped, [P] if it comes from the data."""
+    return 1 - given(pairs.agreement, "agreement") if smoothing == "agreement" else smoothing
+
+
 @dataclass(frozen=True, kw_only=True)
 class Conservative(Loss):
     """Conservative DPO: -(1 - e) log s(beta h) - e log s(-beta h), e = label_smoothing.
@@ -55,19 +64,18 @@ class Conservative(Loss):
     """
 
     name: ClassVar[str] = "conservative"
-    label_smoothing: Smoothing | Literal["agreement"] = 0.1
+    label_smoothing: Smoothing = 0.1
     """Probability that chosen and rejected are swapped. `agreement` takes it from the data; pairs without
     agreement then have 0."""
 
     @property
     def needs(self) -> frozenset[Need]:
         """Also the agreement, if label smoothing comes from the data."""
-        return WITH_REFERENCE | {"agreement"} if self.label_smoothing == "agreement" else WITH_REFERENCE
+        return _smoothing_needs(self.label_smoothing)
 
     def _forward(self, pairs: PairBatch, beta: float) -> Tensor:
-        h, flipped = self._h(pairs), self.label_smoothing
-        swapped = 1 - given(pairs.agreement, "agreement") if flipped == "agreement" else flipped
-        return -(1 - swapped) * log_sigmoid(beta * h) - swapped * log_sigmoid(-beta * h)
+        h, flipped = self._h(pairs), _flipped(self.label_smoothing, pairs)
+        return -(1 - flipped) * log_sigmoid(beta * h) - flipped * log_sigmoid(-beta * h)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,15 +83,23 @@ class Robust(Loss):
     """Robust DPO: (-(1 - e) log s(beta h) + e log s(-beta h)) / (1 - 2e), e = label_smoothing.
 
     Chowdhury et al. 2024, "Provably Robust DPO". If labels are flipped at rate e, its expectation is the `sigmoid`
-    loss of the true labels. The loss of a single pair may be negative.
+    loss of the true labels. The loss of a single pair may be negative. With `agreement`, e is one minus the
+    agreement of the pair, which must be above 0.5.
     """
 
     name: ClassVar[str] = "robust"
+    least_agreement: ClassVar[float] = 0.5
     label_smoothing: Smoothing = 0.1
-    """Probability that chosen and rejected are swapped."""
+    """Probability that chosen and rejected are swapped. `agreement` takes it from the data; pairs without
+    agreement then have 0."""
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """Also the agreement, if label smoothing comes from the data."""
+        return _smoothing_needs(self.label_smoothing)
 
     def _forward(self, pairs: PairBatch, beta: float) -> Tensor:
-        flipped, h = self.label_smoothing, self._h(pairs)
+        h, flipped = self._h(pairs), _flipped(self.label_smoothing, pairs)
         losses = -(1 - flipped) * log_sigmoid(beta * h) + flipped * log_sigmoid(-beta * h)
         return losses / (1 - 2 * flipped)
 

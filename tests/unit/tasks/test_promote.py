@@ -3,6 +3,7 @@
 import dataclasses
 import re
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,11 +11,17 @@ import mlflow
 import numpy as np
 import pandas as pd
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpo.common.errors import InputError
 from dpo.config import load_params
+from dpo.engine.logprobs import load_model
+from dpo.engine.tokenization import encode_pairs
 from dpo.evaluation.gate import kept_for_gate, significance_level
+from dpo.evaluation.label_metrics import label_table
 from dpo.evaluation.settings import PromoteSettings
+from dpo.training.losses import Kto
 from tasks.commands import promote
 from tasks.commands.promote import Evidence, compete, contest_rows, decide, read_comparison, too_few, weigh
 from tasks.common import paths
@@ -418,3 +425,61 @@ def test_the_list_of_sweeps_shows_date_commit_verdict_and_which_one_serves(model
     sweeps.name_sweeps()
     verdicts = [name.partition(": ")[2] for name in names()]
     assert verdicts == ["promoted, serves as version 1", "promoted", "kept"]
+
+
+def test_without_a_judge_labelled_rows_are_won_by_the_policy_that_has_the_sign_of_more_of_them(
+    tiny_params, tiny_model_dir, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    params = tiny_params(None)
+    trial = dataclasses.replace(params.trials()[0], loss=Kto())
+    desirable = np.arange(24) % 3 > 0
+    texts = [f"Film {number} is a joy." for number in range(24)]
+    held_out = pd.DataFrame({"id": [f"row {n}" for n in range(24)], "prompt": [f"Film {n}?" for n in range(24)]})
+    held_out["chosen"] = [text if label else None for text, label in zip(texts, desirable, strict=True)]
+    held_out["rejected"] = [None if label else text for text, label in zip(texts, desirable, strict=True)]
+    held_out = held_out.assign(source=None, agreement=np.nan)
+    tokenizer, opponent = AutoTokenizer.from_pretrained(tiny_model_dir), load_model(tiny_model_dir)
+    theirs = plain_logps(tiny_model_dir, tokenizer, held_out["prompt"], texts)
+
+    # Reference log-probs with known distances to those of both policies.
+    generator = np.random.default_rng(0)
+    reference = theirs - generator.choice([-1.0, 1.0], 24)
+    own = reference + generator.choice([-2.0, 2.0], 24)
+    both, lengths = (torch.tensor(np.stack([each, each], 1)) for each in (reference, np.full(24, 3)))
+    stored = label_table(held_out, torch.tensor(np.stack([own, own], 1)), both, lengths, trial)
+    for path, table in ((EVAL, held_out), (policy_margins(trial), stored)):
+        path.parent.mkdir()
+        table.to_parquet(path)
+
+    contest = contest_rows(params, trial, None, 1)
+    assert 0 < len(contest.rows) < 24
+    right = desirable == (own > reference)
+    kept = kept_for_gate(held_out["prompt"].tolist())
+    figure, wins = compete(params, trial, None, contest)
+    assert (figure, wins) == ("reward accuracy", right[kept].astype(float).tolist())
+
+    monkeypatch.setattr(promote, "opponent", lambda *_: nullcontext((opponent, tokenizer)))
+    figure, wins = compete(params, trial, object(), contest)
+    expected = (1 + right.astype(float) - (desirable == (theirs > reference))) / 2
+    assert figure == "win rate in ranking held-out pairs"
+    assert wins == expected[kept].tolist()
+    assert {*wins} == {0.0, 0.5, 1.0}
+
+
+def plain_logps(folder, tokenizer, prompts, texts):
+    """Return the log-prob of each completion with its end token, by transformers alone."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    pairs = zip(prompts, texts, strict=True)
+    rows = encode_pairs(
+        [{"id": "", "prompt": prompt, "chosen": text, "rejected": None} for prompt, text in pairs],
+        tokenizer, 512,
+    )  # fmt: skip
+    found = []
+    for row in rows:
+        (completion,) = row.completions
+        ids = torch.tensor([[*row.prompt, *completion]])
+        with torch.no_grad():
+            logps = model(ids).logits.log_softmax(-1)[0, len(row.prompt) - 1 : -1]
+        found.append(logps.gather(1, torch.tensor(completion)[:, None].long()).sum().item())
+    return np.array(found)

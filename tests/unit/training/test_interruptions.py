@@ -15,6 +15,7 @@ from dpo.common.errors import InputError, Stopped
 from dpo.engine.logprobs import load_model
 from dpo.training.callbacks import Callback, DivergenceAlarm
 from dpo.training.checkpoints import CheckpointStore, last_checkpoint
+from dpo.training.losses import Custom
 from dpo.training.objectives import DpoObjective
 from dpo.training.settings import EarlyStopSettings
 from dpo.training.train import train_dpo, train_sft
@@ -138,6 +139,22 @@ def test_training_with_every_loss_resumes_to_the_same_bits(train, rows, tiny_mod
     with pytest.raises(Killed):
         train(tmp_path, KillAfter(4), **settings)
     assert_same(train(tmp_path, **settings), train(**settings))
+
+
+def test_a_change_of_the_code_of_a_loss_starts_training_again(train, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    code = tmp_path / "functions/losses/mine_resumed.py"
+    code.parent.mkdir(parents=True)
+    code.write_text("def loss(pairs, beta):\n    return -beta * (pairs.policy[:, 0] - pairs.policy[:, 1])\n")
+    loss = Custom(function="functions.losses.mine_resumed:loss")
+    for first in (1, 5, 1):
+        count = Steps()
+        with pytest.raises(Killed):
+            train(tmp_path / "progress", count, KillAfter(4 if first == 1 else 5), loss=loss)
+        assert count.steps[0] == first
+        if first == 5:
+            (code.parent / "words.txt").write_text("a file that the loss may read")
 
 
 def test_sft_resumes_too(tiny_model_dir, rows, tmp_path):

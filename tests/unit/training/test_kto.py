@@ -1,5 +1,6 @@
 """KTO: the loss and its KL term against their definitions and TRL 1.16, and training on labelled rows."""
 
+import dataclasses
 import math
 from collections import defaultdict
 from types import SimpleNamespace
@@ -91,6 +92,35 @@ def test_loss_and_gradient_are_those_of_trl(seed):
     assert pairs.statistics["kl"].item() == pytest.approx(kl, abs=1e-5)
     torch.testing.assert_close(loss.detach(), expected, rtol=0, atol=1e-5)
     torch.testing.assert_close(ours, gradient, rtol=0, atol=1e-5)
+
+
+def gradient(tokens, labels, beta=0.3, loss=LOSS):
+    """The gradient of the sum of the losses in r(y) of each row, with the KL term of these rows."""
+    policy = tokens.sums(tokens.policy).requires_grad_()
+    pairs = PairBatch(policy, tokens.sums(tokens.reference), tokens.lengths, labels=labels.to(policy))
+    with torch.no_grad():
+        pairs = dataclasses.replace(pairs, statistics=loss.statistics(pairs, beta))
+    loss(pairs, beta).sum().backward()
+    assert (policy.grad[:, 1] == 0).all(), "the completion of another prompt has no gradient"
+    return policy.grad[:, 0]
+
+
+def test_gradients_raise_desirable_and_lower_undesirable_completions():
+    tokens = random_tokens(seed=5)
+    labels = tokens.agreement > 0.5
+    slopes = gradient(tokens, labels)
+    assert (slopes[labels] < 0).all()
+    assert (slopes[~labels] > 0).all()
+    # A completion with both labels has no gradient, if the weights are equal.
+    both = gradient(tokens, labels, loss=Kto()) + gradient(tokens, ~labels, loss=Kto())
+    torch.testing.assert_close(both, torch.zeros_like(both), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("beta", [0.01, 3.0])
+def test_the_loss_is_a_function_of_beta_times_the_log_ratios(beta):
+    tokens = random_tokens(seed=9)
+    scaled = dataclasses.replace(tokens, policy=tokens.reference + beta * (tokens.policy - tokens.reference))
+    torch.testing.assert_close(LOSS(batch(tokens, beta=beta), beta), LOSS(batch(scaled, beta=1.0), 1.0))
 
 
 @pytest.mark.parametrize("size", [1, 5])

@@ -82,6 +82,9 @@ BY_PAIR = {
         p.agreement * softplus(-beta * p.h) + (1 - p.agreement) * softplus(beta * p.h)
     ),
     "robust": lambda p, beta: (0.8 * softplus(-beta * p.h) - 0.2 * softplus(beta * p.h)) / 0.6,
+    "robust, agreement": lambda p, beta: (
+        (p.agreement * softplus(-beta * p.h) - (1 - p.agreement) * softplus(beta * p.h)) / (2 * p.agreement - 1)
+    ),
     "hinge": lambda p, beta: max(0, 1 - beta * p.h),
     "length_normalised": lambda p, beta: softplus(-beta * (p.r_w / len(p.w) - p.r_l / len(p.l))),
     "rpo": lambda p, beta: softplus(-beta * p.h) - 0.4 * p.mean_w,

@@ -39,7 +39,7 @@ def bradley_terry(reward):
     return torch.sigmoid(reward[:, PAIRS[:, 0]] - reward[:, PAIRS[:, 1]])
 
 
-def learned_policy(reference, probability, beta, loss=None):
+def learned_policy(reference, probability, beta, loss=None, agreement=None):
     """A table of logits, fitted to the expected loss: every pair in both orders, weighted by its probability."""
     logits = reference.clone().requires_grad_()
     optimizer = torch.optim.LBFGS([logits], max_iter=2000, tolerance_grad=1e-10, line_search_fn="strong_wolfe")
@@ -47,7 +47,7 @@ def learned_policy(reference, probability, beta, loss=None):
     def expected_loss():
         optimizer.zero_grad()
         sides = [table[:, PAIRS].flatten(0, 1) for table in (logits.log_softmax(1), reference)]
-        losses = (loss or Sigmoid())(table_batch(sides), beta)
+        losses = (loss or Sigmoid())(table_batch(sides, agreement), beta)
         total = (probability.flatten() * losses).sum()
         total.backward()
         return total
@@ -116,6 +116,19 @@ def test_only_robust_finds_the_optimum_if_labels_are_flipped(beta):
     assert total_variation(learned_policy(reference, noisy, beta, Robust(label_smoothing=NOISE)), optimum) < 1e-4
     for loss in (Sigmoid(), Conservative(label_smoothing=NOISE)):
         assert total_variation(learned_policy(reference, noisy, beta, loss), optimum) > 0.02
+
+
+@pytest.mark.parametrize("beta", [0.2, 1.0, 5.0])
+def test_robust_by_agreement_finds_the_optimum_if_each_pair_has_its_own_rate_of_flipped_labels(beta):
+    reference, reward = known_world()
+    rates = 0.4 * torch.rand(PROMPTS, len(FIRST), generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    rates = rates.repeat(1, 2)  # both orders
+    noisy = (1 - rates) * bradley_terry(reward) + rates * bradley_terry(-reward)
+    optimum = optimal_policy(reference, reward, beta)
+    loss, agreement = Robust(label_smoothing="agreement"), (1 - rates).flatten()
+    assert total_variation(learned_policy(reference, noisy, beta, loss, agreement), optimum) < 1e-4
+    mean_rate = Robust(label_smoothing=rates.mean().item())
+    assert total_variation(learned_policy(reference, noisy, beta, mean_rate), optimum) > 0.01
 
 
 @pytest.mark.parametrize("beta", [0.05, 0.2, 1.0])

@@ -18,7 +18,7 @@ from dpo.engine.reference_cache import cache_key, load_reference, shard_table, w
 from dpo.engine.token_table import TokenTable
 from dpo.engine.tokenization import TokenRow, encode_pairs
 from dpo.training.callbacks import Callback
-from dpo.training.losses import Conservative, LdDpo, PairBatch, Sigmoid, Wpo
+from dpo.training.losses import Conservative, LdDpo, PairBatch, Robust, Sigmoid, Wpo, check_agreement
 from dpo.training.losses.base import WITH_REFERENCE
 from dpo.training.sampler import StepSampler
 from dpo.training.settings import EarlyStopSettings, LoraSettings
@@ -609,8 +609,20 @@ def test_label_smoothing_can_be_the_agreement_of_each_pair(tiny_model_dir, rows,
 
 
 def test_label_smoothing_by_agreement_without_any_is_an_input_error(tiny_model_dir, rows, reference):
-    with pytest.raises(InputError, match=r"losses\.conservative: label_smoothing needs the agreement of pairs"):
-        run_dpo(tiny_model_dir, rows, reference, loss=Conservative(label_smoothing="agreement"))
+    for loss in (Conservative(label_smoothing="agreement"), Robust(label_smoothing="agreement")):
+        with pytest.raises(
+            InputError, match=rf"losses\.{loss.name}\.label_smoothing: agreement: no pair has an agreement"
+        ):
+            run_dpo(tiny_model_dir, rows, reference, loss=loss)
+
+
+def test_robust_needs_a_majority_for_chosen():
+    check_agreement([Conservative(label_smoothing="agreement"), Robust(), Sigmoid()], {"a": 0.5, "b": 0.0})
+    check_agreement([Robust(label_smoothing="agreement")], {"a": 0.51, "b": 1.0})
+    with pytest.raises(
+        InputError, match=r"robust needs agreements above 0\.5, but those of 2 pairs .* 0\.5 of 'b'"
+    ):
+        check_agreement([Robust(label_smoothing="agreement")], {"a": 0.51, "b": 0.5, "c": 0.2})
 
 
 def test_values_per_token_are_those_of_the_plain_model(tiny_model_dir, rows, reference):
