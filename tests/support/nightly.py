@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from tests.support.project import ENV, ROOT, book_pairs, change, make_project
 
 FOLDER = ROOT / "benchmarks/results/nightly-faults"
 CASES = 40
+ALL = "the flow and its stages"
 LIMIT_SECONDS = 1800
 """After which a run counts as hung, also on a busy machine."""
 RESULT_FILES = (
@@ -187,15 +188,16 @@ def one_case(made: Nights, number: int, seed: int) -> dict[str, Any]:
     draw = random.Random(f"{seed} {number}")
     operation = "rollback" if number % 4 == 3 else "retrain"
     moment = draw.uniform(0, made.seconds[operation])
-    victims = draw.choice(["the flow and its stages", "the flow only"])
+    victims = draw.choice([ALL, "the flow only"])
     made.reset("before")
     log = made.place / "killed.log"
     log.unlink(missing_ok=True)
     process = made.start(operation, log)
     time.sleep(moment)
-    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-    for each in family if victims == "the flow and its stages" else family[:1]:
-        each.kill()
+    flow = psutil.Process(process.pid)  # perhaps ended, but not waited for
+    with suppress(psutil.NoSuchProcess):
+        for each in [flow, *(flow.children(recursive=True) if victims == ALL else [])]:
+            each.kill()
     process.wait()
     lines = log.read_text(errors="replace").splitlines()
     case = {
