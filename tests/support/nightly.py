@@ -195,8 +195,8 @@ def one_case(made: Nights, number: int, seed: int) -> dict[str, Any]:
     process = made.start(operation, log)
     time.sleep(moment)
     flow = psutil.Process(process.pid)  # perhaps ended, but not waited for
-    with suppress(psutil.NoSuchProcess):
-        for each in [flow, *(flow.children(recursive=True) if victims == ALL else [])]:
+    for each in [flow, *(flow.children(recursive=True) if victims == ALL else [])]:
+        with suppress(psutil.NoSuchProcess):
             each.kill()
     process.wait()
     lines = log.read_text(errors="replace").splitlines()
