@@ -3,6 +3,7 @@
 import re
 import shutil
 import threading
+import time
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -22,7 +23,7 @@ from flows.artifacts import failure_page, file_table, publish_stage
 from flows.processes import StageError
 from flows.retrain import Retrained, report
 from tasks.commands import promote
-from tasks.common.paths import COMPARISON, REPORT, REPORTS, SELECTION
+from tasks.common.paths import COMPARISON, REPORT, REPORTS, SELECTION, TRAIN
 from tasks.report.comparison import selection_page
 from tasks.report.validation import markdown
 from tasks.tracking import offline, registry, runs
@@ -85,9 +86,10 @@ class Listener:
 
     def check(self, page: str, address: str) -> None:
         """Assert that the page in Chromium shows the text, without links to the listener or requests to it."""
-        for _ in range(4):  # a page may take longer on a busy machine
+        for _ in range(15):  # on a busy machine the server rejects requests of a page
             if self.url in (html := dom(address)):
                 break
+            time.sleep(2)
         assert self.url in html, f"{page}: the hostile text is not shown"
         parser = Links()
         parser.feed(html)
@@ -170,7 +172,7 @@ def test_pages_of_prefect(here, listener, prefect):
 
 def test_pages_of_mlflow(here, listener, server):
     text, lines = listener.hostile(), listener.lines()
-    for path in (REPORT, COMPARISON, Path("reference/train/manifest.json")):
+    for path in (REPORT, COMPARISON, TRAIN, Path("reference/train/manifest.json")):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("{}")
     runs.log_comparison(PARAMS, {"policy": {"kl": 1.5}}, text, lines, [])
