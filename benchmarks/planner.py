@@ -1,10 +1,14 @@
-"""Compare the planner's predictions with measured memory and time on this machine: `python -m benchmarks.planner`.
+"""Compare the planner's predictions with measured memory and time on this machine.
 
-Each case trains the base model with `dpo.training.train` in its own process, with two micro-batches per step and
-the allocator settings of the stages. Memory is peak resident memory. The planner's overhead is what is resident
-after a model with one narrow layer was trained in the same process. Time is the median of the four steps after
-the first; the FLOP/s of the first case predict the others. Writes `benchmarks/results/planner.json` and the
-tables of `docs/guides/larger-models.md`.
+    python -m benchmarks.planner                # all cases
+    python -m benchmarks.planner --cases 0 3    # some of them; the others keep their results
+    python -m benchmarks.planner --table        # only write the tables of docs/guides/larger-models.md
+
+Each case trains a random Llama with `dpo.training.train` in its own process: one thread, two micro-batches per
+step and the allocator settings of the stages. The checkpoint is in bf16. Memory is peak resident memory. The
+planner's overhead is what is resident after a model with one narrow layer was trained in the same process. Time is
+the CPU time of a step, the median of the steps after the first; the FLOP/s of the first case predict the others.
+Results are in `benchmarks/results/planner.json`.
 """
 
 import argparse
@@ -12,7 +16,7 @@ import dataclasses
 import itertools
 import json
 import statistics
-import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,27 +24,31 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from benchmarks.measure import alone, peak, resident
 from benchmarks.page import put_table
-from benchmarks.trainers import Clock
 from dpo.common.files import write_json
 from dpo.config import Params, load_params
 from dpo.engine.logprobs import load_model
 from dpo.engine.settings import Precision, Quantization
 from dpo.engine.tokenization import TokenRow
 from dpo.planner import LLAMAS, Pair, Setup, Shape, pair_flops, seconds, shape_of, training_memory
+from dpo.training.callbacks import Callback
 from dpo.training.settings import LoraSettings
 from dpo.training.train import train_dpo
 from tasks.commands.plan import TFLOPS, UTILISATION, candidate_setups
 from tasks.common.allocator import TRAINING
 from tasks.common.memory import GPU_OVERHEAD, STAGES, Hardware, stage_memory
-from tasks.common.paths import BASE
 
 RESULTS, PAGE = Path("benchmarks/results/planner.json"), Path("docs/guides/larger-models.md")
 PAIR = Pair(prompt=32, completion=24)
-MICRO_BATCHES, STEPS, SEED = 2, 5, 17
+MICRO_BATCHES, STEPS, SEED = 2, 3, 17
+MODEL = LlamaConfig(
+    num_hidden_layers=12, hidden_size=1024, intermediate_size=2816, num_attention_heads=16, num_key_value_heads=4,
+    vocab_size=16384, tie_word_embeddings=True,
+)  # fmt: skip
+"""The model of all cases: 152 million parameters."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +121,18 @@ class Run:
     seconds: float
 
 
+class StepTimes(Callback):
+    """Records the CPU time of this process at the end of every step."""
+
+    def __init__(self) -> None:
+        self.ends: list[float] = []
+
+    def on_log(self, entry: dict[str, float]) -> None:
+        """Record the end of a step."""
+        if "loss" in entry:
+            self.ends.append(time.process_time())
+
+
 def measure(model: Path, case: Case) -> Run:
     """Train a narrow model, whose memory is the overhead, then `model`, on random tokens."""
     params, pairs, rank = load_params(), case.pairs, case.rank
@@ -135,8 +155,9 @@ def measure(model: Path, case: Case) -> Run:
     )
 
     def seconds_per_step(path: Path) -> float:
-        clock = Clock()
-        policy = load_model(path, case.precision, quantization=case.quantization)
+        clock = StepTimes()
+        frozen = False if rank is None else "base"
+        policy = load_model(path, case.precision, quantization=case.quantization, frozen=frozen)
         train_dpo(
             policy, rows, {row.id: (-100.0, -100.0) for row in rows}, training, params.trials()[0],
             max_tokens_per_microbatch=pairs * PAIR.tokens, callbacks=[clock],
@@ -152,63 +173,60 @@ def measure(model: Path, case: Case) -> Run:
 
 def main() -> None:
     """Measure, compare and write the results."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.planner", description=__doc__)
-    parser.add_argument("--model", type=Path, default=BASE)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.planner",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--cases", type=int, nargs="*", default=range(len(CASES)), help="numbers of cases")
     parser.add_argument("--table", action="store_true", help="do not measure; write the page")
     options = parser.parse_args()
-    if options.table:
-        results = json.loads(RESULTS.read_text())
-    else:
-        shape, results = shape_of(AutoConfig.from_pretrained(options.model)), []
-        for case in CASES:
-            run = alone(measure, options.model, case, **TRAINING)
-            setup = Setup(
-                case.pairs * PAIR.tokens, case.precision, case.rank, case.checkpointing, case.quantization,
-                weights=case.weights,
-            )  # fmt: skip
-            memory = training_memory(shape, PAIR, setup, run.overhead)
-            flops = case.pairs * MICRO_BATCHES * sum(pair_flops(shape, PAIR, setup))
-            rate = results[0]["flops"] / results[0]["seconds"] if results else flops / run.seconds
-            results.append(
-                {
-                    **dataclasses.asdict(case),
-                    "method": case.name,
-                    "tokens": setup.max_tokens_per_microbatch,
-                    "peak": run.peak,
-                    "predicted_peak": memory.total,
-                    "memory": dataclasses.asdict(memory),
-                    "seconds": run.seconds,
-                    "predicted_seconds": flops / rate if case.precision == "fp32" else None,
-                    "flops": flops,
-                    "threads": torch.get_num_threads(),
-                }
-            )
-            sys.stdout.write(measured(results[-1:]) + "\n")
-            sys.stdout.flush()
-        write_json(RESULTS, results)
-    put_table(PAGE, "planner", measured(results))
+    if not options.table:
+        with TemporaryDirectory() as folder:
+            torch.manual_seed(SEED)
+            AutoModelForCausalLM.from_config(MODEL, dtype=torch.bfloat16).save_pretrained(folder)
+            for number in options.cases:
+                add(CASES[number], alone(measure, Path(folder), CASES[number], **TRAINING, OMP_NUM_THREADS="1"))
+    put_table(PAGE, "planner", measured(json.loads(RESULTS.read_text())))
     put_table(PAGE, "shapes", shapes())
     put_table(PAGE, "fits", fits())
+
+
+def add(case: Case, run: Run) -> None:
+    """Write a case to the results. It replaces the earlier result of the same case."""
+    facts = dataclasses.asdict(case)
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+    results = [each for each in results if each["case"] != facts] + [{"case": facts, **dataclasses.asdict(run)}]
+    order = [dataclasses.asdict(each) for each in CASES]
+    write_json(RESULTS, sorted(results, key=lambda each: order.index(each["case"])))
 
 
 def measured(results: list[dict[str, Any]]) -> str:
     """Return predictions and measurements as a Markdown table."""
     lines = [
-        "| training | checkpointing | tokens per micro-batch | peak, GiB | planned, GiB (ratio) | step, s "
-        "| planned, s (ratio) |",
+        "| training | checkpointing | tokens per micro-batch | peak, GiB | planned, GiB (ratio) | step, CPU s "
+        "| planned, CPU s (ratio) |",
         "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
     ]
-    for r in results:
-        planned = r["predicted_seconds"]
-        time = f"{planned:.1f} ({planned / r['seconds']:.2f})" if planned and r is not results[0] else ""
+    shape, rate = shape_of(MODEL), 0.0
+    for result in results:
+        case = Case(**result["case"])
+        setup = Setup(
+            case.pairs * PAIR.tokens, case.precision, case.rank, case.checkpointing, case.quantization,
+            weights=case.weights,
+        )  # fmt: skip
+        planned = training_memory(shape, PAIR, setup, result["overhead"]).total
+        flops = case.pairs * MICRO_BATCHES * sum(pair_flops(shape, PAIR, setup))
+        expected = flops / rate if rate and case.precision == "fp32" else None
+        rate = rate or flops / result["seconds"]
         cells = [
-            r["method"],
-            "on" if r["checkpointing"] else "off",
-            f"{r['tokens']:,}",
-            f"{r['peak'] / 2**30:.2f}",
-            f"{r['predicted_peak'] / 2**30:.2f} ({r['predicted_peak'] / r['peak']:.2f})",
-            f"{r['seconds']:.1f}",
-            time,
+            case.name,
+            "on" if case.checkpointing else "off",
+            f"{setup.max_tokens_per_microbatch:,}",
+            f"{result['peak'] / 2**30:.2f}",
+            f"{planned / 2**30:.2f} ({planned / result['peak']:.2f})",
+            f"{result['seconds']:.1f}",
+            f"{expected:.1f} ({expected / result['seconds']:.2f})" if expected else "",
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)

@@ -181,8 +181,9 @@ def training_memory(shape: Shape, pair: Pair, setup: Setup, overhead: float) -> 
     One process accumulates gradients of the vocabulary matrices in place; several processes create one per use.
     `data` keeps gradients twice, in the buckets of DDP too. `full` keeps 1/N of weights, gradients and states. In
     the backward pass of a layer it gathers two layers and holds the gradient of one. At the head it gathers the
-    head, with the embedding if they share a matrix. Early stopping, which copies the trained weights, and
-    fragmentation are not included. `overhead` is the bytes of the process without the model.
+    head, with the embedding if they share a matrix; a head that is not trained also stays in the buffer of the
+    all-gather. Early stopping, which copies the trained weights, and fragmentation are not included. `overhead` is
+    the bytes of the process without the model.
     """
     full, sharded = setup.lora_rank is None, setup.sharding == "full"
     shards = setup.gpus if sharded else 1
@@ -211,8 +212,9 @@ def training_memory(shape: Shape, pair: Pair, setup: Setup, overhead: float) -> 
     head_in_layers = (first + gathered_head) if shared else 0
     head_at_end = (2 * new_head if shape.tied else new_head) + (gathered_head if shared else 0)
     layer = layer_activations(shape, pair, setup) if setup.gradient_checkpointing else 0
-    at_head = (accumulated, kept, gathered_head + first + chunk)
-    at_last_layer = (accumulated, kept + layer, gathered_layers + head_in_layers + backward)
+    buffer = 0 if full else gathered_head  # of the all-gather; kept with the gathered head until the next one
+    at_head = (accumulated, kept, buffer + gathered_head + first + chunk)
+    at_last_layer = (accumulated, kept + layer, gathered_layers + buffer + head_in_layers + backward)
     at_end = (gradients, 0, gathered_layers + head_at_end + backward)
     at_step = (gradients, 0, 12 * shape.hidden * shape.intermediate if saved else 0)
     gradients, kept, temporary = max(at_head, at_last_layer, at_end, at_step, key=sum)

@@ -15,9 +15,10 @@ SETUP = Setup(max_tokens_per_microbatch=7680, precision="bf16", sharding="full",
 
 @pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["stored", "recomputed"])
-def test_planned_memory_is_within_a_tenth_of_the_simulation(checkpointing):
+@pytest.mark.parametrize("rank", [None, 16], ids=["all-weights", "lora"])
+def test_planned_memory_is_within_a_tenth_of_the_simulation(rank, checkpointing):
     shape = replace(LLAMAS["llama-8b"], layers=4)
-    setup = replace(SETUP, gradient_checkpointing=checkpointing)
+    setup = replace(SETUP, gradient_checkpointing=checkpointing, lora_rank=rank)
     planned = training_memory(shape, PAIR, setup, overhead=0).total
     assert planned == pytest.approx(simulate(shape, setup)["Total"], rel=0.1)
 
