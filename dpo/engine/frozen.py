@@ -24,7 +24,6 @@ from dpo.engine.pretrained import (
     adapter_base,
     checkpoint_dtype,
     load_adapter,
-    load_causal_lm,
     load_weights,
 )
 
@@ -73,18 +72,19 @@ def _quantised_layers(model: PreTrainedModel) -> list[Any]:
     return [module for module in model.modules() if isinstance(module, Linear4bit)]
 
 
-def load_in_bf16(folder: Path) -> PreTrainedModel:
-    """Load a model like `load_causal_lm`, with linear layers in bf16 if the checkpoint is in bf16.
+def load_in_bf16(folder: Path) -> PreTrainedModel | None:
+    """Load a model like `load_causal_lm`, but with linear layers in bf16. Return None if that would change values.
 
-    Biases of these layers are in bf16 too. All other weights and adapters are in fp32.
+    It changes none if the checkpoint is in bf16. Biases of these layers are in bf16 too. All other weights and
+    adapters are in fp32.
     """
     is_adapter, has_model = (folder / ADAPTER_CONFIG).is_file(), (folder / "config.json").is_file()
     base, revision = adapter_base(folder) if is_adapter and not has_model else (folder, None)
     if checkpoint_dtype(base, revision) != "bfloat16":
-        return load_causal_lm(folder)
+        return None
     model: PreTrainedModel = load_weights(AutoModelForCausalLM, base, revision, dtype="bfloat16")
     if any(buffer.dtype == torch.bfloat16 for buffer in model.buffers()):  # they were computed in bf16
-        return load_causal_lm(folder)
+        return None
     layers = {id(weight) for weight in _linear_weights(model)}
     for name, weight in model.named_parameters():
         if id(weight) not in layers or ADAPTER in name.split("."):

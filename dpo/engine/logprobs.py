@@ -286,10 +286,9 @@ def load_model(
     if compiled and not (torch.cuda.is_available() and precision == "bf16"):
         raise InputError("params.yaml: engine.compile: true needs a CUDA GPU and precision: bf16; set it to false")
     torch.backends.cuda.matmul.allow_tf32 = False  # the self-check compares fp32 results
-    if quantization is None and precision == "bf16" and frozen:
-        model = load_in_bf16(path).eval()
-    else:
-        model = load_causal_lm(path, **({} if quantization is None else nf4_options())).eval()
+    options = {} if quantization is None else nf4_options()
+    model = load_in_bf16(path) if frozen and precision == "bf16" and not options else None
+    model = (model or load_causal_lm(path, **options)).eval()
     use_one_product(model)
     for module in model.modules():
         rates = [name for name, value in vars(module).items() if "drop" in name and isinstance(value, float)]

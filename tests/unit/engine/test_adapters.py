@@ -136,7 +136,7 @@ def test_continue_keeps_the_data_types_of_base_and_adapter(folder, rows, monkeyp
     own = load_file(f"{ADAPTER}/adapter_model.safetensors")
     assert adapter.keys() == own.keys()
     assert all(torch.equal(adapter[name], own[name]) for name in own)
-    monkeypatch.setattr("dpo.engine.frozen.load_causal_lm", None)  # no copies in fp32
+    monkeypatch.setattr("dpo.engine.logprobs.load_causal_lm", None)  # no copies in fp32
     for frozen in ("base", True):
         loaded = load_model(base, "bf16", frozen=frozen)
         kinds = {"adapter" if "lora_" in name else "base": w.dtype for name, w in layers_of(loaded)}

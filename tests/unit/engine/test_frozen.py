@@ -95,7 +95,7 @@ def test_a_checkpoint_in_bf16_is_loaded_without_fp32_layers_and_with_the_same_re
     rows, expected = make_rows(), load_model(wide, "bf16", frozen=True)
     dtypes = {name: weight.dtype for name, weight in expected.named_parameters()}
     if architecture != "gemma3":  # it computes a factor in the data type of the checkpoint
-        monkeypatch.setattr("dpo.engine.frozen.load_causal_lm", None)
+        monkeypatch.setattr("dpo.engine.logprobs.load_causal_lm", None)
     for frozen in (True, "base"):
         model = load_model(narrow, "bf16", frozen=frozen)
         assert model.in_stream == expected.in_stream
