@@ -164,10 +164,10 @@ def prepare(made: Nights) -> None:
     for folder in ("landing", "store", "project"):
         (made.place / "night" / folder).mkdir(parents=True)
     make_project(made.project, model)
-    (made.project / "judge.py").write_text(JUDGE)
+    (made.project / "functions/judges/newest.py").write_text(JUDGE)
     values = {
         "data.source": ["data/own/pairs.jsonl", "data/own/landed"],
-        "evaluate.judges": [{"kind": "scorer", "function": "judge:newest"}],
+        "evaluate.judges": [{"kind": "scorer", "function": "functions.judges.newest:newest"}],
         "compare.max_kl": 1e3,
         "run.checkpoint_minutes": 0,
     }

@@ -22,13 +22,14 @@ def test_rounds_are_trained_evaluated_and_compared(tmp_path):
     project = make_project(tmp_path / "project", model)
     names = execute(project, "dvc", "stage", "list", "--name-only").split()
     assert not [name for name in names if "online" in name]
+    settings = (project / "params.yaml").read_text()
     change(project, {"sweep.reference_free_losses": ["simpo"], "losses.simpo": {}, "sweep.rounds": [2]})
     names = execute(project, "dvc", "stage", "list", "--name-only").split()
     free = "online-2-simpo-0.1-0.01-17"
     assert {f"online_reference_free@{free}", f"evaluate_online_reference_free@{free}", f"online@{NAME}"} <= {
         *names
     }
-    change(project, {"sweep.reference_free_losses": []})
+    (project / "params.yaml").write_text(settings)
     (project / "functions/judges/own.py").write_text(
         "def vowels(prompts, responses):\n    return [float(r.count('e') + r.count('a')) for r in responses]\n"
     )
