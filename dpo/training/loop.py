@@ -140,7 +140,7 @@ class TrainingLoop:
             for groups, epoch in self._remaining_steps():
                 entry = {**self._train_step(groups), "epoch": epoch, "step": self.first_step + self.step + 1}
                 if self.early_stop and entry["step"] % self.early_stop.settings.every_steps == 0:
-                    entry["eval_loss"] = self._validate()
+                    entry |= self._validate()
                     self.early_stop.update(entry["eval_loss"])
                 self.history.append(dict(sorted(entry.items())))
                 for callback in self.callbacks:
@@ -279,13 +279,17 @@ class TrainingLoop:
         )
 
     @torch.no_grad()
-    def _validate(self) -> float:
-        """Return the mean loss of the validation rows."""
-        budget = self.sampler.max_tokens_per_microbatch
+    def _validate(self) -> dict[str, float]:
+        """Return the mean loss and metrics of the validation rows."""
+        budget, sums = self.sampler.max_tokens_per_microbatch, defaultdict[str, float](float)
         batches = list(packed_batches(self.validation, budget, self.accelerator.device))
         self.objective.begin_step(self.model, batches, [1] * len(batches))
-        total = sum(self.objective(self.model, batch)[0].item() for batch in batches)
-        return total / sum(map(self.objective.units, self.validation))
+        for batch in batches:
+            loss, metrics = self.objective(self.model, batch)
+            for name, value in ({"loss": loss} | metrics).items():
+                sums[f"eval_{name}"] += value.item()
+        units = sum(map(self.objective.units, self.validation))
+        return {name: total / units for name, total in sums.items()}
 
     def _save(self) -> None:
         """Write a checkpoint of the last step. If this fails, as on a full disk, training continues without it."""

@@ -154,6 +154,22 @@ def publish(
 
 
 @app.command()
+def tune(
+    trials: Annotated[int, Option(min=1, help="Number of trials of the search.")] = 20,
+    losses: Annotated[
+        list[str] | None, Option("--loss", help="A loss to try, repeatable (default: sweep.losses).")
+    ] = None,
+    betas: Annotated[tuple[float, float] | None, Option(help="Least and greatest beta.")] = None,
+    learning_rates: Annotated[tuple[float, float] | None, Option(help="Least and greatest learning rate.")] = None,
+    name: Annotated[str, Option(help="Name of the search; the same name continues it.")] = "tune",
+) -> None:
+    """Search for a loss, beta and learning rate, one experiment of DVC per trial."""
+    from tasks.commands import tune as command
+
+    command.tune(name, trials, losses or [], betas, learning_rates)
+
+
+@app.command()
 def results() -> None:
     """Print the comparison of all policies."""
     from tasks.commands.results import show

@@ -33,5 +33,15 @@ def committed_file(path: Path) -> bytes | None:
         return None
 
 
+def experiment_file(name: str, path: Path) -> str:
+    """Return the text of a file in an experiment of DVC; InputError if there is no such experiment or file."""
+    refs = _git("for-each-ref", "--sort=-creatordate", "--format=%(refname)", "refs/exps").stdout.split()
+    found = [ref for ref in refs if ref.split("/")[-1] == name and ref.count("/") == 4]
+    shown = _git("show", f"{found[0]}:./{path}") if found else None
+    if shown is None or shown.returncode:
+        raise InputError(f"{name}: no experiment of DVC with this name has {path}; see `dvc exp list`")
+    return shown.stdout
+
+
 def _git(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(["git", *words], capture_output=True, text=True, check=False)

@@ -2,7 +2,18 @@
 
 from pathlib import Path
 
+from dpo.common.errors import InputError
 from dpo.training.settings import Trial
+
+
+def checkout(folder: Path) -> Path:
+    """Return the checkout that owns a folder in which DVC runs an experiment, else an empty path.
+
+    `dvc exp run --temp` and `--queue` copy what git tracks to a folder below `.dvc/tmp/exps`.
+    """
+    before, experiment, _ = folder.as_posix().partition("/.dvc/tmp/exps/")
+    return Path(before) if experiment else Path()
+
 
 BASE = Path("models/base")
 REFERENCE = Path("models/reference")
@@ -30,13 +41,25 @@ METRICS = Path("metrics")
 COMPARISON = METRICS / "comparison.json"
 SUMMARY = METRICS / "summary.json"
 """The only file that DVC shows as metrics: the choice, and the main figures of the selected policy."""
-MLFLOW_STORE = "sqlite:///mlflow.db"
 REFERENCE_COST = METRICS / "cost/reference.json"
 """Cost of supervised fine-tuning, which all trials share."""
+CHECKOUT = checkout(Path.cwd())
+"""The folder with MLflow's stores."""
+MLFLOW_STORE = f"sqlite:///{CHECKOUT / 'mlflow.db'}"
 PROFILE = METRICS / "profile.json"
 REPORTS = Path("reports")
 REPORT = REPORTS / "index.html"
 SELECTION = REPORTS / "compare.md"
+
+
+def check_copied(*names: str | None) -> None:
+    """Raise InputError if an experiment has no copy of a file or folder that its checkout has."""
+    for name in filter(None, names):
+        if (CHECKOUT / name).exists() and not Path(name).exists():
+            raise InputError(
+                f"{name}: neither git nor DVC tracks it, so an experiment with --temp or --queue has no copy; run "
+                f"`dvc add {name}` and `git add {name}.dvc`"
+            )
 
 
 def policy_folder(trial: Trial) -> Path:

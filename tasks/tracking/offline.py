@@ -9,7 +9,7 @@ import logging
 import os
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import chdir, contextmanager
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 from urllib.parse import unquote, urlsplit
@@ -26,7 +26,7 @@ from dpo.common.errors import InputError
 from dpo.common.files import atomic_write
 from tasks.common.addresses import shown, without_credentials
 from tasks.common.git import head_commit, inputs_changed
-from tasks.common.paths import MLFLOW_STORE
+from tasks.common.paths import CHECKOUT, MLFLOW_STORE
 from tasks.tracking.relocation import relocate
 
 EXPERIMENT = "dpo-pipeline"
@@ -121,7 +121,7 @@ def _refusal(store: str, error: Exception) -> str:
 
 def _use(store: str) -> None:
     mlflow.set_tracking_uri(store)
-    with store_lock():
+    with store_lock(), chdir(CHECKOUT):  # MLflow places artifacts below the current folder
         path = Path(store.removeprefix("sqlite:///"))
         if store.startswith("sqlite:///") and not path.exists():
             with atomic_write(path) as tmp:  # MLflow cannot repair a store whose creation was interrupted
@@ -134,7 +134,7 @@ def _use(store: str) -> None:
 
 def store_lock() -> FileLock:
     """Return the lock for creating a store or a sweep's run; the process that holds it can acquire it again."""
-    return FileLock("mlflow.db.lock", is_singleton=True)
+    return FileLock(CHECKOUT / "mlflow.db.lock", is_singleton=True)
 
 
 def _use_offline_store(store: str, error: Exception) -> None:
@@ -209,7 +209,7 @@ def sync() -> None:
     A run that the server refuses stays in the offline store, with a warning.
     """
     offline, server = MlflowClient(OFFLINE_STORE), MlflowClient()
-    with FileLock("mlflow.db.offline.lock"), _request_limits(SYNC_SECONDS):
+    with FileLock(CHECKOUT / "mlflow.db.offline.lock"), _request_limits(SYNC_SECONDS):
         runs = [run for run in search(offline) if run.data.tags.get(SYNCED) != str(run.info.end_time)]
         for run in sorted(runs, key=lambda run: (run.data.tags.get(ROLE) != "sweep", run.info.start_time)):
             try:
