@@ -170,6 +170,7 @@ MAY_IMPORT = {
     "tasks.commands.publish": set(),
     "tasks.commands.results": set(),
     "tasks.commands.sample": set(),
+    "tasks.commands.tune": {"mlflow", "scipy"},
     "tasks.commands.validate": {"scipy"},
     "tasks.tracking.offline": {"mlflow", "scipy"},
 }

@@ -15,7 +15,8 @@ from tasks.commands.cli import app
 
 ROOT = Path(__file__).parents[3]
 COMMANDS = [
-    "validate", "init", "plan", "chat", "sample", "lineage", "merge", "promote", "publish", "results", "sync",
+    "validate", "init", "plan", "chat", "sample", "lineage", "merge", "promote", "publish", "tune", "results",
+    "sync",
 ]  # fmt: skip
 
 
