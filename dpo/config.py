@@ -3,7 +3,7 @@
 import itertools
 import json
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, make_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -123,6 +123,14 @@ class Params(Settings):
             return self.feedback
         seeds = self.sweep.reward_models
         return replace(self.feedback, model=f"models/rewards/{trial.seed if trial.seed in seeds else seeds[0]}")
+
+    def loss_lists(self, names: Iterable[str]) -> dict[str, list[str]]:
+        """Return losses by the list of `sweep` that they belong to. Unknown losses are in `losses`."""
+        lists: dict[str, list[str]] = {"losses": [], "reference_free_losses": []}
+        for name in names:
+            free = name in self.losses and "reference" not in self.losses[name].needs
+            lists["reference_free_losses" if free else "losses"].append(name)
+        return lists
 
     @property
     def imitated(self) -> Literal["both", "chosen"]:

@@ -92,11 +92,7 @@ def set_lists(lists: Mapping[str, Sequence[LossName | float]]) -> None:
     """Write lists to `sweep` in `params.yaml` and keep its comments. Invalid lists leave the file unchanged."""
     before = PARAMS.read_bytes()
     if "losses" in lists:
-        known = load_params(PARAMS).losses
-        names = [str(name) for name in lists["losses"]]
-        free = [name for name in names if name in known and "reference" not in known[name].needs]
-        others = [name for name in names if name not in free]
-        lists = {**lists, "losses": others, "reference_free_losses": free}
+        lists = {**lists, **load_params(PARAMS).loss_lists(map(str, lists["losses"]))}
     yaml = YAML()
     yaml.width = 4096
     yaml.Representer = _Representer

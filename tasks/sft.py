@@ -31,6 +31,7 @@ from tasks.common.paths import (
     TRAINING_PROGRESS,
 )
 from tasks.common.runner import check_store, run_launched
+from tasks.common.training_log import write_training_log
 from tasks.common.usage import Usage, trained_cost
 from tasks.tracking.provenance import made_by, weights
 from tasks.tracking.runs import reference_run, tag_checkpoint
@@ -93,8 +94,7 @@ def fine_tune(params: Params, sft: SftSettings) -> None:
         if run_id:
             tag_checkpoint(run_id, REFERENCE)
     if main_process:
-        with atomic_write(METRICS / "sft.csv") as tmp:
-            pd.DataFrame(log).to_csv(tmp, index=False)
+        write_training_log(METRICS / "sft.csv", log)
         usage.write(REFERENCE_COST, trained_cost(log), {"pairs": len(rows)})
         store.discard()
 

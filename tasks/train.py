@@ -6,7 +6,6 @@ from contextlib import nullcontext
 import pandas as pd
 
 from dpo.common.distributed import this_process
-from dpo.common.files import atomic_write
 from dpo.config import load_params
 from dpo.engine.flops import Cost, cost_of
 from dpo.engine.logprobs import load_model
@@ -28,6 +27,7 @@ from tasks.common.paths import (
     train_log,
 )
 from tasks.common.runner import check_store, run_launched, trial_argument
+from tasks.common.training_log import write_training_log
 from tasks.common.usage import Usage, trained_cost
 from tasks.tracking.provenance import made_by
 from tasks.tracking.runs import policy_run, tag_checkpoint
@@ -62,8 +62,7 @@ def main() -> None:
         if run_id:
             tag_checkpoint(run_id, policy_folder(trial))
     if main_process:
-        with atomic_write(train_log(trial)) as tmp:
-            pd.DataFrame(log).to_csv(tmp, index=False)
+        write_training_log(train_log(trial), log)
         scored = cost_of(rows, model.model.config, "scored") if reference else Cost()
         counts = {"pairs": len(rows), "prompts": table["prompt"].nunique()}
         usage.write(cost(trial), scored + trained_cost(log), counts)

@@ -3,7 +3,7 @@
 import logging
 import math
 import statistics
-from collections import deque
+from collections import Counter, deque
 from typing import Protocol
 
 from torch import Tensor
@@ -35,10 +35,14 @@ class Callback(Protocol):
 
 
 class DivergenceAlarm(Callback):
-    """Warns if the policy diverges from its reference. The loss alone does not show this: it may be near 0."""
+    """Warns if the policy diverges from its reference. The loss alone does not show this: it may be near 0.
+
+    The 1st, 2nd, 4th, 8th, ... step with a cause is reported, so that a long training does not fill the log.
+    """
 
     def __init__(self) -> None:
         self.norms: deque[float] = deque(maxlen=ALARM_STEPS)
+        self.counts = Counter[str]()
 
     def on_start(self, resumed_step: int, history: list[dict[str, float]]) -> None:
         """Recall the gradient norms of earlier steps."""
@@ -47,7 +51,7 @@ class DivergenceAlarm(Callback):
     def on_log(self, entry: dict[str, float]) -> None:
         """Compare the mean log-ratios of a step with `ALARM_NATS`, and its gradient norm with earlier ones."""
         moved = [abs(entry.get(name, 0.0)) for name in ("logratios/chosen", "logratios/rejected")]
-        if max(moved) > ALARM_NATS:
+        if max(moved) > ALARM_NATS and self._is_reported("log-probs"):
             log.warning(
                 "step %d: the policy diverges from its reference: log-probs of chosen moved by %.0f nats, "
                 "of rejected by %.0f, margin %.3g, loss %.3g; lower the learning rate or raise beta",
@@ -57,12 +61,16 @@ class DivergenceAlarm(Callback):
             return
         norm, median = entry["grad_norm"], statistics.median(self.norms) if len(self.norms) >= 5 else math.inf
         self.norms.append(norm)
-        if norm > ALARM_GRADIENT * median:
+        if norm > ALARM_GRADIENT * median and self._is_reported("gradient"):
             log.warning(
                 "step %d: the gradient norm is %.3g, %.0f times the median of the steps before; check the pairs "
                 "of this step, or lower the learning rate or max_grad_norm",
                 *(entry["step"], norm, norm / median),
             )
+
+    def _is_reported(self, cause: str) -> bool:
+        self.counts[cause] += 1
+        return self.counts[cause].bit_count() == 1
 
 
 class EarlyStop:

@@ -67,7 +67,7 @@ def tune(
     if unknown := [each for each in losses if each not in params.losses]:
         raise InputError(f"--loss: {unknown[0]} is not a loss; use one of {', '.join(params.losses)}")
     space = Space(
-        losses=tuple(losses) or tuple(params.sweep.losses),
+        losses=tuple(losses or (*params.sweep.losses, *params.sweep.reference_free_losses)),
         betas=_bounds("--betas", betas, params.sweep.betas),
         learning_rates=_bounds("--learning-rates", learning_rates, params.sweep.learning_rates),
     )
@@ -138,7 +138,7 @@ def run_trial(study: optuna.Study, params: Params, space: Space) -> None:
     asked.set_user_attr("experiment", experiment)
     _tell(f"{experiment}: {loss}, beta {beta:g}, learning rate {learning_rate:g}")
     watch = Watch(asked, trial.name) if params.dpo.early_stop else None
-    output = run_experiment(experiment, sweep_of(trial), watch)
+    output = run_experiment(experiment, sweep_of(params, trial), watch)
     if watch and watch.stopped:
         study.tell(asked, state=TrialState.PRUNED)
         _tell(f"{experiment}: stopped, accuracy {watch.accuracy:.3f} on the validation pairs is below the median")
@@ -162,13 +162,15 @@ def run_trial(study: optuna.Study, params: Params, space: Space) -> None:
     _tell(f"{experiment}: {params.compare.select.replace('_', ' ')} {value:.3f}, KL {figures['kl']:.2f} nats")
 
 
-def sweep_of(trial: Trial) -> list[str]:
+def sweep_of(params: Params, trial: Trial) -> list[str]:
     """Return the changes of `params.yaml` for a sweep of one trial, as `dvc exp run -S` takes them."""
-    lists = {"losses": trial.loss.name, "betas": trial.beta, "learning_rates": trial.learning_rate}
-    changes = [f"sweep.{key}=[{value}]" for key, value in (lists | {"seeds": trial.seed}).items()]
-    if trial.loss.name not in YAML(typ="safe", pure=True).load(Path("params.yaml"))["losses"]:
-        changes.append(f"+losses.{trial.loss.name}={{}}")
-    return [*changes, "sweep.rounds=[]"]
+    name = trial.loss.name
+    numbers = {"betas": trial.beta, "learning_rates": trial.learning_rate, "seeds": trial.seed}
+    lists = params.loss_lists([name]) | {key: [value] for key, value in numbers.items()} | {"rounds": []}
+    changes = [f"sweep.{key}=[{','.join(map(str, values))}]" for key, values in lists.items()]
+    if name not in YAML(typ="safe", pure=True).load(Path("params.yaml"))["losses"]:
+        changes.append(f"+losses.{name}={{}}")
+    return changes
 
 
 @dataclass

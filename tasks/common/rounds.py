@@ -9,7 +9,7 @@ from importlib.metadata import version
 import pandas as pd
 
 from dpo.common.distributed import this_process
-from dpo.common.files import atomic_write, md5, sha256, write_json
+from dpo.common.files import md5, sha256, write_json
 from dpo.common.functions import JUDGE
 from dpo.config import Params, load_params
 from dpo.engine.logprobs import ENGINE_VERSION
@@ -23,6 +23,7 @@ from dpo.training.train import copy_checkpoint
 from tasks.common import paths
 from tasks.common.memory import check_memory
 from tasks.common.runner import check_store, trial_argument
+from tasks.common.training_log import write_training_log
 from tasks.common.usage import Usage, trained_cost
 from tasks.tracking.provenance import made_by
 from tasks.tracking.runs import policy_run, tag_checkpoint
@@ -60,8 +61,7 @@ def train_in_rounds(method: str, kind: type[Rounds]) -> None:
         save_rounds(work, paths.rounds_folder(trial))
         summary = {f"round-{number}": each for number, each in enumerate(outcome.counts, 1)}
         write_json(paths.rounds_summary(trial), summary)
-        with atomic_write(paths.train_log(trial)) as tmp:
-            pd.DataFrame(outcome.log).to_csv(tmp, index=False)
+        write_training_log(paths.train_log(trial), outcome.log)
         counts = {
             name: sum(each.get(key, 0) for each in outcome.counts)
             for name, key in (("pairs", "pairs"), ("prompts", "prompts"), ("judged_answers", "answers"))

@@ -13,9 +13,11 @@ import pandas as pd
 import pytest
 
 from dpo.config import load_params
+from dpo.training.callbacks import DivergenceAlarm
 from dpo.training.losses import Sigmoid
 from dpo.training.settings import EarlyStopSettings, Trial
 from tasks.common.flatten import flatten
+from tasks.common.training_log import write_training_log
 from tasks.tracking import offline, run_logger
 from tasks.tracking import runs as tracking
 from tasks.tracking.steplog import StepLog
@@ -124,6 +126,34 @@ def test_the_run_of_a_resumed_training_has_the_steps_before_the_checkpoint(proje
     assert "train/train_runtime" not in run.data.metrics
     assert "train/step" not in run.data.metrics
     assert run.data.tags[tracking.RESUMED] == "3"
+
+
+def test_records_of_a_training_of_100_000_steps_stay_small(project, caplog):
+    alarm, calls = DivergenceAlarm(), []
+    entries = [
+        {"step": step, "loss": 1.0 / step, "grad_norm": 1.0, "logratios/chosen": 200.0 * (step > 500)}
+        for step in range(1, 100_001)
+    ]
+    entries[12_344]["eval_loss"] = 0.5
+    with tracking.reference_run(PARAMS) as run_id:
+        log = StepLog(run_id)
+        send, log.run.log_metrics = log.run.log_metrics, lambda points: calls.append(points) or send(points)
+        for entry in entries:
+            for callback in (alarm, log):
+                callback.on_log(entry)
+        log.on_log({"step": 100_000, "train_runtime": 9.0})
+        log.on_end()
+    steps = [step for step, _ in curve(run_id, "loss")]
+    assert steps[:999] == list(range(1, 1000))
+    assert steps[-901:] == sorted({*range(10_100, 100_000, 100), 12_345, 100_000})
+    assert curve(run_id, "eval_loss") == [(12_345, 0.5)]
+    assert mlflow.get_run(run_id).data.metrics["train/train_runtime"] == 9.0
+    assert len(steps) < 3000
+    assert len(calls) < 2000
+    assert max(map(len, calls)) < 60
+    assert len(caplog.records) == 17, "the steps 501, 502, 504, 508, ..."
+    write_training_log(Path("log.csv"), entries)
+    assert pd.read_csv("log.csv")["step"].tolist() == steps
 
 
 def test_a_training_that_starts_at_step_0_is_not_tagged_as_resumed(project):

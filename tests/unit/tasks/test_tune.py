@@ -53,7 +53,8 @@ class Project:
             return json.dumps({"stages": {"reference_samples": {"outs": outs}}})
         sweep = self.experiments[name]
         beta = float(sweep["sweep.betas"])
-        trial = "-".join(sweep[f"sweep.{key}"] for key in ("losses", "betas", "learning_rates", "seeds"))
+        loss = sweep["sweep.losses"] or sweep["sweep.reference_free_losses"]
+        trial = "-".join([loss, *(sweep[f"sweep.{key}"] for key in ("betas", "learning_rates", "seeds"))])
         figures = {"kl": 1 / beta, "win_rate": 0.5 + 1 / beta / 40}
         return json.dumps({"policies": {trial: figures}, "selected": trial if beta > 0.01 else None})
 
@@ -135,7 +136,9 @@ def test_the_first_failure_ends_the_search_and_a_later_one_does_not(project, cap
 
 def test_losses_that_params_yaml_does_not_list_are_added(project):
     tune.tune("tune", 1, ["simpo"], None, None)
-    assert project.experiments["tune-0"]["+losses.simpo"] == "{}"
+    (sweep,) = project.experiments.values()
+    assert sweep["+losses.simpo"] == "{}"
+    assert (sweep["sweep.losses"], sweep["sweep.reference_free_losses"]) == ("", "simpo")
     with pytest.raises(InputError, match="--loss: dpo is not a loss; use one of sigmoid, "):
         tune.tune("tune", 1, ["dpo"], None, None)
 
