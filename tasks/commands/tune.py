@@ -166,7 +166,9 @@ def sweep_of(params: Params, trial: Trial) -> list[str]:
     """Return the changes of `params.yaml` for a sweep of one trial, as `dvc exp run -S` takes them."""
     name = trial.loss.name
     numbers = {"betas": trial.beta, "learning_rates": trial.learning_rate, "seeds": trial.seed}
-    lists = params.loss_lists([name]) | {key: [value] for key, value in numbers.items()} | {"rounds": [], "rloo": []}
+    lists = (
+        params.loss_lists([name]) | {key: [value] for key, value in numbers.items()} | {"rounds": [], "rloo": []}
+    )
     changes = [f"sweep.{key}=[{','.join(map(str, values))}]" for key, values in lists.items()]
     if name not in YAML(typ="safe", pure=True).load(Path("params.yaml"))["losses"]:
         changes.append(f"+losses.{name}={{}}")
