@@ -73,6 +73,9 @@ def tune(
     )
     FOLDER.mkdir(exist_ok=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # `run_experiment` ends DVC
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # shells ignore it in background jobs, and so would DVC
     try:
         with FileLock(FOLDER / f"{name}.lock", timeout=0):
             study = open_study(name, params, space)

@@ -205,7 +205,9 @@ def test_a_file_of_an_unknown_experiment_is_an_error(tmp_path, monkeypatch):
 
 def test_an_interruption_ends_dvc_and_its_stage(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(["sh", "-c", "sleep 60; exit 3"], start_new_session=True)
     time.sleep(0.5)
     tune._interrupt(process)
+    signal.signal(signal.SIGINT, before)
     assert process.returncode == -signal.SIGINT
