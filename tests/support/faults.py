@@ -130,7 +130,7 @@ def hashes(folder: Path, patterns: tuple[str, ...] = RESULT_FILES) -> dict[str, 
     return {
         str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest()
         for file in files
-        if file.name != "provenance.json"
+        if file.name != "provenance.json" and file.parent.name != "cost"  # times and memory
     }
 
 
