@@ -6,7 +6,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, make_dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, GetCoreSchemaHandler, GetPydanticSchema, TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
@@ -18,6 +18,7 @@ from ruamel.yaml.events import AliasEvent
 from dpo.common import functions
 from dpo.common.errors import InputError
 from dpo.common.settings import Seed, Settings
+from dpo.data.reasoning import reasoning_problems
 from dpo.data.settings import DataSettings, ValidateSettings
 from dpo.engine.settings import EngineSettings, ModelSettings
 from dpo.evaluation.settings import (
@@ -28,6 +29,7 @@ from dpo.evaluation.settings import (
     PromoteSettings,
     RewardModelSettings,
     ScorerSettings,
+    VerifierSettings,
 )
 from dpo.online.settings import OnlineSettings, RewardTrainingSettings
 from dpo.training.losses import LOSSES, Custom, Loss, Sigmoid
@@ -186,6 +188,7 @@ def load_params(path: Path = Path("params.yaml")) -> Params:
         params: Params = TypeAdapter(Params).validate_json(as_json)
     except ValidationError as error:
         raise InputError("\n".join(f"{path}: {_explain(fault)}" for fault in error.errors())) from error
+    params = _with_problems(params)
     _check_losses(path, params, values["losses"])
     if not params.evaluate.judges and "win_rate" in params.compare.select:
         raise InputError(
@@ -230,6 +233,21 @@ def _check_losses(path: Path, params: Params, listed: Collection[str]) -> None:
                 )
             if ("reference" in params.losses[name].needs) != (key == "losses"):
                 raise InputError(f"{path}: sweep.{key}: {name} {need}; move it to sweep.{other}")
+
+
+def _with_problems(params: Params) -> Params:
+    """Return the settings with the problems of reasoning-gym, if the data has them, in its verifiers."""
+    problems = reasoning_problems(params.data, params.seed)
+    if problems is None:
+        return params
+
+    def complete(judge: Any) -> Any:
+        own = isinstance(judge, VerifierSettings) and judge.answers is None and judge.problems is None
+        return replace(judge, problems=problems) if own else judge
+
+    judges = tuple(map(complete, params.evaluate.judges))
+    evaluate = replace(params.evaluate, judges=judges)
+    return replace(params, evaluate=evaluate, feedback=complete(params.feedback))
 
 
 def _check_feedback(path: Path, params: Params) -> None:

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Discriminator, Field, GetPydanticSchema, Tag
 from pydantic_core.core_schema import literal_schema, typed_dict_field, typed_dict_schema
 
-from dpo.common.settings import Positive, Rate, Settings, Share
+from dpo.common.settings import Positive, Rate, Seed, Settings, Share
 from dpo.common.settings import Several as SEVERAL
 from dpo.data.rules import RULES, Action
 
@@ -65,6 +65,30 @@ class ArithmeticSettings(Settings):
     """Operators between the numbers, drawn with equal probability."""
 
 
+DISTANCE = 2**20
+"""Distance of the seeds of two sets of reasoning problems, and the maximum number of problems of a set."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReasoningSettings(Settings):
+    """Problems of a source `reasoning_gym:NAME`."""
+
+    problems: Annotated[int, Field(ge=2, le=DISTANCE)] = 1000
+    """Number of problems. Those that occur twice are used once."""
+    difficulty: dict[str, Any] = field(default_factory=dict)
+    """Settings of the generator, as `{min_terms: 2, max_terms: 3}` of `chain_sum`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReasoningProblems(ReasoningSettings):
+    """A generator of reasoning-gym with its settings."""
+
+    generator: str
+    """Name of the generator."""
+    seed: Seed
+    """Seed of the problems."""
+
+
 def _names(value: str | tuple[str, ...] | None) -> tuple[str, ...]:
     return (value,) if isinstance(value, str) else value or ()
 
@@ -103,8 +127,8 @@ class DataSettings(Settings):
     """Where preference pairs come from and how many are used."""
 
     source: Sources
-    """`default`, `arithmetic`, a file or folder under `data/own/`, the hub id of a data set, or a list of files,
-    folders and sections `{path or id, revision, split, config, share}`."""
+    """`default`, `arithmetic`, `reasoning_gym:NAME`, a file or folder under `data/own/`, the hub id of a data set,
+    or a list of files, folders and sections `{path or id, revision, split, config, share}`."""
     revision: str | None = None
     """Commit, tag or branch of a hub id. Required for a hub id."""
     columns: dict[str, str] = field(default_factory=dict)
@@ -130,6 +154,7 @@ class DataSettings(Settings):
     min_rating_gap: Annotated[float, Field(ge=0)] = 2.0
     """Default data only: minimum difference between the mean human ratings of a pair, on a scale from -4 to 4."""
     arithmetic: ArithmeticSettings = field(default_factory=ArithmeticSettings)
+    reasoning: ReasoningSettings = field(default_factory=ReasoningSettings)
 
     @property
     def splits(self) -> tuple[str, ...]:

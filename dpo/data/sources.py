@@ -6,12 +6,14 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
+from typing import TypeGuard
 
 from dpo.common.bundled import RATINGS_SDIST, fetch
 from dpo.common.errors import InputError, TransientError
 from dpo.data.arithmetic import arithmetic_rows
 from dpo.data.human_ratings import rating_pairs, read_ratings
 from dpo.data.readers import RawRow, dataset_rows, kind_of, numbered, read_files
+from dpo.data.reasoning import PREFIX, reasoning_problems, reasoning_rows
 from dpo.data.settings import DataSettings, Source
 
 OWN_DATA = Path("data/own")
@@ -30,7 +32,7 @@ def read_source(params: DataSettings, seed: int, section: str = "data") -> Itera
     sources = params.sources
     for name in (source.path for source in sources if source.path is not None):
         _check_path(name, params, section, is_only=len(sources) == 1)
-    if len(sources) == 1 and sources[0].path in BUILT_IN:
+    if len(sources) == 1 and is_built_in(sources[0].path):
         return _sampled(_built_in(sources[0].path, params, seed), sources[0], seed)
     parts = [_sampled(_read(source, params, section), source, seed) for source in sources]
     if len(parts) == 1:
@@ -41,10 +43,15 @@ def read_source(params: DataSettings, seed: int, section: str = "data") -> Itera
     return chain.from_iterable(named)
 
 
+def is_built_in(name: str | None) -> TypeGuard[str]:
+    """Return whether a source is made by this project or by a generator of reasoning-gym."""
+    return name is not None and (name in BUILT_IN or name.startswith(PREFIX))
+
+
 def _check_path(name: str, params: DataSettings, section: str, *, is_only: bool) -> None:
     """Raise InputError if a source that is not marked as a hub id is not a readable place."""
-    is_local = name not in BUILT_IN and (Path(name).exists() or kind_of(Path(name)) is not None)
-    if params.revision is not None and (is_local or name in BUILT_IN):
+    is_local = not is_built_in(name) and (Path(name).exists() or kind_of(Path(name)) is not None)
+    if params.revision is not None and (is_local or is_built_in(name)):
         raise InputError(f"params.yaml: {section}.revision has no effect without a hub id; set it to null")
     if is_local:
         path = Path(name).absolute()
@@ -58,7 +65,7 @@ def _check_path(name: str, params: DataSettings, section: str, *, is_only: bool)
             f"params.yaml: {section}.source: '{name}' is not a file; texts of a list may contain files and "
             f"folders only; write a hub data set as {{id: {name}, revision: COMMIT}}"
         )
-    elif name not in BUILT_IN and params.revision is None:
+    elif not is_built_in(name) and params.revision is None:
         raise InputError(
             f"params.yaml: {section}.source: '{name}' is not `default`, `arithmetic`, a file or a folder, so it "
             f"is read as a hub id, which needs {section}.revision to be reproducible; correct the path, or "
@@ -121,6 +128,8 @@ def _is_connection_error(error: BaseException) -> bool:
 def _built_in(name: str, params: DataSettings, seed: int) -> Iterator[RawRow]:
     if name == "arithmetic":
         return numbered(arithmetic_rows(params.arithmetic, params.eval_fraction, seed), name)
+    if problems := reasoning_problems(params, seed):
+        return numbered(reasoning_rows(problems, params.eval_fraction, "data.source"), name)
     with tempfile.TemporaryDirectory() as folder:
         domains = read_ratings(fetch(RATINGS_SDIST, Path(folder), source=True))
     table = rating_pairs(

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from dpo.common.settings import Positive, Rate, Settings, Share, one_error
+from dpo.data.settings import ReasoningProblems
 
 
 class _NamedJudge(Settings):
@@ -66,6 +67,8 @@ class VerifierSettings(Settings):
     answers: str | None = None
     """Table under `data/own/` with the columns `prompt` and `answer`, as .parquet or .jsonl. Null computes the
     answer from the prompt of `data.source: arithmetic`."""
+    problems: ReasoningProblems | None = None
+    """Problems of reasoning-gym whose generator scores the answers. `data.source: reasoning_gym:NAME` sets it."""
 
     @property
     def name(self) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 from dpo import planner
 from dpo.common.errors import InputError
 from dpo.config import Params, load_params
+from dpo.data.reasoning import reasoning_problems
 from dpo.planner import LLAMAS, Pair, Setup, Shape, Sharding
 from dpo.training.settings import LoraSettings
 from tasks.common.memory import (
@@ -73,6 +74,8 @@ def count_pairs(params: Params) -> int | None:
     sources = params.data.sources
     if [source.path for source in sources] == ["arithmetic"]:
         return params.data.arithmetic.problems
+    if problems := reasoning_problems(params.data, params.seed):
+        return problems.problems
     if all(source.path not in (None, "default") for source in sources):
         from dpo.data.readers import read_files
 

@@ -14,6 +14,7 @@ STAGES = YAML(typ="safe").load(ROOT / "dvc.yaml")["stages"]
 NO_DEPS = {
     "dpo/config.py": "it only reads params.yaml, which DVC tracks by key",
     "dpo/planner.py": "a stage that does not fit stops; the plan does not change a result",
+    "dpo/data/reasoning.py": "settings read its problems; stages that score with it declare it",
     "dpo/data/rules.py": "names and actions of the rules, for the settings of the validation",
     "dpo/data/settings.py": "types of settings; stages that use the data depend on the whole of dpo/data",
     "dpo/evaluation/settings.py": "types of settings; stages that evaluate depend on the whole of dpo/evaluation",

@@ -1,5 +1,9 @@
-"""A judge that checks answers: a response is right if its last line is exactly `Answer: ` and the answer."""
+"""A judge that checks answers: a response is right if its last line is exactly `Answer: ` and the answer.
 
+With a generator of reasoning-gym, it is right if the generator scores what follows the last `Answer: ` exactly 1.
+"""
+
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +13,7 @@ from numpy.typing import ArrayLike
 
 from dpo.common.errors import InputError
 from dpo.data.arithmetic import is_right, read_problem, work, work_is_right
+from dpo.data.reasoning import Generator, stated_answer
 from dpo.engine.chat import Prompt, turns_of
 from dpo.evaluation.settings import VerifierSettings
 
@@ -21,6 +26,7 @@ class Verifier:
     def __init__(self, settings: VerifierSettings, key: str) -> None:
         self.name = settings.name
         self.where = f"params.yaml: {key}"
+        self.problems = settings.problems
         self.answers = None if settings.answers is None else _read_answers(settings.answers, self.where)
 
     def score(self, prompts: list[Prompt], responses: list[str]) -> list[float]:
@@ -30,6 +36,8 @@ class Verifier:
             InputError: the answer to a prompt is unknown.
         """
         pairs = zip(prompts, responses, strict=True)
+        if self.problems is not None:
+            return [float(self._solves(prompt, response)) for prompt, response in pairs]
         return [float(is_right(self._answer(prompt), response)) for prompt, response in pairs]
 
     def compare(
@@ -52,6 +60,21 @@ class Verifier:
         return pd.DataFrame(
             {"win": win, "score": scores, "other_score": np.asarray(other_scores), "right_work": right_work}
         )
+
+    @functools.cached_property
+    def _generator(self) -> Generator:
+        assert self.problems is not None
+        return Generator(self.problems, self.where.removeprefix("params.yaml: "))
+
+    def _solves(self, prompt: Prompt, response: str) -> bool:
+        """Return whether the generator of the problem scores the stated answer exactly 1."""
+        text, answer = _text(prompt), stated_answer(response)
+        if text not in self._generator.entries:
+            raise InputError(
+                f"{self.where}: no problem with the prompt {text[:80]!r}; leave `problems` out, so that they are "
+                "those of data.source"
+            )
+        return answer is not None and self._generator.is_right(answer, self._generator.entries[text])
 
     def _answer(self, prompt: Prompt) -> str:
         text = _text(prompt)
