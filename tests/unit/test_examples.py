@@ -11,6 +11,8 @@ from tasks.commands.cli import app
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 FILES = sorted(EXAMPLES.glob("*.yaml"))
+FULL = ("full-1b-24gb", "arithmetic", "arithmetic-methods")
+"""Examples that train all weights."""
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
@@ -19,7 +21,7 @@ def test_an_example_is_a_whole_parameter_file(path):
     assert path.read_text().startswith("# ")
     assert params.trials()
     is_adapter = params.model.adapter == "continue"
-    assert (params.dpo.lora is None) == (is_adapter or path.stem in ("full-1b-24gb", "arithmetic"))
+    assert (params.dpo.lora is None) == (is_adapter or path.stem in FULL)
 
 
 @pytest.mark.parametrize(
@@ -51,5 +53,7 @@ def test_the_examples_cover_the_cases_of_their_list():
     assert by_name["full-1b-24gb"].dpo.optimizer == "adamw_8bit"
     assert by_name["separate-sft-data"].demonstrations.origin == "data/own/demonstrations.jsonl"
     assert [judge.kind for judge in by_name["arithmetic"].evaluate.judges] == ["verifier"]
+    methods = [(trial.method, trial.rounds) for trial in by_name["arithmetic-methods"].trials()]
+    assert methods == [(None, None), ("online", 1), ("online", 4), ("rloo", 4)]
     assert [trial.loss.name for trial in by_name["thumbs"].trials()] == ["kto", "kto"]
     assert by_name["continued-adapter"].model.adapter == "continue"
