@@ -17,7 +17,7 @@ from dpo.engine.pretrained import load_tokenizer
 from dpo.engine.reference_cache import cache_key, load_reference
 from dpo.engine.token_table import open_table
 from dpo.engine.tokenization import prompt_ids
-from dpo.evaluation.judges import Judge, load_judges
+from dpo.evaluation.judges import Judge, against_base, load_judges
 from dpo.evaluation.kl import divergence
 from dpo.evaluation.label_metrics import label_metrics, label_table
 from dpo.evaluation.pair_metrics import pair_table, preference_metrics
@@ -131,14 +131,22 @@ def sample_responses(
 def compare_responses(
     judges: Sequence[Judge], prompts: list[Prompt], samples: pd.DataFrame, reference: pd.DataFrame
 ) -> pd.DataFrame:
-    """Add the reference's responses and each judge's columns; those of further judges end in `/NAME`."""
+    """Add the responses of the reference and of the base model, and each judge's columns.
+
+    Columns of further judges end in `/NAME`. `base_win` is against the base model, if it was sampled.
+    """
     columns = reference[["prompt", "response", "ids", "finished"]].add_prefix("reference_")
     samples = columns.rename(columns={"reference_prompt": "prompt"}).join(samples)
+    samples = samples.join(reference.filter(["base_response"]))
     responses, others = samples["response"].tolist(), samples["reference_response"].tolist()
     for number, judge in enumerate(judges):
         verdicts = judge.compare(prompts, responses, others, reference.get(f"score/{judge.name}"))
         verdicts = verdicts.rename(columns={"other_score": "reference_score"})
-        samples = samples.join(verdicts.add_suffix(f"/{judge.name}" if number else ""))
+        suffix = f"/{judge.name}" if number else ""
+        samples = samples.join(verdicts.add_suffix(suffix))
+        if "base_response" in reference:
+            wins = against_base(judge, prompts, samples, samples.get(f"score{suffix}"), reference)
+            samples[f"base_win{suffix}"] = wins
     return samples
 
 

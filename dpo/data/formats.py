@@ -256,7 +256,7 @@ def _pair(prompt: list[Turn], chosen: list[Turn], rejected: list[Turn], reading:
     kept = {
         f"{name}_turns": None if _is_text(tail) else tail for name, tail in zip(COMPLETIONS, tails, strict=True)
     }
-    return {**_prompt_fields(before, reading.is_transcript), **dict(texts), **kept}
+    return {**prompt_fields(before, reading.is_transcript), **dict(texts), **kept}
 
 
 def _single(example: Example, reading: Reading, side: str) -> Pair:
@@ -281,7 +281,7 @@ def _single(example: Example, reading: Reading, side: str) -> Pair:
         tail = [{**turn, "content": turn["content"].strip()} for turn in tail]
     (tail,) = _without_prompt(turns[:start], [tail], reading.notes)
     return {
-        **_prompt_fields(turns[:start], reading.is_transcript),
+        **prompt_fields(turns[:start], reading.is_transcript),
         **dict.fromkeys((*COMPLETIONS, *(f"{name}_turns" for name in COMPLETIONS))),
         side: "\n\n".join(map(content_text, tail)),
         f"{side}_turns": None if _is_text(tail) else tail,
@@ -324,7 +324,7 @@ def _is_text(tail: list[Turn]) -> bool:
     return len(tail) == 1 and tail[0].keys() == {"role", "content"}
 
 
-def _prompt_fields(turns: list[Turn], is_transcript: bool) -> Pair:
+def prompt_fields(turns: list[Turn], is_transcript: bool) -> Pair:
     """Return the prompt fields for the turns before the answer. A single user turn is a plain prompt."""
     roles = [turn["role"] for turn in turns]
     if not turns or roles[-1] not in ("user", "tool") or "user" not in roles or "system" in roles[1:]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import pandas as pd
+from numpy.typing import ArrayLike
 from scipy.special import expit
 
 from dpo.common.errors import InputError
@@ -122,6 +123,13 @@ def preference_metrics(
         **_human_agreement(table),
     }
     return {"pairs": len(table), **bootstrap(statistics, table["prompt"].tolist(), seed)}
+
+
+def perplexity(
+    name: str, logps: ArrayLike, tokens: ArrayLike, prompts: Sequence[str], seed: int
+) -> dict[str, float | list[float]]:
+    """Return the perplexity per token of N completions as `name` with its 95% interval, resampled by prompt."""
+    return bootstrap({name: _exp(ratio(-np.asarray(logps, float), tokens))}, prompts, seed)
 
 
 def _exp(statistic: Statistic) -> Statistic:

@@ -39,6 +39,7 @@ def response_metrics(table: pd.DataFrame, seed: int) -> dict[str, float | list[f
       0.5; with scores `reward` and `reference_reward`, their means. `failed_verdicts` counts the responses whose
       `win` is NaN, which are left out. Each further judge adds `win_rate/NAME`, `failed_verdicts/NAME` and
       `same_verdict/NAME`, the share of responses on which it and the first judge prefer the same side.
+      `base_win_rate`, and with further judges `base_win_rate/NAME`: mean of `base_win`, against the base model.
     - With a verifier: see `dpo.evaluation.verifier_metrics.verifier_statistics`.
 
     - `samples`, the number of responses. A ratio with denominator 0 is left out.
@@ -89,6 +90,9 @@ def response_metrics(table: pd.DataFrame, seed: int) -> dict[str, float | list[f
             statistics[f"same_verdict{judge}"] = ratio(judged & same, judged)
     for column in map(str, table.filter(regex="^right_work(/|$)")):
         statistics |= verifier_statistics(table, column.removeprefix("right_work"))
+    for column, wins in table.filter(regex="^base_win(/|$)").items():
+        judge = str(column).removeprefix("base_win")
+        statistics[f"base_win_rate{judge}"] = ratio(wins.fillna(0), wins.notna())
     if "win" in table:
         statistics |= _judge_statistics(table, tokens - reference_tokens)
     return counts | bootstrap(statistics, table["prompt"].tolist(), seed)

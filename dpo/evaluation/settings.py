@@ -148,6 +148,12 @@ class EvaluateSettings(Settings):
     kl_samples: Positive | None = 96
     """Number of these responses on which KL, entropy and implicit reward are measured, with the same share of each
     prompt. Null: all. Win rates need many responses, KL needs few."""
+    prompts: str | None = None
+    """File of prompts under `data/own/` to respond to; null: those of the held-out pairs. Accuracy and margins are
+    measured on held-out pairs in both cases."""
+    base_model: bool = True
+    """Also compare with the base model, if supervised fine-tuning made another reference of it. False saves the
+    time to sample its responses, and the cost of paid judges."""
     max_new_tokens: Annotated[Positive | Literal["auto"], one_error("must be auto or an integer above 0")]
     """Maximum number of tokens of a response. `auto` is the 95% quantile of the held-out completions, but at most
     three quarters of `engine.max_length`."""

@@ -7,9 +7,6 @@ from typing import Any
 from dpo.common.errors import InputError
 from dpo.common.files import atomic_write
 
-METADATA = ("id", "split", "source")
-"""Fields of a prompt that are copied and that the model does not read."""
-
 
 def sample(
     prompts: Path, output: Path, checkpoint: Path | None, *, responses: int, max_new_tokens: int, seed: int
@@ -26,6 +23,8 @@ def sample(
         raise InputError(f"{output}: the file exists; move it, or choose another --output")
     if checkpoint is not None and not any(checkpoint.glob("*.safetensors")):
         raise InputError(f"{checkpoint}: no checkpoint; run `dvc repro` or `dvc pull` to get this project's")
+    from dpo.data.prompts import read_prompts
+
     rows = read_prompts(prompts)
     from dpo.config import load_params  # after the checks: torch and transformers start slowly
     from dpo.engine.chat import Conversation
@@ -67,39 +66,6 @@ def sample(
         f"{output}: {len(lines)} of {len(rows)} prompts have two or more different responses; {truncated} of "
         f"{len(table)} responses were truncated and left out. Replace the nulls in `ranks`; 1 is the best."
     )
-
-
-def read_prompts(path: Path) -> list[dict[str, Any]]:
-    """Return the prompts of a file: `fields` of the row, `turns`, `tools`, `variables`, and `where` it is.
-
-    Raises:
-        InputError: a row is not a prompt, has another field, or ends with the assistant's turn.
-    """
-    from dpo.data.readers import read_files
-    from dpo.data.reading import TOOLS, VARIABLES, Reading, read_template_kwargs, read_tools
-    from dpo.data.turns import ROLES, Fields, RowError
-
-    rows = []
-    for raw in read_files([str(path)]):
-        where = f"{raw.file}, line {raw.line}"
-        if raw.row is None:
-            raise InputError(f"{where}: {raw.violation[1] if raw.violation else 'unreadable'}; correct the row")
-        reading = Reading(Fields(raw.row), ROLES)
-        try:
-            turns = reading.prompt()
-            tools = read_tools(reading.fields.get(*TOOLS))
-            variables = read_template_kwargs(reading.fields.get(*VARIABLES))
-        except RowError as error:
-            raise InputError(f"{where}: {error}; correct the row") from error
-        others = sorted({*reading.fields.unread_names(), *reading.unread} - {*METADATA})
-        if others:
-            raise InputError(f"{where}: field '{others[0]}' is not a part of a prompt; remove it")
-        if turns[-1]["role"] == "assistant":
-            raise InputError(f"{where}: the prompt ends with the assistant's turn; remove that turn")
-        rows.append({"fields": raw.row, "turns": turns, "tools": tools, "variables": variables, "where": where})
-    if not rows:
-        raise InputError(f"{path}: no prompts; add one row per prompt")
-    return rows
 
 
 def _is_text(row: dict[str, Any]) -> bool:

@@ -19,10 +19,13 @@ METRICS = {
     "reward_accuracy": "reward accuracy on held-out pairs",
     "margin": "margin on held-out pairs",
     "win_rate": "win rate against the reference",
+    "base_win_rate": "win rate against the base model",
     "judge_accuracy": "accuracy of the judge on held-out pairs",
     "length_controlled_win_rate": "length-controlled win rate",
     "kl": "KL to the reference, nats per response",
     "perplexity_ratio": "perplexity of held-out completions, relative to the reference",
+    "perplexity": "perplexity of held-out completions",
+    "base_perplexity": "perplexity of held-out completions, base model",
     "length_ratio": "tokens per response, relative to the reference",
 }
 

@@ -84,15 +84,34 @@ def metric_titles(params: Params, policies: dict[str, dict[str, Any]]) -> dict[s
     """Return the titles of the columns of the main table, by metric; those that no policy has are left out."""
     judges = [judge.name for judge in params.evaluate.judges]
     titles = {
-        "win_rate": "win rate",
+        "win_rate": "win rate against the reference",
         **{f"win_rate/{judge}": f"win rate by {judge}" for judge in judges[1:]},
+        "base_win_rate": "win rate against the base model",
         "length_controlled_win_rate": "length-controlled win rate",
         "judged_gain": "judged gain",
         "kl": "KL, nats per response",
         "reward_accuracy": "reward accuracy",
         "margin": "margin, nats",
+        "perplexity": "perplexity of held-out completions",
     }
     return {name: title for name, title in titles.items() if any(name in row for row in policies.values())}
+
+
+def compared_with(first: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the rows of the main table for the reference and the base model, from the metrics of any policy."""
+    rows: dict[str, dict[str, Any]] = {"reference": _renamed(first, "reference_perplexity", "perplexity")}
+    rows["reference"] |= _renamed(first, "reference_base_win_rate", "base_win_rate")
+    if "base_perplexity" in first:
+        rows["base model"] = _renamed(first, "base_perplexity", "perplexity")
+    if "reference_base_win_rate" in first:
+        low, high = first["reference_base_win_rate_ci"]
+        won = {"win_rate": 1 - first["reference_base_win_rate"], "win_rate_ci": [1 - high, 1 - low]}
+        rows["base model"] |= won
+    return rows
+
+
+def _renamed(row: dict[str, Any], name: str, new: str) -> dict[str, Any]:
+    return {new: row[name], f"{new}_ci": row[f"{name}_ci"]} if name in row else {}
 
 
 def write_report(params: Params, results: Results, figures: list[go.Figure]) -> None:
@@ -119,6 +138,7 @@ def write_report(params: Params, results: Results, figures: list[go.Figure]) -> 
             name: kl_at(row.get("reward"), results.yardsticks) for name, row in results.policies.items()
         },
         titles=metric_titles(params, results.policies),
+        others=compared_with(next(iter(results.policies.values()))),
         verified=verified_metrics(results.policies),
         colours={trace.name: trace.marker.color for trace in figures[0].data if trace.name in names},
         pages=run_pages(params, checkpoints),

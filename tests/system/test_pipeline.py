@@ -12,7 +12,10 @@ from pathlib import Path
 import mlflow
 import pandas as pd
 import pytest
+import torch
+from datasets import Dataset
 from huggingface_hub import ModelCard
+from transformers import AutoModelForCausalLM
 
 from tests.support.project import ENV, ROOT, TRIAL, change, execute, make_project
 
@@ -81,6 +84,57 @@ def test_report_and_results_table_show_metrics_and_selection(project):
     assert "reward accuracy" in table
     assert f"{TRIAL} has the highest win rate" in " ".join(table.split())
     assert "make mlflow" in table
+
+
+def test_the_base_model_is_sampled_once_and_compared_with_reference_and_policy(project):
+    reference = pd.read_parquet(project / "samples/reference.parquet")
+    samples = pd.read_parquet(project / f"samples/{TRIAL}.parquet")
+    metrics = json.loads((project / f"metrics/evaluate/{TRIAL}.json").read_text())
+    assert samples["base_response"].tolist() == reference["base_response"].tolist()
+    assert (reference["base_response"] != reference["response"]).any()
+    base_score = reference["base_score/vader_compound"]
+    for side, scores in (("", samples["score"]), ("reference_", samples["reference_score"])):
+        wins = (scores > base_score) + 0.5 * (scores == base_score)
+        assert metrics[f"{side}base_win_rate"] == pytest.approx(wins.mean())
+        low, high = metrics[f"{side}base_win_rate_ci"]
+        assert low <= wins.mean() <= high
+    tokens = [row for row in Dataset.from_file(str(project / "tokens/eval/table.arrow"))]
+    model = AutoModelForCausalLM.from_pretrained(project / "models/base", dtype=torch.float64)
+    total = count = 0
+    for row in tokens:
+        for completion in row["completions"]:
+            ids = torch.tensor([[*row["prompt"], *completion]])
+            with torch.no_grad():
+                logps = model(ids).logits.log_softmax(-1)[0, len(row["prompt"]) - 1 : -1]
+            total += logps.gather(1, torch.tensor(completion)[:, None]).sum().item()
+            count += len(completion)
+    assert metrics["base_perplexity"] == pytest.approx(math.exp(-total / count), rel=1e-4)
+    page = (project / "reports/index.html").read_text()
+    assert '<td class="name">base model</td>' in page
+    assert "win rate against the base model" in (project / f"models/{TRIAL}.md").read_text()
+
+
+@pytest.mark.slow
+def test_prompts_of_a_file_replace_the_held_out_prompts_and_sft_null_has_no_base_row(project, tmp_path):
+    copy = shutil.copytree(project, tmp_path / "copy", symlinks=True)
+    prompts = [{"prompt": f"What about play {number}?"} for number in range(5)]
+    prompts.append({"prompt": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]})
+    (copy / "data/own/prompts.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in prompts))
+    assert "ingest" in execute(copy, "dvc", "status"), "files in data/own are inputs of the stages"
+    change(copy, {"evaluate.prompts": "data/own/prompts.jsonl", "sft": None, "evaluate.samples": 12})
+    for stage in (["tasks.reference_samples"], ["tasks.evaluate", TRIAL], ["tasks.compare"]):
+        execute(copy, sys.executable, "-m", *stage)
+    samples = pd.read_parquet(copy / "samples/reference.parquet")
+    assert samples["prompt"].nunique() == 6
+    assert set(samples["source"]) == {"prompts.jsonl"}
+    assert not [name for name in samples if name.startswith("base_")]
+    metrics = json.loads((copy / f"metrics/evaluate/{TRIAL}.json").read_text())
+    assert (metrics["pairs"], metrics["samples"]) == (16, 12)
+    assert not [name for name in metrics if "base_" in name]
+    page = (copy / "reports/index.html").read_text()
+    assert "base model</td>" not in page
+    assert "12 prompts, drawn from <code>data/own/prompts.jsonl</code>" in page
+    assert '<span class="label">system</span>Be brief.' in page, "turns are shown as turns"
 
 
 def test_samples_and_margins_agree_with_the_metrics(project):

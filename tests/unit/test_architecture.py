@@ -153,7 +153,7 @@ MAY_IMPORT = {
     "tasks.tokens": MODEL | {"datasets"},
     "tasks.sft": MODEL | {"mlflow", "datasets"},
     "tasks.reference_logprobs": MODEL | {"datasets"},
-    "tasks.reference_samples": MODEL,
+    "tasks.reference_samples": MODEL | {"datasets"},
     "tasks.train": MODEL | {"mlflow", "datasets"},
     "tasks.online": MODEL | {"mlflow", "datasets"},
     "tasks.reward_model": MODEL | {"datasets"},

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Protocol
 
+import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
 
@@ -45,6 +46,25 @@ def load_judges(settings: Sequence[JudgeSettings]) -> list[Judge]:
             hub id with a revision, a URL is invalid, or a table of answers cannot be read.
     """
     return [load_judge(each, f"evaluate.judges.{number}") for number, each in enumerate(settings)]
+
+
+def against_base(
+    judge: Judge, prompts: list[Prompt], responses: pd.DataFrame, scores: pd.Series | None, base: pd.DataFrame
+) -> pd.Series:
+    """Return the win of each response over the base model's, from 0 to 1, or NaN without a verdict.
+
+    Scores are compared if both sides have them, so that no response is scored twice.
+
+    Args:
+        judge: the judge.
+        prompts: N prompts.
+        responses: N rows with the column `response`.
+        scores: the judge's scores of these responses, None if it only compares.
+        base: N rows with the column `base_response` and, if the judge scores, `base_score/NAME`.
+    """
+    if scores is not None:
+        return scores.sub(base[f"base_score/{judge.name}"]).map(np.sign).add(1).div(2)
+    return judge.compare(prompts, responses["response"].tolist(), base["base_response"].tolist())["win"]
 
 
 def load_judge(settings: JudgeSettings, key: str) -> Judge:
