@@ -22,6 +22,7 @@ from dpo.data.reasoning import reasoning_problems
 from dpo.data.settings import DataSettings, ValidateSettings
 from dpo.engine.settings import EngineSettings, ModelSettings
 from dpo.evaluation.settings import (
+    CapabilitiesSettings,
     CompareSettings,
     EvaluateSettings,
     FeedbackSettings,
@@ -99,6 +100,7 @@ class Params(Settings):
     are empty. A judge that trains may not evaluate."""
     online: OnlineSettings = field(default_factory=OnlineSettings)
     reward_model: RewardTrainingSettings = field(default_factory=RewardTrainingSettings)
+    capabilities: CapabilitiesSettings = field(default_factory=CapabilitiesSettings)
     promote: PromoteSettings = field(default_factory=PromoteSettings)
     run: RunSettings = field(default_factory=RunSettings)
 

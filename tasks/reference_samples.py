@@ -32,8 +32,8 @@ def main() -> None:
     """Draw prompts, sample a response to each, and add the column `score/NAME` of each judge that scores.
 
     The first `evaluate.kl_samples` rows, on which KL is measured, have the same share of each prompt as all rows.
-    If supervised fine-tuning made the reference, the columns `base_*` have the base model's responses to the same
-    prompts. The table's `attrs` have the accuracy of the judges on held-out pairs, the base model's perplexity,
+    If supervised fine-tuning made the reference, the columns `base_*` of these rows have the base model's
+    responses. The table's `attrs` have the accuracy of the judges on held-out pairs, the base model's perplexity,
     and the reference's win rate against it.
     """
     params = load_params()
@@ -55,15 +55,17 @@ def main() -> None:
     table = table.join(sample_responses(params, REFERENCE, tokenizer, prompts, limit))
     base: dict[str, Any] = {}
     if params.sft is not None and params.evaluate.base_model:
-        table = table.join(sample_responses(params, BASE, tokenizer, prompts, limit).add_prefix("base_"))
+        first = prompts[: params.evaluate.kl_samples]
+        table = table.join(sample_responses(params, BASE, tokenizer, first, limit).add_prefix("base_"))
         base = base_perplexity(params, pairs, tokenizer)
     if not this_process().is_main_process:
         return
     for judge in judges:
         for side in ("", "base_") if base else ("",):
-            scores = judge.score(prompts, table[f"{side}response"].tolist())
+            texts = table[f"{side}response"].dropna()
+            scores = judge.score([prompts[row] for row in texts.index], texts.tolist())
             if scores is not None:
-                table[f"{side}score/{judge.name}"] = scores
+                table[f"{side}score/{judge.name}"] = pd.Series(scores, texts.index)
     if base and judges:
         base |= reference_against_base(judges[0], prompts, table, params.seed)
     table.attrs |= base | judge_accuracy(judges, pairs, tokenizer, count, params.seed)

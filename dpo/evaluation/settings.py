@@ -166,6 +166,24 @@ class EvaluateSettings(Settings):
     each further one is reported as `win_rate/NAME`. An empty list leaves the win rate out."""
 
 
+def _one_file_per_task(tasks: tuple[str, ...]) -> tuple[str, ...]:
+    for task in tasks:
+        if not re.fullmatch(r"[\w.-]+", task) or tasks.count(task) > 1:
+            raise ValueError(f"names of tasks must differ and have no '/' and no space: {task!r}")
+    return tasks
+
+
+@dataclass(frozen=True, kw_only=True)
+class CapabilitiesSettings(Settings):
+    """Benchmark tasks of lm_eval on the selected policy, the reference and the base model."""
+
+    tasks: Annotated[tuple[str, ...], Field(strict=False), AfterValidator(_one_file_per_task)] = ()
+    """Names of tasks of lm_eval, or of YAML tasks in `data/own/capabilities/`. The first metric of a task with one
+    number per example counts. An empty list removes the stage."""
+    examples: Positive | None = None
+    """Number of examples of each task, or of each part of a group; null: all."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class GuardrailSettings(Settings):
     """Limits of metrics. A policy beyond a limit is not selected."""
@@ -193,6 +211,8 @@ class GuardrailSettings(Settings):
     win rate of at most 0.57."""
     max_unchanged: Share = 0.95
     """Share of responses that equal the reference's response to the same prompt."""
+    max_capability_drop: Rate = 0.05
+    """Fall of the metric of a task of `capabilities` below the reference's. A policy beyond it is not promoted."""
     min_judged_gain: float = 0.0
     """Judged gain over the reference. An interval entirely below it while the margin is positive is
     over-optimisation."""

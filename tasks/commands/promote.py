@@ -30,6 +30,7 @@ from dpo.engine.logprobs import LogProbModel, load_model, sequence_logps
 from dpo.engine.pretrained import load_tokenizer
 from dpo.engine.tokenization import encode_pairs
 from dpo.evaluation.bootstrap import bootstrap, mean, paired_test
+from dpo.evaluation.capabilities import drop
 from dpo.evaluation.gate import gate_prompts, kept_for_gate, prompts_needed, significance_level
 from dpo.evaluation.judges import load_judges
 from dpo.evaluation.label_metrics import label_table
@@ -137,7 +138,8 @@ def promote() -> None:
     figure, wins = compete(params, trial, champion, contest)
     against = f"the champion, version {champion.version}" if champion else "the reference"
     evidence = weigh(figure, against, contest.rows["prompt"].tolist(), wins, params.seed, comparison, level)
-    verdict = decide(trial.name, compared["policies"][trial.name]["failure_modes"], evidence, contest.note)
+    violated = [*compared["policies"][trial.name]["failure_modes"], *lost_capabilities(params, trial)]
+    verdict = decide(trial.name, violated, evidence, contest.note)
     if verdict.promoted:
         champions.log_prompts(run_id)
         pairs = str(pq.read_metadata(paths.TRAIN).num_rows)
@@ -196,6 +198,19 @@ def selected_trial(params: Params, compared: dict[str, Any]) -> Trial:
     if trial is None or weights(paths.policy_folder(trial))[:16] != compared["policies"][name]["weights"]:
         raise InputError(f"{paths.COMPARISON}: {name} has changed since the comparison; run `dvc repro`")
     return trial
+
+
+def lost_capabilities(params: Params, trial: Trial) -> list[str]:
+    """Return the tasks of `capabilities` in which the policy is worse than the reference, beyond the limit."""
+    lost, limit = [], params.compare.guardrails.max_capability_drop
+    for task in params.capabilities.tasks:
+        path = paths.capability(task)
+        result = json.loads(path.read_text()) if path.is_file() else {}
+        if result.get("policy") != trial.name:
+            raise InputError(f"{path}: no result of {trial.name}; run `dvc repro`")
+        if (fall := drop(result, "reference")) > limit:
+            lost.append(f"lost capability: {task} fell by {fall:.3g}, limit {limit:.3g}")
+    return lost
 
 
 def contest_rows(params: Params, trial: Trial, champion: ModelVersion | None, comparison: int) -> Contest:

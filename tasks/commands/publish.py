@@ -7,6 +7,7 @@ from dpo.common.errors import InputError
 from dpo.common.files import atomic_write
 from dpo.config import load_params
 from tasks.commands.lineage import of_folder
+from tasks.commands.results import capability_lines
 from tasks.common.paths import model_card, policy_folder
 
 PUBLISHED = Path("published")
@@ -35,7 +36,10 @@ def publish(name: str, repo: str, *, private: bool, dry_run: bool) -> None:
         )
     with atomic_write(folder) as tmp:
         shutil.copytree(checkpoint, tmp, dirs_exist_ok=True)
-        (tmp / "README.md").write_text(card.read_text().replace(f'"{checkpoint}"', f'"{repo}"'))
+        text = card.read_text().replace(f'"{checkpoint}"', f'"{repo}"')
+        if lines := capability_lines(name):
+            text += "\n## Capabilities\n\n" + "".join(f"- {line}\n" for line in lines)
+        (tmp / "README.md").write_text(text)
     size = sum(file.stat().st_size for file in folder.iterdir())
     print("\n".join(f"{file.stat().st_size:>14,}  {file.name}" for file in sorted(folder.iterdir())))
     if dry_run:

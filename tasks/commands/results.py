@@ -5,7 +5,7 @@ import textwrap
 from typing import Any
 
 from dpo.common.errors import InputError
-from tasks.common.paths import COMPARISON, METRICS
+from tasks.common.paths import CAPABILITIES, COMPARISON, METRICS
 
 COLUMNS = {"reward_accuracy": "reward accuracy", "margin": "margin", "kl": "KL (nats)", "win_rate": "win rate"}
 
@@ -38,9 +38,22 @@ def show() -> None:
         shown = _with_interval(accuracy, "judge_accuracy")
         print(f"accuracy of reward model {path.stem} on {accuracy['judge_pairs']} held-out pairs: {shown}")
     print("\n" + textwrap.fill(comparison["reason"], 115))
+    for line in capability_lines(comparison["selected"]):
+        print(line)
     print("\nmake mlflow     experiments and sweeps, http://127.0.0.1:5000/#/experiments/1/runs")
     print("make prefect    flows and schedules, http://127.0.0.1:4200")
     print("make report     the comparison, reports/index.html")
+
+
+def capability_lines(policy: str | None) -> list[str]:
+    """Return a line for each task of `capabilities` with the metric of the policy and of the other models."""
+    lines = []
+    for path in sorted(CAPABILITIES.glob("*.json")):
+        result = json.loads(path.read_text())
+        if policy is not None and result["policy"] == policy:
+            values = ", ".join(f"{name} {_with_interval(row, 'value')}" for name, row in result["models"].items())
+            lines.append(f"{result['task']}, {result['metric']} on {result['examples']} examples: {values}")
+    return lines
 
 
 def _cost(cost: dict[str, Any]) -> list[str]:

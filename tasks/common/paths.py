@@ -38,6 +38,7 @@ REFERENCE_PROGRESS = Path(".reference-progress")
 TRAINING_PROGRESS = Path(".training-progress")
 REFERENCE_SAMPLES = Path("samples/reference.parquet")
 METRICS = Path("metrics")
+CAPABILITIES = METRICS / "capabilities"
 COMPARISON = METRICS / "comparison.json"
 SUMMARY = METRICS / "summary.json"
 """The only file that DVC shows as metrics: the choice, and the main figures of the selected policy."""
@@ -100,6 +101,11 @@ def reward_metrics(seed: int) -> Path:
 def evaluation(trial: Trial) -> Path:
     """Return the path of a trial's held-out metrics."""
     return METRICS / "evaluate" / f"{trial.name}.json"
+
+
+def capability(task: str) -> Path:
+    """Return the path of the results of a benchmark task."""
+    return CAPABILITIES / f"{task}.json"
 
 
 def policy_samples(trial: Trial) -> Path:

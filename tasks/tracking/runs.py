@@ -178,6 +178,14 @@ def training_times(folders: list[Path]) -> dict[str, str]:
     return {str(folder): f"{seconds:.0f} s" for folder, seconds in times.items() if seconds is not None}
 
 
+def log_capability(params: Params, result: dict[str, Any]) -> None:
+    """Add the results of a benchmark task to the sweep's parent run."""
+    offline.connect_or_offline()
+    run = RunLogger(sweep_run(params))
+    figures = {group: result[group] for group in ("models", "differences")}
+    run.log_metrics(metric_points(_numbers(figures, f"capabilities/{result['task']}")))
+
+
 def run_pages(params: Params, folders: list[Path]) -> dict[str, str]:
     """Return the page in MLflow's UI of the run that made each checkpoint, and of the sweep as `sweep`.
 

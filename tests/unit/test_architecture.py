@@ -160,6 +160,7 @@ MAY_IMPORT = {
     "tasks.rloo": MODEL | {"mlflow", "datasets"},
     "tasks.evaluate": MODEL | {"datasets"},
     "tasks.compare": {"scipy", "plotly"},
+    "tasks.capabilities": MODEL,
     "tasks.commands.cli": set(),
     "tasks.commands.landed": {"scipy"},
     "tasks.commands.chat": set(),

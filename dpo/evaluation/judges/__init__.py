@@ -51,7 +51,7 @@ def load_judges(settings: Sequence[JudgeSettings]) -> list[Judge]:
 def against_base(
     judge: Judge, prompts: list[Prompt], responses: pd.DataFrame, scores: pd.Series | None, base: pd.DataFrame
 ) -> pd.Series:
-    """Return the win of each response over the base model's, from 0 to 1, or NaN without a verdict.
+    """Return the win of each response over the base model's, from 0 to 1; NaN without a verdict or its response.
 
     Scores are compared if both sides have them, so that no response is scored twice.
 
@@ -64,7 +64,10 @@ def against_base(
     """
     if scores is not None:
         return scores.sub(base[f"base_score/{judge.name}"]).map(np.sign).add(1).div(2)
-    return judge.compare(prompts, responses["response"].tolist(), base["base_response"].tolist())["win"]
+    others = base["base_response"].dropna()
+    own = responses.loc[others.index, "response"].tolist()
+    wins = judge.compare([prompts[row] for row in others.index], own, others.tolist())["win"]
+    return pd.Series(wins.to_numpy(), others.index).reindex(responses.index)
 
 
 def load_judge(settings: JudgeSettings, key: str) -> Judge:

@@ -15,12 +15,13 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpo.common.errors import InputError
+from dpo.common.files import write_json
 from dpo.config import load_params
 from dpo.engine.logprobs import load_model
 from dpo.engine.tokenization import encode_pairs
 from dpo.evaluation.gate import kept_for_gate, significance_level
 from dpo.evaluation.label_metrics import label_table
-from dpo.evaluation.settings import PromoteSettings
+from dpo.evaluation.settings import CapabilitiesSettings, PromoteSettings
 from dpo.training.losses import Kto
 from tasks.commands import promote
 from tasks.commands.promote import Evidence, compete, contest_rows, decide, read_comparison, too_few, weigh
@@ -483,3 +484,21 @@ def plain_logps(folder, tokenizer, prompts, texts):
             logps = model(ids).logits.log_softmax(-1)[0, len(row.prompt) - 1 : -1]
         found.append(logps.gather(1, torch.tensor(completion)[:, None].long()).sum().item())
     return np.array(found)
+
+
+def test_a_task_that_fell_beyond_the_limit_blocks_promotion_and_a_missing_result_is_an_error(
+    tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    params = dataclasses.replace(PARAMS, capabilities=CapabilitiesSettings(tasks=("a", "b")))
+    trial = params.trials()[0]
+    for task, difference in (("a", -0.06), ("b", -0.04)):
+        found = {"policy": trial.name, "higher_is_better": True,
+                 "differences": {"reference": {"difference": difference}}}  # fmt: skip
+        write_json(paths.capability(task), found)
+    assert promote.lost_capabilities(params, trial) == ["lost capability: a fell by 0.06, limit 0.05"]
+    write_json(paths.capability("b"), {"task": "b", "policy": None})
+    with pytest.raises(
+        InputError, match=rf"metrics/capabilities/b\.json: no result of {trial.name}; run `dvc repro`"
+    ):
+        promote.lost_capabilities(params, trial)
