@@ -51,7 +51,8 @@ def capability_lines(policy: str | None) -> list[str]:
     for path in sorted(CAPABILITIES.glob("*.json")):
         result = json.loads(path.read_text())
         if policy is not None and result["policy"] == policy:
-            values = ", ".join(f"{name} {_with_interval(row, 'value')}" for name, row in result["models"].items())
+            models = sorted(result["models"], key=lambda name: name != policy)  # the policy first
+            values = ", ".join(f"{name} {_with_interval(result['models'][name], 'value')}" for name in models)
             lines.append(f"{result['task']}, {result['metric']} on {result['examples']} examples: {values}")
     return lines
 

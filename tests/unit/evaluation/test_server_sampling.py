@@ -212,18 +212,17 @@ def test_api_key_is_only_in_the_header(server, tiny_model_dir, tokenizer, monkey
     assert CANARY not in "".join(said)
 
 
-def test_reference_samples_come_from_the_server_and_are_checked(server, tiny_model_dir, tokenizer, monkeypatch):
+def test_reference_samples_come_from_the_server_and_are_checked(server, tiny_model_dir, tokenizer):
     params = load_params(ROOT / "params.yaml")
     sampler = OpenaiSampler(kind="openai", base_url=server.url, model="{name}-1", parallel=4)
     evaluate = dataclasses.replace(params.evaluate, sampler=sampler)
     params = dataclasses.replace(params, evaluate=evaluate)
-    monkeypatch.setattr(reference_samples, "REFERENCE", tiny_model_dir)
-    table = reference_samples.sample_responses(params, tokenizer, PROMPTS * 20, 12)
+    table = reference_samples.sample_responses(params, tiny_model_dir, tokenizer, PROMPTS * 20, 12)
     assert {request.body["model"] for request in server.requests} == {f"{tiny_model_dir.name}-1"}
     assert len(table) == 4 * 20
     server.temperature = 0.5
     with pytest.raises(InputError, match="not samples from"):
-        reference_samples.sample_responses(params, tokenizer, PROMPTS * 20, 12)
+        reference_samples.sample_responses(params, tiny_model_dir, tokenizer, PROMPTS * 20, 12)
 
 
 @pytest.mark.parametrize(
