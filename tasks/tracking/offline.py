@@ -125,7 +125,7 @@ def _use(store: str) -> None:
         path = Path(store.removeprefix("sqlite:///"))
         if store.startswith("sqlite:///") and not path.exists():
             with atomic_write(path) as tmp:  # MLflow cannot repair a store whose creation was interrupted
-                MlflowClient(f"sqlite:///{tmp}").search_experiments(max_results=1)
+                MlflowClient(f"sqlite:///{tmp.absolute()}").search_experiments(max_results=1)
         if store.startswith("sqlite:///"):
             relocate(path)
         mlflow.set_experiment(EXPERIMENT)

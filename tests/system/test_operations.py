@@ -23,6 +23,7 @@ from ruamel.yaml import YAML
 
 from dpo.common.errors import InputError
 from flows import artifacts, processes, servers, slots, sweep
+from tasks.common import addresses
 from tasks.tracking.provenance import FLOW_RUN
 from tasks.tracking.registry import COMMIT, REGISTERED
 from tasks.tracking.runs import RESUMED
@@ -294,13 +295,13 @@ def test_files_of_the_servers_are_private(project):
 
 
 def test_artifacts_link_to_the_mlflow_server_of_the_worker(project, tmp_path, monkeypatch):
-    servers_set = {process.environ().get(artifacts.MLFLOW_PAGES) for process in processes_in(project.folder)}
+    servers_set = {process.environ().get(addresses.MLFLOW_PAGES) for process in processes_in(project.folder)}
     assert servers_set == {project.mlflow}
     experiment = httpx.post(f"{project.mlflow}/api/2.0/mlflow/experiments/create", json={"name": "linked"}).json()
     made = httpx.post(f"{project.mlflow}/api/2.0/mlflow/runs/create", json=experiment).json()["run"]["info"]
     (tmp_path / "provenance.json").write_text(json.dumps({"mlflow_run": made["run_id"]}))
     address = f"{project.mlflow}/#/experiments/{experiment['experiment_id']}/runs/{made['run_id']}"
-    monkeypatch.setenv(artifacts.MLFLOW_PAGES, project.mlflow)
+    monkeypatch.setenv(addresses.MLFLOW_PAGES, project.mlflow)
     assert artifacts.mlflow_link(tmp_path / "provenance.json") == f"[run {made['run_id']}]({address})"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:1/")
     assert artifacts.mlflow_link(tmp_path / "provenance.json") == f"run `{made['run_id']}`"

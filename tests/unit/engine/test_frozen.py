@@ -94,13 +94,14 @@ def test_a_checkpoint_in_bf16_is_loaded_without_fp32_layers_and_with_the_same_re
     assert [checkpoint_dtype(folder) for folder in (narrow, wide)] == ["bfloat16", "float32"]
     rows, expected = make_rows(), load_model(wide, "bf16", frozen=True)
     dtypes = {name: weight.dtype for name, weight in expected.named_parameters()}
-    if architecture != "gemma3":  # it computes a factor in the data type of the checkpoint
-        monkeypatch.setattr("dpo.engine.logprobs.load_causal_lm", None)
-    for frozen in (True, "base"):
-        model = load_model(narrow, "bf16", frozen=frozen)
-        assert model.in_stream == expected.in_stream
-        assert frozen == "base" or {name: w.dtype for name, w in model.named_parameters()} == dtypes
-        assert torch.equal(sequence_logps(model, rows, 1000), sequence_logps(expected, rows, 1000))
+    with monkeypatch.context() as patch:
+        if architecture != "gemma3":  # it computes a factor in the data type of the checkpoint
+            patch.setattr("dpo.engine.logprobs.load_causal_lm", None)
+        for frozen in (True, "base"):
+            model = load_model(narrow, "bf16", frozen=frozen)
+            assert model.in_stream == expected.in_stream
+            assert frozen == "base" or {name: w.dtype for name, w in model.named_parameters()} == dtypes
+            assert torch.equal(sequence_logps(model, rows, 1000), sequence_logps(expected, rows, 1000))
     assert {p.dtype for p in load_model(narrow, "fp32", frozen=True).parameters()} == {torch.float32}
     assert {p.dtype for p in load_model(narrow, "bf16").parameters()} == {torch.float32}
 
