@@ -30,6 +30,7 @@ RESTRICTIVE = re.compile(r"GPL|GNU|SSPL|BUSL|Proprietary|Commercial", re.IGNOREC
 
 REASONS = {
     "asyncssh": "used under EPL-2.0, unmodified",
+    "chardet": "used unmodified, by the extra capabilities only",
     "dulwich": "used under Apache-2.0",
     "grandalf": "used under EPL-1.0, unmodified",
     "huey": "MIT in its LICENSE file; no licence in the metadata",
