@@ -30,9 +30,10 @@ from benchmarks.flops import flop_ratio, flops
 from benchmarks.measure import Run, alone, close, now, reset_peak, resident, summary
 from benchmarks.page import put_table
 from dpo.common.files import write_json
+from dpo.engine.flops import shape_of
 from dpo.engine.logprobs import LogProbModel, load_model, sequence_logps
 from dpo.engine.tokenization import TokenRow
-from dpo.planner import shape_of, trained_parameters
+from dpo.planner import trained_parameters
 
 MODEL = Path("models/base")
 RESULTS, PAGE = Path("benchmarks/results/engine.json"), Path("docs/internals/benchmarks.md")

@@ -30,10 +30,11 @@ from benchmarks.flops import flop_ratio, flops
 from benchmarks.measure import Run, alone, close, now, reset_peak, summary
 from benchmarks.random_model import OURS, PEER, on_random_weights, random_model, save_shape
 from benchmarks.trainers import score_peer, train_ours, train_peer
+from dpo.engine.flops import shape_of
 from dpo.engine.settings import GPU_HEAD_CHUNK
 from dpo.engine.tokenization import TokenRow
 from dpo.evaluation.sampling import sample
-from dpo.planner import Pair, Setup, reference_memory, shape_of, training_memory
+from dpo.planner import Pair, Setup, reference_memory, training_memory
 
 SPEED, MEMORY, UTILISATION = 2.0, 0.8, 0.5
 """Goals: minimum speed ratio, maximum memory ratio, minimum share of the measured matrix product's speed."""

@@ -30,10 +30,11 @@ from benchmarks.measure import alone, peak, resident
 from benchmarks.page import put_table
 from dpo.common.files import write_json
 from dpo.config import Params, load_params
+from dpo.engine.flops import Shape, shape_of
 from dpo.engine.logprobs import load_model
 from dpo.engine.settings import Precision, Quantization
 from dpo.engine.tokenization import TokenRow
-from dpo.planner import LLAMAS, Pair, Setup, Shape, pair_flops, seconds, shape_of, training_memory
+from dpo.planner import LLAMAS, Pair, Setup, pair_flops, seconds, training_memory
 from dpo.training.callbacks import Callback
 from dpo.training.settings import LoraSettings
 from dpo.training.train import train_dpo

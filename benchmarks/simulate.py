@@ -34,11 +34,12 @@ from benchmarks.page import put_table
 from dpo.common.files import write_json
 from dpo.engine import head
 from dpo.engine.attention import PACKED_ATTENTION, VarlenMetadata, varlen_metadata
+from dpo.engine.flops import Shape
 from dpo.engine.logprobs import LogProbModel
 from dpo.engine.packing import Layout, PackedBatch, pack
 from dpo.engine.settings import GPU_HEAD_CHUNK
 from dpo.engine.tokenization import TokenRow
-from dpo.planner import LLAMAS, Pair, Setup, Shape, training_memory
+from dpo.planner import LLAMAS, Pair, Setup, training_memory
 from dpo.training.losses import Sigmoid
 from dpo.training.objectives import DpoObjective
 from dpo.training.settings import LoraSettings

@@ -22,6 +22,7 @@ from dpo.data.reasoning import reasoning_problems
 from dpo.data.settings import DataSettings, ValidateSettings
 from dpo.engine.settings import EngineSettings, ModelSettings
 from dpo.evaluation.settings import (
+    TRAINED_REWARD_MODELS,
     CapabilitiesSettings,
     CompareSettings,
     EvaluateSettings,
@@ -123,10 +124,11 @@ class Params(Settings):
     def judge_of(self, trial: Trial) -> JudgeSettings:
         """Return the judge that trains a trial: of several reward models of the sweep, the one with its seed."""
         assert self.feedback is not None
-        if not isinstance(self.feedback, RewardModelSettings) or self.feedback.model != "models/rewards":
+        if not isinstance(self.feedback, RewardModelSettings) or self.feedback.model != TRAINED_REWARD_MODELS:
             return self.feedback
         seeds = self.sweep.reward_models
-        return replace(self.feedback, model=f"models/rewards/{trial.seed if trial.seed in seeds else seeds[0]}")
+        seed = trial.seed if trial.seed in seeds else seeds[0]
+        return replace(self.feedback, model=f"{TRAINED_REWARD_MODELS}/{seed}")
 
     def loss_lists(self, names: Iterable[str]) -> dict[str, list[str]]:
         """Return losses by the list of `sweep` that they belong to. Unknown losses are in `losses`."""
@@ -278,12 +280,12 @@ def _check_feedback(path: Path, params: Params) -> None:
                 f"{path}: sweep.rounds: {loss.name} needs {' and '.join(sorted(missing))}, which pairs of ranked "
                 "responses do not have; use another loss or setting, or set sweep.rounds: []"
             )
-    if isinstance(feedback, RewardModelSettings) and feedback.model.startswith("models/rewards"):
+    if isinstance(feedback, RewardModelSettings) and feedback.model.startswith(TRAINED_REWARD_MODELS):
         seeds = params.sweep.reward_models
-        if feedback.model != "models/rewards":
+        if feedback.model != TRAINED_REWARD_MODELS:
             raise InputError(
-                f"{path}: feedback.model: {feedback.model}: models/rewards/ belongs to the stage reward_model; "
-                "write `feedback: reward_model`, or copy the model to models/own/"
+                f"{path}: feedback.model: {feedback.model}: {TRAINED_REWARD_MODELS}/ belongs to the stage "
+                "reward_model; write `feedback: reward_model`, or copy the model to models/own/"
             )
         if len(seeds) != 1 and not set(params.sweep.seeds) <= set(seeds):
             raise InputError(

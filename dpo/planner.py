@@ -9,9 +9,7 @@ architecture: grouped-query attention, a gated MLP and two RMSNorms per layer.
 from dataclasses import dataclass
 from typing import Literal
 
-from dpo.engine.flops import Shape as Shape
-from dpo.engine.flops import forward_flops as forward_flops
-from dpo.engine.flops import shape_of as shape_of
+from dpo.engine.flops import Shape, forward_flops
 from dpo.engine.settings import HEAD_CHUNK, VOCABULARY_PART, Precision, Quantization
 
 Sharding = Literal["none", "data", "full"]

@@ -40,7 +40,7 @@ from flows.landing import (
 from flows.pipeline import RETRIES, bring_up_to_date, name_flow_run, pipeline, read_graph, run_now
 from flows.processes import StageError, run_module
 from flows.recovery import recover_now, run_exclusively
-from flows.sweep import set_aside_sweep
+from flows.sweep import restore_settings
 from tasks.common.addresses import refuse_credentials, shown
 from tasks.common.git import uncommitted
 from tasks.common.markdown import inline
@@ -182,7 +182,7 @@ def check_project(branch: str | None) -> None:
             f"params.yaml: data.source: {data.origin!r} does not contain {LANDED}, the folder of new files; add "
             f"it, for example data.source: [data/own/pairs.jsonl, {LANDED}]"
         )
-    set_aside_sweep()
+    restore_settings()
     if changed := [path for path in uncommitted() if not path.startswith(RESULTS)]:
         fix = "commit them first, so that the results belong to a commit"
         raise InputError(f"git: uncommitted changes in {', '.join(changed)}; {fix}")

@@ -68,13 +68,15 @@ def changed_by_sweeps() -> bool:
     return RECORD.exists() and json.loads(RECORD.read_text()) == sha256(PARAMS)
 
 
-def set_aside_sweep() -> None:
+def restore_settings() -> None:
     """Restore the committed `params.yaml` if only sweeps have changed it; `git stash` keeps the lists."""
     if changed_by_sweeps() and PARAMS.read_bytes() != committed_file(PARAMS):
         stash = git("stash", "create")
-        git("stash", "store", "--message", "settings of a sweep, set aside by a retraining", stash)
+        git("stash", "store", "--message", "settings of a sweep, replaced by a retraining", stash)
         git("restore", "--source=HEAD", "--staged", "--worktree", "--", str(PARAMS))
-        get_run_logger().warning("%s: the lists of a sweep are set aside; `git stash list` has them", PARAMS)
+        get_run_logger().warning(
+            "%s: the lists of a sweep are replaced by the committed ones; `git stash list` has them", PARAMS
+        )
     RECORD.unlink(missing_ok=True)
 
 

@@ -9,6 +9,9 @@ from pydantic import AfterValidator, BeforeValidator, Field
 from dpo.common.settings import Positive, Rate, Settings, Share, one_error
 from dpo.data.settings import ReasoningProblems
 
+TRAINED_REWARD_MODELS = "models/rewards"
+"""Folder of the models of the stage `reward_model`. Only `feedback` may use them."""
+
 
 class _NamedJudge(Settings):
     @property
@@ -84,7 +87,7 @@ JudgeSettings = Annotated[
 FeedbackSettings = Annotated[
     JudgeSettings,
     BeforeValidator(
-        lambda value: {"kind": value, "model": "models/rewards"} if value == "reward_model" else value
+        lambda value: {"kind": value, "model": TRAINED_REWARD_MODELS} if value == "reward_model" else value
     ),
 ]
 """`reward_model` alone is the model of the stage `reward_model`."""

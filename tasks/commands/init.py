@@ -58,8 +58,8 @@ def describe(model: str | None) -> tuple[float, int]:
         return DEFAULT_SIZE, DEFAULT_CONTEXT
     from transformers import AutoConfig
 
+    from dpo.engine.flops import shape_of
     from dpo.engine.pretrained import load_weights
-    from dpo.planner import shape_of
 
     if not Path(model).is_dir():
         raise InputError(f"--model: {model} is not a folder; save the model in models/own and name that folder")

@@ -11,7 +11,8 @@ from dpo import planner
 from dpo.common.errors import InputError
 from dpo.config import Params, load_params
 from dpo.data.reasoning import reasoning_problems
-from dpo.planner import LLAMAS, Pair, Setup, Shape, Sharding
+from dpo.engine.flops import Shape, shape_of
+from dpo.planner import LLAMAS, Pair, Setup, Sharding
 from dpo.training.settings import LoraSettings
 from tasks.common.memory import (
     GPU_OVERHEAD,
@@ -55,7 +56,7 @@ def _named_shape(model: str) -> Shape:
     from dpo.engine.pretrained import load_weights
 
     try:
-        return planner.shape_of(load_weights(AutoConfig, model))
+        return shape_of(load_weights(AutoConfig, model))
     except (OSError, ValueError) as error:
         raise InputError(f"--model {model}: neither {', '.join(LLAMAS)} nor a model: {error}") from error
 

@@ -5,11 +5,10 @@ import textwrap
 from typing import Any
 
 from dpo.common.errors import InputError
-from tasks.common.paths import CAPABILITIES, COMPARISON, METRICS
+from tasks.common.paths import CAPABILITIES, COMPARISON, REWARD_MODELS
 
 COLUMNS = {"reward_accuracy": "reward accuracy", "margin": "margin", "kl": "KL (nats)", "win_rate": "win rate"}
 
-REWARD_METRICS = METRICS / "reward_model"
 COSTS = ("pairs / prompts", "sampled tokens", "scored tokens", "trained tokens", "TFLOPs", "minutes / GiB")
 """Titles of the columns of costs."""
 
@@ -33,7 +32,7 @@ def show() -> None:
     if "judge_accuracy" in first:
         accuracy = _with_interval(first, "judge_accuracy")
         print(f"accuracy of the judge on {first['judge_pairs']} held-out pairs: {accuracy}")
-    for path in sorted(REWARD_METRICS.glob("*.json")):
+    for path in sorted(REWARD_MODELS.glob("*.json")):
         accuracy = json.loads(path.read_text())["accuracy"]
         shown = _with_interval(accuracy, "judge_accuracy")
         print(f"accuracy of reward model {path.stem} on {accuracy['judge_pairs']} held-out pairs: {shown}")

@@ -73,9 +73,8 @@ def tune(
     )
     FOLDER.mkdir(exist_ok=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # `run_experiment` ends DVC
-    signal.signal(
-        signal.SIGINT, signal.default_int_handler
-    )  # shells ignore it in background jobs, and so would DVC
+    # Shells ignore SIGINT in background jobs, and so would DVC.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with FileLock(FOLDER / f"{name}.lock", timeout=0):
             study = open_study(name, params, space)
@@ -208,7 +207,6 @@ def run_experiment(name: str, changes: Sequence[str], watch: Watch | None) -> st
     """
     options = [option for change in changes for option in ("--set-param", change)]
     command = [sys.executable, "-m", "dvc", "exp", "run", "--temp", "--force", "--name", name, *options]
-    FOLDER.mkdir(exist_ok=True)
     log = FOLDER / f"{name}.log"
     if watch:
         offline.connect()

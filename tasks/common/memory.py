@@ -8,8 +8,9 @@ from typing import Any
 from dpo import planner
 from dpo.common.errors import InputError
 from dpo.config import Params
+from dpo.engine.flops import Shape, shape_of
 from dpo.engine.settings import GPU_HEAD_CHUNK, HEAD_CHUNK
-from dpo.planner import Memory, Pair, Setup, Shape, Sharding
+from dpo.planner import Memory, Pair, Setup, Sharding
 from dpo.training.settings import DpoSettings, LoraSettings, OptimizerSettings, SftSettings
 
 STAGES = ("sft", "reference_logprobs", "reference_samples", "train", "evaluate")
@@ -191,7 +192,7 @@ def check_memory(stage: str, params: Params, model: Path, pair: Pair = TYPICAL) 
     if not params.run.check_memory:
         return
     try:
-        shape = planner.shape_of(load_weights(AutoConfig, model))
+        shape = shape_of(load_weights(AutoConfig, model))
     except InputError:
         return
     state, on_gpu = this_process(), torch.cuda.is_available()

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from dpo.common.errors import InputError
+from dpo.evaluation.settings import TRAINED_REWARD_MODELS
 from dpo.training.settings import Trial
 
 
@@ -17,7 +18,7 @@ def checkout(folder: Path) -> Path:
 
 BASE = Path("models/base")
 REFERENCE = Path("models/reference")
-REWARDS = Path("models/rewards")
+REWARDS = Path(TRAINED_REWARD_MODELS)
 """Reward models, by their seed."""
 BENCHMARKS = Path("data/benchmarks")
 """Texts that no pair may contain."""
@@ -39,6 +40,7 @@ TRAINING_PROGRESS = Path(".training-progress")
 REFERENCE_SAMPLES = Path("samples/reference.parquet")
 METRICS = Path("metrics")
 CAPABILITIES = METRICS / "capabilities"
+REWARD_MODELS = METRICS / "reward_model"
 COMPARISON = METRICS / "comparison.json"
 SUMMARY = METRICS / "summary.json"
 """The only file that DVC shows as metrics: the choice, and the main figures of the selected policy."""
@@ -95,7 +97,7 @@ def cost(trial: Trial) -> Path:
 
 def reward_metrics(seed: int) -> Path:
     """Return the path of the held-out accuracy and the cost of a reward model."""
-    return METRICS / "reward_model" / f"{seed}.json"
+    return REWARD_MODELS / f"{seed}.json"
 
 
 def evaluation(trial: Trial) -> Path:

@@ -2,6 +2,8 @@
 
 import copy
 import dataclasses
+import itertools
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +19,27 @@ from dpo.training.losses import Sigmoid
 from dpo.training.losses.base import WITH_REFERENCE
 from dpo.training.settings import DpoSettings, LoraSettings, OptimizerSettings, SftSettings, Trial
 from tests.support.losses import EXAMPLES, LABELLED
+
+
+class Killed(BaseException):
+    """Stands for a kill: no handler of the code catches it."""
+
+
+@contextmanager
+def killed_at_call(monkeypatch, owner, name, call):
+    """Raise Killed at a call of a function, counted from 1, and expect that the block ends with it."""
+    original, calls = getattr(owner, name), itertools.count(1)
+
+    def stop(*args, **kwargs):
+        if next(calls) == call:
+            raise Killed
+        return original(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, stop)
+        with pytest.raises(Killed):
+            yield
+
 
 SHARED = {field.name for field in dataclasses.fields(OptimizerSettings)}
 

@@ -120,7 +120,7 @@ def test_a_sweep_from_the_form_does_not_block_the_next_retraining(server, tmp_pa
         checkout.run(sys.executable, "-c", sweep.format(beta))
         assert f"betas: [{beta}]" in checkout.run("git", "diff", "params.yaml")
     write(checkout.landing / "tuesday.jsonl", book_pairs(10, 8))
-    assert "the lists of a sweep are set aside" in checkout.flow()
+    assert "the lists of a sweep are replaced by the committed ones" in checkout.flow()
     assert (checkout.folder / "params.yaml").read_text() == committed
     assert checkout.landed() == ["monday.jsonl", "tuesday.jsonl"]
     assert "betas: [0.7]" in checkout.run("git", "stash", "show", "-p")
@@ -128,5 +128,5 @@ def test_a_sweep_from_the_form_does_not_block_the_next_retraining(server, tmp_pa
     change(checkout.folder, {"sweep.seeds": [99]})
     checkout.run(sys.executable, "-c", sweep.format(0.3))
     write(checkout.landing / "wednesday.jsonl", book_pairs(20, 8))
-    assert "uncommitted changes in params.yaml" in checkout.flow(code=1), "changes of a person are not set aside"
+    assert "uncommitted changes in params.yaml" in checkout.flow(code=1), "changes of a person are not replaced"
     assert "99" in checkout.run("git", "diff", "params.yaml")

@@ -15,8 +15,8 @@ from benchmarks.cases import Case
 from benchmarks.flops import flop_ratio, flops
 from benchmarks.measure import Run
 from benchmarks.page import markers, put_table
+from dpo.engine.flops import shape_of
 from dpo.engine.tokenization import TokenRow
-from dpo.planner import shape_of
 from tasks.common.allocator import TRAINING
 from tests.unit.test_architecture import ROOT, imported_files
 

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from dpo.common.errors import InputError
 from dpo.config import load_params
+from dpo.engine.flops import shape_of
 from dpo.engine.frozen import round_linear_layers
 from dpo.engine.logprobs import load_model
 from dpo.engine.packing import pack
@@ -24,7 +25,6 @@ from dpo.planner import (
     pair_flops,
     reference_memory,
     seconds,
-    shape_of,
     trained_parameters,
     training_memory,
 )

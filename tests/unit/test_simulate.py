@@ -7,7 +7,8 @@ import pytest
 import yaml
 
 from benchmarks.simulate import PAIR, simulate
-from dpo.planner import LLAMAS, Setup, Shape, training_memory
+from dpo.engine.flops import Shape
+from dpo.planner import LLAMAS, Setup, training_memory
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*-fsdp.yaml"))
 SETUP = Setup(max_tokens_per_microbatch=7680, precision="bf16", sharding="full", gpus=8, head_chunk=1024)

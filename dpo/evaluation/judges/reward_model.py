@@ -16,10 +16,8 @@ from dpo.common.progress import progress
 from dpo.engine.base_model import check_place
 from dpo.engine.chat import Prompt, turns_of
 from dpo.engine.pretrained import load_tokenizer, load_weights
-from dpo.evaluation.settings import RewardModelSettings
+from dpo.evaluation.settings import TRAINED_REWARD_MODELS, RewardModelSettings
 
-TRAINED = Path("models/rewards")
-"""Folder of the models of the stage `reward_model`. Only `feedback` may use them."""
 BATCH_SIZE = 16  # rows, of similar length, in one forward pass
 Row = Mapping[str, list[int]]  # `input_ids`, `attention_mask` and any further fields of the tokenizer's output
 
@@ -33,7 +31,7 @@ class RewardModel:
     """
 
     def __init__(self, settings: RewardModelSettings, key: str) -> None:
-        if key != "feedback" or Path(settings.model).parent != TRAINED:
+        if key != "feedback" or Path(settings.model).parent != Path(TRAINED_REWARD_MODELS):
             check_place(key, "model", settings.model, settings.revision)
         self.settings = settings
         self.where = f"params.yaml: {key}.model"

@@ -23,7 +23,7 @@ from dpo.training.loop import TrainingLoop
 from dpo.training.objectives import Answers, RlooObjective
 from dpo.training.train import train_rloo
 from tests.support.models import chat_tokenizer, make_model
-from tests.support.training import PARAMS, dpo_params, make_pairs, trial
+from tests.support.training import PARAMS, dpo_params, killed_at_call, make_pairs, trial
 
 ROWS = [
     TokenRow("a", (3, 4, 5), ((6, 7, 8), (9, 2), (10, 11, 12, 2))),
@@ -178,25 +178,10 @@ KILLS = {
 }
 
 
-class Killed(BaseException):
-    """Stands for a kill: no handler of the code catches it."""
-
-
 @pytest.mark.parametrize("place", KILLS)
 def test_a_killed_run_reaches_the_same_files(reference, finished, tmp_path, monkeypatch, place):
-    owner, name, call = KILLS[place]
-    original, calls = getattr(owner, name), []
-
-    def stop(*args, **kwargs):
-        calls.append(name)
-        if len(calls) == call:
-            raise Killed
-        return original(*args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(owner, name, stop)
-        with pytest.raises(Killed):
-            train(reference, tmp_path)
+    with killed_at_call(monkeypatch, *KILLS[place]):
+        train(reference, tmp_path)
     outcome = train(reference, tmp_path)
     assert contents(tmp_path, outcome.policy) == contents(finished[0], finished[1].policy)
     assert (outcome.log, outcome.counts, outcome.cost) == (finished[1].log, finished[1].counts, finished[1].cost)

@@ -29,7 +29,7 @@ from dpo.training.checkpoints import CheckpointStore
 from dpo.training.loop import TrainingLoop
 from dpo.training.train import train_dpo
 from tests.support.models import chat_tokenizer, make_model
-from tests.support.training import PARAMS, dpo_params, make_pairs, make_reference, trial
+from tests.support.training import PARAMS, dpo_params, killed_at_call, make_pairs, make_reference, trial
 
 
 def count_e(prompts, responses):
@@ -188,10 +188,6 @@ def test_prompts_of_a_training_table_become_valid_pairs(reference, tmp_path):
     assert (written["b"]["turns"], written["b"]["tools"]) == (None, None)
 
 
-class Killed(BaseException):
-    """Stands for a kill: no handler of the code catches it."""
-
-
 KILLS = {
     "before the answers of a round": (module, "response_table", 2),
     "before the reference log-probs": (dpo_module, "compute_reference", 2),
@@ -205,19 +201,8 @@ KILLS = {
     "place", [pytest.param(each, marks=() if "training" in each else pytest.mark.slow) for each in KILLS]
 )
 def test_a_killed_run_reaches_the_same_files(reference, finished, tmp_path, monkeypatch, place):
-    owner, name, call = KILLS[place]
-    original, calls = getattr(owner, name), []
-
-    def stop(*args, **kwargs):
-        calls.append(name)
-        if len(calls) == call:
-            raise Killed
-        return original(*args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(owner, name, stop)
-        with pytest.raises(Killed):
-            train(reference, tmp_path)
+    with killed_at_call(monkeypatch, *KILLS[place]):
+        train(reference, tmp_path)
     policy, log, counts = train(reference, tmp_path)
     assert contents(tmp_path, policy) == contents(*finished[:2])
     assert (log, counts) == (finished[2], finished[3])

@@ -6,7 +6,6 @@ import math
 import re
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
@@ -179,9 +178,9 @@ def test_a_trial_below_the_median_accuracy_stops_training(project, monkeypatch):
 
 
 def test_experiments_use_the_stores_of_their_checkout():
-    assert paths.checkout(Path("/work/project")) == Path()
-    assert paths.checkout(Path("/work/project/.dvc/tmp/exps/standalone/tmpa1")) == Path("/work/project")
-    assert paths.checkout(Path("/work/project/.dvc/tmp/exps/tmpa1/sub")) == Path("/work/project")
+    assert paths.checkout(Path("/home/team/project")) == Path()
+    assert paths.checkout(Path("/home/team/project/.dvc/tmp/exps/standalone/tmpa1")) == Path("/home/team/project")
+    assert paths.checkout(Path("/home/team/project/.dvc/tmp/exps/tmpa1/sub")) == Path("/home/team/project")
 
 
 def test_an_input_that_an_experiment_lacks_is_named(tmp_path, monkeypatch):
@@ -207,7 +206,7 @@ def test_an_interruption_ends_dvc_and_its_stage(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(["sh", "-c", "sleep 60; exit 3"], start_new_session=True)
-    time.sleep(0.5)
+    time.sleep(0.5)  # the shell starts its child
     tune._interrupt(process)
     signal.signal(signal.SIGINT, before)
     assert process.returncode == -signal.SIGINT

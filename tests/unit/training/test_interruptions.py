@@ -22,6 +22,7 @@ from dpo.training.train import train_dpo, train_sft
 from tests.support.training import (
     ALL_LOSSES,
     LORA,
+    Killed,
     dpo_params,
     every_loss,
     make_reference,
@@ -31,10 +32,6 @@ from tests.support.training import (
 )
 
 EARLY_STOP = EarlyStopSettings(validation_share=0.3, every_steps=1, patience=2)
-
-
-class Killed(BaseException):
-    """What SIGKILL looks like from inside: no later code runs."""
 
 
 class KillAfter(Callback):
