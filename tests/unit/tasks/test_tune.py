@@ -6,6 +6,7 @@ import math
 import re
 import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
