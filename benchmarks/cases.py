@@ -41,6 +41,10 @@ class Case:
     vocabulary: Precision = "fp32"
     """`engine.vocabulary` of our side."""
 
+    def warm_up(self, rows: Sequence[TokenRow]) -> int:
+        """Return how many of a run's first pairs are not timed: those of one step."""
+        return self.pairs_per_step
+
     @property
     def loading(self) -> dict[str, Any]:
         """Arguments of `dpo.engine.logprobs.load_model`."""

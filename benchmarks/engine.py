@@ -61,9 +61,9 @@ def score_ours(case: Case, model: Path, rows: Sequence[TokenRow]) -> Run:
     policy = load_ours(case, model, frozen=True)
     reset_peak()
     budget = case.micro_batch * max(row.tokens for row in rows)
-    warm_up = sequence_logps(policy, rows[: case.pairs_per_step], budget)
+    warm_up = sequence_logps(policy, rows[: case.warm_up(rows)], budget)
     start = now()
-    timed = sequence_logps(policy, rows[case.pairs_per_step :], budget)
+    timed = sequence_logps(policy, rows[case.warm_up(rows) :], budget)
     logps = torch.cat([warm_up, timed]).flatten().tolist()
     return close(case, rows, [start, now()], logps, bare)
 

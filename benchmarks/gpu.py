@@ -14,6 +14,7 @@ import os
 import sys
 import tempfile
 import time
+import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -107,6 +108,7 @@ def measure_all(cases: "list[GpuCase]", options: argparse.Namespace) -> list[str
             results[case.name] = measure(case, options) | marks[case.name]
             write_json(options.output, [results[each.name] for each in gpu_cases.CASES if each.name in results])
         except Exception as error:  # noqa: BLE001 - the other cases do not depend on it
+            traceback.print_exc()
             say(f"{case.name}: failed, {type(error).__name__}: {error}")
             failed.append(case.name)
         longest = max(longest, time.monotonic() - began)

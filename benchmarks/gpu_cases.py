@@ -3,8 +3,9 @@
 Models have random weights and pairs are random tokens, because only shapes affect the measurement. Both sides use
 bf16, fused AdamW, cached reference log-probs, the same pairs and the same micro-batches. Weights that are not
 trained are in bf16 or NF4 on both sides, trained weights in fp32. TRL uses Liger's kernels, pairs sorted by length
-and no gradient checkpointing: its fastest settings in this version, which has no padding-free mode. Our side uses
-`engine.compile: true`. Each run has its own process; the first step is a warm-up and is not timed.
+and no gradient checkpointing: its fastest settings in this version, which has no padding-free mode. In the case
+with checkpointing both sides use it. Our side uses `engine.compile: true`. Each run has its own process, and first
+trains on the timed pairs once, so that all kernels are compiled.
 """
 
 import dataclasses
@@ -75,6 +76,10 @@ class GpuCase(Case):
         config = SHAPES[self.shape].to_dict()
         return LlamaConfig(**config if self.gpu else config | TINY)
 
+    def warm_up(self, rows: Sequence[TokenRow]) -> int:
+        """Return half of the pairs: the warm-up has the lengths of the timed steps."""
+        return len(rows) // 2
+
     @property
     def lengths(self) -> tuple[int, int]:
         """Mean tokens of a prompt and of a completion."""
@@ -90,6 +95,15 @@ CASES = [
     GpuCase("reference_8b", SPEED, MEMORY, vocabulary="bf16", train=False, **COMMON),
     GpuCase("sampling_8b", None, None, kind="sampling", train=False, **COMMON),
     GpuCase("tests", None, None, kind="tests", **COMMON),
+    GpuCase(
+        "lora_8b_checkpointing",
+        None,
+        None,
+        checkpointing=True,
+        ours_checkpointing=True,
+        **ADAPTER | {"utilisation": None},
+        **COMMON,
+    ),
 ]
 
 
@@ -134,9 +148,9 @@ def _here(function: Callable[..., Any], *args: Any) -> Any:
 
 
 def random_rows(case: GpuCase, steps: int) -> list[TokenRow]:
-    """Return random pairs, within a quarter of the mean lengths: a warm-up step, then the rest by length.
+    """Return random pairs within a quarter of the mean lengths, by length: all of them as warm-up, then again.
 
-    For sampling, the prompts of the responses.
+    So no kernel is compiled for a new length while time is measured. For sampling, the prompts of the responses.
     """
     draw, vocabulary = np.random.default_rng(SEED), case.config.vocab_size
 
@@ -150,9 +164,10 @@ def random_rows(case: GpuCase, steps: int) -> list[TokenRow]:
         return [TokenRow(str(i), tokens(prompt), ()) for i in range(count)]
     rows = [
         TokenRow(str(i), tokens(prompt), (tokens(completion), tokens(completion)))
-        for i in range((steps + 1) * PAIRS_PER_STEP)
+        for i in range(steps * PAIRS_PER_STEP)
     ]
-    return rows[:PAIRS_PER_STEP] + sorted(rows[PAIRS_PER_STEP:], key=padded_length, reverse=True)
+    rows.sort(key=padded_length, reverse=True)
+    return [dataclasses.replace(row, id=f"{row.id} in the warm-up") for row in rows] + rows
 
 
 def sample_ours(case: GpuCase, model: Path, rows: Sequence[TokenRow]) -> Run:
@@ -217,7 +232,7 @@ def record(case: GpuCase, rows: Sequence[TokenRow], ours: Sequence[Run], peer: S
     entry: dict[str, Any] = {"case": case.name, "matmul_gflops": matmul / 1e9}
     tokens, work = (0.0, 0.0), 0.0
     if case.kind == "pairs":
-        timed = rows[PAIRS_PER_STEP:]
+        timed = rows[case.warm_up(rows) :]
         padded = sum(count * length for count, length in padded_batches(case, timed))
         tokens = (sum(row.tokens for row in timed) / len(timed), padded / len(timed))
         work = flops(case, timed, case.config) / len(timed)
@@ -246,6 +261,7 @@ def planned_bytes(case: GpuCase, rows: Sequence[TokenRow]) -> float:
         case.dtype,
         lora_rank=LORA["r"] if case.lora else None,
         quantization=case.quantization,
+        gradient_checkpointing=case.ours_checkpointing,
         vocabulary=case.vocabulary,
         accumulates=case.micro_batch < PAIRS_PER_STEP,
         head_chunk=GPU_HEAD_CHUNK,

@@ -48,7 +48,7 @@ def close(
         values: losses per step or log-probs per completion.
         bare: bytes resident before the model was loaded.
     """
-    speed = (len(rows) - case.pairs_per_step) / (ends[-1] - ends[0])
+    speed = (len(rows) - case.warm_up(rows)) / (ends[-1] - ends[0])
     memory = torch.cuda.max_memory_allocated() if case.gpu else peak()
     flops = matmul_flops(torch.bfloat16 if case.dtype == "bf16" else torch.float32, case.gpu)
     return Run(speed, memory / 2**30, bare / 2**30, flops, values)

@@ -106,7 +106,12 @@ def train_ours(case: Case, model: Path, rows: Sequence[TokenRow], reference: Ref
         log = TrainingLoop(
             policy, objective, rows, sampler, settings, TRAINING["learning_rate"], Path(folder), callbacks=[clock]
         ).run()
-    return close(case, rows, clock.ends, [entry["loss"] for entry in log], bare)
+    return close(case, rows, _timed(case, rows, clock.ends), [entry["loss"] for entry in log], bare)
+
+
+def _timed(case: Case, rows: Sequence[TokenRow], ends: list[float]) -> list[float]:
+    """Return the ends of the steps from that of the warm-up."""
+    return ends[case.warm_up(rows) // case.pairs_per_step - 1 :]
 
 
 # The peer
@@ -189,7 +194,8 @@ def train_peer(case: Case, model: Path, rows: Sequence[TokenRow], reference: Ref
         trainer.add_callback(clock)
         trainer.remove_callback(PrinterCallback)
         trainer.train()
-    return close(case, rows, clock.ends, [entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return close(case, rows, _timed(case, rows, clock.ends), losses)
 
 
 def score_peer(case: Case, model: Path, rows: Sequence[TokenRow]) -> Run:
@@ -197,4 +203,4 @@ def score_peer(case: Case, model: Path, rows: Sequence[TokenRow]) -> Run:
     with tempfile.TemporaryDirectory() as folder:
         trainer = peer_trainer(case, model, rows, folder)
         logps = [trainer.train_dataset[column] for column in ("ref_chosen_logps", "ref_rejected_logps")]
-        return close(case, rows, trainer.ends, np.stack(logps, axis=1).flatten().tolist())
+        return close(case, rows, _timed(case, rows, trainer.ends), np.stack(logps, axis=1).flatten().tolist())

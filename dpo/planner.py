@@ -239,7 +239,7 @@ def keys_and_values(shape: Shape, tokens: float, width: int) -> float:
 def sampling_memory(
     shape: Shape, setup: Setup, overhead: float, prompt: int, new_tokens: int, max_tokens_per_batch: int
 ) -> Memory:
-    """Return the peak memory of sampling: fp32 keys and values of a batch, and its prompts or its logits.
+    """Return the peak memory of sampling: keys and values in fp32, and a batch of prompts or its logits.
 
     A batch has at most `max_tokens_per_batch` tokens of prompts and responses.
     """

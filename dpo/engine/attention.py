@@ -85,20 +85,23 @@ def packed_attention(
     log-probs must be deterministic.
 
     A `cache` keeps keys and values for generation. Without a layout, its R rows have one new token each: query
-    [R, heads, 1, head_dim], key and value [R, kv_heads, 1, head_dim], output [R, 1, heads, head_dim].
+    [R, heads, 1, head_dim], key and value [R, kv_heads, 1, head_dim], output [R, 1, heads, head_dim]. The
+    cache has the data type in which the prompts were computed.
     """
     if layout is None:
         assert cache is not None
         keys, values, mask = cache.append(module, key, value, sliding_window)
         # Heads that share keys become queries of one head, so that keys are not repeated.
-        grouped = query.view(len(query), keys.shape[1], -1, query.shape[3])
+        grouped = query.view(len(query), keys.shape[1], -1, query.shape[3]).to(keys.dtype)
         output = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scaling)
         return output.reshape(len(query), 1, query.shape[1], -1), None
+    if isinstance(layout, VarlenMetadata):
+        query, key, value = (t.to(torch.bfloat16) for t in (query, key, value))
     if cache is not None:
         cache.fill(module, key, value)
     if isinstance(layout, VarlenMetadata):
         # One bf16 kernel computes all rows and skips queries and keys that do not see each other.
-        query, key, value = (t[0].transpose(0, 1).to(torch.bfloat16) for t in (query, key, value))
+        query, key, value = (t[0].transpose(0, 1) for t in (query, key, value))
         key, value = (t.index_select(0, layout.key_positions) for t in (key, value))
         window = (-1 if sliding_window is None else sliding_window - 1, 0)
         lengths = (layout.cu_seqlens_q, layout.cu_seqlens_k, layout.max_seqlen_q, layout.max_seqlen_k)

@@ -154,9 +154,9 @@ def test_gpu_table_shows_the_measurements_and_the_cases_that_were_not_run():
     assert 2 * 8 < entry["planned_gib"] < 2 * 22, "weights are in bf16"
     assert "800.0 TFLOP/s" in lines[0]
     assert [each.split(" | ")[0] for each in lines if "**not run**" in each] == [
-        f"| {case.name}" for case in gpu_cases.CASES[1:-1]
+        f"| {case.name}" for case in gpu_cases.CASES if case.name not in ("lora_8b", "tests")
     ]
-    assert lines[-1].startswith("| tests | 9 passed |")
+    assert any(line.startswith("| tests | 9 passed |") for line in lines)
     assert {each.count("|") for each in lines[2:]} == {9}
 
 
@@ -184,7 +184,7 @@ def test_every_gpu_case_runs_on_the_cpu_with_a_tiny_model(monkeypatch, capsys):
     assert "**not run**" not in output
     assert [entry["case"] for entry in entries] == [case.name for case in gpu_cases.CASES]
     by_case = {entry["case"]: entry for entry in entries}
-    for name in ("lora_8b", "nf4_8b", "full_1b"):
+    for name in ("lora_8b", "nf4_8b", "full_1b", "lora_8b_checkpointing"):
         assert by_case[name]["ours"]["values"][0] == pytest.approx(np.log(2), abs=1e-5)
         assert by_case[name]["difference"] < 0.02
     assert by_case["reference_8b"]["difference"] < 0.5
@@ -254,11 +254,11 @@ def test_gpu_benchmark_continues_with_the_cases_that_have_no_result(gpu_run, tmp
     assert run() == [names[1]]
     assert measured == names
     assert run() == []
-    assert measured[6:] == [names[1]]
+    assert measured[len(names) :] == [names[1]]
     assert run() == []
-    assert len(measured) == 7
+    assert len(measured) == len(names) + 1
     assert run("--repeats", "2") == []
-    assert measured[7:] == names
+    assert measured[len(names) + 1 :] == names
     assert [entry["case"] for entry in json.loads((tmp_path / "gpu.json").read_text())] == names
 
 
