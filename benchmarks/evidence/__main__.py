@@ -1,0 +1,148 @@
+"""Run the experiments of the plan: `python -m benchmarks.evidence`.
+
+Cases that have a result with the same settings, engine and packages are skipped, so the work can be spread over
+runs and machines. Each case runs in its own process and writes its result when it ends. A failed case is recorded,
+counted and not repeated, unless `--again` is given.
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.evidence import page
+from benchmarks.evidence.plan import PLAN, RESULTS, Case, is_finished, load_cases, read_results, write_result
+from benchmarks.measure import alone
+from dpo.common.errors import InputError, TransientError
+
+CACHE = Path(".evidence")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Do what the options say; return 1 if cases are left.
+
+    Raises:
+        InputError: the plan is wrong, or no case has a name of `--cases`.
+    """
+    groups = load_cases(options.plan)
+    selected = select(groups, options.cases)
+    results = read_results(options.results)
+    if options.list:
+        for case in selected:
+            say(f"{state(case, results):8} {case.name}")
+        return 0
+    left = [] if options.table else measure_all(selected, results, options)
+    if (options.plan, options.results) == (PLAN, RESULTS):
+        page.write()
+    if left:
+        say(f"{len(left)} cases left; run the same command again")
+    return int(bool(left))
+
+
+def select(groups: dict[str, list[Case]], names: list[str] | None) -> list[Case]:
+    """Return the cases whose group, method or start of the name is listed, in the order of the plan."""
+    wanted, found = set(names or groups), set[str]()
+    selected: dict[str, Case] = {}
+    for group, cases in groups.items():
+        for case in cases:
+            hits = {name for name in wanted if name in (group, case.method) or case.name.startswith(name)}
+            found |= hits
+            if hits:
+                selected[case.name] = case
+    if unknown := wanted - found:
+        raise InputError(
+            f"--cases: no group, method or case {', '.join(sorted(unknown))}; groups are {', '.join(groups)}, "
+            "and --list prints the cases"
+        )
+    return list(selected.values())
+
+
+def state(case: Case, results: dict[str, dict[str, Any]]) -> str:
+    """Return `finished`, `failed`, or `not run`."""
+    if not is_finished(case, results):
+        return "not run"
+    return "failed" if "error" in results[case.name] else "finished"
+
+
+def measure_all(cases: list[Case], results: dict[str, dict[str, Any]], options: argparse.Namespace) -> list[Case]:
+    """Measure the cases without a result within the time limit, and return those that are left.
+
+    Raises:
+        TransientError: the data or the model cannot be downloaded. It says nothing about the method.
+        OSError: a disk is full, or a file cannot be read.
+    """
+    start = time.monotonic()
+    left = [case for case in cases if options.again or not is_finished(case, results)]
+    say(f"{len(cases) - len(left)} of {len(cases)} cases have a result")
+    while left and time.monotonic() - start + expected(left[0], results) < 60 * options.minutes:
+        case = left.pop(0)
+        facts = attempt(case, options.cache)
+        write_result(case, facts, options.results)
+        results = read_results(options.results)
+        say(f"{case.name}: {describe(facts)}")
+    return left
+
+
+def expected(case: Case, results: dict[str, dict[str, Any]]) -> float:
+    """Return the longest time in seconds of a measured case of the same method, else of any case."""
+    timed = [each for each in results.values() if "seconds" in each]
+    same = [each for each in timed if (each["task"], each["method"]) == (case.task, case.method)]
+    parts = ("training", "evaluation")
+    return max((sum(each["seconds"][part] for part in parts) for each in same or timed), default=0)
+
+
+def attempt(case: Case, cache: Path) -> dict[str, Any]:
+    """Return the result of a case, or its error."""
+    from benchmarks.evidence.cases import measure
+    from benchmarks.evidence.products import build
+
+    try:
+        built = alone(build, case, cache)
+        facts = alone(measure, case, cache)
+    except (TransientError, OSError, MemoryError):
+        raise
+    except Exception as error:  # noqa: BLE001 - a failed run is a result of the method
+        return {"error": f"{type(error).__name__}: {error}"}
+    facts["seconds"]["shared_products"] = built
+    return facts
+
+
+def describe(facts: dict[str, Any]) -> str:
+    """Return the main figures of a result in one line."""
+    if "error" in facts:
+        return f"failed, {facts['error']}"
+    values = {name: value for name, value in facts["metrics"].items() if name == "kl" or name.startswith("score/")}
+    figures = ", ".join(f"{name} {value:.3f}" for name, value in values.items())
+    return f"{figures}, {sum(facts['seconds'].values()):.0f} s, {facts['peak_memory_gib']:.1f} GiB"
+
+
+def say(line: str) -> None:
+    """Print a line at once."""
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    line = argparse.ArgumentParser(
+        prog="python -m benchmarks.evidence", description="Run the experiments of the plan."
+    )
+    line.add_argument("--cases", nargs="+", help="groups, methods, or starts of names of cases; default: all")
+    line.add_argument("--list", action="store_true", help="print the cases with their states")
+    line.add_argument(
+        "--minutes", type=float, default=60, help="time limit; a case starts only if it is likely to end in time"
+    )
+    line.add_argument("--again", action="store_true", help="measure also cases that have a result or have failed")
+    line.add_argument("--table", action="store_true", help="do not measure; write the page")
+    line.add_argument("--plan", type=Path, default=PLAN)
+    line.add_argument("--results", type=Path, default=RESULTS, help="only the default folder updates the page")
+    line.add_argument("--cache", type=Path, default=CACHE, help="folder of models and data that cases share")
+    return line
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(run(parser().parse_args()))
+    except (InputError, TransientError) as error:
+        sys.exit(str(error))

@@ -1,0 +1,339 @@
+"""Write the figures of `docs/internals/evidence.md` from the result files. No figure has another source."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.evidence.plan import PLAN, RESULTS, Case, Plan, load_cases, load_plan, read_results
+from benchmarks.evidence.statistics import (
+    Numbers,
+    Result,
+    curve,
+    interval,
+    permutation_p,
+    reward_at,
+    two_level,
+    weighted_mean,
+)
+from benchmarks.page import put_table
+from dpo.evaluation.verifier_metrics import pass_at_k
+
+PAGE = Path("docs/internals/evidence.md")
+NOT_RUN = "**not run**"
+QUESTIONS = {
+    "on-policy": [("online-4", "online-1"), ("online-8", "online-1")],
+    "rlhf": [("online-4", "rloo-4"), ("online-8", "rloo-8"), ("sigmoid", "rloo-4")],
+    "training": [("online-4", "best-of-8"), ("rloo-4", "best-of-8")],
+    "demonstrations": [("sigmoid", "sft")],
+}
+"""Comparisons on the sentences that answer a question of the page."""
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """The plan with its results."""
+
+    plan: Plan
+    cases: Mapping[str, Sequence[Case]]
+    results: Mapping[str, Result]
+    """Of cases of the plan with the planned settings, failed ones included."""
+
+    @classmethod
+    def read(cls, plan: Path = PLAN, folder: Path = RESULTS) -> "Evidence":
+        """Read the plan and the results of its cases. Results of other settings are left out."""
+        cases, results = load_cases(plan), read_results(folder)
+        planned = {case.name: case.settings for group in cases.values() for case in group}
+        used = {
+            name: each
+            for name, each in results.items()
+            if name in planned and each["key"]["settings"] == planned[name]
+        }
+        return cls(load_plan(plan), cases, used)
+
+    def methods(self, task: str) -> dict[str, list[Case]]:
+        """Return the cases of each method of a task, from the first group that has it."""
+        methods: dict[str, list[Case]] = {}
+        for name, group in self.plan.groups.items():
+            if group.task == task:
+                for method in set(group.methods) - set(methods):
+                    methods[method] = [case for case in self.cases[name] if case.method == method]
+        order = [method for group in self.plan.groups.values() for method in group.methods]
+        return dict(sorted(methods.items(), key=lambda item: order.index(item[0])))
+
+    def finished(self, cases: Sequence[Case]) -> list[Result]:
+        """Return the results of cases that did not fail."""
+        return [
+            self.results[c.name] for c in cases if c.name in self.results and "error" not in self.results[c.name]
+        ]
+
+    def runs(self, cases: Sequence[Case]) -> dict[int, list[Result]]:
+        """Return the results by seed, of the seeds of which every case has finished or failed."""
+        seeds = {case.seed: [each for each in cases if each.seed == case.seed] for case in cases}
+        complete = {seed: each for seed, each in seeds.items() if all(case.name in self.results for case in each)}
+        return {seed: runs for seed, each in complete.items() if (runs := self.finished(each))}
+
+
+def write(page: Path = PAGE) -> None:
+    """Write all figures of the page."""
+    for name, text in blocks(Evidence.read()).items():
+        put_table(page, f"evidence-{name}", text)
+
+
+def blocks(evidence: Evidence) -> dict[str, str]:
+    """Return the parts of the page by name."""
+    sentences = [judge.name for judge in evidence.cases[evidence.plan.comparison.group][0].params.evaluate.judges]
+    return {
+        "status": status(evidence),
+        "primary": primary(evidence, sentences),
+        "frontier": frontier(evidence, sentences),
+        **{f"equal-kl-{n}": equal_kl(evidence, judge) for n, judge in enumerate(sentences, 1)},
+        "compute": compute(evidence),
+        "cost": cost(evidence),
+        "arithmetic": arithmetic(evidence),
+        **{name: "\n".join(answer(evidence, pairs)) for name, pairs in QUESTIONS.items()},
+    }
+
+
+# Tables
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table whose columns except the first are numbers."""
+    head = ["| " + " | ".join(columns) + " |", "| --- |" + " ---: |" * (len(columns) - 1)]
+    return "\n".join([*head, *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+def figure(value: float, bounds: tuple[float, float] | None, digits: int = 3, *, signed: bool = False) -> str:
+    """Return a value with its interval, if it has one."""
+    sign = "+" if signed else ""
+    text = f"{value:{sign}.{digits}f}"
+    return text + (f" [{bounds[0]:{sign}.{digits}f}, {bounds[1]:{sign}.{digits}f}]" if bounds else "")
+
+
+def mean_over_seeds(
+    runs: Mapping[int, list[Result]], statistic: Callable[[list[Result], Numbers], Numbers]
+) -> tuple[float, tuple[float, float] | None, int]:
+    """Return mean, 95% interval and number of seeds of a statistic, leaving out seeds of which it is NaN."""
+    prompts = {seed: len(each[0]["prompts"]["responses"]) for seed, each in runs.items()}
+    values = {seed: float(statistic(each, np.ones((1, prompts[seed])))[0]) for seed, each in runs.items()}
+    known = {seed: prompts[seed] for seed, value in values.items() if not np.isnan(value)}
+    if not known:
+        return float("nan"), None, 0
+    resampled = two_level(lambda seed, weights: statistic(runs[seed], weights), known)
+    return float(np.mean([values[seed] for seed in known])), interval(resampled, len(known)), len(known)
+
+
+def reward(runs: list[Result], weights: Numbers, *, judge: str, kl: float) -> Numbers:
+    """Return the reward [B] of a method and seed at a KL."""
+    return reward_at(*curve(runs, judge, weights), kl)
+
+
+def status(evidence: Evidence) -> str:
+    """Return the number of cases of each group by state, and the versions that measured them."""
+    rows = []
+    for name, cases in evidence.cases.items():
+        failed = sum("error" in evidence.results.get(case.name, {}) for case in cases)
+        done = len(evidence.finished(cases))
+        left = len(cases) - done - failed
+        label = f"{left} {NOT_RUN}" if left else "0"
+        methods = ", ".join(evidence.plan.groups[name].methods)
+        rows.append([name, methods, str(len(cases)), str(done), str(failed), label])
+    text = table(["group", "methods", "policies", "finished", "failed", "left"], rows)
+    versions = {
+        f"engine {each['key']['engine']}, "
+        + ", ".join(f"{k} {v}" for k, v in sorted(each["key"]["packages"].items()))
+        for each in evidence.results.values()
+    }
+    return text + "".join(f"\n\nMeasured with {each}." for each in sorted(versions))
+
+
+def frontier(evidence: Evidence, judges: Sequence[str]) -> str:
+    """Return KL and reward of every policy of the sentences, as means over seeds."""
+    done = [each for each in evidence.results.values() if each["task"] == "sentences" and "error" not in each]
+    rows, first = [], {each["seed"]: [each] for each in done}
+    if first:
+        rows.append(["reference", str(len(first)), "0", *means(first, [f"reference_score/{j}" for j in judges])])
+    for method, cases in evidence.methods("sentences").items():
+        points: dict[str, dict[int, list[Result]]] = {}
+        for each in evidence.finished(cases):
+            label = ", ".join([method, *(f"{each[name]:g}" for name in ("beta", "learning_rate") if name in each)])
+            points.setdefault(label, {})[each["seed"]] = [each]
+        for label, runs in points.items():
+            rows.append([label, str(len(runs)), *means(runs, ["kl", *(f"score/{judge}" for judge in judges)])])
+        if not points:
+            rows.append([method, NOT_RUN, *[""] * (1 + len(judges))])
+    return table(["policy: method, beta, learning rate", "seeds", "KL, nats", *judges], rows)
+
+
+def means(runs: Mapping[int, list[Result]], names: Sequence[str]) -> list[str]:
+    """Return the mean over seeds of each figure of one policy, with its interval."""
+
+    def of_policy(each: list[Result], weights: Numbers, name: str) -> Numbers:
+        return weighted_mean(each[0], name, weights)
+
+    every = (mean_over_seeds(runs, partial(of_policy, name=name)) for name in names)
+    return [figure(value, bounds, 2) for value, bounds, _ in every]
+
+
+def equal_kl(evidence: Evidence, judge: str) -> str:
+    """Return the reward of each method at the KLs of the comparison."""
+    kls = sorted([evidence.plan.comparison.kl, *evidence.plan.comparison.other_kls])
+    rows = []
+    for method, cases in evidence.methods("sentences").items():
+        runs, cells = evidence.runs(cases), []
+        for kl in kls:
+            value, bounds, seeds = (
+                mean_over_seeds(runs, partial(reward, judge=judge, kl=kl)) if runs else (0, None, 0)
+            )
+            short = f" ({seeds} of {len(runs)} seeds)" if 0 < seeds < len(runs) else ""
+            cells.append(figure(value, bounds, 2) + short if seeds else "not reached" if runs else "")
+        rows.append([method, str(len(runs)) if runs else NOT_RUN, *cells])
+    return table([judge, "seeds", *(f"at {kl:g} nats" for kl in kls)], rows)
+
+
+def _mean(results: Sequence[Result], path: str) -> float:
+    def get(value: Any) -> float:
+        for key in path.split("/"):
+            value = value.get(key, 0) if isinstance(value, dict) else value
+        return float(value or 0)
+
+    return float(np.mean([get(each) for each in results]))
+
+
+def compute(evidence: Evidence) -> str:
+    """Return reward at the KL of the comparison with compute and labels."""
+    comparison, rows = evidence.plan.comparison, []
+    for method, cases in evidence.methods("sentences").items():
+        runs, done = evidence.runs(cases), evidence.finished(cases)
+        if not runs:
+            rows.append([method, NOT_RUN, "", "", ""])
+            continue
+        value, bounds, seeds = mean_over_seeds(runs, partial(reward, judge=comparison.judge, kl=comparison.kl))
+        rows.append(
+            [
+                method,
+                figure(value, bounds, 2) if seeds else "not reached",
+                f"{_mean(done, 'cost/flops') / 1e12:.1f}",
+                f"{_mean(done, 'cost/human_pairs'):.0f}",
+                f"{_mean(done, 'cost/judged_answers'):.0f}",
+            ]
+        )
+    head = f"{comparison.judge} at {comparison.kl:g} nats"
+    return table(["method", head, "TFLOPs", "human pairs", "answers judged in training"], rows)
+
+
+def cost(evidence: Evidence) -> str:
+    """Return tokens, time and memory of a policy of each method, as means."""
+    rows = []
+    for task in dict.fromkeys(group.task for group in evidence.plan.groups.values()):
+        for method, cases in evidence.methods(task).items():
+            if not (done := evidence.finished(cases)):
+                continue
+            tokens = [
+                f"{_mean(done, f'cost/{kind}_tokens') / 1e3:.1f}" for kind in ("sampled", "scored", "trained")
+            ]
+            seconds = [f"{_mean(done, f'seconds/{part}') / 60:.1f}" for part in ("training", "evaluation")]
+            peak = f"{max(each['peak_memory_gib'] for each in done):.1f}"
+            rows.append([f"{task}, {method}", *tokens, *seconds, peak])
+    columns = ["method", "thousand tokens sampled", "scored", "trained", "minutes of training", "of evaluation",
+               "peak memory of training, GiB"]  # fmt: skip
+    return table(columns, rows or [[NOT_RUN, *[""] * 6]])
+
+
+def arithmetic(evidence: Evidence) -> str:
+    """Return pass@1 and pass@8 of every policy of the arithmetic problems, as means over seeds."""
+    rows = []
+    for method, cases in evidence.methods("arithmetic").items():
+        for beta in dict.fromkeys(case.trial.beta for case in cases if case.trial):
+            done = evidence.finished([case for case in cases if case.trial and case.trial.beta == beta])
+            runs = {each["seed"]: [each] for each in done}
+            if not runs:
+                rows.append([f"{method}, {beta}", NOT_RUN, "", "", "", ""])
+                continue
+            sides = [("score/verifier", 1), ("reference_score/verifier", 1), ("score/verifier", 8)]
+            passed = [mean_over_seeds(runs, partial(passes, name=name, k=k)) for name, k in sides]
+            cells = [*means(runs, ["kl"]), *(figure(value, bounds, 2) for value, bounds, _ in passed)]
+            rows.append([f"{method}, {beta}", str(len(runs)), *cells])
+    return table(
+        ["policy: method, beta", "seeds", "KL, nats", "pass@1", "pass@1 of the reference", "pass@8"], rows
+    )
+
+
+def passes(runs: list[Result], weights: Numbers, *, name: str, k: int) -> Numbers:
+    """Return pass@k [B]: each problem counts once, those with fewer than k answers are left out."""
+    prompts = runs[0]["prompts"]
+    values = pass_at_k(np.array(prompts["responses"], float), np.array(prompts[name], float), k)
+    known = ~np.isnan(values)
+    return weights @ np.where(known, values, 0) / np.maximum(weights @ known, 1e-9)
+
+
+# Comparisons
+
+
+def difference(
+    evidence: Evidence, methods: tuple[str, str], judge: str, kl: float
+) -> tuple[float, tuple[float, float] | None, list[int], dict[str, list[float]]]:
+    """Return difference, interval and seeds at a KL, and the rewards of each method, for complete seeds."""
+    cases = evidence.methods("sentences")
+    runs = [evidence.runs(cases.get(method, [])) for method in methods]
+    both = {seed: [*runs[0][seed], *runs[1][seed]] for seed in runs[0] if seed in runs[1]}
+    sizes = {seed: len(runs[0][seed]) for seed in both}
+
+    def sides(seed: int, weights: Numbers) -> tuple[Numbers, Numbers]:
+        split = sizes[seed]
+        return reward(both[seed][:split], weights, judge=judge, kl=kl), reward(
+            both[seed][split:], weights, judge=judge, kl=kl
+        )
+
+    prompts = {seed: len(each[0]["prompts"]["responses"]) for seed, each in both.items()}
+    points = {seed: [float(side[0]) for side in sides(seed, np.ones((1, prompts[seed])))] for seed in both}
+    known = {seed: prompts[seed] for seed, point in points.items() if not np.isnan(point).any()}
+    rewards = {method: [points[seed][place] for seed in known] for place, method in enumerate(methods)}
+    if not known:
+        return float("nan"), None, [], rewards
+    resampled = two_level(lambda seed, weights: np.subtract(*sides(seed, weights)), known)
+    value = float(np.mean(rewards[methods[0]]) - np.mean(rewards[methods[1]]))
+    return value, interval(resampled, len(known)), list(known), rewards
+
+
+def primary(evidence: Evidence, judges: Sequence[str]) -> str:
+    """Return the primary comparison. The test is made if every seed of the plan is complete, and not before."""
+    plan = evidence.plan.comparison
+    methods, planned = (plan.better, plan.worse), evidence.plan.groups[plan.group].seeds
+    lines = []
+    for judge in (plan.judge, *(each for each in judges if each != plan.judge)):
+        value, bounds, seeds, rewards = difference(evidence, methods, judge, plan.kl)
+        if not seeds:
+            lines.append(f"- {judge}: {NOT_RUN}")
+            continue
+        means = " and ".join(f"{np.mean(rewards[method]):.3f} ({method})" for method in methods)
+        text = f"- {judge}: {means}; difference {figure(value, bounds, signed=True)}, {_count(len(seeds), 'seed')}"
+        if judge == plan.judge and len(seeds) == len(planned):
+            text += f", p = {permutation_p(rewards[methods[0]], rewards[methods[1]]):.3f} by permutation of runs"
+        elif judge == plan.judge:
+            text += f" of {len(planned)}; the test is {NOT_RUN} until all seeds are complete"
+        lines.append(text)
+    return "\n".join(lines)
+
+
+def answer(evidence: Evidence, pairs: Sequence[tuple[str, str]]) -> list[str]:
+    """Return a line for each comparison of two methods at the KL of the primary one, without a test."""
+    plan, lines = evidence.plan.comparison, []
+    for methods in pairs:
+        value, bounds, seeds, _ = difference(evidence, methods, plan.judge, plan.kl)
+        name = f"{methods[0]} minus {methods[1]}"
+        if seeds:
+            text = f"{figure(value, bounds, signed=True)} ({_count(len(seeds), 'seed')})"
+            lines.append(f"- {name} at {plan.kl:g} nats, {plan.judge}: {text}")
+        else:
+            reached = all(evidence.runs(evidence.methods("sentences").get(method, [])) for method in methods)
+            lines.append(f"- {name}: " + (f"{plan.kl:g} nats not reached by both" if reached else NOT_RUN))
+    return lines
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" + ("" if number == 1 else "s")

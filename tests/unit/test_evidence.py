@@ -1,0 +1,352 @@
+"""The evidence: its plan, cases of every method with a tiny model, results that are kept, and the page."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from ruamel.yaml import YAML
+from transformers import GenerationConfig
+
+import benchmarks.evidence.__main__ as command
+from benchmarks.evidence import page
+from benchmarks.evidence.cases import best_of_n, by_prompt, measure
+from benchmarks.evidence.plan import PLAN, is_finished, load_cases, load_plan, read_results, write_result
+from benchmarks.evidence.products import Products
+from benchmarks.page import markers
+from dpo.common.errors import InputError, TransientError
+from dpo.common.files import sha256
+from dpo.evaluation.yardsticks import best_of_n as exact_best_of_n
+from tests.support.models import chat_tokenizer, make_model
+from tests.support.project import ROOT
+from tests.support.training import make_pairs
+
+METHODS = ["online-1", "online-2", "rloo-2", "best-of-2", "sigmoid", "sft"]
+TEXT_RULES = ("mojibake", "control_characters", "special_tokens", "rendered_text")
+
+
+def read(path):
+    return YAML(typ="safe").load(path.read_text())
+
+
+def tiny_plan(folder, **changes):
+    """Write a plan of every method for a tiny model, and return its path."""
+    group = {"task": "tiny", "methods": METHODS, "betas": [0.1], "learning_rates": [0.01], "seeds": [3], **changes}
+    comparison = {"group": "all", "better": "online-2", "worse": "online-1", "judge": "vader_compound"}
+    comparison |= {"kl": 0.001, "other_kls": [0.002]}
+    task = read(ROOT / "benchmarks/evidence/sentences.yaml") | {
+        "model": {"base": "models/own/tiny"},
+        "data": {"source": "data/own/pairs.jsonl", "eval_fraction": 0.3},
+        "validate": {"max_quarantined": 1.0, "rules": dict.fromkeys(TEXT_RULES, "warn")},
+        "sft": {"completions": "chosen", "max_pairs": 4, "epochs": 1, "pairs_per_step": 2, "learning_rate": 1e-3},
+        "dpo": {"epochs": 1, "pairs_per_step": 4},
+        "reward_model": {"pairs_per_step": 8, "learning_rate": 1e-3},
+        "online": {"prompts": 8, "answers": 3},
+    }
+    task["sweep"] |= {"betas": [0.1], "learning_rates": [0.01], "seeds": [3, 4], "rounds": [1, 2], "rloo": [2],
+                      "reward_models": [3, 4]}  # fmt: skip
+    task["evaluate"] |= {
+        "samples": 12,
+        "kl_samples": 6,
+        "max_new_tokens": 40,
+        "judges": task["evaluate"]["judges"][:1],
+    }
+    for name, values in {"plan": {"comparison": comparison, "groups": {"all": group}}, "tiny": task}.items():
+        YAML().dump(values, folder / f"{name}.yaml")
+    return folder / "plan.yaml"
+
+
+@pytest.fixture(scope="module")
+def planned(tmp_path_factory):
+    """A folder with a tiny model, data and a plan; the path of the plan."""
+    folder = tmp_path_factory.mktemp("evidence")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        tokenizer, model = chat_tokenizer(), Path("models/own/tiny")
+        make_model("llama", model, vocab_size=len(tokenizer), initializer_range=0.05, max_position_embeddings=512)
+        settings = GenerationConfig.from_pretrained(model)
+        settings.eos_token_id = list(range(40, 80))  # responses end soon
+        settings.save_pretrained(model)
+        tokenizer.save_pretrained(model)
+        Path("data/own").mkdir(parents=True)
+        Path("data/own/pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in make_pairs(40)))
+        yield tiny_plan(folder)
+
+
+@pytest.fixture(scope="module")
+def measured(planned):
+    """The result of every case."""
+    cases = load_cases(planned)["all"]
+    return {case.name: measure(case, Path("measured")) for case in cases}
+
+
+def options(plan, *more):
+    return command.parser().parse_args(
+        ["--plan", str(plan), "--results", "results", "--cache", "cache", "--minutes", "9", *more]
+    )
+
+
+def here(function, *args):
+    return function(*args)
+
+
+# The plan
+
+
+def test_the_plan_has_cases_of_every_method_and_complete_seeds_come_first():
+    groups = load_cases(ROOT / PLAN)
+    assert next(iter(groups)) == load_plan(ROOT / PLAN).comparison.group == "primary"
+    primary = groups["primary"]
+    assert [case.seed for case in primary] == sorted(case.seed for case in primary)
+    assert len(primary) == 3 * 2 * 5
+    assert primary[0].params.evaluate.samples == 384
+    methods = {case.method for cases in groups.values() for case in cases}
+    assert methods >= {
+        "online-1",
+        "online-4",
+        "online-8",
+        "rloo-4",
+        "best-of-4",
+        "sigmoid",
+        "sft",
+        "online-1-sft",
+    }
+
+
+def test_a_judge_that_evaluates_trains_no_policy_unless_it_is_a_verifier():
+    for cases in load_cases(ROOT / PLAN).values():
+        for case in cases:
+            evaluating = [judge.kind for judge in case.params.evaluate.judges]
+            assert case.params.feedback.kind not in evaluating or evaluating == ["verifier"]
+
+
+@pytest.mark.parametrize(
+    ("group", "message"),
+    [
+        ({"betas": [0.7]}, r"tiny.yaml: sweep: no trial online-1 with beta 0.7.*add the values"),
+        ({"methods": ["online-1"]}, r"comparison.better: online-2 is no method of the group"),
+        ({"sedes": [3]}, r"plan.yaml: groups.all.sedes: Unexpected keyword"),
+    ],
+)
+def test_faults_of_a_plan_are_errors(tmp_path, group, message):
+    with pytest.raises(InputError, match=message):
+        load_cases(tiny_plan(tmp_path, **group))
+
+
+# Cases
+
+
+def check(result):
+    """Check what the result of every method has."""
+    prompts, metrics = result["prompts"], result["metrics"]
+    assert sum(prompts["responses"]) == metrics["responses"] > 0
+    assert metrics["kl"] == pytest.approx(sum(prompts["kl"]) / metrics["kl_responses"], abs=1e-3)
+    assert metrics["kl"] > 0
+    assert set(prompts) >= {"score/vader_compound", "reference_score/vader_compound"}
+    assert min(result["seconds"]["training"], result["peak_memory_gib"], result["cost"]["human_pairs"]) > 0
+    assert len(json.dumps(result)) < 20_000
+
+
+def test_a_case_runs_with_a_tiny_model_from_data_to_judged_responses(planned):
+    case = next(case for case in load_cases(planned)["all"] if case.method == "sigmoid")
+    check(measure(case, Path("cache")))
+
+
+@pytest.mark.slow
+def test_every_method_runs_with_a_tiny_model(measured, planned):
+    assert len(measured) == len(METHODS)
+    for result in measured.values():
+        check(result)
+    cases = {case.name: case for case in load_cases(planned)["all"]}
+    costs = {cases[name].method: each["cost"] for name, each in measured.items()}
+    assert costs["sigmoid"]["sampled_tokens"] == costs["sft"]["scored_tokens"] == 0
+    assert costs["online-1"]["judged_answers"] == costs["online-2"]["judged_answers"] == 8 * 3
+    assert costs["rloo-2"]["sampled_tokens"] > 0
+    assert costs["online-1"]["flops"] > costs["online-1"]["reward_model_flops"] == costs["best-of-2"]["flops"] > 0
+    assert not list(Path("measured").rglob("work/*")), "the files of a finished case are removed"
+
+
+@pytest.mark.slow
+def test_a_shared_first_round_has_the_same_cost_as_a_sampled_one(measured, planned):
+    case = load_cases(planned)["all"][0]
+    again, first = measure(case, Path("measured")), measured[case.name]
+    assert (again["metrics"], again["cost"]) == (first["metrics"], first["cost"])
+
+
+def test_products_of_another_seed_are_other_data_and_another_reference(planned):
+    case = load_cases(planned)["all"][0]
+    own = Products(case.params, Path("cache"))
+    other = Products(dataclasses.replace(case.params, seed=4), Path("cache"))
+    assert own.folder != other.folder
+    assert own.base == other.base
+    assert sha256(own.reference / "model.safetensors") != sha256(other.reference / "model.safetensors")
+
+
+def test_best_of_n_is_the_exact_expectation_of_its_own_judge():
+    """If the judge that trains also evaluates, the pooled expectation of the library is the same."""
+
+    class Same:
+        def score(self, prompts, responses):
+            return [float(len(response)) for response in responses]
+
+    scores = [3.0, 1.0, 2.0, 5.0, 4.0]
+
+    class Answers:
+        feedback = Same()
+        reference_samples = pd.DataFrame(
+            {"prompt": ["p"] * 5 + ["q"], "response": ["a" * int(score) for score in [*scores, 9]],
+             "ids": [[1]] * 6, "finished": True, "score/judge": [*scores, 9.0]}
+        )  # fmt: skip
+
+        def prompts(self, table):
+            return table["prompt"].tolist()
+
+    for n in (2, 4):
+        table = best_of_n(Answers(), n)
+        kl, expected = exact_best_of_n(scores, n)
+        assert set(table["prompt"]) == {"p"}, "a prompt with fewer than n responses is left out"
+        assert table["score/judge"].tolist() == pytest.approx([expected] * 5)
+        assert table["kl"].iloc[0] == pytest.approx(kl)
+        assert by_prompt(table, ["p", "q"])["responses"] == [5, 0]
+
+
+# Results
+
+
+def entry(kl, score):
+    """A result of four prompts with two responses each."""
+    twice = [2.0] * 4
+    prompts = {"responses": twice, "kl_responses": twice, "kl": [2 * kl] * 4}
+    prompts |= {"score/vader_compound": [2 * score] * 4, "reference_score/vader_compound": [0.0] * 4}
+    cost = {"flops": 2e12, "human_pairs": 9, "judged_answers": 24, "sampled_tokens": 1000}
+    seconds = {"training": 60.0, "evaluation": 30.0}
+    return {"metrics": {"kl": kl}, "prompts": prompts, "cost": cost, "seconds": seconds, "peak_memory_gib": 1.0}
+
+
+def test_finished_cases_are_skipped_and_changed_settings_are_measured_again(
+    planned, tmp_path, monkeypatch, capsys
+):
+    def refuse(function, *args):
+        raise AssertionError("a finished case must not run")
+
+    monkeypatch.setattr(command, "alone", refuse)
+    for case in load_cases(planned)["all"]:
+        write_result(case, entry(1.0, 0.5), tmp_path)
+    assert command.run(options(planned, "--results", str(tmp_path))) == 0
+    assert "6 of 6 cases have a result" in capsys.readouterr().out
+    case, results = load_cases(planned)["all"][0], read_results(tmp_path)
+    assert is_finished(case, results)
+    params = case.params
+    for section, change in {
+        "online": {"answers": 2},
+        "engine": {"max_length": 99},
+        "evaluate": {"samples": 13},
+    }.items():
+        changed = dataclasses.replace(getattr(params, section), **change)
+        assert not is_finished(
+            dataclasses.replace(case, params=dataclasses.replace(params, **{section: changed})), results
+        )
+    run = dataclasses.replace(params.run, checkpoint_minutes=1)
+    assert is_finished(dataclasses.replace(case, params=dataclasses.replace(params, run=run)), results)
+    for part in ("engine", "packages"):
+        other = {case.name: results[case.name] | {"key": case.key | {part: None}}}
+        assert not is_finished(case, other)
+
+
+def test_a_failed_case_is_recorded_and_not_repeated(planned, tmp_path, monkeypatch, capsys):
+    def diverge(function, *args):
+        raise FloatingPointError("the loss is not finite")
+
+    monkeypatch.setattr(command, "alone", diverge)
+    arguments = options(planned, "--results", str(tmp_path), "--cases", "online-1")
+    assert command.run(arguments) == 0
+    (result,) = read_results(tmp_path).values()
+    assert result["error"] == "FloatingPointError: the loss is not finite"
+    monkeypatch.setattr(command, "alone", None)
+    assert command.run(arguments) == 0
+    assert command.run(options(planned, "--results", str(tmp_path), "--list")) == 0
+    assert "failed   tiny-online-1-sigmoid-0.1-0.01-3\nnot run  tiny-online-2" in capsys.readouterr().out
+    evidence = page.Evidence.read(planned, tmp_path)
+    assert (
+        "| all | online-1, online-2, rloo-2, best-of-2, sigmoid, sft | 6 | 0 | 1 | 5 **not run** |"
+        in page.status(evidence)
+    )
+
+
+@pytest.mark.parametrize("fault", [TransientError("no network"), OSError(28, "disk full")])
+def test_a_fault_of_the_machine_is_no_result_of_a_method(planned, tmp_path, monkeypatch, fault):
+    def fail(function, *args):
+        raise fault
+
+    monkeypatch.setattr(command, "alone", fail)
+    with pytest.raises(type(fault)):
+        command.run(options(planned, "--results", str(tmp_path)))
+    assert not read_results(tmp_path)
+
+
+def test_no_case_starts_that_is_likely_to_exceed_the_time(planned, tmp_path, monkeypatch):
+    calls = []
+
+    def record(function, *args):
+        calls.append(function.__name__)
+        return 0.0 if function.__name__ == "build" else {
+            "seconds": {"training": 500.0, "evaluation": 100.0}, "metrics": {}, "peak_memory_gib": 1.0
+        }  # fmt: skip
+
+    monkeypatch.setattr(command, "alone", record)
+    assert command.run(options(planned, "--results", str(tmp_path))) == 1
+    assert calls == ["build", "measure"], "the next case needs 10 minutes of 9"
+
+
+def test_unknown_cases_are_an_error(planned):
+    with pytest.raises(InputError, match="--cases: no group, method or case rlo-2; groups are all"):
+        command.run(options(planned, "--cases", "rlo-2"))
+
+
+# The page
+
+
+def test_the_page_is_up_to_date_with_the_results(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    text = page.PAGE.read_text()
+    for name, block in page.blocks(page.Evidence.read()).items():
+        start, end = markers(f"evidence-{name}")
+        assert text.split(start)[1].split(end)[0].strip() == block, "run `python -m benchmarks.evidence --table`"
+
+
+@pytest.mark.parametrize("seeds", [4, 5])
+def test_the_primary_test_waits_for_all_seeds(tmp_path, seeds):
+    plan = tiny_plan(tmp_path, methods=["online-1", "online-2"], seeds=[1, 2, 3, 4, 5])
+    task = read(tmp_path / "tiny.yaml")
+    task["sweep"] |= {"seeds": [1, 2, 3, 4, 5], "reward_models": [1, 2, 3, 4, 5]}
+    YAML().dump(task, tmp_path / "tiny.yaml")
+    (tmp_path / "tiny.yaml").rename(tmp_path / "sentences.yaml")
+    plan.write_text(plan.read_text().replace("task: tiny", "task: sentences"))
+    for case in load_cases(plan)["all"]:
+        if case.seed <= seeds:
+            score = 0.8 + case.seed / 100 if case.method == "online-2" else 0.4 + case.seed / 100
+            write_result(case, entry(0.004, score), tmp_path / "results")
+    evidence = page.Evidence.read(plan, tmp_path / "results")
+    text = page.primary(evidence, ["vader_compound"])
+    assert "difference +0.200 [+0.200, +0.200]" in text  # half of 0.4 at a quarter of the KL
+    if seeds == 5:
+        assert f"p = {2 / 252:.3f} by permutation" in text
+    else:
+        assert "4 seeds of 5; the test is **not run** until all seeds are complete" in text
+    assert page.answer(evidence, [("online-2", "rloo-2")]) == ["- online-2 minus rloo-2: **not run**"]
+    if seeds == 5:
+        assert "| online-1 | 0.22 [0.21, 0.22] | 2.0 | 9 | 24 |" in page.compute(evidence)
+
+
+def test_a_kl_that_no_policy_reaches_has_no_reward(tmp_path):
+    plan = tiny_plan(tmp_path)
+    (tmp_path / "tiny.yaml").rename(tmp_path / "sentences.yaml")
+    plan.write_text(plan.read_text().replace("task: tiny", "task: sentences"))
+    for case in load_cases(plan)["all"]:
+        write_result(case, entry(0.0015, 0.3), tmp_path / "results")
+    evidence = page.Evidence.read(plan, tmp_path / "results")
+    line = next(line for line in page.equal_kl(evidence, "vader_compound").splitlines() if "online-1" in line)
+    assert line == "| online-1 | 1 | 0.24 | not reached |"
+    assert np.isnan(page.difference(evidence, ("online-2", "online-1"), "vader_compound", 1.0)[0])
