@@ -8,13 +8,14 @@ counted and not repeated, unless `--again` is given.
 import argparse
 import sys
 import time
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
 from benchmarks.evidence import page
 from benchmarks.evidence.plan import PLAN, RESULTS, Case, is_finished, load_cases, read_results, write_result
 from benchmarks.measure import alone
-from dpo.common.errors import InputError, TransientError
+from dpo.common.errors import InputError, Stopped, TransientError
 
 CACHE = Path(".evidence")
 
@@ -66,12 +67,7 @@ def state(case: Case, results: dict[str, dict[str, Any]]) -> str:
 
 
 def measure_all(cases: list[Case], results: dict[str, dict[str, Any]], options: argparse.Namespace) -> list[Case]:
-    """Measure the cases without a result within the time limit, and return those that are left.
-
-    Raises:
-        TransientError: the data or the model cannot be downloaded. It says nothing about the method.
-        OSError: a disk is full, or a file cannot be read.
-    """
+    """Measure the cases without a result within the time limit, and return those that are left."""
     start = time.monotonic()
     left = [case for case in cases if options.again or not is_finished(case, results)]
     say(f"{len(cases) - len(left)} of {len(cases)} cases have a result")
@@ -85,22 +81,35 @@ def measure_all(cases: list[Case], results: dict[str, dict[str, Any]], options: 
 
 
 def expected(case: Case, results: dict[str, dict[str, Any]]) -> float:
-    """Return the longest time in seconds of a measured case of the same method, else of any case."""
+    """Return the longest time in seconds of a measured case of the same method, else of any case.
+
+    The first case of a seed also needs the time to build what its cases share.
+    """
     timed = [each for each in results.values() if "seconds" in each]
     same = [each for each in timed if (each["task"], each["method"]) == (case.task, case.method)]
     parts = ("training", "evaluation")
-    return max((sum(each["seconds"][part] for part in parts) for each in same or timed), default=0)
+    longest = max((sum(each["seconds"][part] for part in parts) for each in same or timed), default=0)
+    if (case.task, case.seed) in {(each["task"], each["seed"]) for each in timed}:
+        return longest
+    return longest + max((each["seconds"]["shared_products"] for each in timed), default=0)
 
 
 def attempt(case: Case, cache: Path) -> dict[str, Any]:
-    """Return the result of a case, or its error."""
+    """Return the result of a case, or the error of its method.
+
+    Raises:
+        InputError: what the cases of a seed share cannot be built, for example because TRL is not installed.
+        TransientError: the data or the model cannot be downloaded.
+        Stopped: SIGTERM was received. The next run resumes the case.
+        OSError, MemoryError, BrokenProcessPool: the machine lacks disk space or memory.
+    """
     from benchmarks.evidence.cases import measure
     from benchmarks.evidence.products import build
 
+    built = alone(build, case, cache)
     try:
-        built = alone(build, case, cache)
         facts = alone(measure, case, cache)
-    except (TransientError, OSError, MemoryError):
+    except (TransientError, Stopped, OSError, MemoryError, BrokenProcessPool):
         raise
     except Exception as error:  # noqa: BLE001 - a failed run is a result of the method
         return {"error": f"{type(error).__name__}: {error}"}
@@ -144,5 +153,5 @@ def parser() -> argparse.ArgumentParser:
 if __name__ == "__main__":
     try:
         sys.exit(run(parser().parse_args()))
-    except (InputError, TransientError) as error:
+    except (InputError, TransientError, Stopped) as error:
         sys.exit(str(error))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from benchmarks.evidence.cases import best_of_n, by_prompt, measure
 from benchmarks.evidence.plan import PLAN, is_finished, load_cases, load_plan, read_results, write_result
 from benchmarks.evidence.products import Products
 from benchmarks.page import markers
-from dpo.common.errors import InputError, TransientError
+from dpo.common.errors import InputError, Stopped, TransientError
 from dpo.common.files import sha256
 from dpo.evaluation.yardsticks import best_of_n as exact_best_of_n
 from tests.support.models import chat_tokenizer, make_model
@@ -257,6 +258,8 @@ def test_finished_cases_are_skipped_and_changed_settings_are_measured_again(
 
 def test_a_failed_case_is_recorded_and_not_repeated(planned, tmp_path, monkeypatch, capsys):
     def diverge(function, *args):
+        if function.__name__ == "build":
+            return 0.0
         raise FloatingPointError("the loss is not finite")
 
     monkeypatch.setattr(command, "alone", diverge)
@@ -275,10 +278,21 @@ def test_a_failed_case_is_recorded_and_not_repeated(planned, tmp_path, monkeypat
     )
 
 
-@pytest.mark.parametrize("fault", [TransientError("no network"), OSError(28, "disk full")])
-def test_a_fault_of_the_machine_is_no_result_of_a_method(planned, tmp_path, monkeypatch, fault):
+@pytest.mark.parametrize(
+    ("part", "fault"),
+    [
+        ("build", TransientError("no network")),
+        ("build", InputError("a reward model needs TRL")),
+        ("measure", OSError(28, "disk full")),
+        ("measure", BrokenProcessPool("killed")),
+        ("measure", Stopped("SIGTERM")),
+    ],
+)
+def test_a_fault_of_the_machine_is_no_result_of_a_method(planned, tmp_path, monkeypatch, part, fault):
     def fail(function, *args):
-        raise fault
+        if function.__name__ == part:
+            raise fault
+        return 0.0
 
     monkeypatch.setattr(command, "alone", fail)
     with pytest.raises(type(fault)):
@@ -298,6 +312,15 @@ def test_no_case_starts_that_is_likely_to_exceed_the_time(planned, tmp_path, mon
     monkeypatch.setattr(command, "alone", record)
     assert command.run(options(planned, "--results", str(tmp_path))) == 1
     assert calls == ["build", "measure"], "the next case needs 10 minutes of 9"
+
+
+def test_the_first_case_of_a_seed_needs_the_time_of_what_its_cases_share(planned):
+    first, second = load_cases(planned)["all"][:2]
+    timed = entry(1.0, 0.5)
+    timed["seconds"] |= {"shared_products": 300.0}
+    assert command.expected(first, {}) == 0
+    assert command.expected(second, {"a": {"task": "tiny", "seed": 3, "method": "sigmoid", **timed}}) == 90
+    assert command.expected(second, {"a": {"task": "tiny", "seed": 9, "method": "online-1", **timed}}) == 390
 
 
 def test_unknown_cases_are_an_error(planned):
