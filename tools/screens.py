@@ -21,7 +21,7 @@ from prefect.client.schemas.filters import (
     FlowRunFilterStateType,
 )
 from prefect.client.schemas.objects import StateType
-from prefect.client.schemas.sorting import FlowRunSort
+from prefect.client.schemas.sorting import ArtifactSort, FlowRunSort
 
 from tasks.tracking.offline import ROLE, SWEEP
 from tools.browser import screenshot
@@ -33,7 +33,7 @@ MLFLOW = "http://127.0.0.1:5000"
 
 
 def prefect_pages(api: str) -> dict[str, str]:
-    """Return the addresses of the latest run, the longest artifact, all artifacts and a form, by image name."""
+    """Return the addresses of the latest run, its page of `compare`, all artifacts and a form, by image name."""
     site = api.removesuffix("/api")
     with SyncPrefectClient(api) as client:
         runs = client.read_flow_runs(
@@ -43,11 +43,12 @@ def prefect_pages(api: str) -> dict[str, str]:
             limit=1,
         )
         written = ArtifactFilter(type=ArtifactFilterType(any_=["markdown"]))
-        longest = max(client.read_artifacts(artifact_filter=written), key=lambda page: len(str(page.data)))
+        pages = client.read_artifacts(artifact_filter=written, sort=ArtifactSort.CREATED_DESC)
+        compared = next(page for page in pages if str(page.key).endswith("compare"))
         (form,) = client.read_deployments(flow_filter=FlowFilter(name=FlowFilterName(any_=["sweep"])), limit=1)
     return {
         "prefect-run": f"{site}/runs/flow-run/{runs[0].id}",
-        "prefect-stage": f"{site}/artifacts/artifact/{longest.id}",
+        "prefect-stage": f"{site}/artifacts/artifact/{compared.id}",
         "prefect-artifacts": f"{site}/artifacts",
         "prefect-form": f"{site}/deployments/deployment/{form.id}/run",
     }

@@ -145,12 +145,16 @@ def publish(
     public: Annotated[
         bool, Option("--public", help="Create a public repository (default: a private one).")
     ] = False,
+    license: Annotated[
+        str | None, Option(help="Licence on the model card, as an identifier of the hub, such as apache-2.0.")
+    ] = None,
+    gguf: Annotated[bool, Option("--gguf", help="Add a GGUF file; needs llama.cpp.")] = False,
     dry_run: Annotated[bool, Option("--dry-run", help="Write the folder, upload nothing.")] = False,
 ) -> None:
     """Upload a policy with its model card to the hub."""
     from tasks.commands import publish as command
 
-    command.publish(trial, repo, private=not public, dry_run=dry_run)
+    command.publish(trial, repo, private=not public, dry_run=dry_run, license=license, gguf=gguf)
 
 
 @app.command()

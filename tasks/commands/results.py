@@ -5,7 +5,8 @@ import textwrap
 from typing import Any
 
 from dpo.common.errors import InputError
-from tasks.common.paths import CAPABILITIES, COMPARISON, REWARD_MODELS
+from dpo.common.files import PROVENANCE
+from tasks.common.paths import CAPABILITIES, COMPARISON, REFERENCE, REWARD_MODELS
 
 COLUMNS = {"reward_accuracy": "reward accuracy", "margin": "margin", "kl": "KL (nats)", "win_rate": "win rate"}
 
@@ -39,6 +40,8 @@ def show() -> None:
     print("\n" + textwrap.fill(comparison["reason"], 115))
     for line in capability_lines(comparison["selected"]):
         print(line)
+    for line in serve_lines(comparison["selected"]):
+        print(line)
     print("\nmake mlflow     experiments and sweeps, http://127.0.0.1:5000/#/experiments/1/runs")
     print("make prefect    flows and schedules, http://127.0.0.1:4200")
     print("make report     the comparison, reports/index.html")
@@ -53,6 +56,17 @@ def capability_lines(policy: str | None) -> list[str]:
             models = sorted(result["models"], key=lambda name: name != policy)  # the policy first
             values = ", ".join(f"{name} {_with_interval(result['models'][name], 'value')}" for name in models)
             lines.append(f"{result['task']}, {result['metric']} on {result['examples']} examples: {values}")
+    return lines
+
+
+def serve_lines(policy: str | None) -> list[str]:
+    """Return commands that serve the selected policy, of vLLM and, if a run of MLflow made it, of MLflow."""
+    folder = REFERENCE.with_name(str(policy))
+    if not (folder / PROVENANCE).is_file():
+        return []
+    lines = ["", f"vllm serve {folder}"]
+    if run := json.loads((folder / PROVENANCE).read_text()).get("mlflow_run"):
+        lines.append(f"mlflow models serve --model-uri runs:/{run}/policy --env-manager local")
     return lines
 
 

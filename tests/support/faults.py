@@ -7,7 +7,6 @@ table of `docs/operations/faults.md`.
 """
 
 import argparse
-import hashlib
 import itertools
 import math
 import os
@@ -40,6 +39,7 @@ from tests.support import nightly
 from tests.support.mlflow_server import Server
 from tests.support.models import chat_tokenizer, free_ports, make_model
 from tests.support.project import ENV, ROOT, TRIAL, change, make_project
+from tests.support.results import result_hashes
 
 RESULTS, PAGE = ROOT / "benchmarks/results/faults.json", ROOT / "docs/operations/faults.md"
 RESULT_FILES = (
@@ -124,19 +124,9 @@ def make_complete(folder: Path) -> Projects:
     return Projects(raw, done, dict(zip(begun, seconds, strict=True)))
 
 
-def hashes(folder: Path, patterns: tuple[str, ...] = RESULT_FILES) -> dict[str, str]:
-    """Return the hashes of the results by path."""
-    files = (file for pattern in patterns for file in folder.glob(pattern) if file.is_file())
-    return {
-        str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest()
-        for file in files
-        if file.name != "provenance.json" and file.parent.name != "cost"  # times and memory
-    }
-
-
 def assert_same(folder: Path, projects: Projects, patterns: tuple[str, ...] = RESULT_FILES) -> None:
     """Assert that all results exist and equal those of the uninterrupted run, and that no partial file is left."""
-    found, expected = hashes(folder, patterns), hashes(projects.done, patterns)
+    found, expected = result_hashes(folder, patterns), result_hashes(projects.done, patterns)
     differing = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
     assert not differing, f"files differ: {differing}"
     left = [str(path) for path in folder.rglob(".*.partial")]

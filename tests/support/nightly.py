@@ -10,24 +10,25 @@ import hashlib
 import json
 import random
 import shutil
+import sqlite3
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import psutil
-from mlflow import MlflowClient
 
 from dpo.common.files import write_json
 from tests.support.models import chat_tokenizer, make_model
 from tests.support.prefect_server import prefect_server
 from tests.support.project import ENV, ROOT, book_pairs, change, make_project
+from tests.support.results import result_hashes
 
 FOLDER = ROOT / "benchmarks/results/nightly-faults"
 CASES = 40
@@ -114,21 +115,16 @@ class Nights:
         done = subprocess.run(["git", *words], cwd=self.project, capture_output=True, text=True, check=True)
         return done.stdout
 
-    def champion(self) -> dict[str, str]:
+    def champion(self) -> dict[str, int]:
         """Return the aliases of the registered model."""
-        registry = MlflowClient(f"sqlite:///{self.project}/mlflow.db")
-        return {name: str(number) for name, number in registry.get_registered_model("dpo-policy").aliases.items()}
+        with closing(sqlite3.connect(self.project / "mlflow.db")) as store:  # MLflow keeps files open
+            return dict(store.execute("SELECT alias, version FROM registered_model_aliases").fetchall())
 
     def state(self) -> dict[str, Any]:
         """Return everything that has to be as after an undisturbed run."""
-        found = {file for pattern in RESULT_FILES for file in self.project.glob(pattern) if file.is_file()}
-        files = [file for file in found if file.parent.name != "cost"]  # it has times and memory
         status = subprocess.run(["dvc", "status"], cwd=self.project, env=ENV, capture_output=True, text=True)
         return {
-            "files": {
-                str(file.relative_to(self.project)): hashlib.sha256(file.read_bytes()).hexdigest()
-                for file in sorted(files)
-            },
+            "files": result_hashes(self.project, RESULT_FILES),
             "commits": self.git("log", "--format=%B").split("\n\n"),
             "uncommitted": self.git("status", "--porcelain"),
             "dvc": status.stdout,
@@ -180,7 +176,7 @@ def prepare(made: Nights) -> None:
     for number, day in enumerate(("monday", "tuesday")):
         made.land(day, 100 * (number + 1))
         made.run("retrain")
-        assert made.champion()["champion"] == str(number + 1)
+        assert made.champion()["champion"] == number + 1
     made.land("wednesday", 300)
 
 
@@ -211,6 +207,8 @@ def one_case(made: Nights, number: int, seed: int) -> dict[str, Any]:
             made.run(operation)
         found, expected = made.state(), made.expected[operation]
         differing = [name for name in expected if found[name] != expected[name]]
+        if "files" in differing:
+            differing += sorted(dict(found["files"].items() ^ expected["files"].items()))
         return case | {"survived": not differing, "differing": differing}
     except (AssertionError, subprocess.SubprocessError) as error:
         return case | {"survived": False, "error": str(error)[-2000:]}

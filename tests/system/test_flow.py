@@ -81,10 +81,14 @@ def test_stages_run_once_and_their_states_say_what_dvc_did(project):
     assert (project / "last.txt").read_text() == "done 0.1done 0.5"
     state = pipeline(return_state=True)
     assert state.result() == dict.fromkeys(("first", "branch@0.1", "branch@0.5", "last"), "up to date")
-    with get_client(sync_client=True) as client:
-        runs = client.read_task_runs()
-    names = {run.name: run.state.name for run in runs if run.flow_run_id == state.state_details.flow_run_id}
-    assert names == dict.fromkeys(("first", "branch@0.1", "branch@0.5", "last"), "UpToDate")
+    this_run = FlowRunFilter(id=FlowRunFilterId(any_=[state.state_details.flow_run_id]))
+    expected = dict.fromkeys(("first", "branch@0.1", "branch@0.5", "last"), "UpToDate")
+    deadline, names = time.monotonic() + 60, {}
+    while names != expected and time.monotonic() < deadline:  # the server stores states from a queue of events
+        with get_client(sync_client=True) as client:
+            names = {run.name: run.state.name for run in client.read_task_runs(flow_run_filter=this_run)}
+        time.sleep(0.1)
+    assert names == expected
 
 
 def test_only_a_changed_stage_and_the_stages_that_it_changes_start_a_process(project, monkeypatch):

@@ -142,7 +142,7 @@ class Project:
 def make_origin(folder: Path, model: Path, environment: dict[str, str]) -> None:
     """Make the repository to clone: a tiny model, trivial stages, the pipeline scheduled every minute."""
     folder.mkdir(parents=True)
-    for name in ("dpo", "tasks", "flows"):
+    for name in ("dpo", "tasks", "flows", "functions"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("prefect.yaml", "prefect.toml", "params.yaml", ".gitignore", "Makefile", "pyproject.toml"):
         shutil.copy(ROOT / name, folder / name)

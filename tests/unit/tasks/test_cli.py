@@ -78,6 +78,22 @@ def test_unknown_commands_and_values_are_refused_with_exit_code_2(tmp_path):
     assert "Invalid value for '--temperature': must be above 0" in wrong.stderr
 
 
+def test_results_end_with_commands_that_serve_the_selected_policy(tmp_path):
+    Path(tmp_path / "metrics").mkdir()
+    comparison = {
+        "policies": {"a": {"reward_accuracy": 0.5, "reward_accuracy_ci": [0, 1]}},
+        "selected": "a",
+        "reason": "It wins.",
+    }
+    (tmp_path / "metrics/comparison.json").write_text(json.dumps(comparison))
+    assert "serve" not in dpo("results", cwd=tmp_path).stdout
+    Path(tmp_path / "models/a").mkdir(parents=True)
+    (tmp_path / "models/a/provenance.json").write_text(json.dumps({"mlflow_run": "0123"}))
+    shown = dpo("results", cwd=tmp_path).stdout.splitlines()
+    assert "vllm serve models/a" in shown
+    assert "mlflow models serve --model-uri runs:/0123/policy --env-manager local" in shown
+
+
 @pytest.mark.parametrize("command", [["results"], ["--help"], ["init", "--help"]])
 def test_a_closed_pipe_ends_a_command_without_a_traceback(command, tmp_path):
     Path(tmp_path / "metrics").mkdir()

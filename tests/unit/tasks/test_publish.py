@@ -117,6 +117,25 @@ def test_all_files_are_uploaded_to_a_private_repository(project, hub):
     assert f"vllm serve {REPO}" in done.stdout
 
 
+def test_the_card_has_the_licence_and_the_folder_a_gguf_file_of_llama_cpp(project, tmp_path, monkeypatch):
+    options = {"private": True, "dry_run": True, "license": "apache-2.0", "gguf": True}
+    with pytest.raises(InputError, match=r"--gguf: convert_hf_to_gguf\.py is not on the PATH; install llama\.cpp"):
+        publish(TRIAL, REPO, **options)
+    program = tmp_path / "bin/convert_hf_to_gguf.py"
+    program.parent.mkdir()
+    program.write_text('#!/bin/sh\n[ "$4 $5" = "--outtype bf16" ] && cat "$1/config.json" > "$3"\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
+    publish(TRIAL, REPO, **options)
+    folder = Path("published") / TRIAL
+    assert (folder / f"{TRIAL}.gguf").read_bytes() == (folder / "config.json").read_bytes()
+    assert (folder / "README.md").read_text().startswith("---\nlicense: apache-2.0\n")
+    assert f'from_pretrained("{REPO}")' in (folder / "README.md").read_text()
+    program.write_text("#!/bin/sh\necho unknown architecture >&2; exit 1\n")
+    with pytest.raises(InputError, match="cannot convert the model; its last output:\nunknown architecture"):
+        publish(TRIAL, REPO, **options)
+
+
 def test_a_refusal_of_the_hub_is_one_message(project, hub):
     port, handler = hub
     handler.status = 403
