@@ -154,9 +154,7 @@ def best_of_n(products: Products, n: int) -> pd.DataFrame:
     one with probability C(i - 1, n - 1) / C(N, n). Prompts with fewer than n responses are left out. `kl` is the
     bound log n - (n - 1) / n (Beirami et al. 2024, arXiv 2401.01879).
     """
-    table = products.reference_samples
-    prompts, responses = products.prompts(table), table["response"].tolist()
-    table = table.assign(feedback=products.feedback.score(prompts, responses))
+    table = products.reference_samples.assign(feedback=products.reference_feedback)
     parts = []
     for _, group in table.groupby("prompt", sort=True):
         size = len(group)

@@ -1,5 +1,6 @@
 """Write the figures of `docs/internals/evidence.md` from the result files. No figure has another source."""
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -22,7 +23,7 @@ from benchmarks.evidence.statistics import (
 from benchmarks.page import put_table
 from dpo.evaluation.verifier_metrics import pass_at_k
 
-PAGE = Path("docs/internals/evidence.md")
+PAGE, PPO = Path("docs/internals/evidence.md"), Path("benchmarks/results/evidence-ppo.json")
 NOT_RUN = "**not run**"
 QUESTIONS = {
     "on-policy": [("online-4", "online-1"), ("online-8", "online-1")],
@@ -31,6 +32,8 @@ QUESTIONS = {
     "demonstrations": [("sigmoid", "sft")],
 }
 """Comparisons on the sentences that answer a question of the page."""
+MODELS = {"sigmoid": ["policy"], "online-4": ["policy", "reward model"], "rloo-4": ["policy", "reward model"]}
+"""Models in memory while a policy trains. The reference is loaded before and freed."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +96,7 @@ def blocks(evidence: Evidence) -> dict[str, str]:
         **{f"equal-kl-{n}": equal_kl(evidence, judge) for n, judge in enumerate(sentences, 1)},
         "compute": compute(evidence),
         "cost": cost(evidence),
+        "memory": memory(evidence),
         "arithmetic": arithmetic(evidence),
         **{name: "\n".join(answer(evidence, pairs)) for name, pairs in QUESTIONS.items()},
     }
@@ -242,6 +246,24 @@ def cost(evidence: Evidence) -> str:
     columns = ["method", "thousand tokens sampled", "scored", "trained", "minutes of training", "of evaluation",
                "peak memory of training, GiB"]  # fmt: skip
     return table(columns, rows or [[NOT_RUN, *[""] * 6]])
+
+
+def memory(evidence: Evidence, ppo: Path = PPO) -> str:
+    """Return the models that training on the sentences holds, and its peak memory."""
+    methods, rows = evidence.methods("sentences"), []
+    for method, models in MODELS.items():
+        done = evidence.finished(methods[method])
+        peak = f"{max(each['peak_memory_gib'] for each in done):.1f}" if done else NOT_RUN
+        rows.append([method, ", ".join(models), str(len(models)), peak])
+    held = "policy, value model, reference, reward model"
+    measured = json.loads(ppo.read_text()) if ppo.exists() else None
+    label = (
+        f"PPO of TRL {measured['packages']['trl']}, one step of {measured['answers']} answers"
+        if measured
+        else "PPO"
+    )
+    rows.append([label, held, "4", f"{measured['peak_memory_gib']:.1f}" if measured else NOT_RUN])
+    return table(["method", "models in memory", "number", "peak memory, GiB"], rows)
 
 
 def arithmetic(evidence: Evidence) -> str:

@@ -220,6 +220,15 @@ class Products:
                 table.to_parquet(tmp, index=False)
         return pd.read_parquet(file)
 
+    @cached_property
+    def reference_feedback(self) -> list[float]:
+        """Scores of the reference's responses by the judge that trains."""
+        file = self.folder / "reference_feedback.json"
+        if not file.is_file():
+            table = self.reference_samples
+            write_json(file, self.feedback.score(self.prompts(table), table["response"].tolist()))
+        return list(json.loads(file.read_text()))
+
     def prompts(self, table: pd.DataFrame) -> list[Prompt]:
         """Return the prompts of rows with the fields of canonical pairs."""
         return [prompt_of(row, self.tokenizer) for row in table.to_dict("records")]

@@ -4,6 +4,7 @@ import dataclasses
 import json
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -187,25 +188,14 @@ def test_products_of_another_seed_are_other_data_and_another_reference(planned):
 
 def test_best_of_n_is_the_exact_expectation_of_its_own_judge():
     """If the judge that trains also evaluates, the pooled expectation of the library is the same."""
-
-    class Same:
-        def score(self, prompts, responses):
-            return [float(len(response)) for response in responses]
-
     scores = [3.0, 1.0, 2.0, 5.0, 4.0]
 
-    class Answers:
-        feedback = Same()
-        reference_samples = pd.DataFrame(
-            {"prompt": ["p"] * 5 + ["q"], "response": ["a" * int(score) for score in [*scores, 9]],
-             "ids": [[1]] * 6, "finished": True, "score/judge": [*scores, 9.0]}
-        )  # fmt: skip
-
-        def prompts(self, table):
-            return table["prompt"].tolist()
-
+    answers = pd.DataFrame(
+        {"prompt": ["p"] * 5 + ["q"], "ids": [[1]] * 6, "finished": True, "score/judge": [*scores, 9.0]}
+    )
+    products = SimpleNamespace(reference_samples=answers, reference_feedback=[*scores, 9.0])
     for n in (2, 4):
-        table = best_of_n(Answers(), n)
+        table = best_of_n(products, n)
         kl, expected = exact_best_of_n(scores, n)
         assert set(table["prompt"]) == {"p"}, "a prompt with fewer than n responses is left out"
         assert table["score/judge"].tolist() == pytest.approx([expected] * 5)
@@ -361,6 +351,16 @@ def test_the_primary_test_waits_for_all_seeds(tmp_path, seeds):
     assert page.answer(evidence, [("online-2", "rloo-2")]) == ["- online-2 minus rloo-2: **not run**"]
     if seeds == 5:
         assert "| online-1 | 0.22 [0.21, 0.22] | 2.0 | 9 | 24 |" in page.compute(evidence)
+
+
+def test_memory_is_that_of_the_results_and_of_ppo(tmp_path):
+    ppo = tmp_path / "ppo.json"
+    evidence = page.Evidence(load_plan(ROOT / PLAN), load_cases(ROOT / PLAN), {})
+    assert page.memory(evidence, ppo).count("| **not run** |") == 4
+    ppo.write_text(json.dumps({"packages": {"trl": "1.12.0"}, "answers": 32, "peak_memory_gib": 7.14}))
+    last = page.memory(evidence, ppo).splitlines()[-1]
+    assert last.startswith("| PPO of TRL 1.12.0, one step of 32 answers | policy, value")
+    assert last.endswith("| 4 | 7.1 |")
 
 
 def test_a_kl_that_no_policy_reaches_has_no_reward(tmp_path):
