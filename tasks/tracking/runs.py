@@ -135,7 +135,7 @@ def run_of(folder: Path) -> Run | None:
 
 
 def log_evaluation(params: Params, trial: Trial, metrics: dict[str, Any], samples: pd.DataFrame) -> None:
-    """Add held-out metrics and responses to the run that trained this checkpoint.
+    """Add held-out metrics and responses to the run that trained this checkpoint, which keeps its end time.
 
     If this MLflow has no such run (DVC may have pulled the checkpoint), create a child run of the sweep for it.
     """
@@ -150,7 +150,8 @@ def log_evaluation(params: Params, trial: Trial, metrics: dict[str, Any], sample
     run.log_table(samples, "samples.json")
     run.log_datasets([_dataset(EVAL, "evaluation")])
     run.log_metrics(metric_points(_numbers(metrics, "eval")))
-    run.close()
+    is_offline = mlflow.get_tracking_uri() == offline.OFFLINE_STORE  # there a new end time makes `sync` upload it
+    run.close(end_time=None if made is None or is_offline else made.info.end_time)
 
 
 def log_comparison(

@@ -17,6 +17,7 @@ from dpo.training.callbacks import DivergenceAlarm
 from dpo.training.losses import Sigmoid
 from dpo.training.settings import EarlyStopSettings, Trial
 from tasks.common.flatten import flatten
+from tasks.common.paths import policy_folder
 from tasks.common.training_log import write_training_log
 from tasks.tracking import offline, run_logger
 from tasks.tracking import runs as tracking
@@ -177,6 +178,19 @@ def test_warnings_of_the_library_during_a_training_are_in_its_run(project, caplo
     assert found == ("step 7: runs away\n" + "x" * 9999)[: run_logger.WARNINGS_LENGTH]
     messages = [record.getMessage() for record in caplog.records if record.name == library.name]
     assert [messages[0], messages[-1]] == ["before", "after"]
+
+
+def test_an_evaluation_does_not_change_the_duration_of_the_training(project):
+    folder = policy_folder(trial(98))
+    folder.mkdir(parents=True)
+    (folder / "model.safetensors").write_bytes(b"weights")
+    with tracking.policy_run(PARAMS, trial(98)) as run_id:
+        tracking.tag_checkpoint(run_id, folder)
+    ended = mlflow.get_run(run_id).info.end_time
+    time.sleep(0.01)
+    tracking.log_evaluation(PARAMS, trial(98), {"kl": 1.5}, TABLE)
+    run = mlflow.get_run(run_id)
+    assert (run.data.metrics["eval/kl"], run.info.end_time, run.info.status) == (1.5, ended, "FINISHED")
 
 
 def test_the_run_of_a_failed_training_has_the_status_failed(project):
