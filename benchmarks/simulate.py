@@ -3,7 +3,7 @@
     python -m benchmarks.simulate --model llama-70b --ranks 64    # adds to benchmarks/results/simulate.json
     python -m benchmarks.simulate --table    # writes the table of docs/internals/scaling.md
 
-The simulation runs the engine's packed stream, head and objective, accelerate's FSDP2 and AdamW for two steps.
+The simulation runs the engine's packed stream, head, objective and FSDP2 units, and AdamW, for two steps.
 Tensors have shapes but no data (`FakeTensorMode`), and a fake process group stands for the other ranks. It
 counts tensors, not fragments of the allocator, buffers of NCCL or the CUDA context.
 """
@@ -15,14 +15,12 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import yaml
 from accelerate import FullyShardedDataParallelPlugin
-from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.distributed import DeviceMesh, init_device_mesh
@@ -38,6 +36,7 @@ from dpo.engine.flops import Shape
 from dpo.engine.logprobs import LogProbModel
 from dpo.engine.packing import Layout, PackedBatch, pack
 from dpo.engine.settings import GPU_HEAD_CHUNK
+from dpo.engine.sharding import apply_fsdp
 from dpo.engine.tokenization import TokenRow
 from dpo.planner import LLAMAS, Pair, Setup, training_memory
 from dpo.training.losses import Sigmoid
@@ -77,7 +76,7 @@ def simulate(shape: Shape, setup: Setup, pair: Pair = PAIR, config: Path = CONFI
         model = sharded_model(shape, setup, config, mesh)
         trained = [weight for weight in model.parameters() if weight.requires_grad]
         optimizer = torch.optim.AdamW(trained, foreach=False)
-        tracker = FSDPMemTracker(model, optimizer)
+        tracker = FSDPMemTracker(model.model.get_decoder(), optimizer)
         tracker.track_inputs(())
         with tracker:
             for _ in range(2):
@@ -128,11 +127,8 @@ def sharded_model(shape: Shape, setup: Setup, config: Path, mesh: DeviceMesh) ->
     if setup.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     engine.train()
-    launch = SimpleNamespace(
-        state=SimpleNamespace(fsdp_plugin=fsdp_plugin(config)), mixed_precision="no", is_main_process=True,
-        torch_device_mesh={("fsdp",): mesh}, parallelism_config=SimpleNamespace(fsdp_dim_names=("fsdp",)),
-    )  # fmt: skip
-    fsdp2_prepare_model(launch, engine)
+    plugin = fsdp_plugin(config)
+    apply_fsdp(model, mesh, plugin.reshard_after_forward, plugin.cpu_offload)
     return engine
 
 

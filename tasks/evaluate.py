@@ -15,6 +15,7 @@ from dpo.engine.chat import Prompt, prompt_of
 from dpo.engine.logprobs import LogProbModel, load_model, sequence_logps
 from dpo.engine.pretrained import load_tokenizer
 from dpo.engine.reference_cache import cache_key, load_reference
+from dpo.engine.sharding import together
 from dpo.engine.token_table import open_table
 from dpo.engine.tokenization import prompt_ids
 from dpo.evaluation.judges import Judge, against_base, load_judges
@@ -85,6 +86,7 @@ def evaluate_pairs(
     logps = share(
         len(rows),
         lambda mine: sequence_logps(policy, rows.select(mine), max_tokens, "policy log-probs").tolist(),
+        together(policy),
     )
     lengths = torch.tensor([row.lengths for row in rows])
     reference = torch.tensor([cached[each] for each in rows.ids])
@@ -110,16 +112,18 @@ def sample_responses(
     samples = response_table(policy, tokenizer, prompts, **sampling) if served is None else served
     responses = samples["ids"].tolist()[: params.evaluate.kl_samples]
 
+    reference = None  # the policy with another adapter, or none
+    if not policy.share_base(paths.REFERENCE):
+        reference = load_model(paths.REFERENCE, **params.engine.loading, frozen=True).to(policy.device)
+    models = [policy] if reference is None else [policy, reference]
+
     def kl_to_reference(mine: list[int]) -> list[Any]:
-        reference = None  # the policy with another adapter, or none
-        if not policy.share_base(paths.REFERENCE):
-            reference = load_model(paths.REFERENCE, **params.engine.loading, frozen=True).to(policy.device)
         prompt_tokens = prompt_ids(tokenizer, [prompts[i] for i in mine], sampling["max_prompt_tokens"])
         max_tokens = params.engine.max_tokens_per_microbatch
         table = divergence(policy, reference, prompt_tokens, [responses[i] for i in mine], max_tokens)
         return table.to_dict("records")
 
-    kl = pd.DataFrame(share(len(responses), kl_to_reference))
+    kl = pd.DataFrame(share(len(responses), kl_to_reference, together(*models)))
     logps, reference_logps = (torch.tensor(kl[name].to_numpy()) for name in ("policy_logp", "reference_logp"))
     lengths = torch.tensor([len(ids) for ids in responses])
     if served is not None:

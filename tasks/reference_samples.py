@@ -14,6 +14,7 @@ from dpo.data.prompts import COLUMNS, prompt_table
 from dpo.engine.chat import Prompt, prompt_of
 from dpo.engine.logprobs import load_model, sequence_logps
 from dpo.engine.pretrained import load_tokenizer
+from dpo.engine.sharding import together
 from dpo.engine.token_table import open_table
 from dpo.engine.tokenization import prompt_ids
 from dpo.evaluation.bootstrap import bootstrap, mean
@@ -95,7 +96,9 @@ def base_perplexity(params: Params, held_out: pd.DataFrame, tokenizer: PreTraine
     model = load_model(BASE, **params.engine.loading, frozen=True).to(this_process().device)
     max_tokens = params.engine.max_tokens_per_microbatch
     logps = share(
-        len(rows), lambda mine: sequence_logps(model, rows.select(mine), max_tokens, "base log-probs").tolist()
+        len(rows),
+        lambda mine: sequence_logps(model, rows.select(mine), max_tokens, "base log-probs").tolist(),
+        together(model),
     )
     sides = slice(1) if rows.labels or params.imitated == "chosen" else slice(None)  # a label's row has one text
     counted = held_out["chosen"].notna() if params.imitated == "chosen" else pd.Series(True, held_out.index)

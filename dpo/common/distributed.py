@@ -1,6 +1,8 @@
 """The processes that `accelerate launch` starts for a stage, and how they divide its work."""
 
+import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from operator import itemgetter
 from typing import Any
@@ -15,9 +17,21 @@ def this_process() -> PartialState:
     return PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=1))
 
 
-def share(count: int, work: Callable[[list[int]], list[Any]]) -> list[Any]:
-    """Apply `work` to the items 0..count-1, divided among the processes. Each process gets all results."""
+def shards_weights() -> bool:
+    """Return whether the launch configuration shards weights (FSDP) over several processes."""
+    return os.environ.get("ACCELERATE_USE_FSDP") == "true" and this_process().num_processes > 1
+
+
+def share(
+    count: int, work: Callable[[list[int]], list[Any]], during: AbstractContextManager[None] | None = None
+) -> list[Any]:
+    """Apply `work` to the items 0..count-1, divided among the processes. Each process gets all results.
+
+    The work is done inside the block `during`, which a process without items enters too.
+    """
     state = this_process()
     mine = list(range(state.process_index, count, state.num_processes))
-    parts = gather_object(list(zip(mine, work(mine) if mine else [], strict=True)))
+    with during or nullcontext():
+        results = work(mine) if mine else []
+    parts = gather_object(list(zip(mine, results, strict=True)))
     return [result for _, result in sorted(parts, key=itemgetter(0))]

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
+from dpo.common.distributed import shards_weights
 from dpo.common.errors import InputError
 from dpo.common.progress import progress
 from dpo.engine.attention import PACKED_ATTENTION, VarlenMetadata, supports_varlen, varlen_metadata
@@ -41,6 +42,7 @@ from dpo.engine.pretrained import (
     load_causal_lm,
 )
 from dpo.engine.settings import Precision, Quantization
+from dpo.engine.sharding import empty_model, read_shards, release
 from dpo.engine.tokenization import TokenRow
 
 ENGINE_VERSION = 5
@@ -65,6 +67,9 @@ class LogProbModel(nn.Module):
         accumulate_in_place: whether the backward pass adds gradients of the vocabulary matrices directly to
             `.grad`. This saves one gradient of each matrix per micro-batch. Set it only for training in one
             process: DDP, FSDP and `torch.autograd.grad` need gradients from autograd.
+        folder: the folder that the model was loaded from.
+        sharded: whether the weights are sharded over the processes.
+        is_empty: whether the weights are not read yet; see `shard`.
     """
 
     def __init__(
@@ -77,21 +82,8 @@ class LogProbModel(nn.Module):
     ) -> None:
         super().__init__()
         self.model, self.precision, self.in_stream, self.vocabulary = model, precision, in_stream, vocabulary
-        self.accumulate_in_place = False
-        self._no_split_modules = model._no_split_modules
-
-    # With FSDP2, accelerate shards the layers named by `_no_split_modules`, the embedding, and the head with the
-    # last norm of the base model. It finds them by these names.
-    base_model_prefix = "base_model"
-
-    @property
-    def base_model(self) -> nn.Module:
-        """The transformers model without its head."""
-        return self.model.base_model
-
-    def get_input_embeddings(self) -> nn.Module:
-        """Return the input embedding."""
-        return self.model.get_input_embeddings()
+        self.accumulate_in_place = self.compiled = self.sharded = self.is_empty = False
+        self.folder: Path | None = None
 
     def get_output_embeddings(self) -> nn.Linear:
         """Return the projection to the vocabulary."""
@@ -152,12 +144,44 @@ class LogProbModel(nn.Module):
         if self.precision == "bf16":
             hold_frozen_in_bf16(self.model, vocabulary=self.vocabulary == "bf16")
 
+    def shard(self) -> None:
+        """Shard the weights over the processes and read them, if the launch configuration says so.
+
+        Call this after adapters and data types are set. It has no effect on a model that has its weights.
+        """
+        if self.is_empty:
+            assert self.folder is not None
+            read_shards(self.model, self.folder)
+            self.sharded, self.is_empty = True, False
+            self.check_stream()
+            release(self.model)
+
+    def check_stream(self) -> None:
+        """Decide whether the packed stream computes this model, and compile its layers if it does."""
+        tf32, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, False
+        with ProductsInFp32():  # the self-check compares fp32 results
+            fault = _self_check(self.model)
+        torch.backends.cuda.matmul.allow_tf32 = tf32
+        self.in_stream = not fault
+        if fault:
+            name = type(self.model).__name__
+            log.warning("%s: %s; log-probs are computed row by row, which is slower", name, fault)
+            return
+        self.model.set_attn_implementation(PACKED_ATTENTION)
+        if self.compiled and supports_varlen(self.model):
+            for block in self.model.modules():
+                if type(block).__name__ in (self.model._no_split_modules or ()):
+                    block.compile(dynamic=True)
+
     def share_base(self, reference: Path) -> bool:
         """Prepare `reference_logits` if the model is a LoRA adapter on the base model of `reference`.
 
         `reference` is the folder of the base model, with or without an adapter of its own, which is then loaded
-        beside that of this model. Return False if the model is no such adapter.
+        beside that of this model. Return False if the model is no such adapter, or if it is sharded and the
+        reference has an adapter.
         """
+        if self.sharded and (reference / ADAPTER_CONFIG).is_file():
+            return False
         if not has_adapter(self.model) or Path(self.model.name_or_path).resolve() != reference.resolve():
             return False
         if (reference / ADAPTER_CONFIG).is_file():
@@ -280,37 +304,39 @@ def load_model(
     adapter is trained: `bf16` loads a checkpoint in bf16 without casting its layers to fp32. On a GPU, `bf16`
     enables TF32 for fp32 matrix products in this process. `compiled` fuses the operations of each block.
 
+    If the launch configuration shards weights, a model that is not `frozen` is returned without weights; training
+    adds adapters and calls `LogProbModel.shard`.
+
     Raises:
-        InputError: `compiled` is set without a GPU or without `bf16`.
+        InputError: `compiled` is set without a GPU or without `bf16`, or `quantization` with sharded weights.
     """
     if compiled and not (torch.cuda.is_available() and precision == "bf16"):
         raise InputError("params.yaml: engine.compile: true needs a CUDA GPU and precision: bf16; set it to false")
-    torch.backends.cuda.matmul.allow_tf32 = False  # the self-check compares fp32 results
+    is_empty = shards_weights()
+    if is_empty and quantization is not None:
+        raise InputError(
+            "params.yaml: engine.quantization does not work with sharded weights (FSDP); set it to null, or set "
+            "run.launch to null or to a configuration for DDP"
+        )
     options = {} if quantization is None else nf4_options()
-    model = load_in_bf16(path) if frozen and precision == "bf16" and not options else None
-    model = (model or load_causal_lm(path, **options)).eval()
+    model = load_in_bf16(path) if frozen and precision == "bf16" and not options and not is_empty else None
+    model = (model or (empty_model(path) if is_empty else load_causal_lm(path, **options))).eval()
     use_one_product(model)
     for module in model.modules():
         rates = [name for name, value in vars(module).items() if "drop" in name and isinstance(value, float)]
         for name in ["p"] if isinstance(module, nn.Dropout) else rates:
             setattr(module, name, 0.0)
-    with ProductsInFp32():
-        fault = _self_check(model)
     torch.backends.cuda.matmul.allow_tf32 = precision == "bf16"
-    if fault:
-        log.warning("%s: %s; log-probs are computed row by row, which is slower", type(model).__name__, fault)
-    else:
-        model.set_attn_implementation(PACKED_ATTENTION)
-    if compiled and not fault and supports_varlen(model):
-        for block in model.modules():
-            if type(block).__name__ in (model._no_split_modules or ()):
-                block.compile(dynamic=True)
-    engine = LogProbModel(model, precision, in_stream=not fault, vocabulary=vocabulary).eval()
+    engine = LogProbModel(model, precision, in_stream=False, vocabulary=vocabulary).eval()
+    engine.compiled, engine.folder, engine.is_empty = compiled, path, is_empty
+    if not is_empty:
+        engine.check_stream()
     if precision == "bf16":
         multiply_in_bf16(model)
     if frozen is True:
         model.requires_grad_(False)
         engine.hold_frozen_weights()
+        engine.shard()
     return engine
 
 

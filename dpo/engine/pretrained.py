@@ -12,12 +12,13 @@ from huggingface_hub import constants
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils.hub import get_checkpoint_shard_files
 
 from dpo.common.errors import InputError, TransientError
-from dpo.common.files import PROVENANCE
+from dpo.common.files import PROVENANCE, sha256
 
 # bitsandbytes, which peft imports, warns about an optional kernel.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
@@ -147,15 +148,26 @@ def add_reference_adapter(model: PreTrainedModel, folder: Path) -> None:
 
 @contextmanager
 def adapters_in_fp32(model: PreTrainedModel) -> Iterator[None]:
-    """Inside the block, weights in bf16 look like fp32 weights, so that peft creates adapters of them in fp32."""
-    held = [(weight, weight.data) for weight in model.parameters() if weight.dtype == torch.bfloat16]
+    """Inside the block, weights in bf16 look like fp32 weights, so that peft creates adapters of them in fp32.
+
+    So do weights without data, on the CPU, so that their adapters have data.
+    """
+    places = [(module._parameters, name) for module in model.modules() for name in module._parameters]
+    weights = [(group, name, weight) for group, name in places if (weight := group[name]) is not None]
+    empty = [each for each in weights if each[2].is_meta]
+    held = [(w, w.data) for w in model.parameters() if w.dtype == torch.bfloat16 and not w.is_meta]
     for weight, data in held:
         weight.data = torch.zeros((), device=data.device).expand(data.shape)
+    for group, name, weight in empty:
+        group[name] = nn.Parameter(torch.zeros(()).expand(weight.shape), weight.requires_grad)
     try:
         yield
     finally:
         for weight, data in held:
             weight.data = data
+        for group, name, weight in empty:
+            group[name], shown = weight, group[name]
+            weight.requires_grad_(shown is not None and shown.requires_grad)
 
 
 @torch.no_grad()
@@ -226,6 +238,15 @@ def adapter_base(folder: Path) -> tuple[str | Path, str | None]:
         f"{folder}: its base model {own or name!r} is neither in {Path.cwd()} nor beside it; copy the base "
         "model's folder beside it, or run `dpo merge` in the project, which writes a model that loads anywhere"
     )
+
+
+def weights_digest(folder: Path) -> str:
+    """Return the hash of the files with the weights of a model folder, and of the base model of an adapter."""
+    digest = sha256(*sorted(folder.glob("*.safetensors")))
+    if (folder / "config.json").is_file():
+        return digest
+    base, revision = adapter_base(folder)
+    return f"{digest} on {weights_digest(base) if isinstance(base, Path) else f'{base}@{revision}'}"
 
 
 def is_hub_id(name: str) -> bool:

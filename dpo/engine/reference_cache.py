@@ -32,6 +32,7 @@ from dpo.common.files import atomic_write, sha256
 from dpo.common.manifest import check_manifest, write_manifest
 from dpo.engine.logprobs import ENGINE_VERSION, LogProbModel, sequence_logps
 from dpo.engine.settings import EngineSettings
+from dpo.engine.sharding import together
 from dpo.engine.token_table import TokenTable
 from dpo.engine.tokenization import TokenRow
 
@@ -86,15 +87,16 @@ def compute_reference(
     finished = progress / f"{folder.name}-{name}"
     finished.mkdir(parents=True, exist_ok=True)
     shards = -(-len(table) // SHARD_ROWS)
-    for number in range(state.process_index, shards, state.num_processes):
-        path, start = finished / f"{number}.parquet", number * SHARD_ROWS
-        rows = table[start : start + SHARD_ROWS]
-        if path.is_file() and pq.read_table(path)["row"].to_pylist() == [row.digest for row in rows]:
-            continue
-        title = f"{folder.name} pairs {start + 1} to {start + len(rows)} of {len(table)}"
-        logps = sequence_logps(model, rows, engine.max_tokens_per_microbatch, title)
-        with atomic_write(path) as tmp:
-            pq.write_table(shard_table(rows, logps), tmp)
+    with together(model):
+        for number in range(state.process_index, shards, state.num_processes):
+            path, start = finished / f"{number}.parquet", number * SHARD_ROWS
+            rows = table[start : start + SHARD_ROWS]
+            if path.is_file() and pq.read_table(path)["row"].to_pylist() == [row.digest for row in rows]:
+                continue
+            title = f"{folder.name} pairs {start + 1} to {start + len(rows)} of {len(table)}"
+            logps = sequence_logps(model, rows, engine.max_tokens_per_microbatch, title)
+            with atomic_write(path) as tmp:
+                pq.write_table(shard_table(rows, logps), tmp)
     state.wait_for_everyone()
     if state.is_main_process:
         numbers = (range(shards)[start : start + JOINED_SHARDS] for start in range(0, shards, JOINED_SHARDS))

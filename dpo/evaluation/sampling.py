@@ -20,6 +20,7 @@ from dpo.common.progress import progress
 from dpo.engine.chat import Prompt, end_tokens
 from dpo.engine.logprobs import LogProbModel
 from dpo.engine.packing import budget_batches
+from dpo.engine.sharding import together
 from dpo.engine.tokenization import encode_pairs, prompt_ids
 
 BLOCK = 256  # tokens of the vocabulary whose probabilities `draw` adds first
@@ -70,7 +71,7 @@ def sample(
     """Sample one response per prompt.
 
     A batch has at most `max_tokens_per_batch` tokens, those of its prompts and `max_new_tokens` for each response.
-    It is halved if memory runs out. Prompts of more than `max_prompt_tokens` tokens are shortened.
+    It is halved if memory runs out, unless the model is sharded. Prompts are shortened to `max_prompt_tokens`.
 
     Each response has random numbers of its own, given by the seed and by its number in `numbers` (default: 0 to
     R - 1). So it does not depend on the other prompts and batches, except for rounding, if the packed stream is
@@ -98,7 +99,7 @@ def sample(
             try:
                 made = respond(model, [rows[i] for i in batch], random[batch], temperature, ends)
             except (RuntimeError, MemoryError) as error:
-                if len(batch) == 1 or not should_reduce_batch_size(error):
+                if len(batch) == 1 or model.sharded or not should_reduce_batch_size(error):
                     raise
                 log.warning("out of memory with %d responses at once; continuing with half of them", len(batch))
                 batches = [part for each in batches for part in (each[::2], each[1::2]) if part]
@@ -207,7 +208,7 @@ def response_table(
     def sample_mine(mine: list[int]) -> list[list[int]]:
         return sample(model, tokenizer, [prompts[i] for i in mine], temperature=1.0, numbers=mine, **settings)
 
-    responses = share(len(prompts), sample_mine)
+    responses = share(len(prompts), sample_mine, together(model))
     return as_table(responses, tokenizer, end_ids(model.model.generation_config, tokenizer))
 
 

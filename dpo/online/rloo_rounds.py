@@ -19,6 +19,7 @@ from dpo.common.distributed import share, this_process
 from dpo.common.files import atomic_write
 from dpo.engine.flops import Cost, cost_of
 from dpo.engine.logprobs import LogProbModel, load_model, sequence_logps
+from dpo.engine.sharding import together
 from dpo.engine.tokenization import TokenRow
 from dpo.online.rounds import Log, Records, Rounds, answer_rows
 from dpo.training.callbacks import Callback
@@ -69,7 +70,11 @@ class RlooRounds(Rounds):
         """Return the log-probs [answers] of all answers."""
         model = load_model(source, **self.engine.loading, frozen=True).to(this_process().device)
         budget = self.engine.max_tokens_per_microbatch
-        table = share(len(rows), lambda mine: sequence_logps(model, [rows[i] for i in mine], budget).tolist())
+        table = share(
+            len(rows),
+            lambda mine: sequence_logps(model, [rows[i] for i in mine], budget).tolist(),
+            together(model),
+        )
         return np.array(table, float).flatten()
 
     def _write_advantages(

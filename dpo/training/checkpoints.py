@@ -15,9 +15,6 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-import torch
-from transformers import PreTrainedModel
-
 from dpo.common.files import sha256, write_json
 from dpo.engine.logprobs import ENGINE_VERSION
 from dpo.engine.token_table import TokenTable
@@ -29,17 +26,14 @@ KEPT = 2
 log = logging.getLogger(__name__)
 
 
-def training_key(model: PreTrainedModel, rows: TokenTable, settings: Mapping[str, object]) -> str:
-    """Return the hash of the initial weights, the rows in their order, the settings and the package versions."""
-    digest = hashlib.sha256()
-    for name, weight in model.state_dict().items():
-        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
-        digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    digest.update(rows.digest.encode())
+def training_key(weights: str, rows: TokenTable, settings: Mapping[str, object]) -> str:
+    """Return the hash of the initial weights, the rows in their order, the settings and the package versions.
+
+    `weights` is the hash of the files of the initial weights, so that no process needs all weights for the key.
+    """
     versions = {name: version(name) for name in ("torch", "transformers", "accelerate")}
-    facts = {"engine": ENGINE_VERSION, **versions, **settings}
-    digest.update(json.dumps(facts, sort_keys=True, default=dataclasses.asdict).encode())
-    return digest.hexdigest()
+    facts = {"engine": ENGINE_VERSION, "weights": weights, "rows": rows.digest, **versions, **settings}
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=dataclasses.asdict).encode()).hexdigest()
 
 
 @dataclass(frozen=True)

@@ -15,14 +15,23 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, broadcast, gather_object
+from accelerate.utils import broadcast, gather_object
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from dpo.common.errors import InputError, Stopped
 from dpo.common.files import atomic_write, write_json
@@ -31,6 +40,7 @@ from dpo.engine.flops import cost_of
 from dpo.engine.logprobs import LogProbModel, packed_batches
 from dpo.engine.packing import pack
 from dpo.engine.pretrained import has_adapter
+from dpo.engine.sharding import release
 from dpo.engine.tokenization import TokenRow
 from dpo.training.callbacks import Callback, EarlyStop
 from dpo.training.checkpoints import CHECKSUMS, NON_FINITE, last_checkpoint, write_checksums
@@ -42,6 +52,7 @@ from dpo.training.settings import EarlyStopSettings, OptimizerSettings
 
 WEIGHTS, BEST = "trained.safetensors", "best.safetensors"
 OPTIMIZER, HISTORY = "optimizer.pt", "history.json"
+SHARDS, TRAINED = "shards", StateDictOptions(ignore_frozen_params=True)
 
 Rows = Sequence[TokenRow]
 
@@ -99,15 +110,16 @@ class TrainingLoop:
             raise InputError(
                 "run.launch: mixed_precision must be 'no' in this file; engine.precision in params.yaml sets it"
             )
-        self.sharded = self.accelerator.distributed_type == DistributedType.FSDP
+        self.sharded = self.model.sharded
         model = self.model.model
         self.config, self.lora = model.config, has_adapter(model)
-        self.model.accumulate_in_place = self.accelerator.num_processes == 1 and not self.sharded
+        self.model.accumulate_in_place = self.accelerator.num_processes == 1
         self.weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
         if not self.sharded:
             self.model.to(self.accelerator.device)
-        optimizer = create_optimizer(self.settings.optimizer, self.model, self.sampler.seed)
-        self.model, self.optimizer = self.accelerator.prepare(self.model, optimizer)
+        self.optimizer = create_optimizer(self.settings.optimizer, self.model, self.sampler.seed)
+        if not self.sharded:
+            self.model, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
         self.early_stop = self.early_stop_settings and EarlyStop(self.early_stop_settings, self.weights)
         self.history: list[dict[str, float]] = []
         self.steps = self.sampler.epochs * -(-len(self.rows) // self.sampler.rows_per_step)
@@ -288,6 +300,8 @@ class TrainingLoop:
             loss, metrics = self.objective(self.model, batch)
             for name, value in ({"loss": loss} | metrics).items():
                 sums[f"eval_{name}"] += value.item()
+        if self.sharded:
+            release(self.model.model)
         units = sum(map(self.objective.units, self.validation))
         return {name: total / units for name, total in sums.items()}
 
@@ -299,7 +313,7 @@ class TrainingLoop:
         try:
             checkpoint.mkdir(parents=True, exist_ok=True)
             if self.sharded:
-                self.accelerator.save_state(str(checkpoint))
+                save(self._shards(), checkpoint_id=checkpoint / SHARDS)
             elif is_main:
                 save_file(self.weights, checkpoint / WEIGHTS)
                 torch.save(self.optimizer.state_dict(), checkpoint / OPTIMIZER)
@@ -310,7 +324,7 @@ class TrainingLoop:
             self.accelerator.wait_for_everyone()
             if is_main:
                 write_checksums(checkpoint)
-        except (OSError, RuntimeError, SafetensorError) as error:
+        except (OSError, RuntimeError, SafetensorError, CheckpointException) as error:
             log.warning("%s could not be written (%s); training continues without it", checkpoint, error)
             shutil.rmtree(checkpoint, ignore_errors=True)
 
@@ -323,16 +337,25 @@ class TrainingLoop:
                 self._load_optimizer(self.segment.before)
             return
         self.history = json.loads((checkpoint / HISTORY).read_text())
-        if self.sharded:
-            self.accelerator.load_state(str(checkpoint))
-            return
-        copy_into(self.weights, load_file(checkpoint / WEIGHTS))
-        self._load_optimizer(checkpoint / OPTIMIZER)
         if self.early_stop:
             for entry in self.history:
                 if "eval_loss" in entry:
                     self.early_stop.update(entry["eval_loss"])
+        if self.sharded:
+            shards = self._shards()
+            load(shards, checkpoint_id=checkpoint / SHARDS)
+            set_optimizer_state_dict(self.model, self.optimizer, shards["optimizer"], options=TRAINED)
+            return
+        copy_into(self.weights, load_file(checkpoint / WEIGHTS))
+        self._load_optimizer(checkpoint / OPTIMIZER)
+        if self.early_stop:
             self.early_stop.best = load_file(checkpoint / BEST)
+
+    def _shards(self) -> dict[str, Any]:
+        """Return the shards of the trained weights and of the optimizer states, to save or to load in place."""
+        optimizer = get_optimizer_state_dict(self.model, self.optimizer, options=TRAINED)
+        best = self.early_stop.best if self.early_stop else {}
+        return {"weights": self.weights, "optimizer": optimizer, "best": best}
 
     def _load_optimizer(self, file: Path) -> None:
         self.optimizer.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))

@@ -3,16 +3,14 @@
 import hashlib
 import json
 import math
-import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import set_seed
+from accelerate.utils import broadcast_object_list, set_seed
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from dpo.common.distributed import share, this_process
@@ -28,8 +26,10 @@ from dpo.engine.pretrained import (
     has_adapter,
     load_tokenizer,
     read_adapter_config,
+    weights_digest,
 )
 from dpo.engine.reference_cache import ReferenceLogps
+from dpo.engine.sharding import together
 from dpo.engine.token_table import TokenTable
 from dpo.engine.tokenization import TokenRow
 from dpo.training.callbacks import Callback, DivergenceAlarm
@@ -78,7 +78,13 @@ def add_lora(model: PreTrainedModel, params: LoraSettings) -> None:
 
 
 def start_lora(model: LogProbModel, params: LoraSettings, seed: int) -> None:
-    """Add adapters to a model, in place. They start from random weights and change no log-prob."""
+    """Add adapters to a model, in place. They start from random weights and change no log-prob.
+
+    Raises:
+        InputError: DoRA, which needs the norms of whole weights, is set for a model whose weights are sharded.
+    """
+    if params.dora and model.is_empty:
+        raise InputError("params.yaml: lora.dora does not work with sharded weights (FSDP); set it to false")
     set_seed(seed)
     if params.dora and not is_quantised(model.model):
         model.model.requires_grad_(False)
@@ -112,6 +118,7 @@ def train_sft(
     """
     if params.lora is not None:
         start_lora(model, params.lora, seed)
+    _prepare(model, params)
     return _train(
         model, TokenTable.of(rows), SftObjective(), params, params.learning_rate, seed,
         max_tokens_per_microbatch, store, callbacks, key={},
@@ -154,6 +161,8 @@ def train_dpo(
     check_rows([trial.loss], labelled=bool(labels))
     compared = table.ids if "reference" in needs else []
     check_agreement([trial.loss], agreement or {})
+    _start_adapter(model, params, trial.seed)
+    _prepare(model, params)
     if "reference_token_logps" in needs:
         tokens = _token_logps(model, table, max_tokens_per_microbatch)
     objective = DpoObjective(
@@ -162,8 +171,7 @@ def train_dpo(
     )  # fmt: skip
     key: dict[str, object] = {"trial": trial.settings, "reference": logps.digest if compared else None}
     key["source"] = trial.loss.source
-    key |= {"weights": weights or {}, "agreement": agreement if "agreement" in needs else {}}
-    _start_adapter(model, params, trial.seed)
+    key |= {"pair_weights": weights or {}, "agreement": agreement if "agreement" in needs else {}}
     return _train(
         model, table, objective, params, trial.learning_rate, trial.seed, max_tokens_per_microbatch, store,
         [DivergenceAlarm(), *callbacks], key=key, segment=segment,
@@ -190,6 +198,7 @@ def train_rloo(
     """
     key = {"trial": trial.settings, "answers": {row.id: answers[row.id] for row in rows}, "clip": clip}
     _start_adapter(model, params, trial.seed)
+    _prepare(model, params)
     return _train(
         model, TokenTable.of(rows), RlooObjective(answers, clip), params, trial.learning_rate, trial.seed,
         max_tokens_per_microbatch, store, [DivergenceAlarm(), *callbacks], key=key, segment=segment,
@@ -204,13 +213,33 @@ def _start_adapter(model: LogProbModel, params: DpoSettings, seed: int) -> None:
         start_lora(model, params.lora, seed)
 
 
+def _prepare(model: LogProbModel, params: SftSettings | DpoSettings) -> None:
+    """Set the data types of a model that has its adapters, and shard it if the launch configuration says so.
+
+    Raises:
+        InputError: bf16 weights are set for a model whose weights are sharded.
+    """
+    if params.weights == "bf16":
+        if model.is_empty:
+            raise InputError(
+                "params.yaml: weights: bf16 does not work with sharded weights (FSDP), which have one data type; "
+                "set it to fp32"
+            )
+        round_linear_layers(model.model, trained=True)
+    model.hold_frozen_weights()
+    if params.gradient_checkpointing:
+        model.model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.shard()
+
+
 @torch.no_grad()
 def _token_logps(
     model: LogProbModel, rows: Sequence[TokenRow], max_tokens_per_microbatch: int
 ) -> dict[str, torch.Tensor]:
     """Return the log-probs of each row's completion tokens, by id. Processes divide the rows among themselves."""
     device = model.device
-    model.to(this_process().device)
+    if not model.sharded:
+        model.to(this_process().device)
 
     def compute(mine: list[int]) -> list[torch.Tensor]:
         own = [rows[i] for i in mine]
@@ -218,8 +247,9 @@ def _token_logps(
         logps = torch.cat([model(batch, per_token=True).cpu() for batch in batches])
         return list(logps.split([row.completion_tokens for row in own]))
 
-    table = share(len(rows), compute)
-    model.to(device)
+    table = share(len(rows), compute, together(model))
+    if not model.sharded:
+        model.to(device)
     return {row.id: logps for row, logps in zip(rows, table, strict=True)}
 
 
@@ -244,30 +274,15 @@ def _train(
         epochs = -(-segment.steps // -(-len(rows) // params.pairs_per_step))
         state_before = sha256(segment.before) if segment.before else None
         key["segment"] = [segment.start, segment.steps, segment.total, state_before]
-    sharded = os.environ.get("ACCELERATE_USE_FSDP") == "true"
-    if sharded and is_quantised(model.model):
+    if segment and model.sharded:
         raise InputError(
-            "params.yaml: engine.quantization does not work with sharded weights (FSDP); set it to null, or train "
-            "in one process or with DDP"
+            "run.launch: training in rounds does not work with sharded weights (FSDP); use a configuration for "
+            "DDP, or set sweep.rounds and sweep.rloo to []"
         )
-    if sharded and params.weights == "bf16":
-        raise InputError(
-            "params.yaml: weights: bf16 does not work with sharded weights (FSDP), which have one data type; set "
-            "it to fp32"
-        )
-    if params.weights == "bf16":
-        round_linear_layers(model.model, trained=True)
-    model.hold_frozen_weights()
     validation = rows.select([])
     early_stop = params.early_stop if isinstance(params, DpoSettings) else None
     if early_stop is not None:
-        if sharded:
-            raise InputError(
-                "params.yaml: dpo.early_stop does not work with sharded weights (FSDP); set it to null"
-            )
         rows, validation = _hold_out(rows, early_stop.validation_share)
-    if params.gradient_checkpointing:
-        model.model.gradient_checkpointing_enable({"use_reentrant": False})
     state = this_process()
     sampler = StepSampler(
         rows.tokens, rows_per_step=params.pairs_per_step, epochs=epochs, seed=seed,
@@ -276,8 +291,8 @@ def _train(
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as scratch:
         store = store or CheckpointStore(Path(scratch), math.inf)
-        with state.main_process_first():
-            folder = store.folder(training_key(model.model, rows, key))
+        folders = [store.folder(_key(model, rows, key)) if state.is_main_process else None]
+        (folder,) = broadcast_object_list(folders)
         history = TrainingLoop(
             model, objective, rows, sampler, params, learning_rate, folder, checkpoint_minutes=store.minutes,
             early_stop_settings=early_stop, validation=validation, callbacks=callbacks,
@@ -285,6 +300,13 @@ def _train(
         ).run()  # fmt: skip
     model.eval()
     return history
+
+
+def _key(model: LogProbModel, rows: TokenTable, settings: Mapping[str, object]) -> str:
+    """Return the key of a training that starts from the files that a model was loaded from."""
+    assert model.folder is not None
+    settings = {**settings, "quantised": is_quantised(model.model), "vocabulary": model.vocabulary}
+    return training_key(weights_digest(model.folder), rows, settings)
 
 
 def _hold_out(rows: TokenTable, share: float) -> tuple[TokenTable, TokenTable]:
@@ -316,12 +338,13 @@ def save_checkpoint(
     `adapter_config.json` then names it, so that other libraries load the adapter from any folder.
     """
     model = policy.model
-    weights = dict(model.named_parameters())  # tied weights only once
     state = None
-    if any(isinstance(weight, DTensor) for weight in weights.values()):
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    if policy.sharded:
+        names = {name for name, _ in model.named_parameters()}  # tied weights only once
+        adapter_only = has_adapter(model)
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=adapter_only)
         full = get_model_state_dict(model, options=options)
-        state = {name: value for name, value in full.items() if name in weights}
+        state = {name: value for name, value in full.items() if name in names}
     if this_process().is_main_process:
         if has_adapter(model):
             facts = {**facts, "adapter_of": model.name_or_path}

@@ -180,13 +180,11 @@ def check_memory(stage: str, params: Params, model: Path, pair: Pair = TYPICAL) 
     Raises:
         InputError: the planned memory exceeds it. The message names the settings to change.
     """
-    import os
-
     import psutil
     import torch
     from transformers import AutoConfig
 
-    from dpo.common.distributed import this_process
+    from dpo.common.distributed import shards_weights, this_process
     from dpo.engine.pretrained import load_weights
 
     if not params.run.check_memory:
@@ -197,7 +195,7 @@ def check_memory(stage: str, params: Params, model: Path, pair: Pair = TYPICAL) 
         return
     state, on_gpu = this_process(), torch.cuda.is_available()
     sharding: Sharding = "data" if state.num_processes > 1 else "none"
-    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+    if shards_weights():
         sharding = "full"
     hardware = Hardware(state.num_processes, sharding, on_gpu)
     host = psutil.virtual_memory().total / state.num_processes

@@ -1,10 +1,11 @@
 """Train on tiny data, for tests that start several processes: `launched.py MODEL OUT SETTINGS`."""
 
 import json
+import os
+import signal
 import sys
 from pathlib import Path
 
-import accelerate.state
 from accelerate import PartialState
 from torch.distributed.fsdp import FSDPModule
 from transformers import AutoTokenizer
@@ -12,6 +13,7 @@ from transformers import AutoTokenizer
 from dpo.engine.logprobs import load_model
 from dpo.training.callbacks import Callback
 from dpo.training.checkpoints import CheckpointStore
+from dpo.training.settings import EarlyStopSettings
 from dpo.training.train import save_checkpoint, train_dpo
 from tests.support.training import (
     ALL_LOSSES,
@@ -23,17 +25,6 @@ from tests.support.training import (
     rows_of,
     trial,
 )
-
-
-def shard_on_cpu() -> None:
-    """Make accelerate shard weights, which it does only on accelerators."""
-    plain = PartialState.__init__
-
-    def init(self, *args, **kwargs):
-        plain(self, *args, **kwargs)
-        self.distributed_type = accelerate.state.DistributedType.MULTI_GPU
-
-    PartialState.__init__ = init
 
 
 def require_reduced_gradients() -> None:
@@ -48,7 +39,7 @@ def require_reduced_gradients() -> None:
 class Exit(Callback):
     def on_log(self, entry):
         if entry["step"] == 4:
-            sys.exit(7)
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 def main(model_folder, out, settings):
@@ -61,19 +52,21 @@ def main(model_folder, out, settings):
 
 def run(model_folder, out, settings):
     if settings.pop("sharded", False):
-        shard_on_cpu()
         require_reduced_gradients()
     callbacks = [Exit()] if settings.pop("interrupted", False) else []
-    loss = settings.pop("loss", "sigmoid")
+    loss, rate = settings.pop("loss", "sigmoid"), settings.pop("learning_rate", 1e-3)
     if settings.pop("lora", False):
         settings["lora"] = LORA
+    if settings.pop("stopped_early", False):
+        settings["early_stop"] = EarlyStopSettings(validation_share=0.4, every_steps=1, patience=1)
+    precision = settings.pop("precision", "fp32")
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     rows = rows_of(loss, make_rows(model_folder, 16))
     loss = Centered() if loss == "centered" else loss
     reference = make_reference(model_folder, rows)
-    model = load_model(model_folder)
+    model = load_model(model_folder, precision, frozen="base" if "lora" in settings else False)
     log = train_dpo(
-        model, rows, reference, dpo_params(pairs_per_step=5, **settings), trial(loss=loss),
+        model, rows, reference, dpo_params(pairs_per_step=5, **settings), trial(loss=loss, learning_rate=rate),
         max_tokens_per_microbatch=100, store=CheckpointStore(out.with_suffix(".store"), 0), callbacks=callbacks,
     )  # fmt: skip
     save_checkpoint(model, tokenizer, out, {})

@@ -130,7 +130,7 @@ def rows_of(loss, rows):
 
 
 def make_reference(folder, rows):
-    table = sequence_logps(load_model(folder), rows, 1000)
+    table = sequence_logps(load_model(folder, frozen=True), rows, 1000)
     return {row.id: tuple(logps) for row, logps in zip(rows, table.tolist(), strict=True)}
 
 
