@@ -121,6 +121,17 @@ def frozen_weights(shape: Shape, setup: Setup) -> float:
     return setup.frozen_width * products + setup.vocabulary_width * vocabulary + 4 * norms
 
 
+def held_weights(shape: Shape, setup: Setup, models: int = 1) -> float:
+    """Return the bytes of the weights of `models` that are not trained, while one of them computes.
+
+    `full` keeps 1/N of each model and its gathered head, and gathers two layers at a time.
+    """
+    if setup.sharding != "full":
+        return models * frozen_weights(shape, setup)
+    gathered = models * setup.vocabulary_width * shape.head + 2 * setup.frozen_width * shape.layer
+    return models * frozen_weights(shape, setup) / setup.gpus + gathered
+
+
 def dequantised(shape: Shape, setup: Setup) -> float:
     """Return the bytes of the largest NF4 matrix in fp32 and in the precision of its product."""
     return 0 if setup.quantization is None else (4 + setup.width) * shape.hidden * shape.intermediate
@@ -220,14 +231,14 @@ def training_memory(shape: Shape, pair: Pair, setup: Setup, overhead: float) -> 
 
 
 def reference_memory(shape: Shape, setup: Setup, overhead: float, models: int = 1, kl: bool = False) -> Memory:
-    """Return the peak memory of a pass without gradients, which keeps no activations and is not sharded.
+    """Return the peak memory of a pass without gradients, which keeps no activations.
 
     `models` are in memory. The KL divergence has six matrices of the size of a chunk: logits and log-probs of
     policy and reference, probabilities and differences.
     """
     layer = setup.max_tokens_per_microbatch * (3 * setup.width * shape.intermediate + 3 * 4 * shape.hidden)
     chunk = head_chunk(shape, setup, setup.max_tokens_per_microbatch) * (6 if kl else 1)
-    weights = models * frozen_weights(shape, setup)
+    weights = held_weights(shape, setup, models)
     return Memory(weights, 0, 0, 0, max(layer + dequantised(shape, setup), chunk), overhead)
 
 
@@ -248,7 +259,7 @@ def sampling_memory(
     prompts = rows * prompt * (3 * setup.width * shape.intermediate + 3 * 4 * shape.hidden)
     logits = 4 * 4 * rows * shape.vocabulary
     temporary = max(prompts + dequantised(shape, setup), logits)
-    return Memory(frozen_weights(shape, setup), 0, 0, cache, temporary, overhead)
+    return Memory(held_weights(shape, setup), 0, 0, cache, temporary, overhead)
 
 
 def pair_flops(shape: Shape, pair: Pair, setup: Setup | None) -> tuple[int, int]:

@@ -84,6 +84,8 @@ def stage_memory(stage: str, params: Params, shape: Shape, pair: Pair, hardware:
         precision=engine.precision,
         quantization=engine.quantization,
         vocabulary=engine.vocabulary,
+        sharding=hardware.sharding,
+        gpus=hardware.gpus,
         head_chunk=hardware.head_chunk,
     )
     passes, served = [], evaluate.sampler.kind != "transformers"

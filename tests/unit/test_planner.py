@@ -140,6 +140,11 @@ def test_memory_of_llama_8b():
         4 * shape.parameters, 4 * shape.parameters, 8 * shape.parameters, 7
     )  # fmt: skip
     assert alone.total == sum(vars(alone).values())
+    whole = reference_memory(shape, setup, overhead=7, models=2)
+    shards = reference_memory(shape, replace(setup, sharding="full", gpus=8), overhead=7, models=2)
+    assert whole.weights == 2 * 4 * shape.parameters
+    assert shards.weights == whole.weights / 8 + 4 * (2 * shape.head + 2 * shape.layer)
+    assert shards.total - shards.weights == whole.total - whole.weights
     sharded = training_memory(shape, PAIR, replace(setup, sharding="full", gpus=8), overhead=7)
     assert 8 * sharded.weights == alone.weights
     assert 8 * sharded.optimizer == alone.optimizer
@@ -166,7 +171,7 @@ def test_the_command_prints_which_settings_fit(capsys, folder):
     assert stages[1:7] == ["| ---", *(f"| {stage}" for stage in STAGES)]
     lines = [line.split(" | ") for line in output.splitlines() if line.startswith("| all weights | on")]
     assert [("too much" in cell) for cell in lines[0]] == [False, False, True, True, False]
-    assert re.search(r"\| reference_logprobs \| 26\d\.\d \(too much\) \| 26\d\.\d \(too much\) \|", output)
+    assert re.search(r"\| reference_logprobs \| 26\d\.\d \(too much\) \| 4\d\.\d \|", output)
     assert "DDP" not in run(capsys, "--model", str(folder))
     gib = []
     for tokens in ("2000", "4000"):

@@ -239,7 +239,7 @@ def test_a_bf16_vocabulary_equals_its_rounded_fp32_values(tied, tmp_path, monkey
     monkeypatch.setattr(head, "VOCABULARY_PART", 17)
     folder, rows = make_model("llama", tmp_path, tie_word_embeddings=tied), make_rows()
     rounded = load_model(folder, "bf16")
-    for module in (rounded.get_input_embeddings(), rounded.get_output_embeddings()):
+    for module in (rounded.model.get_input_embeddings(), rounded.get_output_embeddings()):
         module.weight.data = module.weight.data.bfloat16().float()
     half = load_model(folder, "bf16", vocabulary="bf16")
     results = []
@@ -250,7 +250,7 @@ def test_a_bf16_vocabulary_equals_its_rounded_fp32_values(tied, tmp_path, monkey
         scores = model(pack(rows))
         scores.sum().backward()
         results.append([scores.detach(), *(p.grad for p in model.parameters() if p.requires_grad)])
-    tables = {half.get_input_embeddings().weight.dtype, half.get_output_embeddings().weight.dtype}
+    tables = {half.model.get_input_embeddings().weight.dtype, half.get_output_embeddings().weight.dtype}
     assert tables == {torch.bfloat16}
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)

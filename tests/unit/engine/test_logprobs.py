@@ -353,7 +353,7 @@ def test_bf16_keeps_no_copies_of_weights(tmp_path, grad):
     model = load_model(make_model("llama", tmp_path / "m", hidden_size=64, intermediate_size=160), "bf16").train()
     model.model.gradient_checkpointing_enable({"use_reentrant": False})
     held = []
-    norm = model.base_model.norm  # runs after the last layer
+    norm = model.model.base_model.norm  # runs after the last layer
     norm.register_forward_pre_hook(lambda *_: held.append(live.bytes()))
     live = LiveBf16()
     with live, contextlib.nullcontext() if grad else torch.no_grad():
