@@ -6,9 +6,10 @@ A pass gathers the weights of one layer at a time, so all processes run the same
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,8 +53,9 @@ def empty_model(folder: Path) -> PreTrainedModel:
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.tie_weights()
-    with suppress(OSError):  # many models have no settings of generation
-        model.generation_config = GenerationConfig.from_pretrained(_files(folder))
+    settings = _files(folder) / "generation_config.json"
+    if settings.is_file():
+        model.generation_config = GenerationConfig.from_dict(json.loads(settings.read_text()))
     if (folder / ADAPTER_CONFIG).is_file():
         load_adapter(model, folder)
         model.requires_grad_(False)
