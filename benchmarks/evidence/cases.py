@@ -17,7 +17,7 @@ from scipy.special import comb
 
 from benchmarks.evidence.plan import Case, best_of
 from benchmarks.evidence.products import BENCHMARKS, Products
-from dpo.common.files import link_tree
+from dpo.common.files import atomic_write, link_tree
 from dpo.engine.flops import Cost, cost_of
 from dpo.engine.logprobs import load_model
 from dpo.engine.tokenization import prompt_ids
@@ -85,7 +85,8 @@ def train(products: Products, trial: Trial, work: Path) -> Trained:
         link_tree(shared, first)
     outcome = rounds.run(drawn_prompts(products.train, params.online, trial.seed))
     if not shared.is_dir():
-        shutil.copytree(first, shared, ignore=shutil.ignore_patterns(ADVANTAGES))  # those depend on beta
+        with atomic_write(shared) as tmp:
+            shutil.copytree(first, tmp, ignore=shutil.ignore_patterns(ADVANTAGES))  # those depend on beta
     names = {"pairs": "pairs", "judged_answers": "answers"}
     counts = {name: sum(each.get(key, 0) for each in outcome.counts) for name, key in names.items()}
     cost = outcome.cost + trained_cost(outcome.log)
