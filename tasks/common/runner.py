@@ -57,6 +57,11 @@ def run_launched(main: Callable[[], None]) -> None:
     """Run a stage with `run`, in the processes that the accelerate configuration `run.launch` specifies."""
 
     def launch_or_run() -> None:
+        if os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG") == "true":
+            raise InputError(
+                "run.launch: context, sequence and tensor parallelism are not supported; remove "
+                "parallelism_config from this file. For longer pairs, set gradient_checkpointing: offload"
+            )
         config = load_params().run.launch if "LOCAL_RANK" not in os.environ else None
         if config is not None:
             stage = sys.modules["__main__"].__spec__

@@ -20,6 +20,8 @@ ARCHITECTURES = [
     "phi3",
     "gpt_neox",
     "olmo2",
+    "qwen3_moe",
+    "mixtral",
 ]
 
 

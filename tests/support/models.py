@@ -103,6 +103,7 @@ TINY = {
 
 
 GROUPED = {"num_key_value_heads": 2}
+EXPERTS = {"num_experts_per_tok": 2}
 
 
 ARCHITECTURES: dict[str, tuple[str, dict[str, object]]] = {
@@ -120,6 +121,11 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, object]]] = {
     "phi3": ("phi3", {**GROUPED, "sliding_window": None}),
     "gpt_neox": ("gpt_neox", {}),
     "olmo2": ("olmo2", GROUPED),
+    "qwen3_moe": (
+        "qwen3_moe",
+        {**GROUPED, **EXPERTS, "head_dim": 8, "num_experts": 4, "moe_intermediate_size": 16},
+    ),
+    "mixtral": ("mixtral", {**GROUPED, **EXPERTS, "num_local_experts": 4, "sliding_window": None}),
 }
 
 

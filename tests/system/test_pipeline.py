@@ -401,3 +401,21 @@ def test_run_launch_starts_several_processes_and_keeps_the_metrics(project, tmp_
         assert metrics[name] == pytest.approx(before[name], rel=1e-3, abs=1e-4), name
     assert metrics["kl"] > 0
     assert len(pd.read_parquet(copy / f"samples/{TRIAL}.parquet")) == 8
+
+
+@pytest.mark.slow
+def test_all_stages_run_with_sharded_weights(project, tmp_path):
+    copy = shutil.copytree(project, tmp_path / "copy", symlinks=True)
+    config = (ROOT / "configs/one-node-fsdp.yaml").read_text()
+    (copy / "two.yaml").write_text(f"{config.replace('processes: 8', 'processes: 2')}main_process_port: 0\n")
+    before = json.loads((copy / f"metrics/evaluate/{TRIAL}.json").read_text())
+    change(copy, {"run.launch": "two.yaml"})
+    for stage in ("sft", "reference_logprobs", "reference_samples"):
+        execute(copy, sys.executable, "-m", f"tasks.{stage}")
+    for stage in ("train", "evaluate"):
+        execute(copy, sys.executable, "-m", f"tasks.{stage}", TRIAL)
+    metrics = json.loads((copy / f"metrics/evaluate/{TRIAL}.json").read_text())
+    for name in ("margin", "loss", "chosen_reward", "perplexity"):
+        assert metrics[name] == pytest.approx(before[name], rel=1e-2, abs=1e-3), name
+    assert metrics["kl"] > 0
+    assert not list((copy / ".training-progress").glob("**/checkpoint-*"))

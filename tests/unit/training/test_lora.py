@@ -127,3 +127,20 @@ def test_a_copied_adapter_has_further_facts_and_the_name_of_its_base(tiny_model_
     configs = [json.loads((tmp_path / name / "adapter_config.json").read_text()) for name in ("first", "second")]
     assert configs[1] == {**configs[0], "base_model_name_or_path": "someone/base", "revision": "abc"}
     assert configs[0] != configs[1]
+
+
+@pytest.mark.parametrize("architecture", ["qwen3_moe", "mixtral"])
+def test_named_layers_of_a_mixture_get_adapters_and_routers_none(tmp_path, architecture):
+    model = load_model(make_model(architecture, tmp_path / "m"))
+    assert model.in_stream
+    add_lora(model.model, LoraSettings(rank=4, alpha=8, target_modules=("q_proj", "v_proj")))
+    adapted = {name.split(".lora_")[0] for name, _ in model.model.named_parameters() if ".lora_" in name}
+    assert {name.rpartition(".")[2] for name in adapted} == {"q_proj", "v_proj"}
+
+
+def test_the_log_says_that_bf16_does_not_reach_experts(tmp_path, caplog):
+    make_model("mixtral", tmp_path / "m")
+    load_model(tmp_path / "m")
+    assert not caplog.messages
+    load_model(tmp_path / "m", "bf16")
+    assert "experts are multiplied in fp32" in caplog.text
