@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from dpo.common.distributed import this_process
+from dpo.common.distributed import shards_weights, this_process
 from dpo.common.errors import InputError
 from dpo.common.files import atomic_write, write_json
 from dpo.data.settings import ValidateSettings
@@ -100,8 +100,13 @@ class Rounds(ABC):
         """Train on answers to the prompts of canonical pairs.
 
         Raises:
-            InputError: a round has no step, or no round has something to train on.
+            InputError: a round has no step, no round has something to train on, or weights are to be sharded.
         """
+        if shards_weights():
+            raise InputError(
+                "run.launch: rounds do not work with sharded weights (FSDP); use a configuration for DDP, or set "
+                "sweep.rounds and sweep.rloo to []"
+            )
         rounds, per_step = self.trial.rounds or 1, self.dpo.pairs_per_step
         total = self.dpo.epochs * -(-len(prompts) // per_step)
         if total < rounds or len(prompts) < rounds:

@@ -274,11 +274,6 @@ def _train(
         epochs = -(-segment.steps // -(-len(rows) // params.pairs_per_step))
         state_before = sha256(segment.before) if segment.before else None
         key["segment"] = [segment.start, segment.steps, segment.total, state_before]
-    if segment and model.sharded:
-        raise InputError(
-            "run.launch: training in rounds does not work with sharded weights (FSDP); use a configuration for "
-            "DDP, or set sweep.rounds and sweep.rloo to []"
-        )
     validation = rows.select([])
     early_stop = params.early_stop if isinstance(params, DpoSettings) else None
     if early_stop is not None:

@@ -215,6 +215,12 @@ def test_a_moving_reference_is_the_policy_of_the_round_before(reference, tmp_pat
     assert abs(log[1]["rewards/margins"]) > 1e-4
 
 
+def test_rounds_with_sharded_weights_are_refused_before_they_sample(reference, tmp_path, monkeypatch):
+    monkeypatch.setattr("dpo.online.rounds.shards_weights", lambda: True)
+    with pytest.raises(InputError, match="rounds do not work with sharded weights"):
+        make_rounds(reference, tmp_path).run([])
+
+
 def test_rounds_without_a_step_and_without_a_pair_are_errors(reference, tmp_path):
     with pytest.raises(InputError, match=r"sweep.rounds: 5 rounds of 4 steps.*raise online.prompts"):
         train(reference, tmp_path / "a", rounds=5)
