@@ -1,8 +1,8 @@
-"""Log to one MLflow run."""
+"""Log to one MLflow run, and to its copy in W&B."""
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partialmethod
 from typing import Any
 
@@ -11,6 +11,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric, Param
 
 from tasks.tracking.offline import CONTINUES, OFFLINE_STORE, new_run, or_offline, search
+from tasks.tracking.wandb_copy import WandbCopy
 
 WARNINGS = "dpo.warnings"
 WARNINGS_LENGTH = 5000
@@ -24,7 +25,7 @@ class RunLogger:
     """
 
     def __init__(self, run_id: str) -> None:
-        self.run_id = run_id
+        self.run_id, self.copy = run_id, WandbCopy(run_id)
 
     @or_offline
     def _call(self, method: str, *args: object, **kwargs: object) -> None:
@@ -36,17 +37,26 @@ class RunLogger:
             run_id = found[0].info.run_id if found else new_run("continued", {CONTINUES: run_id})
         getattr(client, method)(run_id, *args, **kwargs)
 
-    log_metrics = partialmethod(_call, "log_batch")  # one call takes 30 to 50 ms on SQLite
     log_table = partialmethod(_call, "log_table")
     log_datasets = partialmethod(_call, "log_inputs")
     log_artifact = partialmethod(_call, "log_artifact")
     log_figure = partialmethod(_call, "log_figure")
     set_tag = partialmethod(_call, "set_tag")
-    close = partialmethod(_call, "set_terminated")
+
+    def log_metrics(self, points: Sequence[Metric]) -> None:
+        """Log points, all in one call, which takes 30 to 50 ms on SQLite."""
+        self._call("log_batch", points)
+        self.copy.log_metrics(points)
+
+    def close(self, status: str | None = None, end_time: int | None = None) -> None:
+        """End the run."""
+        self._call("set_terminated", status, end_time)
+        self.copy.close(status)
 
     def log_params(self, params: Mapping[str, Any]) -> None:
         """Log settings as strings."""
         self._call("log_batch", params=[Param(name, str(value)) for name, value in params.items()])
+        self.copy.log_params(params)
 
 
 def metric_points(values: Mapping[str, float], step: int = 0) -> list[Metric]:
