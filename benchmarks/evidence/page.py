@@ -79,6 +79,10 @@ class Evidence:
         complete = {seed: each for seed, each in seeds.items() if all(case.name in self.results for case in each)}
         return {seed: runs for seed, each in complete.items() if (runs := self.finished(each))}
 
+    def missing(self, cases: Sequence[Case]) -> str:
+        """Return why a method has no complete seed."""
+        return "no complete seed" if any(case.name in self.results for case in cases) else NOT_RUN
+
 
 def write(page: Path = PAGE) -> None:
     """Write all figures of the page."""
@@ -195,7 +199,7 @@ def equal_kl(evidence: Evidence, judge: str) -> str:
             )
             short = f" ({seeds} of {len(runs)} seeds)" if 0 < seeds < len(runs) else ""
             cells.append(figure(value, bounds, 2) + short if seeds else "not reached" if runs else "")
-        rows.append([method, str(len(runs)) if runs else NOT_RUN, *cells])
+        rows.append([method, str(len(runs)) if runs else evidence.missing(cases), *cells])
     return table([judge, "seeds", *(f"at {kl:g} nats" for kl in kls)], rows)
 
 
@@ -214,7 +218,7 @@ def compute(evidence: Evidence) -> str:
     for method, cases in evidence.methods("sentences").items():
         runs, done = evidence.runs(cases), evidence.finished(cases)
         if not runs:
-            rows.append([method, NOT_RUN, "", "", ""])
+            rows.append([method, evidence.missing(cases), "", "", ""])
             continue
         value, bounds, seeds = mean_over_seeds(runs, partial(reward, judge=comparison.judge, kl=comparison.kl))
         rows.append(

@@ -353,6 +353,20 @@ def test_the_primary_test_waits_for_all_seeds(tmp_path, seeds):
         assert "| online-1 | 0.22 [0.21, 0.22] | 2.0 | 9 | 24 |" in page.compute(evidence)
 
 
+def test_a_seed_counts_if_all_its_policies_have_finished_or_failed():
+    cases = load_cases(ROOT / PLAN)
+    evidence = page.Evidence(load_plan(ROOT / PLAN), cases, {})
+    first, second = evidence.methods("sentences")["online-1"][:2]
+    about = {"seed": 1, "method": "online-1", "task": "sentences"}
+    evidence = dataclasses.replace(evidence, results={first.name: about | entry(4.0, 0.5)})
+    assert "| online-1 | no complete seed |" in page.equal_kl(evidence, "vader_compound")
+    assert "| online-4 | **not run** |" in page.equal_kl(evidence, "vader_compound")
+    evidence = dataclasses.replace(
+        evidence, results=evidence.results | {second.name: about | {"error": "diverged"}}
+    )
+    assert "| online-1 | 1 | 0.25 | 0.31 | 0.35 | 0.43 |" in page.equal_kl(evidence, "vader_compound")
+
+
 def test_memory_is_that_of_the_results_and_of_ppo(tmp_path):
     ppo = tmp_path / "ppo.json"
     evidence = page.Evidence(load_plan(ROOT / PLAN), load_cases(ROOT / PLAN), {})
