@@ -52,6 +52,9 @@ def main() -> None:
         "cost": counts | asdict(cost) | usage.measured(),
     }
     write_json(paths.reward_metrics(seed), facts)
+    from tasks.tracking.runs import log_reward_model  # after the training: MLflow starts slowly
+
+    log_reward_model(params, seed, trained.log, facts)
 
 
 def seed_argument(params: Params) -> int:

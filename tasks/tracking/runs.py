@@ -65,6 +65,20 @@ def log_validation(params: Params, metrics: dict[str, Any], files: list[Path]) -
     run.close()
 
 
+def log_reward_model(params: Params, seed: int, log: list[dict[str, float]], metrics: dict[str, Any]) -> None:
+    """Create a run for a reward model, with the log of its training, its held-out accuracy and its cost."""
+    offline.connect_or_offline()
+    settings = _settings(seed=seed, reward_model=params.reward_model)
+    run = RunLogger(_begin(f"reward model {seed}", {ROLE: "reward model", INPUTS: _hash(settings, TRAIN)}))
+    run.log_params(settings)
+    run.log_datasets([_dataset(TRAIN, "training")])
+    for entry in log:
+        values = {f"train/{name}": value for name, value in entry.items() if name != "step"}
+        run.log_metrics(metric_points(values, int(entry["step"])))
+    run.log_metrics(metric_points(_numbers(metrics, "eval")))
+    run.close()
+
+
 def reference_run(params: Params, data: Path = TRAIN) -> AbstractContextManager[str]:
     """Create a run for the fine-tuning of the reference on the rows in the file `data`; yield its id."""
     offline.connect_or_offline()

@@ -3,6 +3,7 @@
 import json
 from importlib.util import find_spec
 
+import mlflow
 import pandas as pd
 import pytest
 
@@ -73,6 +74,11 @@ def test_rounds_are_trained_evaluated_and_compared(tmp_path):
         assert trained["accuracy"]["human_ceiling"] == 0.75
         assert trained["cost"]["pairs"] == 24
         assert "accuracy of reward model 17 on 16 held-out pairs" in shown
+        mlflow.set_tracking_uri(f"sqlite:///{project}/mlflow.db")
+        runs = mlflow.search_runs(experiment_names=["dpo-pipeline"], output_format="list")
+        (run,) = (run for run in runs if run.info.run_name == "reward model 17")
+        assert run.data.metrics["eval/accuracy/judge_accuracy"] == trained["accuracy"]["judge_accuracy"]
+        assert {"train/loss", "eval/cost/minutes"} <= set(run.data.metrics)
     assert comparison["policies"][NAME]["trial"]["rounds"] == 2
     counts = json.loads((project / f"metrics/online/{NAME}.json").read_text())
     assert [each["answers"] for each in counts.values()] == [36, 36]
