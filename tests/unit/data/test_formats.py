@@ -281,6 +281,9 @@ BROKEN = {
         {**TEXTS, "messages": [ASK, {**JOY, "content": "Another answer."}]},
         {**RATED, "documents": "A long text."},
     ],
+    "unknown_label": [
+        {"prompt": "Film 4?", "completion": "A joy.", "label": label} for label in ("", "perhaps", 3)
+    ],
     "unknown_split": [{**TEXTS, "split": split} for split in ("holdout", "Train", 1, False, ["train"], "\ud800")],
     "lone_surrogate": [
         {**TEXTS, "prompt": "a \ud83d"},
