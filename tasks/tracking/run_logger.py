@@ -65,6 +65,13 @@ def metric_points(values: Mapping[str, float], step: int = 0) -> list[Metric]:
     return [Metric(name, float(value), now, step) for name, value in values.items()]
 
 
+def step_points(entry: Mapping[str, float]) -> list[Metric]:
+    """Return the metrics of an entry of a training's log, which has its number of steps under `step`."""
+    return metric_points(
+        {f"train/{name}": value for name, value in entry.items() if name != "step"}, int(entry["step"])
+    )
+
+
 class WarningsHandler(logging.Handler):
     """Copy warnings to a tag of a run, up to `WARNINGS_LENGTH` characters."""
 

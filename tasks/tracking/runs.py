@@ -41,7 +41,7 @@ from tasks.common.paths import (
 from tasks.tracking import offline
 from tasks.tracking.offline import CHECKPOINT, ROLE, SWEEP, TRIAL, new_run, or_offline, search
 from tasks.tracking.provenance import weights
-from tasks.tracking.run_logger import RunLogger, WarningsHandler, metric_points
+from tasks.tracking.run_logger import RunLogger, WarningsHandler, metric_points, step_points
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -72,10 +72,8 @@ def log_reward_model(params: Params, seed: int, log: list[dict[str, float]], met
     run = RunLogger(_begin(f"reward model {seed}", {ROLE: "reward model", INPUTS: _hash(settings, TRAIN)}))
     run.log_params(settings)
     run.log_datasets([_dataset(TRAIN, "training")])
-    for entry in log:
-        values = {f"train/{name}": value for name, value in entry.items() if name != "step"}
-        run.log_metrics(metric_points(values, int(entry["step"])))
-    run.log_metrics(metric_points(_numbers(metrics, "eval")))
+    steps = [point for entry in log for point in step_points(entry)]
+    run.log_metrics([*steps, *metric_points(_numbers(metrics, "eval"))])
     run.close()
 
 

@@ -14,6 +14,7 @@ from mlflow.entities import Metric
 from mlflow.exceptions import MlflowException
 
 from dpo.common.errors import InputError
+from tasks.tracking.offline import ROLE, SWEEP
 
 PROJECT = "WANDB_PROJECT"
 
@@ -65,8 +66,8 @@ def _run(run_id: str) -> Any:
         return wandb.init(
             id=run_id,
             name=name,
-            group=tags.get("dpo.sweep"),
-            job_type=tags.get("dpo.role"),
+            group=tags.get(SWEEP),
+            job_type=tags.get(ROLE),
             resume="allow",
             reinit="finish_previous",
             settings=wandb.Settings(silent=True, console="off"),

@@ -381,12 +381,17 @@ def test_flow_gives_the_same_results_as_dvc_repro(tmp_path, tiny_model_dir):
     assert stages_run(execute(folder, "dvc", "repro")) == []
 
 
+def copy_for_two_processes(project, folder, config):
+    """Copy a project and add two.yaml, a configuration for two processes. Return the copy and its metrics."""
+    copy = shutil.copytree(project, folder, symlinks=True)
+    text = (ROOT / f"configs/{config}.yaml").read_text()
+    (copy / "two.yaml").write_text(f"{text.replace('processes: 8', 'processes: 2')}main_process_port: 0\n")
+    return copy, json.loads((copy / f"metrics/evaluate/{TRIAL}.json").read_text())
+
+
 @pytest.mark.slow
 def test_run_launch_starts_several_processes_and_keeps_the_metrics(project, tmp_path):
-    copy = shutil.copytree(project, tmp_path / "copy", symlinks=True)
-    config = (ROOT / "configs/one-node-ddp.yaml").read_text()
-    (copy / "two.yaml").write_text(f"{config.replace('processes: 8', 'processes: 2')}main_process_port: 0\n")
-    before = json.loads((copy / f"metrics/evaluate/{TRIAL}.json").read_text())
+    copy, before = copy_for_two_processes(project, tmp_path / "copy", "one-node-ddp")
     log = pd.read_csv(copy / f"metrics/train/{TRIAL}.csv")
     change(copy, {"run.launch": "two.yaml"})
     assert execute(copy, "dvc", "status").strip().endswith("up to date."), "run settings change no results"
@@ -404,10 +409,7 @@ def test_run_launch_starts_several_processes_and_keeps_the_metrics(project, tmp_
 
 @pytest.mark.slow
 def test_all_stages_run_with_sharded_weights(project, tmp_path):
-    copy = shutil.copytree(project, tmp_path / "copy", symlinks=True)
-    config = (ROOT / "configs/one-node-fsdp.yaml").read_text()
-    (copy / "two.yaml").write_text(f"{config.replace('processes: 8', 'processes: 2')}main_process_port: 0\n")
-    before = json.loads((copy / f"metrics/evaluate/{TRIAL}.json").read_text())
+    copy, before = copy_for_two_processes(project, tmp_path / "copy", "one-node-fsdp")
     change(copy, {"run.launch": "two.yaml"})
     for stage in ("sft", "reference_logprobs", "reference_samples"):
         execute(copy, sys.executable, "-m", f"tasks.{stage}")
