@@ -5,9 +5,11 @@ import os
 import resource
 import statistics
 import sys
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import get_context
 from typing import Any, TypeVar
@@ -70,6 +72,28 @@ def summary(runs: Sequence[Run], tokens_per_pair: float, work: float, matmul: fl
         "utilisation": work * speed / matmul,
         "tokens_per_pair": tokens_per_pair,
     }
+
+
+@contextmanager
+def maxima(read: Callable[[], list[float]]) -> Iterator[list[float]]:
+    """Call `read` every 20 ms inside the block, and at its end; yield the maximum of each value so far."""
+    found, done = read(), threading.Event()
+
+    def update() -> None:
+        found[:] = map(max, found, read())
+
+    def watch() -> None:
+        while not done.wait(0.02):
+            update()
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield found
+    finally:
+        done.set()
+        watcher.join()
+        update()
 
 
 def resident() -> int:

@@ -11,10 +11,8 @@ import json
 import os
 import re
 import tempfile
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -26,7 +24,7 @@ import pyarrow.parquet as pq
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
-from benchmarks.measure import alone
+from benchmarks.measure import alone, maxima
 from benchmarks.page import put_table
 from dpo.common.files import write_json
 from dpo.config import load_params
@@ -122,26 +120,11 @@ def memory(file: str, *fields: str) -> list[int]:
     return [int(re.findall(rf"^{field}:\s+(\d+) kB", text, re.MULTILINE)[0]) * 1024 for field in fields]
 
 
-@contextmanager
-def peaks() -> Iterator[list[int]]:
+def peaks() -> AbstractContextManager[list[float]]:
     """Yield the highest own (anonymous) and mapped resident bytes inside the block, above those at its start."""
     fields = ("RssAnon", "RssFile")
     before = memory("status", *fields)
-    found, done = [0, 0], threading.Event()
-
-    def watch() -> None:
-        while not done.wait(0.02):
-            found[:] = map(
-                max, found, (now - then for now, then in zip(memory("status", *fields), before, strict=True))
-            )
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    try:
-        yield found
-    finally:
-        done.set()
-        watcher.join()
+    return maxima(lambda: [now - then for now, then in zip(memory("status", *fields), before, strict=True)])
 
 
 def start_training(folder: Path) -> dict[str, float]:

@@ -13,10 +13,7 @@ import os
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,6 +22,7 @@ import psutil
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from benchmarks.measure import maxima
 from benchmarks.page import put_table
 from benchmarks.random_model import save_shape
 from dpo.common.distributed import share, this_process
@@ -48,36 +46,17 @@ def memory() -> float:
     return float(psutil.Process().memory_full_info().uss)
 
 
-@contextmanager
-def peak() -> Iterator[list[float]]:
-    """Measure the private memory every 20 ms inside the block, and append its maximum to the list."""
-    found, done = [memory()], threading.Event()
-
-    def watch() -> None:
-        while not done.wait(0.02):
-            found.append(memory())
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    try:
-        yield found
-    finally:
-        done.set()
-        watcher.join()
-        found[:] = [max([*found, memory()])]
-
-
 def process(folder: Path, out: Path) -> None:
     """Measure one of the launched processes."""
     state = this_process()
     state.wait_for_everyone()
     time.sleep(1)  # threads of the process group start
     empty = memory()
-    with peak() as loading:
+    with maxima(lambda: [memory()]) as loading:
         model = load_model(folder, frozen=True)
     loaded = memory()
     row = TokenRow("", tuple(range(1, 129)), (tuple(range(64)), tuple(range(64, 128))))
-    with peak() as scoring:
+    with maxima(lambda: [memory()]) as scoring:
         sequence_logps(model, [row], 256)
     figures = dict(zip(COLUMNS, (empty, loaded, loading[0], scoring[0]), strict=True))
     parts = share(state.num_processes, lambda mine: [figures for _ in mine])
