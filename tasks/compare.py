@@ -30,12 +30,13 @@ def main() -> None:
     results = compare(params)
     write_metrics(results)
     figures = draw_figures(params, results)
-    write_report(params, results, figures)
-    with atomic_write(paths.SELECTION) as tmp:
-        tmp.write_text(selection_page(results, params.compare.select))
     from tasks.tracking.models import log_models  # after the comparison: MLflow starts slowly
-    from tasks.tracking.runs import log_comparison
+    from tasks.tracking.runs import frontier_page, log_comparison
 
+    frontier = frontier_page(params, reward_metric(results.policies))
+    write_report(params, results, figures, frontier)
+    with atomic_write(paths.SELECTION) as tmp:
+        tmp.write_text(selection_page(results, params.compare.select, frontier))
     selection = results.selection
     log_comparison(params, results.policies, selection.name, selection.reason, figures)
     selected = [paths.policy_folder(trial) for trial in results.trials if trial.name == selection.name]

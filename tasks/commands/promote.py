@@ -2,7 +2,7 @@
 
 The first champion has to beat the reference, later ones the current champion. Both respond again to held-out
 prompts, with another seed than the responses by which `compare` chose the policy. Without a judge, the gate uses
-the half of the held-out pairs that `compare` left out. Comparisons with one champion are counted and share an
+the half of the held-out rows that `compare` left out. Comparisons with one champion are counted and share an
 error rate, see `dpo.evaluation.gate`.
 """
 
@@ -179,7 +179,7 @@ def too_few(prompts: pd.Series, level: float) -> str | None:
         return None
     return (
         f"{count} distinct held-out prompts are too few: even if every one is won, p is {0.5**count:.2g}, above "
-        f"the level {level:.2g}; at least {needed} are needed. Add held-out pairs or raise data.eval_fraction."
+        f"the level {level:.2g}; at least {needed} are needed. Add held-out rows or raise data.eval_fraction."
     )
 
 
@@ -224,9 +224,7 @@ def contest_rows(params: Params, trial: Trial, champion: ModelVersion | None, co
         notes += champions.changes(params, champion)
         trained = held_out["prompt"].map(champions.prompt_hash).isin(champions.trained_prompts(champion))
         if trained.any():
-            notes.append(
-                f"{trained.sum()} held-out pairs are left out: the champion was trained on their prompts."
-            )
+            notes.append(f"{trained.sum()} held-out rows are left out: the champion was trained on their prompts.")
         held_out = held_out[~trained]
     if not params.evaluate.judges:
         return Contest(held_out[kept_for_gate(held_out["prompt"].tolist())], params.seed, " ".join(notes))
@@ -250,11 +248,11 @@ def compete(
     with opponent(params, champion) as other:
         if judged:
             return "win rate", judged_wins(params, trial, contest, other)
-        return "win rate in ranking held-out pairs", ranked_wins(params, trial, contest, other)
+        return "win rate in ranking held-out rows", ranked_wins(params, trial, contest, other)
 
 
 def margins(trial: Trial, contest: Contest) -> pd.DataFrame:
-    """Return the policy's results on the held-out pairs of a contest, which the stage `evaluate` stored."""
+    """Return the policy's results on the held-out rows of a contest, which the stage `evaluate` stored."""
     table = pd.read_parquet(paths.policy_margins(trial))
     return table.set_index("id").loc[contest.rows["id"]].reset_index()
 
@@ -314,9 +312,10 @@ def judged_wins(params: Params, trial: Trial, contest: Contest, other: Opponent)
 
 
 def ranked_wins(params: Params, trial: Trial, contest: Contest, other: Opponent) -> list[float]:
-    """Return the policy's win over the opponent for each held-out pair.
+    """Return the policy's win over the opponent for each held-out row.
 
-    The win is 1 if only the policy ranks the pair correctly, 0 if only the opponent does, else 0.5. Both rewards
+    The win is 1 if only the policy has the order of a pair or the sign of a labelled row right, 0 if only the
+    opponent has, else 0.5. Both rewards
     are relative to the current reference, whose log-probs the stage `evaluate` stored.
     """
     model, tokenizer = other

@@ -1,12 +1,13 @@
 """Print the comparison of all policies."""
 
 import json
+import re
 import textwrap
 from typing import Any
 
 from dpo.common.errors import InputError
 from dpo.common.files import PROVENANCE
-from tasks.common.paths import CAPABILITIES, COMPARISON, REFERENCE, REWARD_MODELS
+from tasks.common.paths import CAPABILITIES, COMPARISON, FRONTIER_LINK, REFERENCE, REWARD_MODELS, SELECTION
 
 COLUMNS = {"reward_accuracy": "reward accuracy", "margin": "margin", "kl": "KL (nats)", "win_rate": "win rate"}
 
@@ -42,9 +43,18 @@ def show() -> None:
         print(line)
     for line in serve_lines(comparison["selected"]):
         print(line)
+    if link := frontier_link():
+        print(f"\nreward against KL in MLflow: {link}")
     print("\nmake mlflow     experiments and sweeps, http://127.0.0.1:5000/#/experiments/1/runs")
     print("make prefect    flows and schedules, http://127.0.0.1:4200")
     print("make report     the comparison, reports/index.html")
+
+
+def frontier_link() -> str | None:
+    """Return the link of the comparison's page to the chart in MLflow's UI, if it has one."""
+    page = SELECTION.read_text() if SELECTION.is_file() else ""
+    found = re.search(rf"^\[{FRONTIER_LINK}\]\((\S+)\)$", page, re.MULTILINE)
+    return found and found[1]
 
 
 def capability_lines(policy: str | None) -> list[str]:

@@ -53,6 +53,8 @@ PROFILE = METRICS / "profile.json"
 REPORTS = Path("reports")
 REPORT = REPORTS / "index.html"
 SELECTION = REPORTS / "compare.md"
+FRONTIER_LINK = "Reward against KL in MLflow"
+"""Text of the link that `SELECTION` ends with."""
 
 
 def check_copied(*names: str | None) -> None:

@@ -19,7 +19,7 @@ from dpo.evaluation.selection import FailureMode, Selection
 from dpo.evaluation.yardsticks import kl_at
 from dpo.training.settings import Trial
 from tasks.common.markdown import inline
-from tasks.common.paths import REFERENCE, REPORT, policy_folder
+from tasks.common.paths import FRONTIER_LINK, REFERENCE, REPORT, policy_folder
 from tasks.report.figures import CURVES, calibration, curve, frontier, margins
 from tasks.report.responses import Conversation, extremes, shown_responses
 from tasks.tracking.provenance import provenance
@@ -114,8 +114,8 @@ def _renamed(row: dict[str, Any], name: str, new: str) -> dict[str, Any]:
     return {new: row[name], f"{new}_ci": row[f"{name}_ci"]} if name in row else {}
 
 
-def write_report(params: Params, results: Results, figures: list[go.Figure]) -> None:
-    """Write the page. Its text is escaped, and it needs no network."""
+def write_report(params: Params, results: Results, figures: list[go.Figure], frontier: str | None = None) -> None:
+    """Write the page. Its text is escaped, and it needs no network. `frontier` is a page of MLflow's UI."""
     from tasks.tracking.runs import run_pages, training_times  # after the comparison: MLflow starts slowly
 
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True)
@@ -141,7 +141,7 @@ def write_report(params: Params, results: Results, figures: list[go.Figure]) -> 
         others=compared_with(next(iter(results.policies.values()))),
         verified=verified_metrics(results.policies),
         colours={trace.name: trace.marker.color for trace in figures[0].data if trace.name in names},
-        pages=run_pages(params, checkpoints),
+        pages=run_pages(params, checkpoints) | {"frontier": frontier},
         extremes=extremes(results.samples, results.conversations, results.selection.name),
         responses=shown_responses(results.samples, results.conversations),
         provenance=facts | {"training took": training_times(checkpoints)},
@@ -166,8 +166,11 @@ def with_names(text: str, names: list[str]) -> Markup:
     return Markup("").join(marked)
 
 
-def selection_page(results: Results, metric: str) -> str:
-    """Return the selected policy, the reason, and the deciding metric of all policies as Markdown for Prefect."""
+def selection_page(results: Results, metric: str, frontier: str | None = None) -> str:
+    """Return the selected policy, the reason, and the deciding metric of all policies as Markdown for Prefect.
+
+    The last line is a link to `frontier`, a page of MLflow's UI, if there is one.
+    """
     lines = [
         f"**Selected:** {inline(results.selection.name or 'no policy')}",
         "",
@@ -181,4 +184,5 @@ def selection_page(results: Results, metric: str) -> str:
         if ends := figures.get(f"{metric}_ci"):
             shown += f" [{ends[0]:.3f}, {ends[1]:.3f}]"
         lines.append(f"| {inline(name)} | {shown} | {figures['kl']:.3f} | {', '.join(modes) or 'none'} |")
+    lines += ["", f"[{FRONTIER_LINK}]({frontier})"] if frontier else []
     return "\n".join([*lines, ""])

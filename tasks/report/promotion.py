@@ -12,21 +12,21 @@ from tasks.tracking.registry import COMMIT, PAIRS, PREDECESSOR, REGISTERED, vers
 
 FIGURES = {
     "win_rate": "win rate against the reference",
-    "reward_accuracy": "reward accuracy on held-out pairs",
-    "margin": "margin on held-out pairs",
+    "reward_accuracy": "reward accuracy on held-out rows",
+    "margin": "margin on held-out rows",
     "kl": "KL to the reference, nats per response",
 }
 
 
 def describe(promoted: ModelVersion) -> str:
-    """Return version, MLflow link, commit, number of pairs, and old against new figures with 95% intervals."""
+    """Return version, MLflow link, commit, number of training rows, and old and new figures with intervals."""
     number, tags = str(promoted.version), promoted.tags
     facts = [
         f"- version: {number} of {inline(REGISTERED)}",
         f"- policy: {inline(tags.get('trial', 'not recorded'))}",
         f"- MLflow: {_link(number)}",
         f"- commit: `{tags[COMMIT]}`",
-        f"- training pairs: {tags.get(PAIRS, 'not recorded')}",
+        f"- training rows: {tags.get(PAIRS, 'not recorded')}",
     ]
     earlier = tags[PREDECESSOR]
     columns = {f"version {number}": _figures(promoted)}

@@ -145,11 +145,11 @@ def _use_offline_store(store: str, error: Exception) -> None:
     os.environ["MLFLOW_TRACKING_URI"] = store  # set_tracking_uri changed it
 
 
-def page(run: Run) -> str:
-    """Return the address of a run's page in the UI of the server, or in the UI that `make mlflow` starts."""
+def page(experiment_id: str, path: str) -> str:
+    """Return the address of a page of an experiment in the server's UI, or in the UI that `make mlflow` starts."""
     store = os.environ.get("MLFLOW_TRACKING_URI", MLFLOW_STORE)
     site = shown(store).rstrip("/") if _is_server(store) else LOCAL_UI
-    return f"{site}/#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}"
+    return f"{site}/#/experiments/{experiment_id}/{path}"
 
 
 def _is_server(store: str) -> bool:

@@ -209,7 +209,41 @@ def run_pages(params: Params, folders: list[Path]) -> dict[str, str]:
     made = {str(folder): run for folder in folders if (run := run_of(folder))}
     for run in search(MlflowClient(), f"tags.`{SWEEP}` = '{_sweep(params)}' and tags.`{ROLE}` = 'sweep'"):
         made["sweep"] = run
-    return {name: offline.page(run) for name, run in made.items()}
+    return {name: offline.page(run.info.experiment_id, f"runs/{run.info.run_id}") for name, run in made.items()}
+
+
+@or_offline
+def frontier_page(params: Params, reward: str) -> str | None:
+    """Save a view of MLflow's UI, as its button "Share" does: the metric `reward` against KL, a point per policy.
+
+    Returns:
+        The address of the view; None while MLflow is unreachable.
+    """
+    if not offline.connect_or_offline():
+        return None
+    section = {"uuid": "frontier", "name": "Reward against KL", "display": True, "columns": 1, "cardHeight": 440}
+    axes = {
+        f"{axis}axis": {"key": f"eval/{name}", "type": "METRIC"} for axis, name in (("x", "kl"), ("y", reward))
+    }
+    chart = {
+        "uuid": "frontier",
+        "type": "SCATTER",
+        "metricSectionId": "frontier",
+        "runsCountToCompare": 100,
+        **axes,
+    }
+    sweep, client = _sweep(params), MlflowClient()
+    view = {
+        "searchFilter": f"tags.`{SWEEP}` = '{sweep}' AND tags.`{ROLE}` = 'policy'",
+        "orderByKey": f"metrics.`eval/{reward}`",  # in this order policies are not folded below their sweep
+        "runsHiddenMode": "SHOWALL",
+        "compareRunSections": [section],
+        "compareRunCharts": [chart],
+        "isAccordionReordered": True,  # the section of this chart is the first one
+    }
+    experiment = client.get_experiment_by_name(offline.EXPERIMENT).experiment_id
+    client.set_experiment_tag(experiment, f"mlflow.sharedViewState.{sweep}", json.dumps(view))
+    return offline.page(experiment, f"runs?viewStateShareKey={sweep}&compareRunsMode=CHART")
 
 
 def _numbers(metrics: dict[str, Any], group: str) -> dict[str, float]:

@@ -549,7 +549,7 @@ def test_artifacts_show_the_gate_and_the_retraining(story):
     (promoted,) = [page for page in pages if "Retraining: promoted" in page]
     assert "- version: 1 of dpo-policy" in promoted
     assert f"- commit: `{story.promoted_commit}`" in promoted
-    assert re.search(r"^- training pairs: \d+$", promoted, re.MULTILINE)
+    assert re.search(r"^- training rows: \d+$", promoted, re.MULTILINE)
     assert re.search(r"\| win rate against the reference \| 1\.000 \[1\.000, 1\.000\] \|", promoted)
     selections = [each.data for each in found if each.key.endswith("-compare")]
     assert any(f"**Selected:** {TRIAL}\n\n" in page for page in selections)

@@ -89,7 +89,11 @@ def test_results_end_with_commands_that_serve_the_selected_policy(tmp_path):
     assert "serve" not in dpo("results", cwd=tmp_path).stdout
     Path(tmp_path / "models/a").mkdir(parents=True)
     (tmp_path / "models/a/provenance.json").write_text(json.dumps({"mlflow_run": "0123"}))
+    Path(tmp_path / "reports").mkdir()
+    link = "http://127.0.0.1:5000/#/experiments/1/runs?viewStateShareKey=a&compareRunsMode=CHART"
+    (tmp_path / "reports/compare.md").write_text(f"**Selected:** a\n\n[Reward against KL in MLflow]({link})\n")
     shown = dpo("results", cwd=tmp_path).stdout.splitlines()
+    assert f"reward against KL in MLflow: {link}" in shown
     assert "vllm serve models/a" in shown
     assert "mlflow models serve --model-uri runs:/0123/policy --env-manager local" in shown
 

@@ -321,7 +321,7 @@ def test_prompts_that_the_champion_was_trained_on_are_left_out_whatever_their_ca
     pd.DataFrame({"prompt": ["b"]}).to_parquet(policy_samples(project.trials()[0]))
     contest = contest_rows(project, project.trials()[0], champion, 1)
     assert set(contest.rows["prompt"]) == {"c", "d", "e", "f"}
-    assert "1 held-out pairs are left out: the champion was trained on their prompts." in contest.note
+    assert "1 held-out rows are left out: the champion was trained on their prompts." in contest.note
     assert len(contest.rows) == project.evaluate.samples
     assert contest.seed == project.seed + 1
 
@@ -404,7 +404,7 @@ def test_the_page_of_a_promotion_compares_old_and_new_figures(models, monkeypatc
     page = describe(second)
     assert "[version 2](http://127.0.0.1:5000/#/models/dpo-policy/versions/2)" in page
     assert f"commit: `{'a' * 40}`" in page
-    assert "training pairs: 90" in page
+    assert "training rows: 90" in page
     assert "| figure | version 1 | version 2 |" in page
     assert "| win rate against the reference | 0.600 [0.500, 0.700] | 0.700 [0.600, 0.800] |" in page
 
@@ -463,7 +463,7 @@ def test_without_a_judge_labelled_rows_are_won_by_the_policy_that_has_the_sign_o
     monkeypatch.setattr(promote, "opponent", lambda *_: nullcontext((opponent, tokenizer)))
     figure, wins = compete(params, trial, object(), contest)
     expected = (1 + right.astype(float) - (desirable == (theirs > reference))) / 2
-    assert figure == "win rate in ranking held-out pairs"
+    assert figure == "win rate in ranking held-out rows"
     assert wins == expected[kept].tolist()
     assert {*wins} == {0.0, 0.5, 1.0}
 
