@@ -113,7 +113,8 @@ def unload_adapter(model: PreTrainedModel, *, merge: bool) -> None:
         if isinstance(module, BaseTunerLayer):
             if merge:
                 module.merge()
-            model.set_submodule(name, module.get_base_layer())
+            if not name.endswith(".base_layer"):  # experts have an adapter per matrix, one inside the other
+                model.set_submodule(name, module.get_base_layer())
         elif isinstance(module, ModulesToSaveWrapper):
             model.set_submodule(name, module.modules_to_save[ADAPTER] if merge else module.original_module)
     # transformers would save a model that once had an adapter with the names of an adapter's weights

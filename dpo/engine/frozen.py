@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from dpo.common.distributed import this_process
 from dpo.common.errors import InputError
+from dpo.engine.experts import expert_weights
 from dpo.engine.pretrained import (
     ADAPTER,
     ADAPTER_CONFIG,
@@ -95,19 +96,19 @@ def load_in_bf16(folder: Path) -> PreTrainedModel | None:
 
 
 class ProductsInFp32(TorchFunctionMode):
-    """Inside the block, linear layers with weights in bf16 compute in fp32."""
+    """Inside the block, linear layers and experts with weights in bf16 compute in fp32."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Cast tensors in bf16 before a product."""
-        if function in (F.linear, torch.addmm):
+        if function in (F.linear, torch.addmm, torch._grouped_mm):
             args = [each.float() if isinstance(each, Tensor) else each for each in args]
         return function(*args, **(kwargs or {}))
 
 
 def hold_frozen_in_bf16(model: PreTrainedModel, *, vocabulary: bool) -> None:
-    """Round weights of linear layers that require no gradient to bf16, and with `vocabulary` the vocabulary.
+    """Round weights of linear layers and experts that require no gradient to bf16; with `vocabulary`, that too.
 
-    Biases of these layers are rounded too. Norms, embeddings and the projection to the vocabulary stay in fp32.
+    Biases of linear layers are rounded too. Norms, embeddings and the projection to the vocabulary stay in fp32.
 
     Raises:
         InputError: `vocabulary` is set, and the embedding is not a plain one or is trained.
@@ -129,18 +130,19 @@ def hold_frozen_in_bf16(model: PreTrainedModel, *, vocabulary: bool) -> None:
 
 
 def round_linear_layers(model: PreTrainedModel, *, trained: bool) -> None:
-    """Round the fp32 weights of linear layers except the output that are or are not trained to bf16, in place."""
+    """Round fp32 weights of linear layers and experts that are or are not trained to bf16, in place."""
     for weight in _linear_weights(model):
         if weight.requires_grad == trained:
             _round(weight)
 
 
 def _linear_weights(model: PreTrainedModel) -> Iterator[Tensor]:
-    """Yield weights and biases of the linear layers except the output."""
+    """Yield weights and biases of the linear layers except the output, and the matrices of experts."""
     head = model.get_output_embeddings()
     for module in model.modules():
         if type(module) in (nn.Linear, Conv1D) and module is not head:
             yield from module.parameters(recurse=False)
+    yield from expert_weights(model).values()
 
 
 def _round(weight: Tensor) -> None:

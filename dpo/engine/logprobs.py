@@ -140,7 +140,10 @@ class LogProbModel(nn.Module):
         return project(states, self.get_output_embeddings())
 
     def hold_frozen_weights(self) -> None:
-        """Hold weights that require no gradient in bf16 if the precision is `bf16`. Results do not change."""
+        """Hold weights that require no gradient in bf16 if the precision is `bf16`.
+
+        Results do not change, except that the updates of adapted experts are added in bf16.
+        """
         if self.precision == "bf16":
             hold_frozen_in_bf16(self.model, vocabulary=self.vocabulary == "bf16")
 
@@ -322,10 +325,6 @@ def load_model(
     model = load_in_bf16(path) if frozen and precision == "bf16" and not options and not is_empty else None
     model = (model or (empty_model(path) if is_empty else load_causal_lm(path, **options))).eval()
     use_one_product(model)
-    if precision == "bf16" and any(".experts." in name for name, _ in model.named_parameters()):
-        log.warning(
-            "%s: experts are multiplied in fp32; precision: bf16 does not reach them", type(model).__name__
-        )
     for module in model.modules():
         rates = [name for name, value in vars(module).items() if "drop" in name and isinstance(value, float)]
         for name in ["p"] if isinstance(module, nn.Dropout) else rates:

@@ -50,7 +50,8 @@ class LoraSettings(Settings):
     alpha: Positive
     """Updates are scaled by alpha / rank."""
     target_modules: tuple[str, ...] | Literal["all-linear"] = "all-linear"
-    """Names of linear layers, as `[q_proj, v_proj]`; `all-linear` is every one except the output."""
+    """Names of linear layers, as `[q_proj, v_proj]`; `all-linear` is every one except the output, and in a mixture
+    of experts the matrices of the experts, too, but no router."""
     rslora: bool = False
     """Scale updates by alpha / sqrt(rank) instead (Kalajdzievski 2023, "A Rank Stabilization Scaling Factor")."""
     dora: bool = False

@@ -17,6 +17,7 @@ from dpo.common.distributed import share, this_process
 from dpo.common.errors import InputError
 from dpo.common.files import PROVENANCE, atomic_write, link_tree, sha256, write_json
 from dpo.engine.base_model import load_checkpoint
+from dpo.engine.experts import adapted_by_default, expert_weights, log_layers_left_out
 from dpo.engine.frozen import is_quantised, round_linear_layers
 from dpo.engine.logprobs import LogProbModel, packed_batches
 from dpo.engine.pretrained import (
@@ -58,9 +59,13 @@ def add_lora(model: PreTrainedModel, params: LoraSettings) -> None:
     from peft import LoraConfig
 
     modules = params.target_modules if isinstance(params.target_modules, str) else list(params.target_modules)
+    matrices = None
+    if modules == "all-linear" and expert_weights(model):  # peft would adapt the routers too
+        modules, matrices = adapted_by_default(model)
     config = LoraConfig(
-        r=params.rank, lora_alpha=params.alpha, target_modules=modules, task_type="CAUSAL_LM",
-        base_model_name_or_path=model.name_or_path, use_rslora=params.rslora, use_dora=params.dora,
+        r=params.rank, lora_alpha=params.alpha, target_modules=modules, target_parameters=matrices,
+        task_type="CAUSAL_LM", base_model_name_or_path=model.name_or_path, use_rslora=params.rslora,
+        use_dora=params.dora,
     )  # fmt: skip
     vocabulary = [model.get_input_embeddings(), model.get_output_embeddings()]
     fix = "name linear layers of the model, as [q_proj, v_proj], or set all-linear"
@@ -74,7 +79,15 @@ def add_lora(model: PreTrainedModel, params: LoraSettings) -> None:
     for weight in model.parameters():
         if weight.requires_grad:
             weight.data = weight.data.float()
-    config.target_modules = sorted(config.target_modules or ())  # the order of a set varies
+    if matrices:
+        log_layers_left_out(model)
+    _sort_targets(config)
+
+
+def _sort_targets(config: Any) -> None:
+    """Sort the names of the adapted layers, because the order of a set varies."""
+    config.target_modules = sorted(config.target_modules or ())
+    config.target_parameters = sorted(config.target_parameters or ()) or None
 
 
 def start_lora(model: LogProbModel, params: LoraSettings, seed: int) -> None:
@@ -98,8 +111,7 @@ def continue_lora(model: PreTrainedModel) -> None:
     """Freeze a model and make the adapter that it was loaded with trainable, in place."""
     model.requires_grad_(False)
     model.set_adapter(ADAPTER)
-    config = model.peft_config[ADAPTER]
-    config.target_modules = sorted(config.target_modules or ())  # the order of a set varies
+    _sort_targets(model.peft_config[ADAPTER])
 
 
 def train_sft(

@@ -32,6 +32,7 @@ from tests.support.training import LORA, PARAMS, dpo_params, make_pairs, trial
 
 ROOT = Path(__file__).parents[3]
 FROZEN = ["llama", "qwen2", "gemma3", "gpt2", "phi"]
+MIXTURES = ["qwen3_moe", "mixtral"]
 
 
 def layers(model):
@@ -45,7 +46,7 @@ def randomise_adapter(model):
             nn.init.normal_(weight, std=0.2)
 
 
-@pytest.mark.parametrize("architecture", FROZEN)
+@pytest.mark.parametrize("architecture", FROZEN + MIXTURES)
 def test_frozen_weights_in_bf16_give_bit_equal_log_probs(architecture, tmp_path):
     folder, rows = make_model(architecture, tmp_path), make_rows()
     trained, frozen = load_model(folder, "bf16"), load_model(folder, "bf16", frozen=True)
@@ -86,7 +87,7 @@ def in_bf16_and_fp32(architecture, folder):
     return folder / "bf16", folder / "fp32"
 
 
-@pytest.mark.parametrize("architecture", [*FROZEN, "opt", "gpt_neox", "olmo2"])
+@pytest.mark.parametrize("architecture", [*FROZEN, *MIXTURES, "opt", "gpt_neox", "olmo2"])
 def test_a_checkpoint_in_bf16_is_loaded_without_fp32_layers_and_with_the_same_results(
     architecture, tmp_path, monkeypatch
 ):

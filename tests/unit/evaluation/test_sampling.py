@@ -21,6 +21,8 @@ CACHES = {
     "mistral": {"sliding_window": 5},
     "lfm2": {"layer_types": ["conv", "full_attention"], "block_multiple_of": 8},
     "mamba": {},
+    "qwen3_moe": {},
+    "mixtral": {},
     "minimax": {"layer_types": ["linear_attention", "full_attention"], "num_local_experts": 2, "head_dim": 8},
 }
 """Absolute, relative and rotary positions, a sliding window, convolution states, caches that are not shared."""

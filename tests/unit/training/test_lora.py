@@ -10,13 +10,14 @@ from transformers import AutoTokenizer
 
 from dpo.common.errors import InputError
 from dpo.engine.base_model import load_checkpoint
+from dpo.engine.experts import expert_weights
 from dpo.engine.logprobs import load_model, sequence_logps
 from dpo.engine.packing import pack
 from dpo.training import offload
 from dpo.training.settings import LoraSettings
 from dpo.training.train import add_lora, copy_checkpoint, save_checkpoint, start_lora, train_dpo
 from tests.support.logprobs import make_rows
-from tests.support.models import make_model
+from tests.support.models import chat_tokenizer, make_model
 from tests.support.training import LORA, dpo_params, trial
 
 
@@ -138,9 +139,55 @@ def test_named_layers_of_a_mixture_get_adapters_and_routers_none(tmp_path, archi
     assert {name.rpartition(".")[2] for name in adapted} == {"q_proj", "v_proj"}
 
 
-def test_the_log_says_that_bf16_does_not_reach_experts(tmp_path, caplog):
-    make_model("mixtral", tmp_path / "m")
-    load_model(tmp_path / "m")
-    assert not caplog.messages
-    load_model(tmp_path / "m", "bf16")
-    assert "experts are multiplied in fp32" in caplog.text
+@pytest.mark.parametrize("architecture", ["qwen3_moe", "mixtral"])
+def test_all_linear_adapts_layers_and_experts_of_a_mixture_but_no_router(tmp_path, architecture, recwarn):
+    model = load_model(make_model(architecture, tmp_path / "m"))
+    add_lora(model.model, LoraSettings(rank=4, alpha=8))
+    ours = {name: p for name, p in model.model.named_parameters() if ".lora_" in name}
+    layer = [f"self_attn.{name}_proj" for name in "kqov"]
+    layer += ["mlp.experts", "mlp.experts.base_layer"]  # down_proj, and gate_up_proj inside of it
+    assert {name.split(".lora_")[0] for name in ours} == {f"model.layers.{i}.{x}" for i in range(2) for x in layer}
+    ranks = {p.shape[0] for name, p in ours.items() if "experts" in name and "lora_A" in name}
+    assert ranks == {4 * 4}, "rank 4 of each of 4 experts"
+    assert {p.requires_grad for name, p in model.model.named_parameters() if "gate.weight" in name} == {False}
+    assert not [str(w.message) for w in recwarn if "pattern" in str(w.message)]
+
+
+def test_layers_that_peft_cannot_adapt_are_in_the_log(tmp_path, caplog):
+    model = load_model(make_model("qwen3_moe", tmp_path / "m", mlp_only_layers=[0]))
+    add_lora(model.model, LoraSettings(rank=4, alpha=8))
+    assert "3 linear layers, such as model.layers.0.mlp.gate_proj, get no adapter" in caplog.text
+
+
+@pytest.mark.parametrize("architecture", ["qwen3_moe", "mixtral"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_mixture_with_adapters_learns_and_loads_again_with_the_same_results(tmp_path, architecture, precision):
+    rows, folder = make_rows(), make_model(architecture, tmp_path / "m")
+    log, model = trained(folder, rows, precision, lora=LORA, epochs=4)
+    assert log[0]["rewards/margins"] == log[0]["rewards/chosen"] == 0.0
+    assert log[-1]["loss"] < log[0]["loss"] - 0.02
+    updates = [p for name, p in model.named_parameters() if "experts" in name and "lora_B" in name]
+    assert len(updates) == 4
+    assert all(update.any() for update in updates)
+    save_checkpoint(model, chat_tokenizer(), tmp_path / "policy", {})
+    logps = sequence_logps(model, rows, 1000)
+    policy = load_model(tmp_path / "policy", precision, frozen=True)
+    assert torch.equal(sequence_logps(policy, rows, 1000), logps)
+    assert policy.share_base(folder)
+    load_checkpoint(tmp_path / "policy").save_pretrained(tmp_path / "merged")
+    if precision == "fp32":
+        merged = load_model(tmp_path / "merged", frozen=True)
+        torch.testing.assert_close(sequence_logps(merged, rows, 1000), logps, rtol=1e-4, atol=1e-3)
+    saved = json.loads((tmp_path / "policy/adapter_config.json").read_text())
+    assert saved["target_parameters"] == ["experts.down_proj", "experts.gate_up_proj"]
+
+
+@pytest.mark.parametrize("architecture", ["qwen3_moe", "mixtral"])
+@pytest.mark.parametrize(("precision", "weights"), [("fp32", "fp32"), ("bf16", "fp32"), ("bf16", "bf16")])
+def test_a_mixture_trains_all_weights_from_a_margin_of_zero(tmp_path, architecture, precision, weights):
+    rows = make_rows()
+    log, model = trained(make_model(architecture, tmp_path), rows, precision, weights=weights, epochs=4)
+    assert log[0]["rewards/margins"] == 0.0
+    assert log[-1]["loss"] < log[0]["loss"] - 0.02
+    held = {weight.dtype for weight in expert_weights(model.model).values()}
+    assert held == {torch.bfloat16 if weights == "bf16" else torch.float32}
