@@ -27,14 +27,14 @@ def log_models(params: Params, folders: list[Path]) -> None:
     packages = ("mlflow", "torch", "transformers", "accelerate")
     for folder in folders:
         made, logged = runs.run_of(folder), f"dpo.logged.{weights(folder)[:16]}"
-        run_id = runs.sweep_run(params) if made is None else made.info.run_id
-        if logged in mlflow.get_run(run_id).data.tags:
+        run = mlflow.get_run(runs.sweep_run(params) if made is None else made.info.run_id)
+        if logged in run.data.tags:
             continue
         tokenizer, model = load_tokenizer(folder), load_checkpoint(folder)
         model.name_or_path = f"./{folder}"  # a path, so that MLflow does not query the hub for a licence
         chat = bool(tokenizer.chat_template)
         example: Any = {"messages": [{"role": "user", "content": "Hello"}]} if chat else {"prompt": "Hello"}
-        with mlflow.start_run(run_id=run_id):
+        with mlflow.start_run(run_id=run.info.run_id):
             mlflow.transformers.log_model(
                 {"model": model, "tokenizer": tokenizer},
                 name="reference" if folder == REFERENCE else "policy",
@@ -44,3 +44,4 @@ def log_models(params: Params, folders: list[Path]) -> None:
                 pip_requirements=[f"{name}=={version(name)}" for name in packages],
             )
             mlflow.set_tag(logged, "true")
+        mlflow.MlflowClient().set_terminated(run.info.run_id, run.info.status, run.info.end_time)  # as before

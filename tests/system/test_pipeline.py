@@ -220,6 +220,8 @@ def test_mlflow_has_the_runs_of_the_sweep(project):
     curve = mlflow.MlflowClient().get_metric_history(policy.info.run_id, "train/rewards/margins")
     assert [point.step for point in curve] == list(range(1, len(curve) + 1))
     assert len(curve) == 3
+    (evaluation,) = mlflow.MlflowClient().get_metric_history(policy.info.run_id, "eval/kl")
+    assert policy.info.end_time < evaluation.timestamp, "the duration of a run is that of the training"
 
 
 @pytest.mark.slow
