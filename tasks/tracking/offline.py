@@ -18,9 +18,11 @@ import mlflow
 from filelock import FileLock
 from mlflow import MlflowClient, MlflowException
 from mlflow.entities import Metric, Param, Run, RunTag
+from mlflow.store.db.db_types import DATABASE_ENGINES
 from mlflow.tracking.context.registry import resolve_tags
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy import create_engine
+from sqlalchemy.exc import InterfaceError, OperationalError, SQLAlchemyError
 
 from dpo.common.errors import InputError
 from dpo.common.files import atomic_write
@@ -128,8 +130,25 @@ def _use(store: str) -> None:
                 MlflowClient(f"sqlite:///{tmp.absolute()}").search_experiments(max_results=1)
         if store.startswith("sqlite:///"):
             relocate(path)
+        elif re.split("[+:]", store)[0] in DATABASE_ENGINES:
+            _check_database(store)
         mlflow.set_experiment(EXPERIMENT)
         mlflow.set_experiment_tag("mlflow.experimentKind", "custom_model_development")  # show runs, not traces
+
+
+def _check_database(store: str) -> None:
+    """Log in to a database once, because MLflow tries a wrong password ten times, which takes two minutes.
+
+    Raises:
+        SQLAlchemyError: the database refuses. One that cannot be reached is left to MLflow, which tries again.
+    """
+    engine = create_engine(store)
+    try:
+        engine.connect().close()
+    except (InterfaceError, OperationalError) as error:
+        log.warning("%s: %s; trying again", shown(store), without_credentials(str(error.orig)))
+    finally:
+        engine.dispose()
 
 
 def store_lock() -> FileLock:
