@@ -13,9 +13,10 @@ from dpo.common.files import PROVENANCE, atomic_write, link_tree, write_json
 from dpo.config import Params, load_params
 from dpo.engine.flops import Cost
 from dpo.engine.logprobs import load_model
-from dpo.engine.pretrained import load_tokenizer
+from dpo.engine.pretrained import load_config, load_tokenizer
 from dpo.engine.token_table import open_table
 from dpo.training.checkpoints import CheckpointStore
+from dpo.training.routers import check_routers
 from dpo.training.settings import SftSettings
 from dpo.training.train import save_checkpoint, save_merged, train_sft
 from tasks.common.memory import check_memory, mean_pair
@@ -43,6 +44,8 @@ ADAPTER = TRAINING_PROGRESS / "sft-adapter"
 def main() -> None:
     """Save the reference policy: the base model, fine-tuned unless `sft` is null."""
     params = load_params()
+    if params.dpo.router_aux_loss or (params.sft and params.sft.router_aux_loss):
+        check_routers(load_config(BASE))
     if params.sft is not None:
         fine_tune(params, params.sft)
     elif this_process().is_main_process:

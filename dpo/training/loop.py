@@ -47,6 +47,7 @@ from dpo.training.checkpoints import CHECKSUMS, NON_FINITE, last_checkpoint, wri
 from dpo.training.objectives import Objective
 from dpo.training.offload import offloaded_activations
 from dpo.training.optimizers import create_optimizer, schedule_factor
+from dpo.training.routers import RouterLoss
 from dpo.training.sampler import StepSampler, balance
 from dpo.training.settings import EarlyStopSettings, OptimizerSettings
 
@@ -114,6 +115,7 @@ class TrainingLoop:
         model = self.model.model
         self.config, self.lora = model.config, has_adapter(model)
         self.model.accumulate_in_place = self.accelerator.num_processes == 1
+        self.router_loss = RouterLoss(self.model) if self.settings.router_aux_loss else None
         self.weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
         if not self.sharded:
             self.model.to(self.accelerator.device)
@@ -148,7 +150,8 @@ class TrainingLoop:
             disable=not self.accelerator.is_main_process,
         )  # fmt: skip
         # Several processes do not stop, because they would save at different micro-batches.
-        with bar, self._stopping_on_sigterm() if self.accelerator.num_processes == 1 else nullcontext():
+        alone = self.accelerator.num_processes == 1
+        with bar, self.router_loss or nullcontext(), self._stopping_on_sigterm() if alone else nullcontext():
             for groups, epoch in self._remaining_steps():
                 entry = {**self._train_step(groups), "epoch": epoch, "step": self.first_step + self.step + 1}
                 if self.early_stop and entry["step"] % self.early_stop.settings.every_steps == 0:
@@ -252,6 +255,10 @@ class TrainingLoop:
             with nullcontext() if synced else self.accelerator.no_sync(self.model):
                 with offloaded_activations(self.model) if self.offloads else nullcontext():
                     loss, metrics = self.objective(self.model, batch)
+                    if self.router_loss:  # weighted as the rows of the micro-batch
+                        metrics["router_aux_loss"] = self.router_loss.value.detach() * len(rows)
+                        own = sum(map(self.objective.units, rows))
+                        loss = loss + self.settings.router_aux_loss * own * self.router_loss.value
                 finite = bool(loss.isfinite())
                 if not finite:
                     self._handle_non_finite(f"the loss is {loss.item()}", rows)

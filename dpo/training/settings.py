@@ -37,6 +37,9 @@ class OptimizerSettings(Settings):
     gradient_checkpointing: bool | Literal["offload"] = False
     """Recompute activations in the backward pass: less memory, about a third more time. `offload` also moves the
     inputs of the layers to host memory until the backward pass."""
+    router_aux_loss: Annotated[float, Field(ge=0)] = 0.0
+    """Coefficient of the load-balancing loss of the routers (Fedus et al. 2021, "Switch Transformers", eq. 4-6),
+    which is added to the loss. For mixtures of experts only."""
     non_finite: Literal["stop", "skip"] = "stop"
     """What to do if the loss or gradient of a step is not finite. The pairs of the step are saved either way."""
 

@@ -63,7 +63,7 @@ def check(shared, alone):
         (2, "gpt2", {}, {}),
         (2, "opt", {}, {}),
         (2, "qwen3_moe", {}, {}),
-        (2, "mixtral", {}, {"precision": "bf16"}),
+        (2, "mixtral", {}, {}),
     ],
 )
 def test_sharded_models_have_the_results_of_whole_ones(processes, architecture, changes, settings, tmp_path):

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from dpo.common.errors import InputError
 from dpo.config import load_params
 from dpo.engine.logprobs import load_model, sequence_logps
 from dpo.engine.pretrained import load_tokenizer
@@ -47,6 +48,15 @@ def base(tmp_path, monkeypatch, tiny_model_dir) -> Path:
 def use(monkeypatch, **sft):
     params = dataclasses.replace(PARAMS, sft=dataclasses.replace(PARAMS.sft, learning_rate=1e-2, **sft))
     monkeypatch.setattr(stage, "load_params", lambda: params)
+
+
+@pytest.mark.parametrize("section", ["sft", "dpo"])
+def test_a_loss_of_routers_for_a_model_without_experts_is_an_error_before_training(base, monkeypatch, section):
+    changed = dataclasses.replace(getattr(PARAMS, section), router_aux_loss=0.1)
+    monkeypatch.setattr(stage, "load_params", lambda: dataclasses.replace(PARAMS, **{section: changed}))
+    with pytest.raises(InputError, match="router_aux_loss: a model of type 'llama' has no experts"):
+        stage.main()
+    assert not REFERENCE.exists()
 
 
 def test_without_sft_the_reference_is_the_base_model_byte_for_byte(base, monkeypatch):
