@@ -1,4 +1,7 @@
-"""Stage `capabilities`: run a benchmark task on the selected policy, its reference and the base model."""
+"""Stage `capabilities`: run a benchmark task on the selected policy, its reference and the base model.
+
+The report exists before the stage runs, so it loads the results from a script that the stage writes beside it.
+"""
 
 import json
 import sys
@@ -6,7 +9,7 @@ from typing import Any
 
 from dpo.common.distributed import this_process
 from dpo.common.errors import InputError
-from dpo.common.files import write_json
+from dpo.common.files import atomic_write, write_json
 from dpo.config import Params, load_params
 from dpo.engine.base_model import load_checkpoint
 from dpo.engine.pretrained import load_tokenizer
@@ -32,6 +35,8 @@ def main() -> None:
     if selected is not None:
         result |= measure(params, task, selected)
     write_json(paths.capability(task), result)
+    with atomic_write(paths.capability_script(task)) as tmp:
+        tmp.write_text(f"addCapability({json.dumps(result, sort_keys=True)});\n")
     if selected is not None:
         from tasks.tracking.runs import log_capability  # after the measurement: MLflow starts slowly
 

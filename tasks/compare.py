@@ -29,6 +29,7 @@ def main() -> None:
     remove_earlier(params.trials())
     results = compare(params)
     write_metrics(results)
+    write_json(paths.JUDGE_REPLIES, results.replies)
     figures = draw_figures(params, results)
     from tasks.tracking.models import log_models  # after the comparison: MLflow starts slowly
     from tasks.tracking.runs import frontier_page, log_comparison
@@ -61,6 +62,8 @@ def compare(params: Params) -> Results:
     policies = {trial.name: json.loads(paths.evaluation(trial).read_text()) for trial in trials}
     pairs = {trial.name: pd.read_parquet(paths.policy_margins(trial)) for trial in trials}
     samples = {trial.name: pd.read_parquet(paths.policy_samples(trial)) for trial in trials}
+    prompts = pd.read_parquet(paths.REFERENCE_SAMPLES)
+    replies = [table.attrs.pop(paths.REPLIES, {}) for table in (prompts, *samples.values())]
     choice, rows = policies, pairs
     if not params.evaluate.judges:
         choice, rows = on_half(policies, pairs, params.seed)
@@ -68,7 +71,6 @@ def compare(params: Params) -> Results:
     outcomes = {name: table[column].tolist() for name, table in tables.items()}
     comparisons = compare_policies(outcomes, tables[trials[0].name]["prompt"].tolist(), params.seed)
     responses = samples[trials[0].name]  # the reference's responses are the same for all policies
-    prompts = pd.read_parquet(paths.REFERENCE_SAMPLES)
     judged = {name: table.assign(source=prompts["source"]) for name, table in samples.items() if "win" in table}
     selection = select(choice, comparisons, params.compare)
     return Results(
@@ -86,6 +88,7 @@ def compare(params: Params) -> Results:
         costs={str(paths.REFERENCE): json.loads(paths.REFERENCE_COST.read_text())}
         | {trial.name: policies[trial.name]["cost"] for trial in trials},
         yardsticks=yardsticks(responses.get("reference_score", []), responses["prompt"].tolist()),
+        replies={key: reply for each in replies for key, reply in each.items()},
         train_logs=concatenate({trial.name: pd.read_csv(paths.train_log(trial)) for trial in trials}),
         calibration=concatenate({name: reliability(table) for name, table in pairs.items()}),
         slices=concatenate({name: slices(table, params.seed) for name, table in pairs.items()}),

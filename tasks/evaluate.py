@@ -18,7 +18,7 @@ from dpo.engine.reference_cache import cache_key, load_reference
 from dpo.engine.sharding import together
 from dpo.engine.token_table import open_table
 from dpo.engine.tokenization import prompt_ids
-from dpo.evaluation.judges import Judge, against_base, load_judges
+from dpo.evaluation.judges import Judge, against_base, load_judges, used_replies
 from dpo.evaluation.kl import divergence
 from dpo.evaluation.label_metrics import label_metrics, label_table
 from dpo.evaluation.pair_metrics import pair_table, preference_metrics
@@ -42,6 +42,7 @@ def main() -> None:
     tokenizer = load_tokenizer(paths.REFERENCE)
     held_out = pd.read_parquet(paths.EVAL)
     reference = pd.read_parquet(paths.REFERENCE_SAMPLES)
+    reference.attrs.pop(paths.REPLIES, None)
     prompts = [prompt_of(pair, tokenizer) for pair in reference.to_dict("records")]
     state, folder = this_process(), paths.policy_folder(trial)
     check_memory("evaluate", params, paths.REFERENCE)
@@ -66,6 +67,8 @@ def main() -> None:
         **response_metrics(samples, params.seed),
         **{str(name): value for name, value in reference.attrs.items()},
     }
+    if replies := used_replies(judges):
+        samples.attrs[paths.REPLIES] = replies
     for path, table in ((paths.policy_margins(trial), pairs), (paths.policy_samples(trial), samples)):
         with atomic_write(path) as tmp:
             table.to_parquet(tmp, index=False)

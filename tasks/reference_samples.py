@@ -18,14 +18,14 @@ from dpo.engine.sharding import together
 from dpo.engine.token_table import open_table
 from dpo.engine.tokenization import prompt_ids
 from dpo.evaluation.bootstrap import bootstrap, mean
-from dpo.evaluation.judges import Judge, against_base, load_judges
+from dpo.evaluation.judges import Judge, against_base, load_judges, used_replies
 from dpo.evaluation.judges.accuracy import judge_accuracy
 from dpo.evaluation.kl import divergence
 from dpo.evaluation.pair_metrics import perplexity
 from dpo.evaluation.sampling import proportional_first, response_limit, response_table
 from dpo.evaluation.server_sampling import check_sampled, served_responses
 from tasks.common.memory import check_memory
-from tasks.common.paths import BASE, EVAL, REFERENCE, REFERENCE_SAMPLES, TOKENS_EVAL, TRAIN
+from tasks.common.paths import BASE, EVAL, REFERENCE, REFERENCE_SAMPLES, REPLIES, TOKENS_EVAL, TRAIN
 from tasks.common.runner import run_launched
 
 
@@ -70,6 +70,8 @@ def main() -> None:
     if base and judges:
         base |= reference_against_base(judges[0], prompts, table, params.seed)
     table.attrs |= base | judge_accuracy(judges, pairs, tokenizer, count, params.seed)
+    if replies := used_replies(judges):
+        table.attrs[REPLIES] = replies
     with atomic_write(REFERENCE_SAMPLES) as tmp:
         table.to_parquet(tmp, index=False)
 

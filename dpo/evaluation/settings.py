@@ -11,6 +11,8 @@ from dpo.data.settings import ReasoningProblems
 
 TRAINED_REWARD_MODELS = "models/rewards"
 """Folder of the models of the stage `reward_model`. Only `feedback` may use them."""
+SHARED_REPLIES = "reports/replies.json"
+"""Replies of paid judges by key, which the stage `compare` writes; `dvc push` and `dvc pull` exchange them."""
 
 
 class _NamedJudge(Settings):
@@ -59,7 +61,8 @@ class LlmSettings(_NamedJudge):
     output_price: Annotated[float, Field(ge=0)]
     """Dollars per million tokens of replies."""
     max_cost: Rate
-    """Maximum cost in dollars of judging one policy. The stage stops before it would spend more."""
+    """Maximum cost in dollars of the replies that one stage uses, such as `evaluate@TRIAL`. Saved replies count,
+    so that repeated runs do not spend more together. The stage stops before it would spend more."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -36,13 +36,16 @@ def validate(
 @app.command()
 def init(
     data: Annotated[str, Argument(metavar="DATA", help="File or folder of pairs in data/own.")],
-    model: Annotated[str | None, Option(help="Folder in models/own (default: the default model).")] = None,
+    model: Annotated[
+        str | None, Option(help="Folder in models/own, or a hub id (default: the default model).")
+    ] = None,
+    revision: Annotated[str | None, Option(help="Commit, tag or branch of a hub id (default: main).")] = None,
     force: Annotated[bool, Option("--force", help="Overwrite uncommitted changes of params.yaml.")] = False,
 ) -> None:
     """Write a params.yaml that fits your data and your model."""
     from tasks.commands import init as command
 
-    command.init(data, model, force=force)
+    command.init(data, model, revision, force=force)
 
 
 @app.command()

@@ -4,10 +4,13 @@ import dataclasses
 import json
 import math
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dpo.common.errors import InputError
+from ruamel.yaml import YAML
+
+from dpo.common.errors import InputError, TransientError
 from dpo.common.files import atomic_write
 from dpo.config import Params, load_params
 from tasks.common.git import committed_file
@@ -22,23 +25,45 @@ Tunstall et al. 2023, "Zephyr: Direct Distillation of LM Alignment". The others 
 SFT_RATES = ((1.5e9, 2e-5), (math.inf, 1e-5))
 MIN_STEPS, MAX_EPOCHS = 50, 3
 
+SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.txt")
+"""Files of a hub model without its weights: configuration and tokenizer."""
+
 Choices = dict[str, tuple[Any, str]]
 """Values of keys, each with its reason, which becomes the comment of the line."""
 
 
-def init(data: str, model: str | None, *, force: bool) -> None:
+@dataclass(frozen=True)
+class Description:
+    """What the choice of settings needs to know of a model."""
+
+    parameters: float
+    context: int
+    """Tokens that the model can read."""
+    tokenizer: Path | None
+    """Folder with the tokenizer, None if there is none yet."""
+    revision: str | None = None
+    """Commit of a hub id."""
+
+
+def init(data: str, model: str | None, revision: str | None = None, *, force: bool) -> None:
     """Inspect data and model, and set the keys of `params.yaml` that depend on them, with one comment each.
 
     Raises:
         InputError: the data or the model cannot be used, or `params.yaml` has changes that git does not have.
+        TransientError: the model is a hub id, and the hub is unreachable.
     """
     if not force and committed_file(PARAMS) != PARAMS.read_bytes():
         raise InputError(f"{PARAMS}: it has uncommitted changes; commit them first, or overwrite it with --force")
     params, own = load_params(), Path("data/own")
     if own.resolve() not in Path(data).resolve().parents:
         raise InputError(f"{data}: not in {own}, the folder that DVC tracks; copy it there")
-    size, context = describe(model)
-    choices = model_choices(model, size) | data_choices(params, data, model, context)
+    described = describe(model, revision)
+    choices = model_choices(model, described.parameters) | data_choices(params, data, described)
+    if params.model.revision or described.revision:
+        choices["model.revision"] = (
+            described.revision,
+            "commit of the hub id" if described.revision else "no hub id",
+        )
     if params.sft is None:
         choices = {key: choice for key, choice in choices.items() if not key.startswith("sft.")}
     with atomic_write(PARAMS) as tmp:
@@ -48,26 +73,71 @@ def init(data: str, model: str | None, *, force: bool) -> None:
     print(f"\n{PARAMS} is written; `dvc repro` runs the pipeline")
 
 
-def describe(model: str | None) -> tuple[float, int]:
-    """Return the number of parameters of a model and its context in tokens. None is the default model.
+def describe(model: str | None, revision: str | None = None) -> Description:
+    """Describe a folder or a hub id at a revision, `main` by default. None is the default model.
 
     Raises:
-        InputError: the model is not a readable folder, or its size is unknown.
+        InputError: the model is neither a readable folder nor a model of the hub, or its size is unknown.
+        TransientError: the hub is unreachable.
     """
+    if model is not None and not Path(model).is_dir():
+        return describe_hub_model(model, revision)
+    if revision is not None:
+        raise InputError(f"--revision: {model or 'the default model'} is not a hub id; omit the option")
     if model is None:
-        return DEFAULT_SIZE, DEFAULT_CONTEXT
+        return Description(DEFAULT_SIZE, DEFAULT_CONTEXT, BASE if BASE.is_dir() else None)
+    return describe_folder(Path(model))
+
+
+def describe_folder(folder: Path) -> Description:
+    """Describe a model folder, which may lack the weights. Raise InputError if it is unreadable."""
     from transformers import AutoConfig
 
     from dpo.engine.flops import shape_of
     from dpo.engine.pretrained import load_weights
 
-    if not Path(model).is_dir():
-        raise InputError(f"--model: {model} is not a folder; save the model in models/own and name that folder")
-    config = load_weights(AutoConfig, model)
-    files = list(Path(model).glob("*.safetensors"))
+    config = load_weights(AutoConfig, folder)
+    files = list(folder.glob("*.safetensors"))
     bytes_each = 4 if str(getattr(config, "dtype", None)).endswith("float32") else 2
     size = sum(file.stat().st_size for file in files) / bytes_each if files else shape_of(config).parameters
-    return size, getattr(config, "max_position_embeddings", DEFAULT_CONTEXT)
+    return Description(size, getattr(config, "max_position_embeddings", DEFAULT_CONTEXT), folder)
+
+
+def describe_hub_model(model: str, revision: str | None) -> Description:
+    """Describe a model of the hub by its small files. The commit of the revision makes the run reproducible."""
+    import httpx
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    api, reach = HfApi(), "save the model in models/own and name that folder"
+    try:
+        found = api.model_info(model, revision=revision, timeout=30)
+        folder = Path(api.snapshot_download(model, revision=found.sha, allow_patterns=list(SMALL_FILES)))
+    except HFValidationError as error:
+        raise InputError(f"--model: {model} is neither a folder nor a hub id, OWNER/NAME; {reach}") from error
+    except HfHubHTTPError as error:
+        if error.response.status_code >= httpx.codes.INTERNAL_SERVER_ERROR:
+            raise TransientError(
+                f"--model: the hub at {constants.ENDPOINT} fails: {error}; try again later"
+            ) from error
+        reason = str(error).strip().splitlines()[0]
+        at = f" at the revision {revision}" if revision else ""
+        raise InputError(
+            f"--model: {model} is not a folder, and the hub has no such model{at} that you can read: {reason}; "
+            "correct the id, or log in with `hf auth login`"
+        ) from error
+    except (httpx.HTTPError, OSError, LocalEntryNotFoundError) as error:
+        raise TransientError(
+            f"--model: {model} is not a folder, and the hub at {constants.ENDPOINT} is unreachable: {error}; "
+            f"{reach}"
+        ) from error
+    if not (folder / "config.json").is_file():
+        raise InputError(
+            f"--model: {model} has no config.json, so it is no model of transformers; use another one"
+        )
+    described = describe_folder(folder)
+    size = found.safetensors.total if found.safetensors else described.parameters
+    return dataclasses.replace(described, parameters=size, revision=found.sha)
 
 
 def model_choices(model: str | None, size: float) -> Choices:
@@ -81,13 +151,14 @@ def model_choices(model: str | None, size: float) -> Choices:
     }
 
 
-def data_choices(params: Params, data: str, model: str | None, context: int) -> Choices:
+def data_choices(params: Params, data: str, model: Description) -> Choices:
     """Return what depends on number and lengths of the pairs.
 
     Raises:
         InputError: the data must not be used.
     """
-    facts = inspect(params, data, model, context)
+    context = model.context
+    facts = inspect(params, data, model)
     scale = 1 if facts["unit"] == "tokens" else CHARACTERS_PER_TOKEN
     prompt, chosen, rejected = (facts["lengths"][part]["p99"] / scale for part in ("prompt", "chosen", "rejected"))
     length = min(context, 64 * math.ceil((prompt + max(chosen, rejected) + 16) / 64))
@@ -121,21 +192,20 @@ def data_choices(params: Params, data: str, model: str | None, context: int) -> 
     }
 
 
-def inspect(params: Params, data: str, model: str | None, context: int) -> dict[str, Any]:
+def inspect(params: Params, data: str, model: Description) -> dict[str, Any]:
     """Validate the data, print the table of the validation, and return its metrics."""
     from dpo.data.ingest import write_raw_pairs
     from dpo.data.readers import read_files
     from tasks.validate import raise_errors, validate_and_report
 
-    tokenizer = Path(model) if model else (BASE if BASE.is_dir() else None)
-    params = dataclasses.replace(params, engine=dataclasses.replace(params.engine, max_length=context))
+    params = dataclasses.replace(params, engine=dataclasses.replace(params.engine, max_length=model.context))
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         write_raw_pairs(read_files([data]), place / "raw.parquet", data, params.data)
         outputs = {name: place / f"{name}.parquet" for name in ("train", "eval", "quarantine")}
         outputs |= {"report": place / "report.html", "metrics": place / "metrics.json"}
         caps: dict[str, int | None] = {"train": None, "eval": None}
-        result = validate_and_report(params, place / "raw.parquet", data, tokenizer, caps, outputs)
+        result = validate_and_report(params, place / "raw.parquet", data, model.tokenizer, caps, outputs)
     raise_errors(result)
     return result.metrics
 
@@ -151,6 +221,9 @@ def with_choices(text: str, choices: Choices) -> str:
         last = first + lines[first].startswith(f"  {name}:")
         while first < last < stop and lines[last].startswith(("   ", "  -")):
             last += 1  # the lines of a list or a section
-        written = value if isinstance(value, str) else json.dumps(value)
+        plain = (
+            isinstance(value, str) and YAML(typ="safe").load(value) == value
+        )  # YAML reads some hashes as numbers
+        written = value if plain else json.dumps(value)
         lines[first:last] = [f"  {name}: {written}  # {reason}"]
     return "\n".join(lines) + "\n"

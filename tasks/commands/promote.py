@@ -25,6 +25,7 @@ from dpo.common.distributed import this_process
 from dpo.common.errors import InputError
 from dpo.common.files import atomic_write, md5, write_json
 from dpo.config import Params, load_params
+from dpo.data.prompts import prompt_table
 from dpo.engine.chat import prompt_of
 from dpo.engine.logprobs import LogProbModel, load_model, sequence_logps
 from dpo.engine.pretrained import load_tokenizer
@@ -132,7 +133,7 @@ def promote() -> None:
     comparison = champions.comparison_number(run_id, str(champion.version) if champion else "reference")
     level = significance_level(comparison, params.promote)
     contest = contest_rows(params, trial, champion, comparison)
-    if reason := too_few(contest.rows["prompt"], level):
+    if reason := too_few(contest.rows["prompt"], level, more_prompts(params)):
         report(Verdict(False, f"{trial.name} is not promoted: {reason} {contest.note}".strip(), trial.name))
         return
     figure, wins = compete(params, trial, champion, contest)
@@ -157,10 +158,10 @@ def check() -> None:
     champion = registry.champion()
     print(f"champion: {f'version {champion.version}' if champion else 'none'}")
     if paths.EVAL.is_file():
-        held_out = pd.read_parquet(paths.EVAL, columns=["prompt"])["prompt"]
+        held_out = gate_rows(params)["prompt"]
         if champion:
             held_out = held_out[~held_out.map(champions.prompt_hash).isin(champions.trained_prompts(champion))]
-        if reason := too_few(held_out, significance_level(1, params.promote)):
+        if reason := too_few(held_out, significance_level(1, params.promote), more_prompts(params)):
             print(f"warning: no policy can be promoted: {reason}")
 
 
@@ -172,14 +173,21 @@ def set_champion(number: str) -> None:
     print(f"Champion: {f'version {number}' if number != 'none' else 'none'}.")
 
 
-def too_few(prompts: pd.Series, level: float) -> str | None:
-    """Return why N prompts are too few to promote any policy, or None."""
+def more_prompts(params: Params) -> str:
+    """Return how to give the gate more prompts."""
+    if separate_prompts(params):
+        return f"Add prompts to {params.evaluate.prompts}."
+    return "Add held-out rows or raise data.eval_fraction."
+
+
+def too_few(prompts: pd.Series, level: float, fix: str) -> str | None:
+    """Return why N prompts are too few to promote any policy, and how to fix it; None if they are enough."""
     count, needed = prompts.nunique(), prompts_needed(level)
     if count >= needed:
         return None
     return (
         f"{count} distinct held-out prompts are too few: even if every one is won, p is {0.5**count:.2g}, above "
-        f"the level {level:.2g}; at least {needed} are needed. Add held-out rows or raise data.eval_fraction."
+        f"the level {level:.2g}; at least {needed} are needed. {fix}"
     )
 
 
@@ -213,13 +221,30 @@ def lost_capabilities(params: Params, trial: Trial) -> list[str]:
     return lost
 
 
+def separate_prompts(params: Params) -> bool:
+    """Return whether policies respond to the prompts of a file instead of those of the held-out rows."""
+    return params.evaluate.prompts is not None and bool(params.evaluate.judges)
+
+
+def gate_rows(params: Params) -> pd.DataFrame:
+    """Return the rows on which policies can be compared: the held-out ones, or the prompts of `evaluate.prompts`.
+
+    Raises:
+        InputError: the file of prompts is invalid, or a training pair has one of its prompts.
+    """
+    if not separate_prompts(params):
+        return pd.read_parquet(paths.EVAL)
+    trained = pd.read_parquet(paths.TRAIN, columns=["prompt"])["prompt"]
+    return prompt_table(str(params.evaluate.prompts), trained)
+
+
 def contest_rows(params: Params, trial: Trial, champion: ModelVersion | None, comparison: int) -> Contest:
     """Return the held-out rows of a comparison. Prompts that the champion was trained on are left out.
 
     Raises:
         InputError: the champion is not comparable.
     """
-    held_out, notes = pd.read_parquet(paths.EVAL), []
+    held_out, notes = gate_rows(params), []
     if champion:
         notes += champions.changes(params, champion)
         trained = held_out["prompt"].map(champions.prompt_hash).isin(champions.trained_prompts(champion))

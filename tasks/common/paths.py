@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from dpo.common.errors import InputError
-from dpo.evaluation.settings import TRAINED_REWARD_MODELS
+from dpo.evaluation.settings import SHARED_REPLIES, TRAINED_REWARD_MODELS
 from dpo.training.settings import Trial
 
 
@@ -44,6 +44,9 @@ REWARD_MODELS = METRICS / "reward_model"
 COMPARISON = METRICS / "comparison.json"
 SUMMARY = METRICS / "summary.json"
 """The only file that DVC shows as metrics: the choice, and the main figures of the selected policy."""
+JUDGE_REPLIES = Path(SHARED_REPLIES)
+REPLIES = "replies"
+"""Attribute of a table of samples: the replies of paid judges, by key."""
 REFERENCE_COST = METRICS / "cost/reference.json"
 """Cost of supervised fine-tuning, which all trials share."""
 CHECKOUT = checkout(Path.cwd())
@@ -110,6 +113,11 @@ def evaluation(trial: Trial) -> Path:
 def capability(task: str) -> Path:
     """Return the path of the results of a benchmark task."""
     return CAPABILITIES / f"{task}.json"
+
+
+def capability_script(task: str) -> Path:
+    """Return the path of the script that adds the results of a benchmark task to the report."""
+    return REPORTS / "capabilities" / f"{task}.js"
 
 
 def policy_samples(trial: Trial) -> Path:

@@ -42,6 +42,7 @@ class Results:
     conversations: list[Conversation]  # the turns of the prompt of each row of the samples
     costs: dict[str, dict[str, Any]]  # of the reference and the policies
     yardsticks: pd.DataFrame  # points of best-of-n and of the optimum
+    replies: dict[str, list[Any]]  # of paid judges
     pairs: pd.DataFrame
     train_logs: pd.DataFrame
     calibration: pd.DataFrame

@@ -29,6 +29,7 @@ CONDITIONS = {
     "tokenizer": "tokenizer",
     "judge": "judge",
     "held_out": "held-out data",
+    "prompts": "evaluate.prompts",
     "eval_fraction": "data.eval_fraction",
 }
 """Tags of a version: what a comparison depends on. The values are the words in verdicts."""
@@ -42,8 +43,18 @@ def conditions(params: Params) -> dict[str, str]:
         "tokenizer": sha256(*sorted(paths.REFERENCE.glob("*token*")), *paths.REFERENCE.glob("*.jinja")),
         "judge": json.dumps(asdict(judges[0]), sort_keys=True)[:1000] if judges else "none",
         "held_out": md5(paths.EVAL),
+        "prompts": _prompts(params),
         "eval_fraction": str(params.data.eval_fraction),
     }
+
+
+def _prompts(params: Params) -> str:
+    """Return name and hash of the file or folder of separate prompts, `none` without it."""
+    name = params.evaluate.prompts
+    if name is None:
+        return "none"
+    files = sorted(Path(name).rglob("*")) if Path(name).is_dir() else [Path(name)]
+    return f"{name} {sha256(*(file for file in files if file.is_file()))}"
 
 
 def changes(params: Params, champion: ModelVersion) -> list[str]:

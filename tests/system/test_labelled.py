@@ -88,6 +88,12 @@ def test_a_policy_of_labelled_rows_is_promoted_and_defends_its_place(tmp_path, t
     assert "8 new responses of each" in judged["reason"]
     assert "judge; the comparison is valid" in judged["reason"]
 
+    prompts = pd.DataFrame({"prompt": [f"What of play {number}?" for number in range(9)]})
+    prompts.to_json(folder / "data/own/prompts.jsonl", orient="records", lines=True)
+    separate = rerun_and_promote(folder, {"evaluate.prompts": "data/own/prompts.jsonl"})
+    assert separate["evidence"]["figure"] == "win rate"
+    assert "evaluate.prompts; the comparison is valid" in separate["reason"]
+
 
 def rerun_and_promote(folder: Path, settings: dict[str, object]) -> dict[str, Any]:
     """Change settings, run stale stages, commit the results and return the verdict of the gate."""

@@ -1,7 +1,8 @@
 """Judges of responses, as `evaluate.judges` lists them: functions, reward models, language models, verifiers."""
 
 from collections.abc import Sequence
-from typing import Protocol
+from dataclasses import astuple
+from typing import Any, Protocol
 
 import numpy as np
 import pandas as pd
@@ -46,6 +47,12 @@ def load_judges(settings: Sequence[JudgeSettings]) -> list[Judge]:
             hub id with a revision, a URL is invalid, or a table of answers cannot be read.
     """
     return [load_judge(each, f"evaluate.judges.{number}") for number, each in enumerate(settings)]
+
+
+def used_replies(judges: Sequence[Judge]) -> dict[str, list[Any]]:
+    """Return the replies that paid judges have used, by key, as lists of the fields of `Reply`."""
+    paid = [judge for judge in judges if isinstance(judge, LlmJudge)]
+    return {key: list(astuple(reply)) for judge in paid for key, reply in sorted(judge.replies.items())}
 
 
 def against_base(

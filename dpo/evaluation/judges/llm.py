@@ -1,6 +1,7 @@
 """A judge that is a language model behind an OpenAI-compatible endpoint. It judges each pair in both orders.
 
 Each reply is saved on disk, so a run that is interrupted or repeated sends only the requests without a reply.
+`dpo.evaluation.judges.reply_cache` says how other checkouts get them.
 """
 
 import functools
@@ -20,7 +21,7 @@ from numpy.typing import ArrayLike
 from dpo.common.errors import InputError
 from dpo.engine.chat import Prompt, turns_of
 from dpo.evaluation.endpoint import Endpoint
-from dpo.evaluation.judges.reply_cache import Reply, read_reply, write_reply
+from dpo.evaluation.judges.reply_cache import Reply, adopt_shared, read_reply, write_reply
 from dpo.evaluation.settings import LlmSettings
 
 MAX_REPLY_TOKENS = 512  # enough for a model that reasons before its verdict
@@ -67,6 +68,7 @@ class LlmJudge:
             fixes={400: "use a chat model whose context fits the question"},
             after="replies up to now are saved; run the stage again later, or lower `parallel`",
         )
+        self.replies: dict[str, Reply] = {}  # used by this object
         self.costs: dict[str, float] = {}  # dollars per request; the maximum while it is in flight
         self.in_flight: set[str] = set()
         self.changed = threading.Condition()
@@ -118,6 +120,7 @@ class LlmJudge:
 
     def _ask_all(self, questions: list[str], verdicts: dict[str, float]) -> None:
         """Add the verdict on each question, `parallel` at a time. The first error stops the others."""
+        adopt_shared()
         for question in questions:  # saved replies count towards the cost before the first request
             self._saved_reply(question)
             self._saved_reply(question + REMINDER)
@@ -152,6 +155,7 @@ class LlmJudge:
         key = self._cache_key(question)
         if reply := read_reply(key):
             with self.changed:
+                self.replies[key] = reply
                 self.costs[key] = self._cost(question, reply)
         return reply
 
@@ -170,6 +174,7 @@ class LlmJudge:
             reply = self._read(self.endpoint.post(client, self._body(question)))
             cost = self._cost(question, reply)
             write_reply(key, reply)
+            self.replies[key] = reply
         finally:
             with self.changed:
                 self.costs[key] = cost

@@ -1,5 +1,11 @@
-"""Replies of LLM judges on disk, so that each one is paid for once."""
+"""Replies of LLM judges on disk, so that each one is paid for once.
 
+`.judge-cache/` has all replies of this checkout. The stages store the replies that they use in their outputs, and
+the stage `compare` collects these in `SHARED`, so that `dvc push` and `dvc pull` exchange them. `SHARED` is read
+by stages that do not depend on it: a stored reply never changes a result, it only saves a request.
+"""
+
+import json
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -7,8 +13,10 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 
 from dpo.common.errors import InputError
+from dpo.evaluation.settings import SHARED_REPLIES
 
 FOLDER = Path(".judge-cache")
+SHARED = Path(SHARED_REPLIES)
 
 
 @dataclass(frozen=True)
@@ -32,6 +40,18 @@ def write_reply(key: str, reply: Reply) -> None:
     """Save a reply. If another process saved one first, keep that one."""
     with _database() as database:
         database.execute("INSERT OR IGNORE INTO replies VALUES (?, ?, ?, ?, ?)", [key, *astuple(reply)])
+
+
+def adopt_shared() -> None:
+    """Copy the replies in `SHARED` to the cache of this checkout. Raise InputError if the file is unreadable."""
+    if not SHARED.is_file():
+        return
+    try:
+        rows = [(key, *astuple(Reply(*fields))) for key, fields in json.loads(SHARED.read_text()).items()]
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise InputError(f"{SHARED}: not readable: {error}; restore it with `dvc checkout {SHARED}`") from error
+    with _database() as database:
+        database.executemany("INSERT OR IGNORE INTO replies VALUES (?, ?, ?, ?, ?)", rows)
 
 
 @contextmanager

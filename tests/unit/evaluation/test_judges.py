@@ -5,6 +5,7 @@ import logging
 import math
 import random
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -27,7 +28,8 @@ from transformers import (
 )
 
 from dpo.common.errors import InputError, TransientError
-from dpo.evaluation.judges import load_judges, reply_cache
+from dpo.common.files import write_json
+from dpo.evaluation.judges import load_judges, reply_cache, used_replies
 from dpo.evaluation.judges.reward_model import BATCH_SIZE, reward_scores
 from dpo.evaluation.settings import EvaluateSettings, LlmSettings, RewardModelSettings, ScorerSettings
 from tests.support.models import CHAT_TEMPLATE, SENTENCES, TINY, byte_level_bpe, chat_tokenizer
@@ -710,6 +712,43 @@ def test_no_request_is_sent_that_could_exceed_max_cost(server, parallel):
     assert wins(server.judge(**{**capped, "max_cost": 2.25}), *PAIRS) == LONGER
     assert len(server.questions()) == 1
     assert wins(server.judge(**{**capped, "max_cost": 0.01}), *PAIRS) == LONGER
+
+
+def test_repeated_runs_of_a_stage_do_not_spend_more_than_max_cost_together(server):
+    server.respond = lambda question: completion(longer(question), QUARTER)
+    spent = 0
+    for _ in range(4):
+        with pytest.raises(InputError, match=r"\$1\.2500 of \$2\.0000"):
+            server.judge(**ONE_DOLLAR_PER_REQUEST, parallel=1, max_cost=2.0).compare(*PAIRS)
+        spent += 0.25 * len(server.questions())
+    assert spent == 1.25
+    other = server.judge(**ONE_DOLLAR_PER_REQUEST, parallel=1, max_cost=2.0)
+    assert wins(other, ["film 9"], ["good"], ["bad"]) == [1.0]  # the replies of another trial do not count
+    assert sum(other.costs.values()) == 0.5
+
+
+def test_replies_that_another_checkout_paid_for_are_used_and_count_once(server, tmp_path):
+    server.respond = lambda question: completion(longer(question), QUARTER)
+    first = server.judge(**ONE_DOLLAR_PER_REQUEST, parallel=1, max_cost=9.0)
+    expected = wins(first, *PAIRS)
+    assert len(server.questions()) == 6
+    replies = used_replies([first])
+    assert len(replies) == 6
+    shutil.rmtree(reply_cache.FOLDER)
+    write_json(reply_cache.SHARED, replies)
+    again = server.judge(**ONE_DOLLAR_PER_REQUEST, parallel=1, max_cost=1.5)
+    assert wins(again, *PAIRS) == expected
+    assert server.questions() == []
+    assert sum(again.costs.values()) == 1.5
+    assert used_replies([again]) == replies
+
+
+@pytest.mark.parametrize("text", ["[1, 2]", "{", '{"key": ["A"]}', '{"key": 3}'])
+def test_unreadable_shared_replies_are_an_error_that_names_the_file(server, text):
+    reply_cache.SHARED.parent.mkdir(exist_ok=True)
+    reply_cache.SHARED.write_text(text)
+    with pytest.raises(InputError, match=r"reports/replies\.json: not readable.*dvc checkout"):
+        server.judge().compare(*PAIRS)
 
 
 def test_cost_is_input_and_output_tokens_at_their_prices(server):

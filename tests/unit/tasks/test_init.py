@@ -1,7 +1,9 @@
 """`dpo init`: a `params.yaml` that fits data and model."""
 
+import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pandas as pd
@@ -11,6 +13,7 @@ from dpo.common.errors import InputError
 from dpo.config import load_params
 from dpo.training.losses import Kto
 from tasks.commands.init import describe, init, model_choices, with_choices
+from tests.support.hub import COMMIT, hub_with
 
 ROOT = Path(__file__).parents[3]
 
@@ -88,8 +91,10 @@ def test_data_outside_of_the_project_and_a_model_that_is_no_folder_are_refused(p
     before = Path("params.yaml").read_bytes()
     with pytest.raises(InputError, match=r"pairs\.jsonl: not in data/own"):
         init("pairs.jsonl", None, force=False)
-    with pytest.raises(InputError, match="--model: absent is not a folder"):
-        init("data/own/pairs.jsonl", "absent", force=False)
+    with pytest.raises(InputError, match="--revision: models/own/tiny is not a hub id"):
+        init("data/own/pairs.jsonl", "models/own/tiny", "main", force=False)
+    with pytest.raises(InputError, match="--model: a/b/c is neither a folder nor a hub id"):
+        init("data/own/pairs.jsonl", "a/b/c", force=False)
     assert Path("params.yaml").read_bytes() == before
 
 
@@ -101,10 +106,67 @@ def test_larger_models_have_smaller_learning_rates(size, rate):
 def test_the_size_of_a_model_is_the_number_of_its_parameters(tiny_model_dir):
     from transformers import AutoModelForCausalLM
 
-    size, context = describe(str(tiny_model_dir))
+    described = describe(str(tiny_model_dir))
     parameters = AutoModelForCausalLM.from_pretrained(tiny_model_dir).num_parameters()
-    assert size == pytest.approx(parameters, rel=0.05)
-    assert context == 512
+    assert described.parameters == pytest.approx(parameters, rel=0.05)
+    assert described.context == 512
+
+
+def run_init(project, endpoint, *options):
+    """Run the command with a hub of its own, and return the process."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "HF_ENDPOINT": endpoint, "HF_HOME": str(project / "hf")}
+    env.pop("HF_HUB_OFFLINE", None)
+    words = [sys.executable, "-m", "tasks.commands.cli", "init", "data/own/pairs.jsonl", *options]
+    return subprocess.run(words, cwd=project, env=env, capture_output=True, text=True)
+
+
+def test_the_configuration_and_the_tokenizer_of_a_hub_id_are_read_and_its_commit_is_set(project, tiny_model_dir):
+    with hub_with("someone/tiny", tiny_model_dir, parameters=3_000_000_000) as (endpoint, requested):
+        done = run_init(project, endpoint, "--model", "someone/tiny", "--revision", "main")
+    assert done.returncode == 0, done.stderr
+    assert not [path for path in requested if "safetensors" in path], "weights are not downloaded"
+    params = load_params()
+    assert (params.model.base, params.model.revision) == ("someone/tiny", COMMIT)
+    assert params.sweep.learning_rates == (1e-6,), "the hub's number of parameters counts"
+    hub_length = params.engine.max_length
+    assert "the model reads 512 tokens" in Path("params.yaml").read_text()
+    init("data/own/pairs.jsonl", "models/own/tiny", force=True)
+    params = load_params()
+    assert (params.model.base, params.model.revision) == ("models/own/tiny", None)
+    assert params.engine.max_length == hub_length, "lengths are those of the same tokenizer"
+
+
+def test_without_a_count_of_the_hub_the_size_follows_from_the_configuration(project, tiny_model_dir):
+    with hub_with("someone/tiny", tiny_model_dir) as (endpoint, _):
+        done = run_init(project, endpoint, "--model", "someone/tiny")
+    assert done.returncode == 0, done.stderr
+    assert load_params().sweep.learning_rates == (2e-5,)
+
+
+def test_a_hub_id_that_cannot_be_read_is_one_error_and_changes_nothing(project, tiny_model_dir, tmp_path):
+    before = Path("params.yaml").read_bytes()
+    with hub_with("someone/tiny", tiny_model_dir) as (endpoint, _):
+        absent = run_init(project, endpoint, "--model", "someone/absent")
+        wrong = run_init(project, endpoint, "--model", "someone/tiny", "--revision", "absent")
+    gone = run_init(project, endpoint, "--model", "someone/tiny")
+    (empty := tmp_path / "empty").mkdir()
+    (empty / "README.md").write_text("none")
+    with hub_with("someone/empty", empty) as (endpoint, _):
+        no_model = run_init(project, endpoint, "--model", "someone/empty")
+    for done, code, words in (
+        (
+            absent,
+            2,
+            "error: --model: someone/absent is not a folder, and the hub has no such model that you can read",
+        ),
+        (wrong, 2, "the hub has no such model at the revision absent"),
+        (gone, 75, "error: --model: someone/tiny is not a folder, and the hub at http://127.0.0.1:"),
+        (no_model, 2, "error: --model: someone/empty has no config.json"),
+    ):
+        assert done.returncode == code, done.stderr
+        assert words in done.stderr
+        assert done.stderr.count("\n") == 1, done.stderr
+    assert Path("params.yaml").read_bytes() == before
 
 
 def test_values_are_replaced_or_added_and_other_lines_are_kept():

@@ -24,7 +24,16 @@ from dpo.evaluation.label_metrics import label_table
 from dpo.evaluation.settings import CapabilitiesSettings, PromoteSettings
 from dpo.training.losses import Kto
 from tasks.commands import promote
-from tasks.commands.promote import Evidence, compete, contest_rows, decide, read_comparison, too_few, weigh
+from tasks.commands.promote import (
+    Evidence,
+    compete,
+    contest_rows,
+    decide,
+    more_prompts,
+    read_comparison,
+    too_few,
+    weigh,
+)
 from tasks.common import paths
 from tasks.common.paths import EVAL, policy_margins, policy_samples
 from tasks.report.promotion import describe
@@ -79,7 +88,7 @@ def test_an_interval_without_width_promotes_only_if_the_sign_flip_test_rejects(w
     assert (found.value, found.low, found.high) == (1.0, 1.0, 1.0)
     assert found.p == pytest.approx(0.5**wins), "p of the exact one-sided sign test"
     assert decide(TRIAL, [], found).promoted is promoted
-    assert (too_few(pd.Series(prompts), level) is None) is promoted
+    assert (too_few(pd.Series(prompts), level, "Add some.") is None) is promoted
 
 
 def test_a_loss_has_a_one_sided_p_near_1():
@@ -324,6 +333,39 @@ def test_prompts_that_the_champion_was_trained_on_are_left_out_whatever_their_ca
     assert "1 held-out rows are left out: the champion was trained on their prompts." in contest.note
     assert len(contest.rows) == project.evaluate.samples
     assert contest.seed == project.seed + 1
+
+
+def with_prompts(params, prompts):
+    """Return parameters with a file of separate prompts."""
+    path = Path("data/own/prompts.jsonl")
+    path.parent.mkdir(exist_ok=True)
+    pd.DataFrame({"prompt": prompts}).to_json(path, orient="records", lines=True)
+    return dataclasses.replace(params, evaluate=dataclasses.replace(params.evaluate, prompts=str(path)))
+
+
+def test_with_separate_prompts_the_gate_draws_from_their_file(project, models, capsys):
+    params = with_prompts(project, [f"Play {number}?" for number in range(6)])
+    policy_samples(params.trials()[0]).parent.mkdir()
+    pd.DataFrame({"prompt": ["Play 0?", "Play 1?"]}).to_parquet(policy_samples(params.trials()[0]))
+    contest = contest_rows(params, params.trials()[0], None, 1)
+    assert set(contest.rows["prompt"]) == {"Play 2?", "Play 3?", "Play 4?", "Play 5?"}
+    assert "prompts that the choice did not use" in contest.note
+    assert more_prompts(params) == "Add prompts to data/own/prompts.jsonl."
+    pd.DataFrame({"prompt": ["PLAY 3?"]}).to_parquet(paths.TRAIN)
+    champion = crowned(params, models)
+    pd.DataFrame({"prompt": ["other"]}).to_parquet(paths.TRAIN)
+    assert "Play 3?" not in set(contest_rows(params, params.trials()[0], champion, 2).rows["prompt"])
+    later = with_prompts(project, [f"Play {number}?" for number in range(7)])
+    assert "evaluate.prompts; the comparison is valid" in contest_rows(later, later.trials()[0], champion, 2).note
+    pd.DataFrame({"prompt": ["play 2?"]}).to_parquet(paths.TRAIN)
+    with pytest.raises(InputError, match=r"prompts\.jsonl, line 3: a training pair has this prompt"):
+        contest_rows(params, params.trials()[0], None, 1)
+
+
+def test_without_a_judge_separate_prompts_do_not_replace_the_held_out_rows(project):
+    params = with_prompts(project, ["Play 0?"])
+    params = dataclasses.replace(params, evaluate=dataclasses.replace(params.evaluate, judges=()))
+    assert set(contest_rows(params, params.trials()[0], None, 1).rows["prompt"]) <= set("bcdef") | {"Same?"}
 
 
 def test_changes_since_the_promotion_are_named_and_comparable_with_a_judge(project, models):
