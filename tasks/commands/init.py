@@ -92,52 +92,48 @@ def describe(model: str | None, revision: str | None = None) -> Description:
 def describe_folder(folder: Path) -> Description:
     """Describe a model folder, which may lack the weights. Raise InputError if it is unreadable."""
     from transformers import AutoConfig
+    from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
     from dpo.engine.flops import shape_of
     from dpo.engine.pretrained import load_weights
 
     config = load_weights(AutoConfig, folder)
-    files = list(folder.glob("*.safetensors"))
+    size = float(sum(file.stat().st_size for file in folder.glob("*.safetensors")))
+    if size == 0 and (folder / SAFE_WEIGHTS_INDEX_NAME).is_file():
+        size = json.loads((folder / SAFE_WEIGHTS_INDEX_NAME).read_text())["metadata"]["total_size"]
     bytes_each = 4 if str(getattr(config, "dtype", None)).endswith("float32") else 2
-    size = sum(file.stat().st_size for file in files) / bytes_each if files else shape_of(config).parameters
-    return Description(size, getattr(config, "max_position_embeddings", DEFAULT_CONTEXT), folder)
+    parameters = size / bytes_each or shape_of(config).parameters
+    return Description(parameters, getattr(config, "max_position_embeddings", DEFAULT_CONTEXT), folder)
 
 
 def describe_hub_model(model: str, revision: str | None) -> Description:
     """Describe a model of the hub by its small files. The commit of the revision makes the run reproducible."""
-    import httpx
-    from huggingface_hub import HfApi, constants
+    from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HTTPError as ClientError  # type: ignore[attr-defined]
 
-    api, reach = HfApi(), "save the model in models/own and name that folder"
+    reach = "save the model in models/own and name that folder"
     try:
-        found = api.model_info(model, revision=revision, timeout=30)
-        folder = Path(api.snapshot_download(model, revision=found.sha, allow_patterns=list(SMALL_FILES)))
+        folder = Path(snapshot_download(model, revision=revision, allow_patterns=list(SMALL_FILES)))
     except HFValidationError as error:
         raise InputError(f"--model: {model} is neither a folder nor a hub id, OWNER/NAME; {reach}") from error
     except HfHubHTTPError as error:
-        if error.response.status_code >= httpx.codes.INTERNAL_SERVER_ERROR:
-            raise TransientError(
-                f"--model: the hub at {constants.ENDPOINT} fails: {error}; try again later"
-            ) from error
         reason = str(error).strip().splitlines()[0]
         at = f" at the revision {revision}" if revision else ""
         raise InputError(
             f"--model: {model} is not a folder, and the hub has no such model{at} that you can read: {reason}; "
             "correct the id, or log in with `hf auth login`"
         ) from error
-    except (httpx.HTTPError, OSError, LocalEntryNotFoundError) as error:
+    except (LocalEntryNotFoundError, ClientError) as error:
         raise TransientError(
-            f"--model: {model} is not a folder, and the hub at {constants.ENDPOINT} is unreachable: {error}; "
-            f"{reach}"
+            f"--model: {model} is not a folder, and the hub at {constants.ENDPOINT} is unreachable "
+            f"({error.__cause__ or error}); check HF_ENDPOINT and HF_HUB_OFFLINE, or {reach}"
         ) from error
     if not (folder / "config.json").is_file():
         raise InputError(
             f"--model: {model} has no config.json, so it is no model of transformers; use another one"
         )
-    described = describe_folder(folder)
-    size = found.safetensors.total if found.safetensors else described.parameters
-    return dataclasses.replace(described, parameters=size, revision=found.sha)
+    return dataclasses.replace(describe_folder(folder), revision=folder.name)
 
 
 def model_choices(model: str | None, size: float) -> Choices:

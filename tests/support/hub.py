@@ -13,7 +13,7 @@ COMMIT = "12" * 20
 
 
 @contextmanager
-def hub_with(repo: str, folder: Path, parameters: int | None = None) -> Iterator[tuple[str, list[str]]]:
+def hub_with(repo: str, folder: Path) -> Iterator[tuple[str, list[str]]]:
     """Serve the files of a folder as the model `repo`; yield the address, and the requested paths."""
     files = {file.name: file.read_bytes() for file in folder.iterdir()}
     requested: list[str] = []
@@ -30,11 +30,8 @@ def hub_with(repo: str, folder: Path, parameters: int | None = None) -> Iterator
             path = self.path.partition("?")[0]
             name = path.rpartition("/")[2]
             if path in (f"/api/models/{repo}", *(f"/api/models/{repo}/revision/{r}" for r in ("main", COMMIT))):
-                size = (
-                    {"safetensors": {"parameters": {"F32": parameters}, "total": parameters}} if parameters else {}
-                )
                 siblings = [{"rfilename": each} for each in sorted(files)]
-                self.answer(200, json.dumps({"id": repo, "sha": COMMIT, "siblings": siblings, **size}).encode())
+                self.answer(200, json.dumps({"id": repo, "sha": COMMIT, "siblings": siblings}).encode())
             elif path.startswith(f"/api/models/{repo}/tree/"):
                 tree = [
                     {"type": "file", "path": each, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
