@@ -193,7 +193,7 @@ def _allocate(model: PreTrainedModel, device: torch.device) -> dict[tuple[str, .
                     stride=weight.stride(),
                 )  # fmt: skip
                 made[weight], names[weight] = nn.Parameter(shard, weight.requires_grad), []
-            names[weight].append(f"{path}.{name}".replace(".base_layer.", "."))
+            names[weight].append(_in_files(f"{path}.{name}"))
             module._parameters[name] = made[weight]
     return {tuple(names[weight]): shard.data for weight, shard in made.items()}  # type: ignore[misc]
 
@@ -203,9 +203,15 @@ def _send(weights: dict[tuple[str, ...], DTensor], folder: Path, mesh: DeviceMes
     full: dict[str, Tensor] = {}
     if this_process().is_main_process:
         model = load_causal_lm(folder)
-        full = {name.replace(".base_layer.", "."): weight.data for name, weight in model.named_parameters()}
+        full = {_in_files(name): weight.data for name, weight in model.named_parameters()}
     for names, shard in weights.items():
-        value = next((full[name] for name in names if name in full), None)
-        whole = torch.empty(shard.shape, dtype=shard.dtype) if value is None else value.to(shard.dtype)
+        whole = torch.empty(shard.shape, dtype=shard.dtype)
+        if this_process().is_main_process:
+            whole = next(full[name] for name in names if name in full).to(shard.dtype)
         sent = distribute_tensor(whole.to(mesh.device_type), mesh, shard.placements)
         shard.to_local().copy_(sent.to_local())
+
+
+def _in_files(name: str) -> str:
+    """Return the name of a weight in its files: without the wrappers of peft, which are nested for experts."""
+    return ".".join(part for part in name.split(".") if part != "base_layer")

@@ -5,8 +5,7 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils.hooks import RemovableHandle
+from torch import Tensor, nn
 
 from dpo.common.errors import InputError
 from dpo.engine.logprobs import LogProbModel
@@ -18,7 +17,7 @@ def check_routers(config: Any) -> None:
     Raises:
         InputError: it does not.
     """
-    if not hasattr(config, "output_router_logits"):
+    if not (hasattr(config, "output_router_logits") and hasattr(config, "num_experts_per_tok")):
         raise InputError(
             f"params.yaml: router_aux_loss: a model of type '{config.model_type}' has no experts, or returns no "
             "logits of its routers; set it to 0"
@@ -65,23 +64,32 @@ class RouterLoss:
                 f"params.yaml: router_aux_loss is not supported for {name}, which the packed stream cannot "
                 "compute; set it to 0"
             )
+        # transformers would not return the logits of a sharded model, whose class has another name.
+        known = model.model._can_record_outputs["router_logits"]
+        self.places = {each.target_class: each.index for each in (known if isinstance(known, list) else [known])}
         self.decoder, self.active = model.model.get_decoder(), model.model.config.num_experts_per_tok
+        self.routers = [module for module in self.decoder.modules() if type(module) in self.places]
+        self.logits: list[Tensor] | None = None
         self.value = torch.zeros(())
-        self.hooks: list[RemovableHandle] = []
 
     def __enter__(self) -> None:
         """Start."""
-        before = self.decoder.register_forward_pre_hook(self._request, with_kwargs=True)
-        self.hooks = [before, self.decoder.register_forward_hook(self._compute)]
+        routers = [router.register_forward_hook(self._collect) for router in self.routers]
+        before = self.decoder.register_forward_pre_hook(self._start)
+        self.hooks = [before, *routers, self.decoder.register_forward_hook(self._finish)]
 
     def __exit__(self, kind: type[BaseException] | None, error: Any, trace: TracebackType | None) -> None:
         """Stop."""
         for hook in self.hooks:
             hook.remove()
 
-    def _request(self, _: Any, inputs: Any, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        return inputs, {**options, "output_router_logits": torch.is_grad_enabled()}
+    def _start(self, *_: Any) -> None:
+        self.logits = [] if torch.is_grad_enabled() else None
 
-    def _compute(self, _: Any, inputs: Any, output: Any) -> None:
-        if torch.is_grad_enabled():
-            self.value = load_balancing_loss(output.router_logits, self.active)
+    def _collect(self, router: nn.Module, inputs: Any, output: Any) -> None:
+        if self.logits is not None:  # the backward pass recomputes a layer outside of the decoder's pass
+            self.logits.append(output[self.places[type(router)]])
+
+    def _finish(self, *_: Any) -> None:
+        if self.logits is not None:
+            self.value, self.logits = load_balancing_loss(self.logits, self.active), None

@@ -3,6 +3,8 @@
 import json
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from dpo.engine.logprobs import load_model
@@ -11,7 +13,7 @@ from tests.support.launch import FSDP, ROOT, start
 from tests.support.models import chat_tokenizer, make_model
 from tests.support.training import LORA, dpo_params, make_reference, make_rows, trial
 
-SCRIPT = ROOT / "tests/support/sharded.py"
+SCRIPT, TRAINING = ROOT / "tests/support/sharded.py", ROOT / "tests/support/launched.py"
 
 
 def saved_model(folder, architecture="llama", seed=0, **changes):
@@ -73,6 +75,25 @@ def test_sharded_models_have_the_results_of_whole_ones(processes, architecture, 
     shared, output = results(processes, policy, reference, tmp_path / "shared", **settings)
     assert ("another name" in output) == (architecture in ("qwen3_moe", "mixtral"))
     check(shared, alone)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [{"lora": True}, {"router_aux_loss": 0.1}])
+def test_a_sharded_mixture_trains_like_a_whole_one(settings, tmp_path):
+    model, logs = saved_model(tmp_path / "model", "mixtral"), []
+    for count in (1, 2):
+        out, options = tmp_path / str(count), {**settings, "sharded": count > 1}
+        done = start(count, TRAINING, model, out, json.dumps(options), config=FSDP if count > 1 else None)
+        assert done.returncode == 0, done.stderr[-3000:]
+        logs.append(json.loads(out.with_suffix(".json").read_text())[1])
+    assert len(logs[0]) == len(logs[1]) == 4
+    assert logs[0][0]["rewards/margins"] == 0
+    for alone, shared in zip(*logs, strict=True):
+        assert shared == pytest.approx(alone, rel=1e-4, abs=1e-4)
+    weights = [load_file(next((tmp_path / count).glob("*.safetensors"))) for count in ("1", "2")]
+    assert weights[0].keys() == weights[1].keys()
+    for name, value in weights[0].items():
+        torch.testing.assert_close(weights[1][name], value, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.slow
