@@ -3,7 +3,7 @@
 The formulas describe the engine: a packed stream of at most `max_tokens_per_microbatch` tokens; trained weights
 and gradients in fp32 or bf16, optimizer states in fp32 or 8 bits; other weights in fp32, bf16 or NF4; products in
 fp32 or bf16; logits in chunks of `HEAD_CHUNK` positions; reference log-probs from a cache. They hold for the Llama
-architecture: grouped-query attention, a gated MLP and two RMSNorms per layer.
+architecture: grouped-query attention, a gated MLP or a mixture of experts, and two RMSNorms per layer.
 """
 
 from dataclasses import dataclass
@@ -20,7 +20,8 @@ STATE_BYTES = {"adamw": 8, "rmsprop": 4, "adamw_8bit": 2, "paged_adamw_8bit": 2}
 
 NF4_BYTES = 1 / 2 + 1 / 64 + 4 / (64 * 256)
 """Bytes per weight in NF4: 4 bits, an 8-bit scale per 64 weights, an fp32 scale per 256 of these scales."""
-
+PLACES = 5
+"""Integers of 8 bytes per active expert with which the copies of the tokens are sorted by expert and put back."""
 
 LLAMAS = {
     "default": Shape(30, 576, 1536, 9, 3, 64, 49152, tied=True),
@@ -29,6 +30,12 @@ LLAMAS = {
     "llama-70b": Shape(80, 8192, 28672, 64, 8, 128, 128256, tied=False),
 }
 """The default model; Llama 3.2 1B, 3.1 8B and 3.1 70B (Grattafiori et al. 2024, table 3, and the model cards)."""
+
+MIXTURES = {
+    "qwen3-30b-a3b": Shape(48, 2048, 768, 32, 4, 128, 151936, tied=False, experts=128, active=8),
+    "mixtral-8x7b": Shape(32, 4096, 14336, 32, 8, 128, 32000, tied=False, experts=8, active=2),
+}
+"""Qwen3-30B-A3B and Mixtral 8x7B (their configurations on the hub)."""
 
 
 @dataclass(frozen=True)
@@ -110,15 +117,17 @@ def trained_parameters(shape: Shape, lora_rank: int | None) -> int:
     """Return the number of parameters with gradients and optimizer states."""
     if lora_rank is None:
         return shape.parameters
-    return shape.layers * lora_rank * sum(inputs + outputs for inputs, outputs in shape.matrices)
+    expert = shape.experts * sum(inputs + outputs for inputs, outputs in shape.stacked)
+    return shape.layers * lora_rank * (expert + sum(inputs + outputs for inputs, outputs in shape.linear))
 
 
 def frozen_weights(shape: Shape, setup: Setup) -> float:
-    """Return the bytes of a model that is not trained. Norms are fp32."""
-    products = shape.layers * shape.products
+    """Return the bytes of a model that is not trained. Norms and routers are fp32; experts are never in NF4."""
+    experts = shape.layers * shape.experts * shape.expert
+    linear = shape.layers * shape.products - experts
     vocabulary = (1 if shape.tied else 2) * shape.head
-    norms = shape.parameters - products - vocabulary
-    return setup.frozen_width * products + setup.vocabulary_width * vocabulary + 4 * norms
+    others = 4 * (shape.parameters - linear - experts - vocabulary)
+    return setup.frozen_width * linear + setup.width * experts + setup.vocabulary_width * vocabulary + others
 
 
 def held_weights(shape: Shape, setup: Setup, models: int = 1) -> float:
@@ -134,7 +143,19 @@ def held_weights(shape: Shape, setup: Setup, models: int = 1) -> float:
 
 def dequantised(shape: Shape, setup: Setup) -> float:
     """Return the bytes of the largest NF4 matrix in fp32 and in the precision of its product."""
-    return 0 if setup.quantization is None else (4 + setup.width) * shape.hidden * shape.intermediate
+    largest = max(inputs * outputs for inputs, outputs in shape.linear)
+    return 0 if setup.quantization is None else (4 + setup.width) * largest
+
+
+def largest_matrix(shape: Shape) -> int:
+    """Return the parameters of the largest tensor of a layer. The matrices of all experts are one tensor."""
+    stacked = [shape.experts * inputs * outputs for inputs, outputs in shape.stacked]
+    return max([inputs * outputs for inputs, outputs in shape.linear] + stacked)
+
+
+def forward_temporaries(shape: Shape, setup: Setup) -> int:
+    """Return the bytes per token that exist only while a layer computes. Each active expert has its own copy."""
+    return shape.active * (3 * setup.width * shape.intermediate + 3 * 4 * shape.hidden)
 
 
 def head_chunk(shape: Shape, setup: Setup, positions: float) -> float:
@@ -150,18 +171,30 @@ def layer_activations(shape: Shape, pair: Pair, setup: Setup) -> float:
     inputs: in fp32 one tensor for q, k and v and one for gate and up, in bf16 a rounded copy for each of the five.
     Attention keeps queries, keys and values (repeated per query head), its output before and after the transpose,
     the log-sum-exp, and for the second completion the keys and values of prompt and completion with a mask. The
-    MLP keeps gate, its activation, up and their product. LoRA keeps the inner vector of each of the seven updates.
+    MLP keeps gate, its activation, up and their product. LoRA keeps the inner vector of each update.
+
+    In a mixture, each active expert has its own copy of the token, with the same parts of the MLP and its output
+    before the weighting. The router keeps its input, its probabilities and the places of the copies. With LoRA,
+    the sum of the weights of all experts and their updates is kept, and in bf16 rounded factors of the updates.
     """
     fp32, full = setup.precision == "fp32", setup.lora_rank is None
     copies = full and not fp32 and setup.weights == "fp32"
     norms = 2 * 4 * shape.hidden * (2 if full else 1)
-    inputs = setup.width * shape.hidden * (2 if fp32 else 5)
     again = (pair.prompt + pair.completion) / pair.tokens
     mask = setup.width * pair.completion * (pair.prompt + pair.completion) / pair.tokens
     attention = setup.width * shape.query * (5 + 2 * again) + 4 * shape.heads + mask
-    mlp = 4 * setup.width * shape.intermediate
-    per_token = norms + inputs + attention + mlp + setup.width * 7 * (setup.lora_rank or 0)
-    return setup.max_tokens_per_microbatch * per_token + (2 * shape.layer if copies else 0)
+    mlp = shape.active * 4 * setup.width * shape.intermediate
+    rank, summed = setup.lora_rank or 0, 0
+    if shape.experts:
+        inputs = setup.width * shape.hidden * ((2 if fp32 else 4) + 2 * shape.active)
+        mlp += 4 * shape.experts + 8 * PLACES * shape.active
+        if rank:
+            factors = 0 if fp32 else rank * sum(sum(sizes) for sizes in shape.stacked)
+            summed = setup.width * shape.experts * (shape.expert + factors)
+    else:
+        inputs = setup.width * shape.hidden * (2 if fp32 else 5)
+    per_token = norms + inputs + attention + mlp + setup.width * len(shape.linear) * rank
+    return setup.max_tokens_per_microbatch * per_token + (2 * shape.layer if copies else 0) + summed
 
 
 def activations(shape: Shape, pair: Pair, setup: Setup) -> float:
@@ -210,10 +243,15 @@ def training_memory(shape: Shape, pair: Pair, setup: Setup, overhead: float) -> 
     new_head = head if setup.sharding != "none" else 0
     first = new_head if setup.accumulates else head
     chunk = head_chunk(shape, setup, setup.max_tokens_per_microbatch * 2 * pair.completion / pair.tokens)
-    backward: float = setup.max_tokens_per_microbatch * (
-        3 * setup.width * shape.intermediate + 2 * 4 * shape.hidden
+    backward: float = (
+        setup.max_tokens_per_microbatch
+        * shape.active
+        * (3 * setup.width * shape.intermediate + 2 * 4 * shape.hidden)
     )
     backward += dequantised(shape, setup)
+    if shape.experts:  # the gradient of the matrices of all experts, rounded and in fp32
+        both = setup.width + (4 if full and setup.precision == "bf16" else 0)
+        backward += both * largest_matrix(shape)
     kept = activations(shape, pair, setup)
     accumulated = gradients * setup.accumulates
     # FSDP reshards the head and its gradient before the layers, unless the embedding shares the matrix.
@@ -225,7 +263,7 @@ def training_memory(shape: Shape, pair: Pair, setup: Setup, overhead: float) -> 
     at_head = (accumulated, kept, buffer + gathered_head + first + chunk)
     at_last_layer = (accumulated, kept + layer, gathered_layers + buffer + head_in_layers + backward)
     at_end = (gradients, 0, gathered_layers + head_at_end + backward)
-    at_step = (gradients, 0, 12 * shape.hidden * shape.intermediate if saved else 0)
+    at_step = (gradients, 0, 12 * largest_matrix(shape) if saved else 0)
     gradients, kept, temporary = max(at_head, at_last_layer, at_end, at_step, key=sum)
     return Memory(weights, gradients, states, kept, temporary, overhead)
 
@@ -236,7 +274,7 @@ def reference_memory(shape: Shape, setup: Setup, overhead: float, models: int = 
     `models` are in memory. The KL divergence has six matrices of the size of a chunk: logits and log-probs of
     policy and reference, probabilities and differences.
     """
-    layer = setup.max_tokens_per_microbatch * (3 * setup.width * shape.intermediate + 3 * 4 * shape.hidden)
+    layer = setup.max_tokens_per_microbatch * forward_temporaries(shape, setup)
     chunk = head_chunk(shape, setup, setup.max_tokens_per_microbatch) * (6 if kl else 1)
     weights = held_weights(shape, setup, models)
     return Memory(weights, 0, 0, 0, max(layer + dequantised(shape, setup), chunk), overhead)
@@ -256,7 +294,7 @@ def sampling_memory(
     """
     rows = max(1, max_tokens_per_batch // (prompt + new_tokens))
     cache = keys_and_values(shape, rows * (prompt + new_tokens), 4)
-    prompts = rows * prompt * (3 * setup.width * shape.intermediate + 3 * 4 * shape.hidden)
+    prompts = rows * prompt * forward_temporaries(shape, setup)
     logits = 4 * 4 * rows * shape.vocabulary
     temporary = max(prompts + dequantised(shape, setup), logits)
     return Memory(held_weights(shape, setup), 0, 0, cache, temporary, overhead)

@@ -21,17 +21,22 @@ Work = Literal["sampled", "scored", "trained"]
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a model with the Llama architecture."""
+    """Sizes of a model with the Llama architecture, or of one whose MLPs are all mixtures of experts."""
 
     layers: int
     hidden: int
     intermediate: int
+    """Width of an MLP, or of one expert."""
     heads: int
     kv_heads: int
     head_dim: int
     vocabulary: int
     tied: bool
     """Whether the head and the input embedding share a matrix."""
+    experts: int = 0
+    """Experts per layer; 0 is an MLP without a router."""
+    active: int = 1
+    """Experts that process a token."""
 
     @property
     def query(self) -> int:
@@ -39,21 +44,31 @@ class Shape:
         return self.heads * self.head_dim
 
     @property
-    def matrices(self) -> list[tuple[int, int]]:
-        """(inputs, outputs) of the seven linear layers of a block: q, k, v, o, gate, up, down."""
+    def linear(self) -> list[tuple[int, int]]:
+        """(inputs, outputs) of the linear layers of a block: q, k, v, o, and without experts gate, up, down."""
         hidden, query, key = self.hidden, self.query, self.kv_heads * self.head_dim
-        attention = [(hidden, query), (hidden, key), (hidden, key), (query, hidden)]
-        return [*attention, *[(hidden, self.intermediate)] * 2, (self.intermediate, hidden)]
+        mlp = [] if self.experts else [(hidden, self.intermediate)] * 2 + [(self.intermediate, hidden)]
+        return [(hidden, query), (hidden, key), (hidden, key), (query, hidden), *mlp]
+
+    @property
+    def stacked(self) -> list[tuple[int, int]]:
+        """(inputs, outputs) of the two matrices of an expert: gate and up together, and down."""
+        return [(self.hidden, 2 * self.intermediate), (self.intermediate, self.hidden)] if self.experts else []
+
+    @property
+    def expert(self) -> int:
+        """Parameters of one expert; 0 without experts."""
+        return sum(inputs * outputs for inputs, outputs in self.stacked)
 
     @property
     def products(self) -> int:
-        """Parameters of the linear layers of a block."""
-        return sum(inputs * outputs for inputs, outputs in self.matrices)
+        """Parameters of the linear layers and of all experts of a block. Routers are not among them."""
+        return sum(inputs * outputs for inputs, outputs in self.linear) + self.experts * self.expert
 
     @property
     def layer(self) -> int:
         """Parameters of a block."""
-        return self.products + 2 * self.hidden
+        return self.products + (2 + self.experts) * self.hidden
 
     @property
     def head(self) -> int:
@@ -65,21 +80,38 @@ class Shape:
         """Parameters of the model: blocks, last norm, embedding and head."""
         return self.layers * self.layer + self.hidden + (1 if self.tied else 2) * self.head
 
+    @property
+    def inactive(self) -> int:
+        """Parameters of the experts of a block that do not process a token."""
+        return max(0, self.experts - self.active) * self.expert
+
+
+OTHER_LAYERS = {"mlp_only_layers": [], "decoder_sparse_step": 1, "first_k_dense_replace": 0}
+"""Settings of mixtures with further kinds of layers, and their values if all layers have the same experts."""
+EXPERTS = {"num_experts", "num_local_experts", "num_experts_per_tok"}
+
 
 def shape_of(config: Any) -> Shape:
     """Return the shape of a transformers config.
 
     Raises:
-        InputError: a size is missing, or the model has experts, so it does not have the Llama architecture.
+        InputError: a size is missing, or the layers have other parts than attention and an MLP or experts.
     """
-    if any("expert" in name and not name.startswith("_") for name in vars(config)):
-        raise InputError(f"no plan for a model with experts, '{config.model_type}'; use a Llama of its size")
+    own = {name: value for name, value in vars(config).items() if not name.startswith("_") and value}
+    others = [name for name in own if "expert" in name and name not in EXPERTS]
+    others += [name for name, usual in OTHER_LAYERS.items() if (getattr(config, name, None) or usual) != usual]
+    if others:
+        reason = f"no plan for a model of type '{config.model_type}' with {', '.join(others)}"
+        raise InputError(f"{reason}; use a Llama of its size")
     try:
         layers, hidden, heads = config.num_hidden_layers, config.hidden_size, config.num_attention_heads
         kv_heads = getattr(config, "num_key_value_heads", None) or heads
         head_dim = getattr(config, "head_dim", None) or hidden // heads
-        sizes = layers, hidden, config.intermediate_size, heads, kv_heads, head_dim, config.vocab_size
-        return Shape(*sizes, tied=config.tie_word_embeddings)
+        experts = own.get("num_experts") or own.get("num_local_experts") or 0
+        active = config.num_experts_per_tok if experts else 1
+        intermediate = (experts and own.get("moe_intermediate_size")) or config.intermediate_size
+        sizes = layers, hidden, intermediate, heads, kv_heads, head_dim, config.vocab_size
+        return Shape(*sizes, tied=config.tie_word_embeddings, experts=experts, active=active)
     except AttributeError as error:
         reason = f"no plan for a model of type '{config.model_type}': {error}; use a Llama of its size"
         raise InputError(reason) from error
@@ -88,11 +120,12 @@ def shape_of(config: Any) -> Shape:
 def forward_flops(shape: Shape, tokens: int, projected: int, seen: int) -> tuple[int, int, int]:
     """Return the FLOPs of a forward pass as (layers, head, attention).
 
-    The layers process `tokens` and the head `projected` tokens, with 2 FLOPs per weight. `seen` (query, key)
-    positions attend, with 4 FLOPs per element of a query.
+    The layers process `tokens` and the head `projected` tokens, with 2 FLOPs per weight, without experts that do
+    not process the token. `seen` (query, key) positions attend, with 4 FLOPs per element of a query.
     """
     attention = 4 * shape.layers * shape.query * seen
-    return 2 * shape.layers * shape.products * tokens, 2 * shape.head * projected, attention
+    products = shape.products - shape.inactive + shape.experts * shape.hidden
+    return 2 * shape.layers * products * tokens, 2 * shape.head * projected, attention
 
 
 @dataclass(frozen=True)

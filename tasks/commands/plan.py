@@ -12,7 +12,7 @@ from dpo.common.errors import InputError
 from dpo.config import Params, load_params
 from dpo.data.reasoning import reasoning_problems
 from dpo.engine.flops import Shape, shape_of
-from dpo.planner import LLAMAS, Pair, Setup, Sharding
+from dpo.planner import LLAMAS, MIXTURES, Pair, Setup, Sharding
 from dpo.training.settings import LoraSettings
 from tasks.common.memory import (
     GPU_OVERHEAD,
@@ -48,9 +48,10 @@ class Speed:
 
 
 def _named_shape(model: str) -> Shape:
-    """Return the shape of a model by its name in `dpo.planner.LLAMAS`, its folder or its hub id."""
-    if model in LLAMAS:
-        return LLAMAS[model]
+    """Return the shape of a model by its name in the planner, its folder or its hub id."""
+    named = {**LLAMAS, **MIXTURES}
+    if model in named:
+        return named[model]
     from transformers import AutoConfig
 
     from dpo.engine.pretrained import load_weights
@@ -58,7 +59,7 @@ def _named_shape(model: str) -> Shape:
     try:
         return shape_of(load_weights(AutoConfig, model))
     except (OSError, ValueError) as error:
-        raise InputError(f"--model {model}: neither {', '.join(LLAMAS)} nor a model: {error}") from error
+        raise InputError(f"--model {model}: neither {', '.join(named)} nor a model: {error}") from error
 
 
 def candidate_setups(params: Params, pair: Pair, gpus: int, sharding: Sharding) -> Iterator[Setup]:
@@ -114,9 +115,10 @@ def plan(
     shape, counted = _named_shape(model), pairs or count_pairs(params)
     train = pairs or min(counted or ASSUMED_PAIRS, params.data.max_train_pairs or counted or ASSUMED_PAIRS)
     kinds: dict[str, Sharding] = {"GiB": "none"} if gpus == 1 else {"GiB, DDP": "data", "GiB, FSDP": "full"}
-    engine = params.engine
+    engine, active = params.engine, shape.parameters - shape.layers * shape.inactive
     print(
-        f"{model}: {shape.parameters / 1e9:.2f} billion parameters; {train:,} pairs"
+        f"{model}: {shape.parameters / 1e9:.2f} billion parameters"
+        f"{f' ({active / 1e9:.2f} active)' if shape.experts else ''}; {train:,} pairs"
         f"{'' if counted else ' (assumed)'} of {pair.tokens:,} tokens; {engine.precision}, "
         f"{engine.max_tokens_per_microbatch:,} tokens per micro-batch; GPUs: {gpus} with {gib:.0f} GiB each, "
         f"utilisation {speed.utilisation:.0%}\n"

@@ -8,7 +8,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, MixtralConfig, Qwen3MoeConfig
 
 from dpo.common.errors import InputError
 from dpo.config import load_params
@@ -19,9 +19,11 @@ from dpo.engine.packing import pack
 from dpo.engine.tokenization import TokenRow
 from dpo.planner import (
     LLAMAS,
+    MIXTURES,
     Pair,
     Setup,
     activations,
+    frozen_weights,
     pair_flops,
     reference_memory,
     seconds,
@@ -86,6 +88,86 @@ def test_activations_and_weights_equal_what_the_engine_keeps(folder, quantizatio
     assert kept_bytes(model) == pytest.approx(expected, rel=0.03)
     planned = training_memory(shape, PAIR, setup, 0).weights
     assert held_bytes(model) == pytest.approx(planned, rel=0.01)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("rank", [None, 8])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("kind", "sizes", "tolerance"),
+    [
+        ("mixtral", {"num_local_experts": 8, "intermediate_size": 160}, 0.03),
+        # Norms of queries and keys are not planned, in a model without experts neither.
+        ("qwen3_moe", {"num_experts": 8, "moe_intermediate_size": 96, "head_dim": 16}, 0.1),
+    ],
+)
+def test_activations_and_weights_of_a_mixture_equal_what_the_engine_keeps(
+    kind, sizes, tolerance, precision, rank, checkpointing, tmp_path
+):
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        kind, vocab_size=512, hidden_size=64, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+        tie_word_embeddings=True, num_experts_per_tok=3, sliding_window=None, **sizes,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    model = load_model(tmp_path, precision).train()
+    shape, setup = shape_of(model.model.config), Setup(TOKENS, precision, rank, checkpointing)
+    assert sum(p.numel() for p in model.parameters()) == pytest.approx(shape.parameters, rel=1e-3)
+    if rank is not None:
+        add_lora(model.model, LoraSettings(rank=rank, alpha=16))
+    model.hold_frozen_weights()
+    if checkpointing:
+        model.model.gradient_checkpointing_enable({"use_reentrant": False})
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert trained_parameters(shape, rank) == pytest.approx(trained, rel=1e-3)
+    assert kept_bytes(model) == pytest.approx(activations(shape, PAIR, setup), rel=tolerance)
+    assert held_bytes(model) == pytest.approx(training_memory(shape, PAIR, setup, 0).weights, rel=0.01)
+
+
+def test_nf4_does_not_apply_to_experts(tmp_path):
+    config = AutoConfig.for_model("mixtral", hidden_size=64, intermediate_size=64, num_hidden_layers=2,
+                                  num_attention_heads=4, num_key_value_heads=2, vocab_size=512)  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    model = load_model(tmp_path, "bf16", quantization="nf4", frozen=True)
+    setup = Setup(TOKENS, "bf16", quantization="nf4")
+    assert held_bytes(model) == pytest.approx(frozen_weights(shape_of(model.model.config), setup), rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "billions", "active"),
+    [
+        (
+            "qwen3-30b-a3b",
+            Qwen3MoeConfig(
+                num_hidden_layers=48, hidden_size=2048, moe_intermediate_size=768, intermediate_size=6144,
+                num_attention_heads=32, num_key_value_heads=4, head_dim=128, vocab_size=151936, num_experts=128,
+                num_experts_per_tok=8,
+            ),
+            30.5,
+            3.3,
+        ),
+        ("mixtral-8x7b", MixtralConfig(), 46.7, 12.9),
+    ],
+)  # fmt: skip
+def test_parameters_of_mixtures_equal_the_published_ones(name, config, billions, active):
+    shape = shape_of(config)
+    assert shape == MIXTURES[name]
+    assert shape.parameters / 1e9 == pytest.approx(billions, rel=0.01)
+    assert (shape.parameters - shape.layers * shape.inactive) / 1e9 == pytest.approx(active, rel=0.02)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    assert shape.parameters == pytest.approx(sum(p.numel() for p in model.parameters()), rel=1e-4)
+
+
+def test_a_plan_of_a_mixture_needs_memory_for_all_experts_and_time_for_the_active_ones(capsys):
+    setup = Setup(8192, "bf16", gradient_checkpointing=True)
+    shape = MIXTURES["mixtral-8x7b"]
+    dense = replace(shape, experts=0, active=1, intermediate=2 * shape.intermediate)
+    ratio = sum(pair_flops(shape, PAIR, setup)) / sum(pair_flops(dense, PAIR, setup))
+    assert ratio == pytest.approx(1, rel=0.001), "two experts of a token cost as much as an MLP of twice the width"
+    assert training_memory(shape, PAIR, setup, 0).weights == 4 * shape.parameters
+    output = run(capsys, "--model", "qwen3-30b-a3b", "--gpus", "8")
+    assert "30.53 billion parameters (3.35 active)" in output
 
 
 def test_trained_weights_in_bf16_are_counted(folder):
@@ -188,11 +270,17 @@ def test_an_unsupported_model_is_an_error(capsys, tmp_path):
     AutoConfig.for_model("gpt2").save_pretrained(tmp_path)
     with pytest.raises(InputError, match="no plan for a model of type 'gpt2'"):
         run(capsys, "--model", str(tmp_path))
-    AutoConfig.for_model("mixtral").save_pretrained(tmp_path)
-    with pytest.raises(InputError, match="no plan for a model with experts, 'mixtral'"):
-        run(capsys, "--model", str(tmp_path))
+    for kind, changes, named in (
+        ("qwen2_moe", {}, "shared_expert_intermediate_size"),
+        ("qwen3_moe", {"mlp_only_layers": [0]}, "mlp_only_layers"),
+        ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step"),
+        ("deepseek_v3", {}, "n_routed_experts"),
+    ):
+        AutoConfig.for_model(kind, **changes).save_pretrained(tmp_path)
+        with pytest.raises(InputError, match=f"no plan for a model of type '{kind}' with .*{named}"):
+            run(capsys, "--model", str(tmp_path))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match="neither default, llama-1b, llama-8b, llama-70b nor a model"):
+    with pytest.raises(InputError, match=r"neither default, .*, mixtral-8x7b nor a model"):
         run(capsys, "--model", str(tmp_path / "empty"))
 
 
