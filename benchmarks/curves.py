@@ -138,7 +138,7 @@ def judge_responses(count: int) -> Point:
 
     def compute() -> None:
         response_metrics(repeated, params.seed)
-        win_slices(repeated, params.seed)
+        win_slices(repeated.assign(source="all"), params.seed)
 
     return measured(count, compute)
 
