@@ -4,6 +4,7 @@ The pool runs one flow at a time. A run whose process ended while Prefect's serv
 "running" forever for Prefect, and no other run would start.
 """
 
+import itertools
 import signal
 from collections.abc import Iterator
 from contextlib import suppress
@@ -15,6 +16,7 @@ import psutil
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas import filters
 from prefect.client.schemas.objects import FlowRun, StateType
+from prefect.client.schemas.sorting import FlowRunSort
 from prefect.states import Cancelled, Crashed
 
 from flows.processes import kill_after_grace, send_signal
@@ -26,6 +28,7 @@ START_SECONDS = 60.0
 """Time for a worker to start the process of a run, and for an ended process to report its state."""
 WAITING = "AwaitingConcurrencySlot"
 """Prefect's state of a run that waits for the end of another run of its deployment."""
+PAGE = 200
 STOP_SECONDS = 300.0
 """Time for a flow that received SIGTERM to undo its changes."""
 
@@ -46,8 +49,24 @@ def in_pool(pool: str) -> filters.WorkPoolFilter:
 def active_runs(client: SyncPrefectClient, pool: str) -> list[FlowRun]:
     """Return the runs that take a slot of the pool."""
     active = filters.FlowRunFilterStateType(any_=[StateType.PENDING, StateType.RUNNING, StateType.CANCELLING])
-    runs = filters.FlowRunFilter(state=filters.FlowRunFilterState(type=active))
-    return client.read_flow_runs(flow_run_filter=runs, work_pool_filter=in_pool(pool))
+    return _read(client, pool, filters.FlowRunFilter(state=filters.FlowRunFilterState(type=active)))
+
+
+def _read(client: SyncPrefectClient, pool: str, runs: filters.FlowRunFilter) -> list[FlowRun]:
+    """Return all runs of the pool that match; the server returns at most `PAGE` at once."""
+    found = dict[Any, FlowRun]()
+    for offset in itertools.count(0, PAGE):  # newest first: a run that is created meanwhile is read again
+        page = client.read_flow_runs(
+            flow_run_filter=runs,
+            work_pool_filter=in_pool(pool),
+            sort=FlowRunSort.ID_DESC,
+            limit=PAGE,
+            offset=offset,
+        )
+        found |= {run.id: run for run in page}
+        if len(page) < PAGE:
+            break
+    return list(found.values())
 
 
 def release_slots(client: SyncPrefectClient, pool: str, hours: float) -> Iterator[str]:
@@ -73,7 +92,7 @@ def skip_missed(client: SyncPrefectClient, pool: str) -> Iterator[str]:
     soon = filters.FlowRunFilterExpectedStartTime.model_validate({"before_": now + timedelta(minutes=1)})
     state = filters.FlowRunFilterState(type=scheduled)
     runs = filters.FlowRunFilter(state=state, expected_start_time=soon)
-    for run in client.read_flow_runs(flow_run_filter=runs, work_pool_filter=in_pool(pool)):
+    for run in _read(client, pool, runs):
         is_due = run.state_name == WAITING or (run.expected_start_time and run.expected_start_time <= now)
         if run.auto_scheduled and is_due:
             due.setdefault(run.deployment_id, []).append(run)

@@ -8,16 +8,19 @@ import time
 from collections.abc import Iterator
 from datetime import timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from uuid import UUID
 
 import pytest
 from prefect import flow
 from prefect.blocks.notifications import CustomWebhookNotificationBlock
 from prefect.client.orchestration import SyncPrefectClient
+from prefect.client.schemas import filters
 from prefect.client.schemas.actions import DeploymentScheduleCreate, WorkPoolCreate
+from prefect.client.schemas.objects import FlowRun
 from prefect.client.schemas.schedules import IntervalSchedule
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
-from flows.slots import skip_missed
+from flows import slots
 from tests.support.checkout import Checkout, write
 from tests.support.prefect_server import prefect_server
 from tests.support.project import ROOT, book_pairs, change
@@ -36,7 +39,8 @@ def nothing() -> None:
     """Do nothing."""
 
 
-def test_of_the_missed_runs_of_a_schedule_only_the_latest_starts(server):
+def test_of_the_missed_runs_of_a_schedule_only_the_latest_starts(server, monkeypatch):
+    monkeypatch.setattr(slots, "PAGE", 3)  # the runs are read in several parts
     with SyncPrefectClient(server) as client:
         client.create_work_pool(WorkPoolCreate(name="nights", type="process"))
         deployments = []
@@ -50,15 +54,17 @@ def test_of_the_missed_runs_of_a_schedule_only_the_latest_starts(server):
             deployments.append(made)
         by_hand = client.create_flow_run_from_deployment(deployments[0])
 
-        def of(deployment: object, name: str) -> list[object]:
-            runs = client.read_flow_runs()
-            return [run for run in runs if run.deployment_id == deployment and run.state_name == name]
+        def of(deployment: UUID, name: str) -> list[FlowRun]:
+            own = filters.DeploymentFilter(id=filters.DeploymentFilterId(any_=[deployment]))
+            state = filters.FlowRunFilterState(name=filters.FlowRunFilterStateName(any_=[name]))
+            runs = filters.FlowRunFilter(state=state)
+            return client.read_flow_runs(flow_run_filter=runs, deployment_filter=own)
 
         deadline = time.monotonic() + 240
         while min(len(of(each, "Late")) for each in deployments) < 3:  # as after nights without servers
             assert time.monotonic() < deadline
             time.sleep(0.5)
-        lines = list(skip_missed(client, "nights"))
+        lines = list(slots.skip_missed(client, "nights"))
         missed = {each: of(each, "Cancelled") for each in deployments}
         assert len(lines) == sum(map(len, missed.values())) >= 4
         assert all("was missed and is cancelled" in line for line in lines)
