@@ -7,7 +7,7 @@ completion.
 """
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +17,10 @@ from rensa import RMinHash
 
 from dpo.data.checks import Violation
 from dpo.data.formats import COMPLETIONS, PAIR_TEXTS, Pair, normalize
+from dpo.data.phrases import SAMPLED_ROWS, SHORT_TEXT, fitting_any_prompt
+
+Read = Callable[[set[int]], Mapping[int, Sequence[str]]]
+"""Returns prompt, chosen and rejected of rows of the raw table, by their positions."""
 
 PERMUTATIONS, BAND = 64, 8
 """MinHash values per text, and per band. A near duplicate of similarity 0.9 is found with a probability of 99%."""
@@ -111,18 +115,21 @@ def _minhash(texts: Sequence[Sequence[str]]) -> NDArray[np.uint32]:
     return np.array(rows, np.uint32).reshape(-1, PERMUTATIONS)
 
 
-def compare(prints: Fingerprints, similarity: float, excluding: frozenset[str]) -> Iterator[Violation]:
+def compare(
+    prints: Fingerprints, similarity: float, excluding: frozenset[str], read: Read | None = None
+) -> Iterator[Violation]:
     """Find the rows that break a rule of `TABLE_RULES`. The first row of several duplicates is kept.
 
     `prints` are of all rows that keep the rules of single rows, in table order. `similarity` is the minimum
     estimated Jaccard similarity of near duplicates. Later checks skip a row that breaks a rule of `excluding`.
+    `read` is that of `leaks`.
     """
     checks: tuple[Callable[[Fingerprints], Iterator[Violation]], ...] = (
         lambda rows: _repeats(rows, _combine(rows.read), "duplicate_pair", "the same pair as row {}"),
         lambda rows: _repeats(rows, rows.id, "duplicate_id", "the same id as row {}"),
         _contradictions,
         lambda rows: _near(rows, similarity),
-        leaks,
+        lambda rows: leaks(rows, read),
     )
     for check in checks:
         found = list(check(prints))
@@ -190,11 +197,38 @@ def _generic(prints: Fingerprints) -> NDArray[np.bool_]:
     return stock
 
 
-def leaks(prints: Fingerprints) -> Iterator[Violation]:
-    """Find the training rows whose prompt, or one of whose completions, is held out."""
+def leaks(prints: Fingerprints, read: Read | None = None) -> Iterator[Violation]:
+    """Find the training rows whose prompt, or one of whose completions, is held out.
+
+    With `read`, short completions that fit any prompt are no leaks. It reads rows of the table of the training
+    rows; a held-out row of another table has the position -1.
+    """
     trained, held_out = prints.select(~prints.held_out), prints.select(prints.held_out)
     for row in trained.row[np.isin(trained.texts[:, 0], held_out.texts[:, 0])]:
         yield Violation(int(row), "prompt_in_both_splits", "its prompt is held out for evaluation")
     leaked = np.isin(trained.texts[:, 1:], held_out.texts[:, 1:]) & ~_generic(prints)[~prints.held_out]
+    if read is not None:
+        leaked &= ~_fitting_any_prompt(trained, held_out, leaked, read)
     for row in trained.row[leaked.any(1)]:
         yield Violation(int(row), "eval_text_in_train", "one of its completions is held out for evaluation")
+
+
+def _fitting_any_prompt(
+    trained: Fingerprints, held_out: Fingerprints, leaked: NDArray[np.bool_], read: Read
+) -> NDArray[np.bool_]:
+    """Return which `leaked` completions [T, 2] of T training rows are short and fit any prompt."""
+    short = leaked & (trained.words[:, 1:] <= SHORT_TEXT)
+    codes = np.unique(trained.texts[:, 1:][short])
+    if not len(codes):
+        return short
+    sample = trained.row[:: -(-len(trained) // SAMPLED_ROWS)].tolist()
+    having = [side.row[np.isin(side.texts[:, 1:], codes).any(1)] for side in (trained, held_out)]
+    rows = read({*sample, *np.concatenate(having).tolist()} - {-1})
+    texts: dict[str, set[str]] = {}
+    for prompt, *completions in (rows[row] for row in np.concatenate(having).tolist() if row in rows):
+        for text in map(normalize, completions):
+            texts.setdefault(text, set()).add(prompt)
+    code_of = dict(zip(_hash(list(texts)).tolist(), texts, strict=True))
+    wanted = {code_of[code]: texts[code_of[code]] for code in codes.tolist()}
+    fitting = fitting_any_prompt(wanted, (rows[row] for row in sample))
+    return short & np.isin(trained.texts[:, 1:], _hash(list(fitting)))

@@ -143,9 +143,12 @@ def validate(
         checked, rows = _check_all(raw_pairs, tokenizer, max_length, benchmarks, excluding, kind)
     except (OSError, pa.ArrowException) as error:
         raise InputError(f"{raw_pairs}: not a raw table: {error}; run the stage `ingest`") from error
-    violations = checked.violations + list(compare(checked.prints, params.near_duplicate_similarity, excluding))
+    read = functools.partial(_read_texts, raw_pairs)
+    similarity = params.near_duplicate_similarity
+    violations = checked.violations + list(compare(checked.prints, similarity, excluding, read))
     if tested is not None:
-        leaked = leaks(concatenate([tested, checked.prints]))
+        elsewhere = dataclasses.replace(tested, row=np.full(len(tested), -1))
+        leaked = leaks(concatenate([elsewhere, checked.prints]), read)
         violations += set(leaked) - set(violations)
     order = list(RULES)
     violations.sort(key=lambda violation: (violation.row, order.index(violation.rule)))
@@ -287,6 +290,19 @@ def _check_group(
         sum(map(has_role_mark, pairs)),
         longest,
     )
+
+
+def _read_texts(raw_pairs: Path, rows: set[int]) -> dict[int, list[str]]:
+    """Return prompt, chosen and rejected of rows of a raw table, by their positions."""
+    file, start, texts = pq.ParquetFile(raw_pairs), 0, dict[int, list[str]]()
+    for group in range(file.num_row_groups):
+        end = start + file.metadata.row_group(group).num_rows
+        if mine := sorted(rows.intersection(range(start, end))):
+            columns = file.read_row_group(group, columns=list(PAIR_TEXTS)).take([row - start for row in mine])
+            parts = zip(*(columns[name].to_pylist() for name in PAIR_TEXTS), strict=True)
+            texts |= {row: [text or "" for text in part] for row, part in zip(mine, parts, strict=True)}
+        start = end
+    return texts
 
 
 def _shortages(metrics: Mapping[str, Any], max_quarantined: float) -> list[DataError]:
