@@ -1,6 +1,8 @@
 # Dependencies of the stages and flows. Weights and data are in DVC's cache and remote.
 FROM python:3.11-slim
 
+# No versions: Debian's mirrors delete old ones, so that a pinned version could not be installed later.
+# hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends git make \
     && rm -rf /var/lib/apt/lists/* \
@@ -11,8 +13,8 @@ COPY requirements /opt/dpo-pipeline/requirements
 COPY dpo /opt/dpo-pipeline/dpo
 COPY tasks /opt/dpo-pipeline/tasks
 COPY flows /opt/dpo-pipeline/flows
-RUN cd /opt/dpo-pipeline \
-    && export PIP_NO_CACHE_DIR=1 PIP_NO_DEPS=1 PIP_NO_BUILD_ISOLATION=0 \
+WORKDIR /opt/dpo-pipeline
+RUN export PIP_NO_CACHE_DIR=1 PIP_NO_DEPS=1 PIP_NO_BUILD_ISOLATION=0 \
     && pip install --require-hashes --requirement requirements/build.txt \
     && (pip install --require-hashes --requirement requirements/torch-cpu.txt \
         || pip install --require-hashes --requirement requirements/torch.txt) \
@@ -28,6 +30,6 @@ ENV DO_NOT_TRACK=true \
     PYTHONPATH=/workspace
 
 # A clone of the repository is mounted here. Its code is executed; the installation above provides the dependencies.
-USER dpo
+USER 1000
 WORKDIR /workspace
 CMD ["python", "-m", "flows.pipeline"]

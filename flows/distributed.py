@@ -4,6 +4,7 @@ import os
 import threading
 import time
 from dataclasses import dataclass
+from functools import partial
 from http import HTTPStatus
 from typing import Any
 
@@ -17,7 +18,7 @@ from prefect.settings import PREFECT_API_URL
 from prefect.states import Cancelling, Crashed
 
 from dpo.common.errors import InputError
-from flows.git import default_remote, dvc, git, snapshot_commit
+from flows.git import default_remote, dvc, git, snapshot_commit, through_outages
 from flows.identity import project
 from flows.processes import Logger
 from tasks.common.addresses import shown
@@ -71,7 +72,7 @@ class Machines:
     def run(self, needs: list[str], stage: str, stop: threading.Event, logger: Logger) -> None:
         """Run a stage on a machine and wait. If that fails twice, say so: the stage then runs in this checkout."""
         ref = f"{self.ref}/{stage.replace('@', '/')}"
-        push_snapshot(ref, needs)
+        through_outages(partial(push_snapshot, ref, needs), stop, logger)
         try:
             with SyncPrefectClient(PREFECT_API_URL.value()) as client:
                 for _ in range(ATTEMPTS):
@@ -132,18 +133,21 @@ def machines_of_trials() -> Machines:
 def push_snapshot(ref: str, needs: list[str]) -> None:
     """Push the tracked files as they are now to `ref` of the git remote, on no branch, and the outputs of `needs`.
 
+    The commit also has the outputs that DVC leaves to git, such as the cost of a training, which evaluation reads.
+
     Raises:
         InputError: a file that a stage reads is neither in git nor in DVC.
     """
     with Repo(_wait_for_lock=True) as repo, repo.lock:
         used = {dep.fs_path for stage in repo.index.stages for dep in stage.deps}
+        outputs = [out.fs_path for stage in repo.index.stages for out in stage.outs if not out.use_cache]
         for name in git("ls-files", "--others", "--exclude-standard").splitlines():
             path = repo.fs.abspath(name)
-            if any(path == each or path.startswith(f"{each}/") for each in used):
+            if path not in outputs and any(path == each or path.startswith(f"{each}/") for each in used):
                 raise InputError(
                     f"{name}: neither git nor DVC has this file, so another machine does not have it; run "
                     f"`dvc add {name}` for data and models, `git add {name}` for code"
                 )
-        commit = snapshot_commit("dvc.lock")
+        commit = snapshot_commit("dvc.lock", *outputs)
     dvc("push", "--quiet", "--with-deps", *needs)
     git("push", "--quiet", "--force", "origin", f"{commit}:{ref}")

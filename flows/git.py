@@ -2,18 +2,26 @@
 
 import os
 import subprocess
-from collections.abc import Iterator, Sequence
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TypeVar
 
 import psutil
 from dvc.repo import Repo
 from prefect import get_run_logger
 
 from dpo.common.errors import InputError
-from flows.processes import StageError, run_module
+from flows.processes import Logger, StageError, run_module
 from tasks.common.addresses import without_credentials
+
+T = TypeVar("T")
+OUTAGE_SECONDS = 1800.0
+"""How long a run waits for DVC's remote."""
+RETRY_SECONDS = 5.0
 
 
 def git(*arguments: str, stdin: str | None = None, env: dict[str, str] | None = None) -> str:
@@ -36,6 +44,46 @@ def default_remote() -> str | None:
     """Return the name of DVC's default remote."""
     with Repo() as repo:
         return repo.config["core"].get("remote")
+
+
+def remote_answers() -> bool:
+    """Return whether DVC's default remote answers. A refusal, such as that of credentials, is an answer."""
+    with Repo() as repo:
+        try:
+            remote = repo.cloud.get_remote_odb(None, "push")
+            remote.fs.exists(remote.path)
+        except Exception as error:  # noqa: BLE001 - each kind of storage has errors of its own
+            return not _is_connection_fault(error)
+    return True
+
+
+def _is_connection_fault(error: BaseException | None) -> bool:
+    """Return whether an error was caused by one of the operating system, as a refused or lost connection is."""
+    while error is not None:
+        if isinstance(error, OSError) and not isinstance(error, PermissionError | FileNotFoundError):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def through_outages(work: Callable[[], T], stop: threading.Event, logger: Logger) -> T:
+    """Return `work()`. If it fails while DVC's remote does not answer, wait for the remote and repeat the work.
+
+    After `OUTAGE_SECONDS`, or on `stop`, the error of the work is raised.
+    """
+    while True:
+        try:
+            return work()
+        except Exception as error:
+            if stop.is_set() or remote_answers():
+                raise
+            deadline = time.monotonic() + OUTAGE_SECONDS
+            reason = without_credentials(str(error)).strip().rpartition("\n")[2]
+            logger.warning("DVC's remote does not answer; the work is repeated when it does: %s", reason)
+            while not stop.is_set() and not remote_answers():
+                if time.monotonic() > deadline:
+                    raise
+                stop.wait(RETRY_SECONDS)
 
 
 def current_branch() -> str:

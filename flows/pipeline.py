@@ -36,6 +36,7 @@ from dpo.common.errors import TransientError
 from dpo.common.progress import PROGRESS_FILE
 from flows.artifacts import ProgressArtifact, failure_page, publish_stage
 from flows.distributed import machines_of_trials
+from flows.git import through_outages
 from flows.processes import Logger, StageError, command_error, execute
 from tasks.common.addresses import shown
 
@@ -118,7 +119,8 @@ def bring_up_to_date(
                 elsewhere(stage, stop, logger)
             with slots:
                 pull = elsewhere is not None
-                verdict = run_stage(stage, stop, logger, pull=pull, env=env, poll=progress.update)
+                work = partial(run_stage, stage, stop, logger, pull=pull, env=env, poll=progress.update)
+                verdict = through_outages(work, stop, logger) if pull else work()
         finally:
             progress.end(verdict, complete=verdict not in (FAILED, STOPPED))
             if verdict not in (UP_TO_DATE, STOPPED):

@@ -11,7 +11,9 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 
 import httpx
 from dvc.repo import Repo
@@ -23,7 +25,7 @@ from prefect.settings import PREFECT_API_URL
 
 from dpo.common.errors import InputError, TransientError
 from flows.distributed import ALIVE
-from flows.git import default_remote, git
+from flows.git import default_remote, git, through_outages
 from flows.pipeline import run_stage
 from flows.processes import Logger, StageError
 from tasks.common.git import inputs_changed
@@ -43,10 +45,11 @@ def trial(ref: str, stages: list[str]) -> dict[str, str]:
         ref: name of the commit in the git remote `origin`.
         stages: names of the stages, in order.
     """
-    return run_commit(ref, stages, get_run_logger(), _heartbeat())
+    with heartbeat():
+        return run_commit(ref, stages, get_run_logger())
 
 
-def run_commit(ref: str, stages: list[str], logger: Logger, poll: Callable[[], None]) -> dict[str, str]:
+def run_commit(ref: str, stages: list[str], logger: Logger) -> dict[str, str]:
     """Check out a commit, run stages with inputs from DVC's remote, and push their outputs; see `trial`.
 
     Raises:
@@ -60,22 +63,25 @@ def run_commit(ref: str, stages: list[str], logger: Logger, poll: Callable[[], N
     git("checkout", "--quiet", "--force", "--detach", "FETCH_HEAD")
     verdicts = {}
     for stage in stages:
-        verdicts[stage] = run_stage(stage, threading.Event(), logger, pull=True, poll=poll)
-        push_outputs(stage)
+        never = threading.Event()
+        run = partial(run_stage, stage, never, logger, pull=True)
+        verdicts[stage] = through_outages(run, never, logger)
+        through_outages(partial(push_outputs, stage), never, logger)
     return verdicts
 
 
 def push_outputs(stage: str) -> None:
     """Push the record of a stage's run and all outputs, also those that git tracks, to DVC's default remote.
 
-    `dvc push --run-cache` leaves out outputs with `cache: false`, without which DVC restores no run, and does not
-    report records that failed to arrive.
+    DVC records no run of a stage that has an output with `cache: false` which is neither metric nor plot, so this
+    function does. `dvc push --run-cache` leaves such outputs out, and does not report records that did not arrive.
 
     Raises:
         TransientError: the remote lacks the record or an output afterwards.
     """
     with Repo(_wait_for_lock=True) as repo, repo.lock:
         (target,) = repo.stage.collect(stage)
+        repo.stage_cache.save(target)
         key = _get_stage_hash(target)
         runs = [found for found in repo.stage_cache.push(None) if found[0] == key]
         records = repo.cloud.get_remote_odb(None, "push", hash_name="md5-dos2unix")
@@ -90,22 +96,28 @@ def push_outputs(stage: str) -> None:
         )
 
 
-def _heartbeat() -> Callable[[], None]:
-    """Return a function that renews the label of this flow run, if the last time is long enough ago."""
-    last = 0.0
-    client = SyncPrefectClient(PREFECT_API_URL.value())
+@contextmanager
+def heartbeat() -> Iterator[None]:
+    """Renew the label `ALIVE` of this flow run until the block ends, also during a long upload."""
+    run_id, ended = flow_run.id, threading.Event()
 
     def beat() -> None:
-        nonlocal last
-        if time.monotonic() - last < ALIVE_SECONDS:
-            return
-        last = time.monotonic()
-        try:
-            client.update_flow_run_labels(flow_run.id, {ALIVE: time.time()})
-        except httpx.HTTPError as error:
-            logging.getLogger(__name__).warning("the server was not reached: %s", error)
+        with SyncPrefectClient(PREFECT_API_URL.value()) as client:
+            while True:
+                try:
+                    client.update_flow_run_labels(run_id, {ALIVE: time.time()})
+                except httpx.HTTPError as error:
+                    logging.getLogger(__name__).warning("the server was not reached: %s", error)
+                if ended.wait(ALIVE_SECONDS):
+                    return
 
-    return beat
+    thread = threading.Thread(target=beat, name="heartbeat", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 def main() -> None:
@@ -116,7 +128,7 @@ def main() -> None:
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout, force=True)
     try:
-        run_commit(arguments.ref, arguments.stages, logging.getLogger("dpo"), lambda: None)
+        run_commit(arguments.ref, arguments.stages, logging.getLogger("dpo"))
     except StageError as error:
         sys.exit(os.EX_TEMPFAIL if error.transient else 1)  # the output of the stage is above
 

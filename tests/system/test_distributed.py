@@ -1,19 +1,21 @@
 """A sweep on two machines: three clones, one remote, one Prefect server, two workers, stages that copy files."""
 
-import os
-import shutil
-import signal
-import subprocess
+import logging
 import sys
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
 
-from tests.support.models import free_ports
-from tests.support.project import ENV, ROOT
+import flows.git
+from flows.git import through_outages
+from flows.processes import StageError
+from tests.support.machines import Machines, copy_flows, git, run
 
+LOGGER = logging.getLogger("test")
 DVC_YAML = """
 stages:
   data:
@@ -24,12 +26,11 @@ stages:
     matrix: {beta: "${betas}"}
     cmd: python train.py ${item.beta}
     deps: [train.py, data.txt]
-    outs: ["models/${item.beta}"]
-    metrics: [{"metrics/${item.beta}.json": {cache: false}}]
+    outs: ["models/${item.beta}", {"metrics/${item.beta}.json": {cache: false}}]
   evaluate:
     matrix: {beta: "${betas}"}
     cmd: cat models/${item.beta} metrics/${item.beta}.json > judged-${item.beta}.txt
-    deps: ["models/${item.beta}"]
+    deps: ["models/${item.beta}", "metrics/${item.beta}.json"]
     outs: ["judged-${item.beta}.txt"]
 """
 TRAIN = """
@@ -50,104 +51,34 @@ with open(os.environ["MACHINES"], "a") as log:
 """
 
 
-IMPATIENT = "import flows.distributed as d; d.LOST_SECONDS = 25; from flows.pipeline import main; main()"
-
-
-def run(folder: Path, *command: str, code: int = 0, **env: str) -> str:
-    done = subprocess.run(
-        command, cwd=folder, env={**ENV, **env}, capture_output=True, text=True, timeout=400, check=False
-    )
-    assert done.returncode == code, done.stdout[-4000:] + done.stderr[-4000:]
-    return done.stdout + done.stderr
-
-
-def git(folder: Path, *words: str) -> str:
-    return run(folder, "git", "-c", "user.name=t", "-c", "user.email=t@example.org", *words)
-
-
-class Machines:
-    """A head and two clones with workers."""
-
-    def __init__(self, place: Path) -> None:
-        self.place, self.head = place, place / "head"
-        (port,) = free_ports(1)
-        self.log, self.hang = place / "machines.log", place / "hang"
-        self.env = {
-            "PREFECT_API_URL": f"http://127.0.0.1:{port}/api",
-            "PREFECT_HOME": str(place / "prefect"),
-            "MLFLOW_TRACKING_URI": "http://127.0.0.1:9",
-            "MACHINES": str(self.log),
-            "HANG": str(self.hang),
-            "GIT_AUTHOR_NAME": "t", "GIT_AUTHOR_EMAIL": "t@example.org",
-            "GIT_COMMITTER_NAME": "t", "GIT_COMMITTER_EMAIL": "t@example.org",
-        }  # fmt: skip
-        self.processes = {}
-        git(place, "init", "-q", "--bare", "origin")
-        git(place, "clone", "-q", "origin", "head")
-        for name in ("dpo", "tasks", "flows"):
-            shutil.copytree(ROOT / name, self.head / name, ignore=shutil.ignore_patterns("__pycache__"))
-        (self.head / "dvc.yaml").write_text(DVC_YAML)
-        (self.head / "params.yaml").write_text("betas: [0.1, 0.2, 0.3, 0.4]\n")
-        (self.head / "data.py").write_text("open('data.txt', 'w').write('data ')")
-        (self.head / "train.py").write_text(TRAIN)
-        (self.head / ".gitignore").write_text("/.prefect/\n__pycache__/\n")
-        run(self.head, "dvc", "init", "-q")
-        run(self.head, "dvc", "remote", "add", "--default", "store", str(place / "store"))
-        git(self.head, "add", "-A")
-        git(self.head, "commit", "-qm", "start")
-        git(self.head, "push", "-q", "origin", "HEAD")
-        self.start("server", place, "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port))
-        self.await_server()
-        for name in ("one", "two"):
-            git(place, "clone", "-q", "origin", name)
-
-    def start(self, name: str, folder: Path, *command: str, **env: str) -> None:
-        with (self.place / f"{name}.log").open("ab") as log:
-            self.processes[name] = subprocess.Popen(
-                [sys.executable, "-m", *command], cwd=folder, env={**ENV, **self.env, **env},
-                stdout=log, stderr=log, start_new_session=True,
-            )  # fmt: skip
-
-    def await_server(self) -> None:
-        from flows.servers import is_healthy
-
-        deadline = time.monotonic() + 120
-        while not is_healthy(f"{self.env['PREFECT_API_URL']}/health"):
-            assert time.monotonic() < deadline
-            time.sleep(0.3)
-
-    def start_worker(self, name: str) -> None:
-        """Start the documented command in a clone, and wait until the worker is online."""
-        pool = run(self.head, sys.executable, "-m", "flows.identity", **self.env).strip() + "-trials"
-        words = ["worker", "start", "--pool", pool, "--type", "process", "--limit", "1", "--name", name]
-        folder = self.place / name
-        self.start(name, folder, "prefect", *words, DPO_WORKSPACE=str(folder), PREFECT_WORKER_QUERY_SECONDS="1")
-        deadline = time.monotonic() + 60
-        while f"Worker '{name}' started" not in (self.place / f"{name}.log").read_text():
-            assert time.monotonic() < deadline
-            time.sleep(0.5)
-
-    def sweep(self, **env: str) -> str:
-        return run(self.head, sys.executable, "-m", "flows.pipeline", "--distributed", **{**self.env, **env})
-
-    def machines(self) -> list[str]:
-        return sorted(self.log.read_text().split()[::2]) if self.log.exists() else []
-
-    def close(self) -> None:
-        for process in self.processes.values():
-            family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-            for each in family:
-                each.send_signal(signal.SIGKILL)
-            process.wait()
+def fill(head: Path) -> None:
+    copy_flows(head)
+    (head / "dvc.yaml").write_text(DVC_YAML)
+    (head / "params.yaml").write_text("betas: [0.1, 0.2, 0.3, 0.4]\n")
+    (head / "data.py").write_text("open('data.txt', 'w').write('data ')")
+    (head / "train.py").write_text(TRAIN)
+    (head / ".gitignore").write_text("/.prefect/\n__pycache__/\n")
 
 
 @pytest.fixture(scope="module")
 def machines(tmp_path_factory):
-    made = Machines(tmp_path_factory.mktemp("machines"))
+    place = tmp_path_factory.mktemp("machines")
+    made = Machines(
+        place,
+        fill,
+        lambda head: run(head, "dvc", "remote", "add", "--default", "store", str(place / "store")),
+        MACHINES=str(place / "machines.log"),
+        HANG=str(place / "hang"),
+    )
     try:
         yield made
     finally:
         made.close()
+
+
+def ran_on(machines: Machines) -> list[str]:
+    log = machines.place / "machines.log"
+    return sorted(log.read_text().split()[::2]) if log.exists() else []
 
 
 @pytest.mark.slow
@@ -156,9 +87,10 @@ def test_trials_run_on_all_machines_and_their_results_are_restored_here(machines
     assert "no worker is online" in output
     for name in ("one", "two"):
         machines.start_worker(name)
-    print(machines.sweep()[-3000:])
-    assert sorted(set(machines.machines())) == ["one", "two"]
-    assert len(machines.machines()) == 4
+    output = machines.sweep()
+    assert "it runs in this checkout" not in output
+    assert sorted(set(ran_on(machines))) == ["one", "two"]
+    assert len(ran_on(machines)) == 4
     assert (machines.head / "judged-0.3.txt").read_text() == 'data 0.3{"beta": 0.3}'
     assert "up to date" in run(machines.head, "dvc", "status")
     assert not git(machines.place / "origin", "for-each-ref", "refs/dpo")
@@ -166,23 +98,88 @@ def test_trials_run_on_all_machines_and_their_results_are_restored_here(machines
 
 @pytest.mark.slow
 def test_a_stage_whose_machine_is_lost_runs_elsewhere(machines):
-    machines.log.unlink(missing_ok=True)
-    machines.hang.touch()
+    (machines.place / "machines.log").unlink(missing_ok=True)
+    hang = machines.place / "hang"
+    hang.touch()
     (machines.head / "params.yaml").write_text("betas: [0.5, 0.6]\n")
-    flow = subprocess.Popen(
-        [sys.executable, "-c", IMPATIENT, "--distributed"], cwd=machines.head,
-        env={**ENV, **machines.env}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
+    flow = machines.begin_sweep()
     deadline = time.monotonic() + 200
-    while not Path(f"{machines.hang}.pid").exists():
+    while not Path(f"{hang}.pid").exists():
         assert time.monotonic() < deadline
         time.sleep(0.5)
-    stuck = psutil.Process(int(Path(f"{machines.hang}.pid").read_text()))
-    lost = Path(stuck.cwd()).name
-    for each in [*psutil.Process(machines.processes[lost].pid).children(recursive=True), stuck]:
-        each.send_signal(signal.SIGKILL)
-    os.killpg(machines.processes[lost].pid, signal.SIGKILL)
-    output = flow.communicate(timeout=400)[0].decode()
-    assert flow.returncode == 0, output[-4000:]
+    lost = Path(psutil.Process(int(Path(f"{hang}.pid").read_text())).cwd()).name
+    machines.kill_worker(lost)
+    machines.finish(flow)
     assert (machines.head / "judged-0.5.txt").read_text() == 'data 0.5{"beta": 0.5}'
-    assert lost not in machines.machines()
+    assert lost not in ran_on(machines)
+
+
+@pytest.fixture
+def answers(monkeypatch) -> list[bool]:
+    """Return what the remote is going to answer, True at the end; no test waits."""
+    coming: list[bool] = []
+    monkeypatch.setattr(flows.git, "remote_answers", lambda: coming.pop(0) if coming else True)
+    monkeypatch.setattr(flows.git, "RETRY_SECONDS", 0.0)
+    return coming
+
+
+def failing(times: int) -> Callable[[], str]:
+    """Return work that fails so often, and then returns its name."""
+    left = [None] * times
+
+    def work() -> str:
+        if left:
+            left.pop()
+            raise StageError("push failed\nno connection")
+        return "done"
+
+    return work
+
+
+def test_work_is_repeated_when_the_remote_answers_again(answers, caplog):
+    answers += [False, False, False]
+    with caplog.at_level(logging.WARNING):
+        assert through_outages(failing(1), threading.Event(), LOGGER) == "done"
+    assert answers == [], "the work is not repeated before the remote answers"
+    assert "does not answer; the work is repeated when it does: no connection" in caplog.text
+
+
+def test_a_failure_while_the_remote_answers_is_raised_at_once(answers):
+    with pytest.raises(StageError, match="push failed"):
+        through_outages(failing(1), threading.Event(), LOGGER)
+
+
+@pytest.mark.parametrize(
+    ("fault", "answer"),
+    [
+        (ConnectionRefusedError("refused"), False),
+        (TimeoutError("no reply"), False),
+        (PermissionError("wrong key"), True),
+        (ImportError("dvc-s3 is not installed"), True),
+        (ValueError("no credentials"), True),
+    ],
+)
+def test_only_faults_of_the_connection_are_outages(fault, answer, monkeypatch):
+    class Repo:
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *exception):
+            pass
+
+        @property
+        def cloud(self):
+            raise RuntimeError("Could not connect to the endpoint URL") from fault  # as packages of storages do
+
+    monkeypatch.setattr(flows.git, "Repo", Repo)
+    assert flows.git.remote_answers() is answer
+
+
+def test_an_outage_without_end_and_a_stopped_flow_raise_the_failure(answers, monkeypatch):
+    answers += [False] * 10
+    monkeypatch.setattr(flows.git, "OUTAGE_SECONDS", -1.0)
+    with pytest.raises(StageError, match="push failed"):
+        through_outages(failing(1), threading.Event(), LOGGER)
+    (stopped := threading.Event()).set()
+    with pytest.raises(StageError, match="push failed"):
+        through_outages(failing(1), stopped, LOGGER)
