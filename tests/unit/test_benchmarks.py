@@ -160,6 +160,12 @@ def test_gpu_table_shows_the_measurements_and_the_cases_that_were_not_run():
     assert {each.count("|") for each in lines[2:]} == {9}
 
 
+def test_the_page_has_the_table_of_the_results_of_validation():
+    start, end = markers("validate")
+    results = json.loads((ROOT / validate.RESULTS).read_text())
+    assert (ROOT / validate.PAGE).read_text().split(start)[1].split(end)[0].strip() == validate.table(results)
+
+
 def test_the_page_has_every_gpu_case():
     page = (ROOT / gpu.PAGE).read_text()
     start, end = markers("gpu")

@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 
 from benchmarks.page import markers
-from benchmarks.scale import LLAMA_405B, PAGE, communication, table
+from benchmarks.planner import LARGE
+from benchmarks.scale import LLAMA_405B, PAGE, Recipe, communication, planned, recipes, table
 from dpo.planner import LLAMAS, Setup
 
 
@@ -21,6 +22,17 @@ def test_a_gpu_receives_the_weights_of_the_others_twice_and_reduces_gradients_on
     assert adapters < communication(shape, setup) / 2
 
 
-def test_the_page_has_the_table():
-    start, end = markers("scale")
-    assert PAGE.read_text().split(start)[1].split(end)[0].strip() == table()
+@pytest.mark.parametrize(("name", "write"), [("scale", table), ("recipes", recipes)])
+def test_the_page_has_the_table(name, write):
+    start, end = markers(name)
+    assert PAGE.read_text().split(start)[1].split(end)[0].strip() == write()
+
+
+def test_a_recipe_is_planned_in_the_micro_batches_of_its_steps():
+    recipe = Recipe("8B", LLAMAS["llama-8b"], 4, 64, None, None)
+    memory, compute, sent = planned(recipe, LARGE)
+    more_memory, same_compute, half = planned(replace(recipe, pairs_per_step=32), LARGE)
+    assert compute == same_compute
+    assert sent == pytest.approx(half), "16 pairs of 768 tokens are two passes, 8 are one"
+    assert memory > more_memory, "the gradients of the first pass"
+    assert planned(replace(recipe, pairs_per_step=16), LARGE)[2] == pytest.approx(2 * sent)
