@@ -22,8 +22,9 @@ from dpo.training.checkpoints import CheckpointStore
 from dpo.training.loop import TrainingLoop
 from dpo.training.objectives import Answers, RlooObjective
 from dpo.training.train import train_rloo
+from tests.support.launch import ROOT, start
 from tests.support.models import chat_tokenizer, make_model
-from tests.support.training import PARAMS, dpo_params, killed_at_call, make_pairs, trial
+from tests.support.training import LORA, PARAMS, dpo_params, killed_at_call, make_pairs, trial
 
 ROWS = [
     TokenRow("a", (3, 4, 5), ((6, 7, 8), (9, 2), (10, 11, 12, 2))),
@@ -126,12 +127,12 @@ def reference(tmp_path_factory):
     return folder
 
 
-def train(model, folder, *, rounds=2, minutes=0, **online):
+def train(model, folder, *, rounds=2, minutes=0, lora=None, **online):
     judge = load_judge(ScorerSettings(kind="scorer", function="tests.unit.online.test_rloo:short"), "feedback")
     point = dataclasses.replace(trial(learning_rate=1e-2), method="rloo", rounds=rounds)
     own = RlooRounds(
         model, folder / "work", judge, point, OnlineSettings(**{"prompts": None, "answers": 4, **online}),
-        dpo_params(pairs_per_step=2), PARAMS.engine, PARAMS.validate,
+        dpo_params(pairs_per_step=2, lora=lora), PARAMS.engine, PARAMS.validate,
         {"max_new_tokens": 20, "max_prompt_tokens": 100, "max_tokens_per_batch": 4000, "seed": 0},
         folder / "benchmarks", CheckpointStore(folder / "steps", minutes),
     )  # fmt: skip
@@ -185,6 +186,34 @@ def test_a_killed_run_reaches_the_same_files(reference, finished, tmp_path, monk
     outcome = train(reference, tmp_path)
     assert contents(tmp_path, outcome.policy) == contents(finished[0], finished[1].policy)
     assert (outcome.log, outcome.counts, outcome.cost) == (finished[1].log, finished[1].counts, finished[1].cost)
+
+
+def test_rounds_with_adapters_start_at_the_reference_and_continue_the_adapters(reference, tmp_path):
+    outcome = train(reference, tmp_path, lora=LORA)
+    assert outcome.log[0]["kl"] == pytest.approx(0, abs=1e-6)
+    assert (outcome.policy / "adapter_model.safetensors").is_file()
+    first, second = (pd.read_parquet(tmp_path / f"rounds/round-{n}/advantages.parquet") for n in (1, 2))
+    assert (first["policy_logps"] == first["reference_logps"]).all()
+    assert (second["policy_logps"] - second["reference_logps"]).abs().max() > 1e-3
+    policy, rows = (
+        load_model(outcome.policy),
+        answer_rows(pd.read_parquet(tmp_path / "rounds/round-2/answers.parquet"), "a"),
+    )
+    assert not torch.equal(
+        sequence_logps(policy, rows, 1000).flatten(), torch.tensor(second["policy_logps"].to_numpy())
+    )
+
+
+@pytest.mark.slow
+def test_two_processes_do_the_same_rounds_as_one(reference, finished, tmp_path):
+    done = start(2, ROOT / "tests/support/launched_rounds.py", reference, tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for number in (1, 2):
+        ours, theirs = (folder / f"rounds/round-{number}" for folder in (tmp_path, finished[0]))
+        ids, expected = (pd.read_parquet(folder / "answers.parquet")["ids"] for folder in (ours, theirs))
+        assert list(map(list, ids)) == list(map(list, expected))
+        tables = (pd.read_parquet(folder / "advantages.parquet") for folder in (ours, theirs))
+        pd.testing.assert_frame_equal(*tables, atol=1e-4)
 
 
 def test_training_raises_answers_with_a_positive_advantage_above_the_others(tmp_path):
