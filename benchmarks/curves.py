@@ -126,7 +126,8 @@ def sweep(trials: int) -> Point:
             subprocess.run([*dvc, "repro", "--quiet"], cwd=folder, check=True)
 
         first, again = measured(trials, repro), measured(trials, repro)
-    return dataclasses.replace(first, details={"seconds_up_to_date": again.seconds})
+    largest = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+    return dataclasses.replace(first, peak_gib=largest / 2**30, details={"seconds_up_to_date": again.seconds})
 
 
 def judge_responses(count: int) -> Point:
