@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from dpo.data.formats import normalize
 
@@ -12,6 +12,8 @@ RARE = 1000
 """A word is rare if it is in at most one of this number of rows with other completions."""
 SAMPLED_ROWS = 10_000
 """Maximum number of rows whose words are counted."""
+PROMPTS = 3
+"""A text that answers so many prompts and is about none of them fits any prompt, also if its words are rare."""
 
 NO_SPACES = r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff"
 """Characters of scripts that do not separate words: Thai, Lao, Burmese, Khmer, Japanese and Chinese."""
@@ -27,14 +29,15 @@ def words(text: str) -> set[str]:
     return found
 
 
-def fitting_any_prompt(texts: Mapping[str, Iterable[str]], sample: Iterable[Sequence[str]]) -> set[str]:
+def fitting_any_prompt(texts: Mapping[str, Collection[str]], sample: Iterable[Sequence[str]]) -> set[str]:
     """Return which of the normalized `texts` fit any prompt.
 
-    These are texts that have no rare word in common with their prompts and no rare number, and of whose words at
-    most half are rare. A text about its prompt, or with rare words, is a copy if it occurs twice.
+    These are texts that have no rare word in common with their prompts and no rare number. At most half of their
+    words are rare, or they answer several prompts. A text about its prompt, or with rare words, is a copy if it
+    occurs twice.
 
     Args:
-        texts: short completions with the prompts of their rows.
+        texts: short completions with the different prompts of their rows.
         sample: prompt and completions of rows of the data, in which words are counted.
     """
     counts, rows = Counter[str](), 0
@@ -52,6 +55,7 @@ def fitting_any_prompt(texts: Mapping[str, Iterable[str]], sample: Iterable[Sequ
         rare = {word for word in distinct if counts[word] - own[text][word] <= rows // RARE}
         is_about = any(not rare.isdisjoint(words(normalize(prompt))) for prompt in prompts)
         has_number = any(character.isdigit() for word in rare for character in word)
-        if not is_about and not has_number and 2 * len(rare) <= len(distinct):
+        is_usual = 2 * len(rare) <= len(distinct) or len(prompts) >= PROMPTS
+        if is_usual and not is_about and not has_number:
             fitting.add(text)
     return fitting

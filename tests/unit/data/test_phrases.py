@@ -63,6 +63,28 @@ def test_closing_lines_that_occur_in_few_prompts_are_accepted(tmp_path):
     assert refused(tmp_path, rows) == []
 
 
+def test_a_closing_line_whose_words_occur_nowhere_else_is_accepted_from_three_prompts_on(tmp_path):
+    topics = [
+        {
+            "prompt": f"Explain topic {n}.",
+            "chosen": f"Topic {n} is about subject {n}.",
+            "rejected": f"Unsure, {n}.",
+        }
+        for n in range(40)
+    ]
+    for count in (2, 3):
+        closing = [
+            {
+                "prompt": f"Thanks for topic {n}!",
+                "chosen": "You're welcome! Have a great day!",
+                "rejected": f"Ok {n}.",
+            }
+            for n in range(count)
+        ]
+        rows = [{**row, "split": "train" if place % 3 else "eval"} for place, row in enumerate(closing + topics)]
+        assert refused(tmp_path / str(count), rows) == ([2] if count == 2 else [])
+
+
 @pytest.mark.parametrize(
     ("prompts", "text"),
     [
