@@ -74,16 +74,17 @@ def through_outages(work: Callable[[], T], stop: threading.Event, logger: Logger
     while True:
         try:
             return work()
-        except Exception as error:
-            if stop.is_set() or remote_answers():
-                raise
-            deadline = time.monotonic() + OUTAGE_SECONDS
-            reason = without_credentials(str(error)).strip().rpartition("\n")[2]
-            logger.warning("DVC's remote does not answer; the work is repeated when it does: %s", reason)
-            while not stop.is_set() and not remote_answers():
-                if time.monotonic() > deadline:
-                    raise
-                stop.wait(RETRY_SECONDS)
+        except Exception as error:  # noqa: BLE001 - raised below, if it is not an outage
+            failure = error
+        if stop.is_set() or remote_answers():  # not in the `except`, which would replace the cause of errors there
+            raise failure
+        deadline = time.monotonic() + OUTAGE_SECONDS
+        reason = without_credentials(str(failure)).strip().rpartition("\n")[2]
+        logger.warning("DVC's remote does not answer; the work is repeated when it does: %s", reason)
+        while not stop.is_set() and not remote_answers():
+            if time.monotonic() > deadline:
+                raise failure
+            stop.wait(RETRY_SECONDS)
 
 
 def current_branch() -> str:
