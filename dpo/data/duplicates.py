@@ -32,6 +32,9 @@ LONG_WORD, CHARACTERS_PER_WORD = 20, 2
 """A text whose words are longer on average has no spaces, such as Chinese; it has a word per two characters."""
 
 
+Sketches = NDArray[np.uint16]
+
+
 @dataclass(frozen=True)
 class Fingerprints:
     """Hashes of R rows, enough to compare them."""
@@ -44,8 +47,6 @@ class Fingerprints:
     """Hashes of the ids [R]."""
     held_out: NDArray[np.bool_]
     """Whether the row is in the eval split [R]."""
-    minhash: NDArray[np.uint32]
-    """MinHash values of the same texts [R, 3, PERMUTATIONS]."""
     words: NDArray[np.int32]
     """Number of words of the same texts [R, 3]."""
     context: NDArray[np.uint64]
@@ -66,20 +67,20 @@ class Fingerprints:
         return Fingerprints(*(column[mask] for column in vars(self).values()))
 
 
-def fingerprint(pairs: Sequence[Pair], rows: Sequence[int]) -> Fingerprints:
-    """Return the fingerprints of pairs at these positions of the raw table."""
+def fingerprint(pairs: Sequence[Pair], rows: Sequence[int]) -> tuple[Fingerprints, Sketches]:
+    """Return the fingerprints of pairs at these positions of the raw table, and the sketches of their texts."""
     texts = [normalize(pair[field] or "") for pair in pairs for field in PAIR_TEXTS]
     words = [text.split() for text in texts]
-    return Fingerprints(
+    prints = Fingerprints(
         np.array(rows, np.int64),
         _hash(texts).reshape(-1, 3),
         _hash([pair["id"] for pair in pairs]),
         np.array([pair["split"] == "eval" for pair in pairs], bool),
-        _minhash(words).reshape(-1, 3, PERMUTATIONS),
         np.array(list(map(_size, texts, words)), np.int32).reshape(-1, 3),
         _hash([f"{pair.get('tools')}\x1f{pair.get('chat_template_kwargs')}" for pair in pairs]),
         np.array([[_is_call(pair, field) for field in COMPLETIONS] for pair in pairs], bool).reshape(-1, 2),
     )
+    return prints, _minhash(words).reshape(-1, 3, PERMUTATIONS)
 
 
 def _is_call(pair: Pair, field: str) -> bool:
@@ -100,8 +101,11 @@ def _hash(texts: Sequence[str]) -> NDArray[np.uint64]:
     return pd.util.hash_array(np.array(texts, dtype=object), categorize=False) if texts else np.empty(0, np.uint64)
 
 
-def _minhash(texts: Sequence[Sequence[str]]) -> NDArray[np.uint32]:
-    """Return the MinHash values [n, PERMUTATIONS] of n texts, given by their words."""
+def _minhash(texts: Sequence[Sequence[str]]) -> Sketches:
+    """Return the low 16 bits of the MinHash values [n, PERMUTATIONS] of n texts, given by their words.
+
+    Two different values are equal in these bits once in 65,536 (Li and König 2010, "b-Bit Minwise Hashing").
+    """
     words = [text or [""] for text in texts]
     ends = np.cumsum([len(w) for w in words], dtype=np.int64)
     codes, distinct = pd.factorize(np.array([word for w in words for word in w], dtype=object))
@@ -112,23 +116,31 @@ def _minhash(texts: Sequence[Sequence[str]]) -> NDArray[np.uint32]:
     rows = RMinHash.digest_matrix_from_flat_token_hashes(
         shingles, np.append(0, ends), PERMUTATIONS, SEED
     ).to_rows()
-    return np.array(rows, np.uint32).reshape(-1, PERMUTATIONS)
+    return np.array(rows, np.uint32).astype(np.uint16).reshape(-1, PERMUTATIONS)
 
 
 def compare(
-    prints: Fingerprints, similarity: float, excluding: frozenset[str], read: Read | None = None
+    prints: Fingerprints,
+    sketches: Sketches,
+    similarity: float,
+    excluding: frozenset[str],
+    read: Read | None = None,
 ) -> Iterator[Violation]:
     """Find the rows that break a rule of `TABLE_RULES`. The first row of several duplicates is kept.
 
-    `prints` are of all rows that keep the rules of single rows, in table order. `similarity` is the minimum
-    estimated Jaccard similarity of near duplicates. Later checks skip a row that breaks a rule of `excluding`.
-    `read` is that of `leaks`.
+    Args:
+        prints: of all R rows that keep the rules of single rows, in table order.
+        sketches: of their texts [R, 3, PERMUTATIONS]. They are large and are never copied.
+        similarity: minimum estimated Jaccard similarity of near duplicates.
+        excluding: rules; later checks skip a row that breaks one of them.
+        read: that of `leaks`.
     """
+    positions = prints.row
     checks: tuple[Callable[[Fingerprints], Iterator[Violation]], ...] = (
         lambda rows: _repeats(rows, _combine(rows.read), "duplicate_pair", "the same pair as row {}"),
         lambda rows: _repeats(rows, rows.id, "duplicate_id", "the same id as row {}"),
         _contradictions,
-        lambda rows: _near(rows, similarity),
+        lambda rows: _near(rows, sketches, np.searchsorted(positions, rows.row), similarity),
         lambda rows: leaks(rows, read),
     )
     for check in checks:
@@ -138,7 +150,7 @@ def compare(
         prints = prints.select(~np.isin(prints.row, excluded))
 
 
-def _combine(columns: NDArray[np.uint64]) -> NDArray[np.uint64]:
+def _combine(columns: NDArray[np.unsignedinteger]) -> NDArray[np.uint64]:
     key = np.zeros(len(columns), np.uint64)
     for column in columns.T:
         key = key * np.uint64(0x9E3779B97F4A7C15) + column
@@ -151,18 +163,22 @@ def _repeats(prints: Fingerprints, key: NDArray[np.uint64], rule: str, reason: s
         yield Violation(int(prints.row[i]), rule, reason.format(first[i] + 1))
 
 
-def _near(prints: Fingerprints, similarity: float) -> Iterator[Violation]:
-    prints = prints.select(~pd.Series(_combine(prints.texts)).duplicated().to_numpy())
+def _near(
+    prints: Fingerprints, sketches: Sketches, place: NDArray[np.int64], similarity: float
+) -> Iterator[Violation]:
+    """Find near duplicates; `place` [R] are the rows of their sketches."""
+    first = ~pd.Series(_combine(prints.texts)).duplicated().to_numpy()
+    prints, place = prints.select(first), place[first]
     original = np.full(len(prints), len(prints))
     for start, side in itertools.product(range(0, PERMUTATIONS, BAND), (1, 2)):
-        band = _combine(prints.minhash[:, side, start : start + BAND].astype(np.uint64))
+        band = _combine(sketches[place, side, start : start + BAND])
         # The first row of a band may have another prompt, so also compare with the first one of the same prompt.
         for key in (band, _combine(np.stack([band, prints.texts[:, 0]], 1))):
             order = np.argsort(key, kind="stable")  # rows of a key stay in table order
             new = np.append(True, key[order][1:] != key[order][:-1])[: len(order)]
             leader = order[np.maximum.accumulate(np.where(new, np.arange(len(order)), 0))]
             later, leader = order[~new], leader[~new]
-            equal = (prints.minhash[later] == prints.minhash[leader]).mean(2).min(1) >= similarity
+            equal = (sketches[place[later]] == sketches[place[leader]]).mean(2).min(1) >= similarity
             np.minimum.at(original, later[equal], leader[equal])
     for i in np.flatnonzero(original < len(prints)):
         reason = f"almost the same pair as row {prints.row[original[i]] + 1}"

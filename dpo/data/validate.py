@@ -30,7 +30,7 @@ from dpo.common.files import atomic_write
 from dpo.common.progress import progress
 from dpo.data.checks import Violation, check_lengths, check_texts, has_role_mark, render, special_tokens
 from dpo.data.contamination import benchmark_runs, contaminated
-from dpo.data.duplicates import Fingerprints, compare, concatenate, fingerprint, leaks
+from dpo.data.duplicates import PERMUTATIONS, Fingerprints, Sketches, compare, concatenate, fingerprint, leaks
 from dpo.data.formats import COMPLETIONS, PAIR_TEXTS
 from dpo.data.ingest import is_labelled, read_file_summaries
 from dpo.data.rules import RULES
@@ -89,6 +89,8 @@ class CheckedRows(NamedTuple):
     violations: list[Violation]
     prints: Fingerprints
     """Of the R rows that were not excluded."""
+    sketches: Sketches
+    """Of the texts of these rows [R, 3, PERMUTATIONS]."""
     lengths: NDArray[np.int32]
     """Number of tokens, or of characters without a tokenizer, of their prompt, chosen and rejected [R, 3]."""
     sources: list[str]
@@ -145,7 +147,7 @@ def validate(
         raise InputError(f"{raw_pairs}: not a raw table: {error}; run the stage `ingest`") from error
     read = functools.partial(_read_texts, raw_pairs)
     similarity = params.near_duplicate_similarity
-    violations = checked.violations + list(compare(checked.prints, similarity, excluding, read))
+    violations = checked.violations + list(compare(checked.prints, checked.sketches, similarity, excluding, read))
     if tested is not None:
         elsewhere = dataclasses.replace(tested, row=np.full(len(tested), -1))
         leaked = leaks(concatenate([elsewhere, checked.prints]), read)
@@ -205,16 +207,19 @@ def _check_all(
         raise InputError(f"{raw_pairs}: no rows; run the stage `ingest`")
     starts = np.cumsum([0, *sizes])[:-1].tolist()
     check = functools.partial(_check_group, raw_pairs, tokenizer, max_length, benchmarks, excluding, kind)
-    parts, prompts = [], dict[int, str]()
+    parts, prompts, count = [], dict[int, str](), 0
+    sketches = np.empty((sum(sizes), 3, PERMUTATIONS), np.uint16)
     with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
         run: Any = pool.map if len(sizes) > MAX_SERIAL_GROUPS else map  # an unused pool starts no process
         groups = run(check, range(len(sizes)), starts)
         for part in progress(groups, total=len(sizes), desc="checking", unit="group", mininterval=2):
-            parts.append(part._replace(prompts={}))
+            sketches[count : count + len(part.prints)] = part.sketches
+            count += len(part.prints)
+            parts.append(part._replace(prompts={}, sketches=sketches[:0]))
             prompts = dict(sorted((prompts | part.prompts).items())[:SAMPLED_PROMPTS])
-    violations, prints, lengths, sources, _, marks, longest = zip(*parts, strict=True)
-    merged = list(chain(*violations)), concatenate(prints), np.concatenate(lengths), list(chain(*sources))
-    return CheckedRows(*merged, prompts, sum(marks), max(longest)), sum(sizes)
+    violations, prints, _, lengths, sources, _, marks, longest = zip(*parts, strict=True)
+    merged = list(chain(*violations)), concatenate(prints), sketches[:count], np.concatenate(lengths)
+    return CheckedRows(*merged, list(chain(*sources)), prompts, sum(marks), max(longest)), sum(sizes)
 
 
 @functools.cache
@@ -279,11 +284,12 @@ def _check_group(
             broken[row] += check_lengths(sizes, max_length, pair["turns"])
         fits = np.array([excluding.isdisjoint(rule for rule, _ in broken[row]) for row in rows], bool)
         rows, pairs, lengths = list(compress(rows, fits)), list(compress(pairs, fits)), lengths[fits]
-    prints = fingerprint(pairs, rows)
+    prints, sketches = fingerprint(pairs, rows)
     prompts = dict(zip(prints.texts[:, 0].tolist(), (pair["prompt"] for pair in pairs), strict=True))
     return CheckedRows(
         [Violation(row, *rule) for row, rules in broken.items() for rule in dict(reversed(rules)).items()],
         prints,
+        sketches,
         lengths,
         [pair["source"] for pair in pairs],
         {code: prompts[code] for code in sorted(prompts)[:SAMPLED_PROMPTS]},
