@@ -1,0 +1,104 @@
+"""A sweep of a tiny model on two machines with an S3 server: weights equal those of a run in one checkout."""
+
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.support.machines import S3_ENV, Machines, run, s3_server
+from tests.support.project import change, execute, make_project
+from tests.support.results import result_hashes
+
+for package in ("dvc_s3", "moto", "flask"):
+    pytest.importorskip(package, reason=f"{package}: installed with the dev extra")
+
+FOUR, TWO = [0.05, 0.1, 0.2, 0.5], [0.3, 0.4]
+OUTAGE_SECONDS = 60
+
+
+def trial(beta: float) -> str:
+    return f"sigmoid-{beta}-0.01-17"
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory, tiny_model_dir: Path) -> Path:
+    """Train all trials in one checkout."""
+    folder = make_project(tmp_path_factory.mktemp("alone") / "project", tiny_model_dir)
+    change(folder, {"sweep.betas": FOUR + TWO})
+    execute(folder, "dvc", "repro", *(f"train@{trial(beta)}" for beta in FOUR + TWO))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def s3():
+    with s3_server("results") as line:
+        yield line
+
+
+@pytest.fixture(scope="module")
+def machines(tmp_path_factory, tiny_model_dir: Path, s3):
+    def fill(head: Path) -> None:
+        make_project(head, tiny_model_dir)
+        change(head, {"sweep.betas": FOUR})
+
+    def add_remote(head: Path) -> None:
+        run(head, "dvc", "remote", "add", "-q", "--default", "store", "s3://results/dpo")
+        run(head, "dvc", "remote", "modify", "-q", "store", "endpointurl", f"http://127.0.0.1:{s3.port}")
+
+    made = Machines(tmp_path_factory.mktemp("machines"), fill, add_remote, **S3_ENV)
+    try:
+        for name in ("one", "two"):
+            made.start_worker(name)
+        yield made
+    finally:
+        made.close()
+
+
+def trained(machines: Machines, *names: str) -> int:
+    """Return how often a policy was trained below the workers of these names."""
+    return sum(machines.log(name).count("Running stage 'train@") for name in names)
+
+
+def assert_equal_to_one_checkout(folder: Path, alone: Path, betas: list[float]) -> None:
+    patterns = [f"models/{trial(beta)}/*" for beta in betas]
+    expected = result_hashes(alone, patterns)
+    assert sum(name.endswith(".safetensors") for name in expected) == len(betas)
+    assert result_hashes(folder, patterns) == expected
+    assert all((folder / f"metrics/evaluate/{trial(beta)}.json").is_file() for beta in betas)
+    assert "up to date" in execute(folder, "dvc", "status")
+
+
+def wait_for_training(machines: Machines) -> str:
+    """Return the name of a worker that trains, as soon as there is one."""
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline:
+        for name in ("one", "two"):
+            if machines.stages_running(name, "tasks.train"):
+                return name
+        time.sleep(0.1)
+    raise AssertionError("no training started")
+
+
+@pytest.mark.slow
+def test_a_machine_that_is_lost_while_it_trains_changes_no_weights(machines, alone):
+    flow = machines.begin_sweep()
+    lost = wait_for_training(machines)
+    machines.kill_worker(lost)
+    output = machines.finish(flow)
+    machines.start_worker(lost)
+    (other,) = {"one", "two"} - {lost}
+    assert "no sign of life" in output
+    assert trained(machines, other) >= 3, "the other machine takes over"
+    assert_equal_to_one_checkout(machines.head, alone, FOUR)
+
+
+@pytest.mark.slow
+def test_storage_that_is_unreachable_for_a_minute_changes_no_weights(machines, alone, s3):
+    change(machines.head, {"sweep.betas": TWO})
+    flow = machines.begin_sweep()
+    wait_for_training(machines)
+    s3.cut()
+    time.sleep(OUTAGE_SECONDS)
+    s3.restore()
+    machines.finish(flow)
+    assert_equal_to_one_checkout(machines.head, alone, TWO)
