@@ -7,7 +7,7 @@ and one seed. It leaves one JSON file.
 import hashlib
 import json
 import re
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -92,7 +92,7 @@ class Case:
     def settings(self) -> str:
         """Hash of all settings that the result depends on."""
         values = {name: getattr(self.params, name) for name in SECTIONS}
-        facts: dict[str, Any] = {name: asdict(value) if value else None for name, value in values.items()}
+        facts = {name: used(value) for name, value in values.items()}
         facts |= {"seed": self.seed, "method": self.method, "trial": self.trial and self.trial.settings}
         return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
@@ -100,6 +100,18 @@ class Case:
     def key(self) -> dict[str, Any]:
         """Settings, engine and packages. A result with another key is measured again."""
         return {"settings": self.settings, "engine": ENGINE_VERSION, "packages": packages()}
+
+
+def used(settings: Any) -> Any:
+    """Return settings as plain values, without those that are off: None, false, 0 or empty.
+
+    A new option, which is off by default, therefore changes no hash, and earlier results keep their keys.
+    """
+    if is_dataclass(settings) and not isinstance(settings, type):
+        settings = asdict(settings)
+    if isinstance(settings, dict):
+        return {name: kept for name, value in settings.items() if (kept := used(value))}
+    return [used(each) for each in settings] if isinstance(settings, list | tuple) else settings
 
 
 def packages() -> dict[str, str]:

@@ -14,7 +14,7 @@ from typing import Any
 import pandas as pd
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
-from benchmarks.evidence.plan import SECTIONS, Case, packages
+from benchmarks.evidence.plan import SECTIONS, Case, packages, used
 from dpo.common.distributed import this_process
 from dpo.common.errors import InputError
 from dpo.common.files import atomic_write, write_json
@@ -55,13 +55,13 @@ class Products:
     @cached_property
     def folder(self) -> Path:
         """Folder of the seed."""
-        facts = {name: _plain(getattr(self.params, name)) for name in SECTIONS if name not in POLICY_SECTIONS}
+        facts = {name: used(getattr(self.params, name)) for name in SECTIONS if name not in POLICY_SECTIONS}
         return self.cache / f"seed-{self.params.seed}-{_digest(facts | {'seed': self.params.seed})}"
 
     @cached_property
     def base(self) -> Path:
         """Folder of the base model, which all seeds share."""
-        folder = self.cache / f"base-{_digest({'model': _plain(self.params.model)})}"
+        folder = self.cache / f"base-{_digest({'model': used(self.params.model)})}"
         if not folder.is_dir():
             model, tokenizer = load_base(self.params.model)
             with atomic_write(folder) as tmp:
@@ -189,8 +189,7 @@ class Products:
     def first_round(self, trial: Trial) -> Path:
         """Return the folder of the first round, which trials share whose prompts and answers are the same."""
         return (
-            self.folder
-            / f"round-1-{trial.method}-{trial.rounds}-{_digest({'online': _plain(self.params.online)})}"
+            self.folder / f"round-1-{trial.method}-{trial.rounds}-{_digest({'online': used(self.params.online)})}"
         )
 
     @cached_property
@@ -263,10 +262,6 @@ def build(case: Case, cache: Path) -> float:
 def needs_feedback(case: Case) -> bool:
     """Return whether the judge that trains is used."""
     return case.trial is None or case.trial.method is not None
-
-
-def _plain(value: Any) -> Any:
-    return asdict(value) if value else None
 
 
 def _digest(facts: dict[str, Any]) -> str:

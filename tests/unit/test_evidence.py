@@ -15,11 +15,12 @@ from transformers import GenerationConfig
 import benchmarks.evidence.__main__ as command
 from benchmarks.evidence import page
 from benchmarks.evidence.cases import best_of_n, by_prompt, measure
-from benchmarks.evidence.plan import PLAN, is_finished, load_cases, load_plan, read_results, write_result
+from benchmarks.evidence.plan import PLAN, is_finished, load_cases, load_plan, read_results, used, write_result
 from benchmarks.evidence.products import Products
 from benchmarks.page import markers
 from dpo.common.errors import InputError, Stopped, TransientError
 from dpo.common.files import sha256
+from dpo.config import load_params
 from dpo.evaluation.yardsticks import best_of_n as exact_best_of_n
 from tests.support.models import chat_tokenizer, make_model
 from tests.support.project import ROOT
@@ -95,6 +96,15 @@ def here(function, *args):
 
 
 # The plan
+
+
+def test_options_that_are_off_do_not_change_the_hash_of_settings():
+    settings = load_params(ROOT / "params.yaml")
+    off = used(settings.dpo)
+    assert "router_aux_loss" not in off
+    assert used({**off, "new_option": None, "other": {"rank": 0, "names": []}}) == off
+    assert used({**off, "new_option": 0.5}) != off
+    assert used(dataclasses.replace(settings.dpo, epochs=settings.dpo.epochs + 1)) != off
 
 
 def test_the_plan_has_cases_of_every_method_and_complete_seeds_come_first():
