@@ -17,8 +17,9 @@ HEADER = "# Written by `make lock`.\n"
 BUILD = ("setuptools",)
 """Packages that build this project and the dependencies without a wheel."""
 
-UNLOCKED = ("reasoning",)
-"""Extras that are not locked: a dependency of `reasoning` has no wheel and needs a C compiler."""
+UNLOCKED = ("reasoning", "wandb")
+"""Extras that are not locked: a dependency of `reasoning` has no wheel and needs a C compiler, and `wandb` needs
+pre-releases of other packages."""
 
 TORCH = ("torch", "triton", "nvidia-", "cuda-")
 """Prefixes of torch and the CUDA runtime that it needs on Linux."""

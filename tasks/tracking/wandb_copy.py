@@ -56,7 +56,8 @@ def _run(run_id: str) -> Any:
     try:
         import wandb
     except ImportError as error:
-        raise InputError(f"{PROJECT}: wandb is not installed; `pip install wandb`, or unset {PROJECT}") from error
+        fix = f"`pip install -e '.[wandb]'`, or unset {PROJECT}"
+        raise InputError(f"{PROJECT}: wandb is not installed; {fix}") from error
     try:
         made = mlflow.get_run(run_id)
         name, tags = made.info.run_name, made.data.tags

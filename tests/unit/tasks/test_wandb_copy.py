@@ -87,7 +87,7 @@ def test_refusals_are_one_line_with_the_fix(runs, monkeypatch):
     with pytest.raises(InputError, match=r"W&B refuses: no API key configured; log in with `wandb login`"):
         WandbCopy(RUN)
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(InputError, match=r"WANDB_PROJECT: wandb is not installed; `pip install wandb`"):
+    with pytest.raises(InputError, match=r"WANDB_PROJECT: wandb is not installed; `pip install -e '\.\[wandb\]'`"):
         WandbCopy(RUN)
 
 
