@@ -136,10 +136,11 @@ def push_snapshot(ref: str, needs: list[str]) -> None:
     The commit also has the outputs that DVC leaves to git, such as the cost of a training, which evaluation reads.
 
     Raises:
-        InputError: a file that a stage reads is neither in git nor in DVC.
+        InputError: a file that the stages of trials read is neither in git nor in DVC.
     """
     with Repo(_wait_for_lock=True) as repo, repo.lock:
-        used = {dep.fs_path for stage in repo.index.stages for dep in stage.deps}
+        trials = [stage for stage in repo.index.stages if "@" in stage.addressing]  # others run in this checkout
+        used = {dep.fs_path for stage in trials for dep in stage.deps}
         outputs = [out.fs_path for stage in repo.index.stages for out in stage.outs if not out.use_cache]
         for name in git("ls-files", "--others", "--exclude-standard").splitlines():
             path = repo.fs.abspath(name)
