@@ -61,7 +61,7 @@ class DivergenceAlarm(Callback):
             return
         norm, median = entry["grad_norm"], statistics.median(self.norms) if len(self.norms) >= 5 else math.inf
         self.norms.append(norm)
-        if norm > ALARM_GRADIENT * median and self._is_reported("gradient"):
+        if norm > ALARM_GRADIENT * median > 0 and self._is_reported("gradient"):
             log.warning(
                 "step %d: the gradient norm is %.3g, %.0f times the median of the steps before; check the pairs "
                 "of this step, or lower the learning rate or max_grad_norm",
