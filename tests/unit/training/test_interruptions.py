@@ -481,3 +481,10 @@ def test_a_gradient_is_compared_with_the_last_hundred_steps(caplog):
         alarm.on_start(600, history)
         alarm.on_log({"step": 601, "grad_norm": norm, "loss": 0.7})
         assert caplog.text.count("200 times the median") == alarms
+
+
+def test_after_steps_without_gradient_any_gradient_is_usual(caplog):
+    alarm = DivergenceAlarm()
+    for step, norm in enumerate([0.0] * 6 + [1.0], start=1):
+        alarm.on_log({"step": step, "grad_norm": norm, "loss": 0.0})
+    assert not caplog.records
