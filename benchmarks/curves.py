@@ -30,21 +30,21 @@ from ruamel.yaml import YAML
 
 from benchmarks.measure import alone, peak
 from benchmarks.page import put_table
-from benchmarks.planner import StepTimes
+from benchmarks.planner import StepTimes, random_rows
 from benchmarks.validate import write_pairs
 from dpo.common.files import write_json
 from dpo.config import load_params
 from dpo.engine.logprobs import load_model
-from dpo.engine.tokenization import TokenRow
 from dpo.evaluation.response_metrics import response_metrics, win_slices
+from dpo.planner import Pair
 from dpo.training.train import train_dpo
 from tasks.commands.landed import Checker
 from tasks.common import paths
 from tasks.common.allocator import TRAINING
 
 RESULTS, PAGE = Path("benchmarks/results/curves.json"), Path("docs/internals/benchmarks.md")
-SEED, STEPS, TOKEN_LIMIT = 17, 3, 49_000
-"""Seed of random ids, steps of a training of which the first does not count, and the largest random id."""
+STEPS, TOKEN_LIMIT = 3, 49_000
+"""Steps of a training of which the first does not count, and the largest random id."""
 
 
 @dataclass(frozen=True)
@@ -83,12 +83,7 @@ def measured(size: int, work: Callable[[], Any]) -> Point:
 
 def train_pair(tokens: int) -> Point:
     """Train the base model on pairs of this many tokens, half of them the prompt; seconds per step of one pair."""
-    params, draw = load_params(), np.random.default_rng(SEED)
-    lengths = (tokens // 2, tokens // 4, tokens // 4)
-    rows = []
-    for number in range(STEPS):
-        prompt, *completions = (tuple(draw.integers(4, TOKEN_LIMIT, length).tolist()) for length in lengths)
-        rows.append(TokenRow(str(number), prompt, tuple(completions)))
+    params, rows = load_params(), random_rows(STEPS, Pair(tokens // 2, tokens // 4), TOKEN_LIMIT)
     settings = dataclasses.replace(params.dpo, epochs=1, pairs_per_step=1, early_stop=None)
     reference, clock = {row.id: (-100.0, -100.0) for row in rows}, StepTimes()
     policy = load_model(paths.BASE)

@@ -134,16 +134,20 @@ class StepTimes(Callback):
             self.ends.append(time.process_time())
 
 
+def random_rows(count: int, pair: Pair, limit: int) -> list[TokenRow]:
+    """Return pairs of random token ids below `limit`."""
+    draw, rows = np.random.default_rng(SEED), []
+    for number in range(count):
+        lengths = (pair.prompt, pair.completion, pair.completion)
+        prompt, *completions = (tuple(draw.integers(4, limit, length).tolist()) for length in lengths)
+        rows.append(TokenRow(str(number), prompt, tuple(completions)))
+    return rows
+
+
 def measure(model: Path, case: Case) -> Run:
     """Train a narrow model, whose memory is the overhead, then `model`, on random tokens."""
     params, pairs, rank = load_params(), case.pairs, case.rank
-    draw = np.random.default_rng(SEED)
-    lengths = (PAIR.prompt, PAIR.completion, PAIR.completion)
-    count = pairs * MICRO_BATCHES * STEPS
-    rows = []
-    for number in range(count):
-        prompt, *completions = (tuple(draw.integers(4, 300, length).tolist()) for length in lengths)
-        rows.append(TokenRow(str(number), prompt, tuple(completions)))
+    rows = random_rows(pairs * MICRO_BATCHES * STEPS, PAIR, 300)
     training = dataclasses.replace(
         params.dpo,
         epochs=1,
