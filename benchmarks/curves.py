@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import orjson
 import pandas as pd
 from ruamel.yaml import YAML
 
@@ -144,10 +143,7 @@ def land(rows: int) -> Point:
     texts = pd.read_parquet(paths.TRAIN)
     with tempfile.TemporaryDirectory() as name:
         folder, file = Path(name), Path(name) / "new.jsonl"
-        write_pairs(file, rows, [*texts["chosen"], *texts["rejected"]])
-        lines = [orjson.loads(line) for line in file.read_bytes().splitlines()]
-        good = [line for line in lines if line["chosen"].strip()]
-        file.write_bytes(b"".join(orjson.dumps(line) + b"\n" for line in good))
+        write_pairs(file, rows, [*texts["chosen"], *texts["rejected"]], sound=True)
         return measured(rows, lambda: Checker(load_params(), folder).check({file: file.name}))
 
 
