@@ -1,9 +1,13 @@
 """The parameter files in `examples/` are complete and can be planned."""
 
 import re
+import shutil
+from contextlib import chdir
 from pathlib import Path
 
 import pytest
+from dvc.dependency import ParamsDependency
+from dvc.repo import Repo
 from typer.testing import CliRunner
 
 from dpo.config import load_params
@@ -22,6 +26,18 @@ def test_an_example_is_a_whole_parameter_file(path):
     assert params.trials()
     is_adapter = params.model.adapter == "continue"
     assert (params.dpo.lora is None) == (is_adapter or path.stem in FULL)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_dvc_finds_every_key_of_an_example_that_a_stage_names(path, tmp_path):
+    """DVC knows no defaults: `dvc repro` stops at a key of `dvc.yaml` that the file lacks."""
+    shutil.copy("dvc.yaml", tmp_path)
+    shutil.copy(path, tmp_path / "params.yaml")
+    with chdir(tmp_path):
+        stages = list(Repo.init(no_scm=True).index.stages)
+        tracked = [dep for stage in stages for dep in stage.deps if isinstance(dep, ParamsDependency)]
+        assert all(dep.get_hash() for dep in tracked)
+    assert len(tracked) > len(load_params(path).trials())
 
 
 @pytest.mark.parametrize(
