@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dpo.engine.products import linear
 from dpo.engine.settings import GPU_HEAD_CHUNK, HEAD_CHUNK, VOCABULARY_PART
 
 
@@ -55,7 +56,7 @@ class _TokenLogps(torch.autograd.Function):
             kept, ctx.kept = ctx.kept, None
             exp_logits, sum_exp, *_ = kept or _exp_logits(hidden[part], weight, bias, targets[part])
             grad_logits = _grad_logits(exp_logits, sum_exp, targets[part], grads[0][part]).to(hidden.dtype)
-            grad_hidden[part] = grad_logits @ weight
+            grad_hidden[part] = linear(grad_logits, weight.T)
             if ctx.needs_input_grad[1]:
                 if grad_weight is None:
                     grad_weight = grad_logits.T @ hidden[part]
@@ -115,20 +116,20 @@ class FusedEmbedding(torch.autograd.Function):
 
 def _project(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if weight.dtype == hidden.dtype:
-        return F.linear(hidden, weight, bias).float()
+        return linear(hidden, weight, bias).float()
     logits = torch.empty(len(hidden), len(weight), dtype=hidden.dtype, device=hidden.device)
     for start in range(0, len(weight), VOCABULARY_PART):
         part = slice(start, start + VOCABULARY_PART)
-        logits[:, part] = F.linear(hidden, weight[part].to(hidden.dtype))
+        logits[:, part] = linear(hidden, weight[part].to(hidden.dtype))
     return logits if bias is None else logits.add_(bias)
 
 
 def _project_back(grad_logits: Tensor, weight: Tensor) -> Tensor:
     """Return the gradient [n, width] of the hidden states."""
     if weight.dtype == grad_logits.dtype:
-        return grad_logits @ weight
+        return linear(grad_logits, weight.T)
     parts = zip(grad_logits.split(VOCABULARY_PART, 1), weight.split(VOCABULARY_PART), strict=True)
-    return sum((grads @ rows.to(grads.dtype) for grads, rows in parts), torch.zeros(()).to(grad_logits))
+    return sum((linear(grads, rows.to(grads.dtype).T) for grads, rows in parts), torch.zeros(()).to(grad_logits))
 
 
 def _exp_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> tuple[Tensor, ...]:

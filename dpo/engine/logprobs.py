@@ -41,11 +41,12 @@ from dpo.engine.pretrained import (
     has_adapter,
     load_causal_lm,
 )
+from dpo.engine.products import use_onednn
 from dpo.engine.settings import Precision, Quantization
 from dpo.engine.sharding import empty_model, read_shards, release
 from dpo.engine.tokenization import TokenRow
 
-ENGINE_VERSION = 5
+ENGINE_VERSION = 6
 """Part of the key of every reference cache. Increment it if the results of this package can change."""
 
 SELF_CHECK_TOLERANCE = 1e-3
@@ -60,7 +61,7 @@ class LogProbModel(nn.Module):
     Save and load weights through `model`, the transformers model, so that their names have no prefix.
 
     Attributes:
-        model: the transformers model, unchanged.
+        model: the transformers model. Its parameters are unchanged.
         precision: precision of matrix products.
         vocabulary: data type of the embedding and the projection to the vocabulary, if they are not trained.
         in_stream: whether the packed stream is exact for this model. If not, it is computed row by row.
@@ -84,6 +85,7 @@ class LogProbModel(nn.Module):
         self.model, self.precision, self.in_stream, self.vocabulary = model, precision, in_stream, vocabulary
         self.accumulate_in_place = self.compiled = self.sharded = self.is_empty = False
         self.folder: Path | None = None
+        use_onednn(model)
 
     def get_output_embeddings(self) -> nn.Linear:
         """Return the projection to the vocabulary."""

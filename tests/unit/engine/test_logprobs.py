@@ -154,14 +154,14 @@ def test_dropout_is_disabled_in_training_mode(tmp_path):
 def projected(monkeypatch):
     """Record the number of positions of each projection to the vocabulary, at most five."""
     monkeypatch.setattr(head, "HEAD_CHUNK", 5)
-    lengths, linear = [], head.F.linear
+    lengths, linear = [], head.linear
 
     def recorded(hidden, weight, bias=None):
         if weight.shape[0] == TINY["vocab_size"]:
             lengths.append(len(hidden))
         return linear(hidden, weight, bias)
 
-    monkeypatch.setattr(head.F, "linear", recorded)
+    monkeypatch.setattr(head, "linear", recorded)
     return lengths
 
 
