@@ -67,9 +67,13 @@ def state(case: Case, results: dict[str, dict[str, Any]]) -> str:
 
 
 def measure_all(cases: list[Case], results: dict[str, dict[str, Any]], options: argparse.Namespace) -> list[Case]:
-    """Measure the cases without a result within the time limit, and return those that are left."""
+    """Measure the cases without a result within the time limit, and return those that are left.
+
+    Cases with a result of another engine or of other packages come last.
+    """
     start = time.monotonic()
     left = [case for case in cases if options.again or not is_finished(case, results)]
+    left.sort(key=lambda case: case.name in results)
     say(f"{len(cases) - len(left)} of {len(cases)} cases have a result")
     while left and time.monotonic() - start + expected(left[0], results) < 60 * options.minutes:
         case = left.pop(0)

@@ -13,7 +13,7 @@ from ruamel.yaml import YAML
 from transformers import GenerationConfig
 
 import benchmarks.evidence.__main__ as command
-from benchmarks.evidence import page
+from benchmarks.evidence import page, plan
 from benchmarks.evidence.cases import best_of_n, by_prompt, measure
 from benchmarks.evidence.plan import PLAN, is_finished, load_cases, load_plan, read_results, used, write_result
 from benchmarks.evidence.products import Products
@@ -254,6 +254,16 @@ def test_finished_cases_are_skipped_and_changed_settings_are_measured_again(
     for part in ("engine", "packages"):
         other = {case.name: results[case.name] | {"key": case.key | {part: None}}}
         assert not is_finished(case, other)
+
+
+def test_cases_without_a_result_run_before_those_of_another_engine(planned, tmp_path, monkeypatch):
+    cases, measured = load_cases(planned)["all"], []
+    for case in cases[:2]:
+        write_result(case, entry(1.0, 0.5), tmp_path)
+    monkeypatch.setattr(plan, "ENGINE_VERSION", -1)
+    monkeypatch.setattr(command, "attempt", lambda case, cache: measured.append(case.name) or entry(1.0, 0.5))
+    assert command.run(options(planned, "--results", str(tmp_path))) == 0
+    assert measured == [case.name for case in [*cases[2:], *cases[:2]]]
 
 
 def test_a_failed_case_is_recorded_and_not_repeated(planned, tmp_path, monkeypatch, capsys):
