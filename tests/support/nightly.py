@@ -8,6 +8,7 @@ to `benchmarks/results/nightly-faults/`. A second call runs only the cases witho
 import argparse
 import hashlib
 import json
+import os
 import random
 import shutil
 import sqlite3
@@ -16,8 +17,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +35,7 @@ from tests.support.results import result_hashes
 
 FOLDER = ROOT / "benchmarks/results/nightly-faults"
 CASES = 40
+CORES = os.cpu_count() or 1
 ALL = "the flow and its stages"
 LIMIT_SECONDS = 1800
 """After which a run counts as hung, also on a busy machine."""
@@ -66,7 +70,7 @@ class Nights:
 
     @property
     def project(self) -> Path:
-        """The project. All cases use this folder, one after the other."""
+        """The project. Cases use this folder one after the other."""
         return self.place / "night/project"
 
     def command(self, operation: str) -> list[str]:
@@ -229,16 +233,26 @@ def results(folder: Path, seed: int) -> dict[int, dict[str, Any]]:
     return {each["case"]: each for each in found if (each["seed"], each["code"]) == (seed, code_hash())}
 
 
+def run_cases(numbers: list[int], seed: int, folder: Path) -> None:
+    """Run cases one after the other in a project of their own, and write the result of each."""
+    with nights() as made:
+        for number in numbers:
+            start = time.monotonic()
+            case = one_case(made, number, seed) | {"seconds": round(time.monotonic() - start, 1)}
+            write_json(folder / f"case-{number:02}.json", case)
+            print(json.dumps(case), flush=True)
+
+
 def run(seed: int, cases: int = CASES, folder: Path = FOLDER) -> list[dict[str, object]]:
-    """Run the cases that have no result; return a row for each operation, as `make faults` writes it."""
+    """Run the cases that have no result; return a row for each operation, as `make faults` writes it.
+
+    Each processor core has a project and runs its share of the cases.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    if missing := sorted(set(range(cases)) - set(results(folder, seed))):
-        with nights() as made:
-            for number in missing:
-                start = time.monotonic()
-                case = one_case(made, number, seed) | {"seconds": round(time.monotonic() - start, 1)}
-                write_json(folder / f"case-{number:02}.json", case)
-                print(json.dumps(case), flush=True)
+    missing = sorted(set(range(cases)) - set(results(folder, seed)))
+    parts = [part for core in range(CORES) if (part := missing[core::CORES])]
+    with ThreadPoolExecutor(CORES) as pool:
+        list(pool.map(partial(run_cases, seed=seed, folder=folder), parts))
     rows = []
     for operation, title in (("retrain", "nightly run killed"), ("rollback", "rollback killed")):
         done = [case for case in results(folder, seed).values() if case["operation"] == operation]
