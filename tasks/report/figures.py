@@ -65,16 +65,18 @@ def frontier(
             x=[row["kl"] for row in rows], y=[row[reward] for row in rows], mode="lines",
             line={"color": GREY, "width": 1}, hoverinfo="skip", showlegend=False,
         )  # fmt: skip
-    middle = max(row["kl"] for row in policies.values()) / 2
-    labelled = len(trials) <= MAX_LABELS
-    for trial, colour in zip(trials, cycle(COLOURS), strict=False):
+    start = policies[trials[0].name].get("reference_reward", 0.5)
+    places = [(policies[trial.name]["kl"], policies[trial.name][reward]) for trial in trials]
+    middle, labelled = max(kl for kl, _ in places) / 2, len(trials) <= MAX_LABELS
+    sides = _label_sides(places, [start, *yardsticks["reward"]])
+    for trial, colour, side in zip(trials, cycle(COLOURS), sides, strict=False):
         row = policies[trial.name]
         figure.add_scatter(
             x=[row["kl"]],
             y=[row[reward]],
             name=trial.name,
             text=[trial.name],
-            textposition="top left" if row["kl"] > middle else "top right",  # towards the middle of the figure
+            textposition=f"{side} {'left' if row['kl'] > middle else 'right'}",  # towards the middle of the figure
             textfont_color=colour,
             mode="markers+text" if labelled else "markers",
             marker={"color": colour, "size": 9},
@@ -83,7 +85,6 @@ def frontier(
             cliponaxis=False,
             showlegend=not labelled,
         )
-    start = policies[trials[0].name].get("reference_reward", 0.5)
     figure.add_scatter(
         x=[0], y=[start], text=["reference"], name="reference", mode="markers+text", textposition="top right",
         textfont_color=GREY, marker={"color": GREY, "size": 9}, cliponaxis=False, showlegend=False,
@@ -99,6 +100,28 @@ def frontier(
     return _styled(figure, "KL(policy ‖ reference), nats per response", axis).update_layout(
         showlegend=not labelled or bool(len(yardsticks))
     )
+
+
+def _label_sides(points: Sequence[tuple[float, float]], others: Sequence[float]) -> list[str]:
+    """Return for each point whether its label is at the `top` or the `bottom`, so that labels do not overlap.
+
+    `others` are further values of the vertical axis. Labels overlap if they are nearer than 30% of the width and
+    7% of the height of the figure.
+    """
+    values = [value for _, value in points] + list(others)
+    width, height = 0.3 * max(x for x, _ in points), 0.07 * (max(values) - min(values))
+    taken: list[tuple[float, float]] = []
+    sides = []
+    for x, y in points:
+        places = {"top": (x, y + height / 2), "bottom": (x, y - height / 2)}
+        free = [
+            side
+            for side, (left, up) in places.items()
+            if all(abs(left - x2) >= width or abs(up - y2) >= height for x2, y2 in taken)
+        ]
+        sides.append(free[0] if free else "top")
+        taken.append(places[sides[-1]])
+    return sides
 
 
 def _error_bars(row: dict[str, Any], name: str, colour: str) -> dict[str, Any]:

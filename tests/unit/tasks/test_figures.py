@@ -40,6 +40,15 @@ def test_frontier_has_a_named_point_with_error_bars_per_policy_and_a_line_per_lo
     assert figure.layout.title.text == "Judged reward against KL"
 
 
+def test_names_of_near_points_do_not_overlap():
+    rows = {0.05: (6.0, 0.55), 0.1: (5.8, 0.54), 0.5: (3.7, 0.37), 1.0: (0.5, 0.2)}
+    trials = [trial(beta=beta) for beta in rows]
+    policies = {each.name: metrics(*rows[each.beta]) for each in trials}
+    points = {trace.name: trace for trace in frontier(trials, policies, NO_POINTS, "s").data if trace.name}
+    positions = [points[name].textposition for name in policies]
+    assert positions == ["top left", "bottom left", "top left", "top right"]
+
+
 def test_names_of_many_policies_are_in_the_legend():
     trials = [trial(beta=beta / 10) for beta in range(1, MAX_LABELS + 2)]
     policies = {each.name: metrics(kl=1 / each.beta, reward=each.beta) for each in trials}
