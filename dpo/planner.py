@@ -3,7 +3,8 @@
 The formulas describe the engine: a packed stream of at most `max_tokens_per_microbatch` tokens; trained weights
 and gradients in fp32 or bf16, optimizer states in fp32 or 8 bits; other weights in fp32, bf16 or NF4; products in
 fp32 or bf16; logits in chunks of `HEAD_CHUNK` positions; reference log-probs from a cache. They hold for the Llama
-architecture: grouped-query attention, a gated MLP or a mixture of experts, and two RMSNorms per layer.
+architecture: grouped-query attention, a gated MLP or a mixture of experts with or without a shared expert, and two
+RMSNorms per layer.
 """
 
 from dataclasses import dataclass
@@ -117,14 +118,13 @@ def trained_parameters(shape: Shape, lora_rank: int | None) -> int:
     """Return the number of parameters with gradients and optimizer states."""
     if lora_rank is None:
         return shape.parameters
-    expert = shape.experts * sum(inputs + outputs for inputs, outputs in shape.stacked)
-    return shape.layers * lora_rank * (expert + sum(inputs + outputs for inputs, outputs in shape.linear))
+    return lora_rank * sum(kind.layers * kind.updates for kind in shape.kinds)
 
 
 def frozen_weights(shape: Shape, setup: Setup) -> float:
     """Return the bytes of a model that is not trained. Norms and routers are fp32; experts are never in NF4."""
-    experts = shape.layers * shape.experts * shape.expert
-    linear = shape.layers * shape.products - experts
+    experts = shape.expert_parameters
+    linear = sum(kind.layers * kind.products for kind in shape.kinds) - experts
     vocabulary = (1 if shape.tied else 2) * shape.head
     others = 4 * (shape.parameters - linear - experts - vocabulary)
     return setup.frozen_width * linear + setup.width * experts + setup.vocabulary_width * vocabulary + others
@@ -137,25 +137,34 @@ def held_weights(shape: Shape, setup: Setup, models: int = 1) -> float:
     """
     if setup.sharding != "full":
         return models * frozen_weights(shape, setup)
-    gathered = models * setup.vocabulary_width * shape.head + 2 * setup.frozen_width * shape.layer
+    gathered = models * setup.vocabulary_width * shape.head + 2 * setup.frozen_width * largest_layer(shape)
     return models * frozen_weights(shape, setup) / setup.gpus + gathered
 
 
 def dequantised(shape: Shape, setup: Setup) -> float:
     """Return the bytes of the largest NF4 matrix in fp32 and in the precision of its product."""
-    largest = max(inputs * outputs for inputs, outputs in shape.linear)
+    largest = max(inputs * outputs for kind in shape.kinds for inputs, outputs in kind.linear)
     return 0 if setup.quantization is None else (4 + setup.width) * largest
+
+
+def largest_layer(shape: Shape) -> int:
+    """Return the parameters of the largest layer."""
+    return max(kind.layer for kind in shape.kinds)
 
 
 def largest_matrix(shape: Shape) -> int:
     """Return the parameters of the largest tensor of a layer. The matrices of all experts are one tensor."""
     stacked = [shape.experts * inputs * outputs for inputs, outputs in shape.stacked]
-    return max([inputs * outputs for inputs, outputs in shape.linear] + stacked)
+    return max([inputs * outputs for kind in shape.kinds for inputs, outputs in kind.linear] + stacked)
 
 
-def forward_temporaries(shape: Shape, setup: Setup) -> int:
-    """Return the bytes per token that exist only while a layer computes. Each active expert has its own copy."""
-    return shape.active * (3 * setup.width * shape.intermediate + 3 * 4 * shape.hidden)
+def temporaries(shape: Shape, setup: Setup, outputs: int) -> int:
+    """Return the bytes per token that exist only while a layer computes, with `outputs` fp32 hidden states.
+
+    Each active expert has its own copy of the token. A shared expert computes before or after the others.
+    """
+    widths = [(kind.active, kind.intermediate) for kind in shape.kinds] + [(1, shape.shared)]
+    return max(copies * (3 * setup.width * width + outputs * 4 * shape.hidden) for copies, width in widths)
 
 
 def head_chunk(shape: Shape, setup: Setup, positions: float) -> float:
@@ -175,7 +184,8 @@ def layer_activations(shape: Shape, pair: Pair, setup: Setup) -> float:
 
     In a mixture, each active expert has its own copy of the token, with the same parts of the MLP and its output
     before the weighting. The router keeps its input, its probabilities and the places of the copies. With LoRA,
-    the sum of the weights of all experts and their updates is kept, and in bf16 rounded factors of the updates.
+    the sum of the weights of all experts and their updates is kept, and in bf16 rounded factors of the updates. A
+    shared expert keeps what an MLP keeps, and its output before the weighting by its gate.
     """
     fp32, full = setup.precision == "fp32", setup.lora_rank is None
     copies = full and not fp32 and setup.weights == "fp32"
@@ -191,6 +201,9 @@ def layer_activations(shape: Shape, pair: Pair, setup: Setup) -> float:
         if rank:
             factors = 0 if fp32 else rank * sum(sum(sizes) for sizes in shape.stacked)
             summed = setup.width * shape.experts * (shape.expert + factors)
+        if shape.shared:
+            inputs += setup.width * shape.hidden * (1 if fp32 else 4)
+            mlp += 4 * setup.width * shape.shared
     else:
         inputs = setup.width * shape.hidden * (2 if fp32 else 5)
     per_token = norms + inputs + attention + mlp + setup.width * len(shape.linear) * rank
@@ -205,10 +218,11 @@ def activations(shape: Shape, pair: Pair, setup: Setup) -> float:
     are kept.
     """
     kept = setup.max_tokens_per_microbatch * 4 * shape.hidden
-    layer = kept if setup.gradient_checkpointing else layer_activations(shape, pair, setup)
     norm = 2 if setup.lora_rank is None else 1
-    layers = 1 if setup.gradient_checkpointing == "offload" else shape.layers
-    return layers * layer + kept * (norm + 2 * pair.completion / pair.tokens)
+    layers: float = kept * (1 if setup.gradient_checkpointing == "offload" else shape.layers)
+    if not setup.gradient_checkpointing:
+        layers = sum(kind.layers * layer_activations(kind, pair, setup) for kind in shape.kinds)
+    return layers + kept * (norm + 2 * pair.completion / pair.tokens)
 
 
 def training_memory(shape: Shape, pair: Pair, setup: Setup, overhead: float) -> Memory:
@@ -230,25 +244,21 @@ def training_memory(shape: Shape, pair: Pair, setup: Setup, overhead: float) -> 
     full, sharded = setup.lora_rank is None, setup.sharding == "full"
     shards = setup.gpus if sharded else 1
     trained = trained_parameters(shape, setup.lora_rank)
-    saved = 2 * shape.layers * shape.products if full and setup.weights == "bf16" else 0
+    products = sum(kind.layers * kind.products for kind in shape.kinds)
+    saved = 2 * products if full and setup.weights == "bf16" else 0
     base = 4 * shape.parameters - saved if full else frozen_weights(shape, setup)
     weights = (base + (0 if full else 4 * trained)) / shards
     gradients = (4 * trained - saved) / shards * (2 if setup.sharding == "data" else 1)
     states: float = STATE_BYTES[setup.optimizer] * trained / shards
     if full and "8bit" in setup.optimizer:
         states += (8 - STATE_BYTES[setup.optimizer]) * shape.head / shards
-    gathered_layers = (4 * 3 if full else setup.frozen_width * 2) * shape.layer if sharded else 0
+    gathered_layers = (4 * 3 if full else setup.frozen_width * 2) * largest_layer(shape) if sharded else 0
     gathered_head = (4 if full else setup.vocabulary_width) * shape.head if sharded else 0
     head = 4 * shape.head if full else 0
     new_head = head if setup.sharding != "none" else 0
     first = new_head if setup.accumulates else head
     chunk = head_chunk(shape, setup, setup.max_tokens_per_microbatch * 2 * pair.completion / pair.tokens)
-    backward: float = (
-        setup.max_tokens_per_microbatch
-        * shape.active
-        * (3 * setup.width * shape.intermediate + 2 * 4 * shape.hidden)
-    )
-    backward += dequantised(shape, setup)
+    backward = setup.max_tokens_per_microbatch * temporaries(shape, setup, 2) + dequantised(shape, setup)
     if shape.experts:  # the gradient of the matrices of all experts, rounded and in fp32
         both = setup.width + (4 if full and setup.precision == "bf16" else 0)
         backward += both * largest_matrix(shape)
@@ -258,7 +268,8 @@ def training_memory(shape: Shape, pair: Pair, setup: Setup, overhead: float) -> 
     shared = shape.tied or not sharded
     head_in_layers = (first + gathered_head) if shared else 0
     head_at_end = (2 * new_head if shape.tied else new_head) + (gathered_head if shared else 0)
-    layer = layer_activations(shape, pair, setup) if setup.gradient_checkpointing else 0
+    layers = [layer_activations(kind, pair, setup) for kind in shape.kinds]
+    layer = max(layers) if setup.gradient_checkpointing else 0
     buffer = 0 if full else gathered_head  # of the all-gather; kept with the gathered head until the next one
     at_head = (accumulated, kept, buffer + gathered_head + first + chunk)
     at_last_layer = (accumulated, kept + layer, gathered_layers + buffer + head_in_layers + backward)
@@ -274,7 +285,7 @@ def reference_memory(shape: Shape, setup: Setup, overhead: float, models: int = 
     `models` are in memory. The KL divergence has six matrices of the size of a chunk: logits and log-probs of
     policy and reference, probabilities and differences.
     """
-    layer = setup.max_tokens_per_microbatch * forward_temporaries(shape, setup)
+    layer = setup.max_tokens_per_microbatch * temporaries(shape, setup, 3)
     chunk = head_chunk(shape, setup, setup.max_tokens_per_microbatch) * (6 if kl else 1)
     weights = held_weights(shape, setup, models)
     return Memory(weights, 0, 0, 0, max(layer + dequantised(shape, setup), chunk), overhead)
@@ -294,7 +305,7 @@ def sampling_memory(
     """
     rows = max(1, max_tokens_per_batch // (prompt + new_tokens))
     cache = keys_and_values(shape, rows * (prompt + new_tokens), 4)
-    prompts = rows * prompt * forward_temporaries(shape, setup)
+    prompts = rows * prompt * temporaries(shape, setup, 3)
     logits = 4 * 4 * rows * shape.vocabulary
     temporary = max(prompts + dequantised(shape, setup), logits)
     return Memory(held_weights(shape, setup), 0, 0, cache, temporary, overhead)

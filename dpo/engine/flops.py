@@ -10,7 +10,7 @@ implementation.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from dpo.common.errors import InputError
@@ -21,7 +21,7 @@ Work = Literal["sampled", "scored", "trained"]
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a model with the Llama architecture, or of one whose MLPs are all mixtures of experts."""
+    """Sizes of a model with the Llama architecture, in which MLPs may be mixtures of experts."""
 
     layers: int
     hidden: int
@@ -37,6 +37,24 @@ class Shape:
     """Experts per layer; 0 is an MLP without a router."""
     active: int = 1
     """Experts that process a token."""
+    shared: int = 0
+    """Width of a shared expert, an MLP that processes every token of a layer with experts; 0 without one."""
+    dense_layers: int = 0
+    """Layers with an MLP instead of experts."""
+    dense_intermediate: int = 0
+    """Width of their MLP."""
+
+    @property
+    def kinds(self) -> list["Shape"]:
+        """Shapes whose layers are all alike: that of the layers with experts, and that of those without.
+
+        The other properties of a layer are those of a layer with experts.
+        """
+        if not self.dense_layers:
+            return [self]
+        sparse = replace(self, layers=self.layers - self.dense_layers, dense_layers=0)
+        mlp = {"intermediate": self.dense_intermediate, "experts": 0, "active": 1, "shared": 0}
+        return [sparse, replace(sparse, layers=self.dense_layers, **mlp)]
 
     @property
     def query(self) -> int:
@@ -45,9 +63,10 @@ class Shape:
 
     @property
     def linear(self) -> list[tuple[int, int]]:
-        """(inputs, outputs) of the linear layers of a block: q, k, v, o, and without experts gate, up, down."""
+        """(inputs, outputs) of the linear layers of a block: q, k, v, o, and those of an MLP or shared expert."""
         hidden, query, key = self.hidden, self.query, self.kv_heads * self.head_dim
-        mlp = [] if self.experts else [(hidden, self.intermediate)] * 2 + [(self.intermediate, hidden)]
+        width = self.shared if self.experts else self.intermediate
+        mlp = [(hidden, width)] * 2 + [(width, hidden)] if width else []
         return [(hidden, query), (hidden, key), (hidden, key), (query, hidden), *mlp]
 
     @property
@@ -66,6 +85,11 @@ class Shape:
         return sum(inputs * outputs for inputs, outputs in self.linear) + self.experts * self.expert
 
     @property
+    def updates(self) -> int:
+        """Parameters of the LoRA updates of rank 1 of all linear layers and experts of a block."""
+        return sum(map(sum, self.linear)) + self.experts * sum(map(sum, self.stacked))
+
+    @property
     def layer(self) -> int:
         """Parameters of a block."""
         return self.products + (2 + self.experts) * self.hidden
@@ -78,7 +102,18 @@ class Shape:
     @property
     def parameters(self) -> int:
         """Parameters of the model: blocks, last norm, embedding and head."""
-        return self.layers * self.layer + self.hidden + (1 if self.tied else 2) * self.head
+        blocks = sum(kind.layers * kind.layer for kind in self.kinds)
+        return blocks + self.hidden + (1 if self.tied else 2) * self.head
+
+    @property
+    def expert_parameters(self) -> int:
+        """Parameters of all experts of the model, without shared experts."""
+        return sum(kind.layers * kind.experts * kind.expert for kind in self.kinds)
+
+    @property
+    def active_parameters(self) -> int:
+        """Parameters of the model without the experts that do not process a token."""
+        return self.parameters - sum(kind.layers * kind.inactive for kind in self.kinds)
 
     @property
     def inactive(self) -> int:
@@ -86,35 +121,90 @@ class Shape:
         return max(0, self.experts - self.active) * self.expert
 
 
-OTHER_LAYERS = {"mlp_only_layers": [], "decoder_sparse_step": 1, "first_k_dense_replace": 0}
-"""Settings of mixtures with further kinds of layers, and their values if all layers have the same experts."""
-EXPERTS = {"num_experts", "num_local_experts", "num_experts_per_tok"}
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+SHARED = ("shared_expert_intermediate_size", "n_shared_experts")
+SPARSE = {*EXPERTS, *SHARED, "num_experts_per_tok", "moe_intermediate_size"}
+"""Settings of mixtures that `shape_of` reads."""
+FULL_ATTENTION = {"full_attention", "sliding_attention"}
+OTHER_PARTS = ("kv_lora_rank", "intermediate_size_mlp")
+"""Settings of models with another attention (DeepSeek) or with another order of layers (Llama 4)."""
+TOLERANCE = 0.02
+"""Share of the parameters that a shape may lack: biases and further norms."""
 
 
 def shape_of(config: Any) -> Shape:
     """Return the shape of a transformers config.
 
     Raises:
-        InputError: a size is missing, or the layers have other parts than attention and an MLP or experts.
+        InputError: a size is missing, or the layers have other parts than attention, an MLP, experts and a shared
+            expert.
     """
     own = {name: value for name, value in vars(config).items() if not name.startswith("_") and value}
-    others = [name for name in own if "expert" in name and name not in EXPERTS]
-    others += [name for name, usual in OTHER_LAYERS.items() if (getattr(config, name, None) or usual) != usual]
+    others = [name for name in own if name in OTHER_PARTS or _is_unknown(name)]
+    if set(own.get("layer_types") or ()) - FULL_ATTENTION:
+        others.append("layer_types")
+    if own.get("moe_layer_freq", 1) != 1:
+        others.append("moe_layer_freq")
     if others:
-        reason = f"no plan for a model of type '{config.model_type}' with {', '.join(others)}"
-        raise InputError(f"{reason}; use a Llama of its size")
+        raise _no_plan(config, f"the plan does not know {', '.join(others)}")
     try:
         layers, hidden, heads = config.num_hidden_layers, config.hidden_size, config.num_attention_heads
         kv_heads = getattr(config, "num_key_value_heads", None) or heads
         head_dim = getattr(config, "head_dim", None) or hidden // heads
-        experts = own.get("num_experts") or own.get("num_local_experts") or 0
-        active = config.num_experts_per_tok if experts else 1
-        intermediate = (experts and own.get("moe_intermediate_size")) or config.intermediate_size
-        sizes = layers, hidden, intermediate, heads, kv_heads, head_dim, config.vocab_size
-        return Shape(*sizes, tied=config.tie_word_embeddings, experts=experts, active=active)
+        sizes = layers, hidden, config.intermediate_size, heads, kv_heads, head_dim, config.vocab_size
+        shape = Shape(*sizes, tied=config.tie_word_embeddings)
+        experts, dense = next((own[name] for name in EXPERTS if name in own), 0), _dense_layers(own, layers)
+        if not experts or dense == layers:
+            return shape
+        width = own.get("moe_intermediate_size") or shape.intermediate
+        return replace(
+            shape, intermediate=width, experts=experts, active=config.num_experts_per_tok,
+            shared=own.get("shared_expert_intermediate_size") or own.get("n_shared_experts", 0) * width,
+            dense_layers=dense, dense_intermediate=shape.intermediate if dense else 0,
+        )  # fmt: skip
     except AttributeError as error:
-        reason = f"no plan for a model of type '{config.model_type}': {error}; use a Llama of its size"
-        raise InputError(reason) from error
+        raise _no_plan(config, str(error)) from error
+
+
+def checked_shape(config: Any) -> Shape:
+    """Return `shape_of(config)` if a model of this config has as many parameters. No weight is allocated.
+
+    Raises:
+        InputError: the number of parameters differs by more than 2%, or `shape_of` raises it.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    shape = shape_of(config)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except ValueError as error:
+        raise _no_plan(config, str(error)) from error
+    parameters = sum(weight.numel() for weight in model.parameters())
+    if abs(parameters - shape.parameters) > TOLERANCE * parameters:
+        raise _no_plan(
+            config, f"the plan counts {shape.parameters:,} parameters, but the model has {parameters:,}"
+        )
+    return shape
+
+
+def _is_unknown(name: str) -> bool:
+    """Return whether a setting describes experts in a way that `shape_of` does not know."""
+    return ("expert" in name or name.startswith("shared_")) and name not in SPARSE
+
+
+def _dense_layers(own: dict[str, Any], layers: int) -> int:
+    """Return the number of layers without experts of a mixture with these settings."""
+    if "mlp_layer_types" in own:
+        return layers - own["mlp_layer_types"].count("sparse")
+    step, dense = own.get("decoder_sparse_step", 1), set(own.get("mlp_only_layers", ()))
+    dense |= set(range(own.get("first_k_dense_replace", 0)))
+    return sum(layer in dense or (layer + 1) % step != 0 for layer in range(layers))
+
+
+def _no_plan(config: Any, reason: str) -> InputError:
+    return InputError(f"no plan for a model of type '{config.model_type}': {reason}; use a Llama of its size")
 
 
 def forward_flops(shape: Shape, tokens: int, projected: int, seen: int) -> tuple[int, int, int]:
@@ -124,8 +214,10 @@ def forward_flops(shape: Shape, tokens: int, projected: int, seen: int) -> tuple
     not process the token. `seen` (query, key) positions attend, with 4 FLOPs per element of a query.
     """
     attention = 4 * shape.layers * shape.query * seen
-    products = shape.products - shape.inactive + shape.experts * shape.hidden
-    return 2 * shape.layers * products * tokens, 2 * shape.head * projected, attention
+    products = sum(
+        kind.layers * (kind.products - kind.inactive + kind.experts * kind.hidden) for kind in shape.kinds
+    )
+    return 2 * products * tokens, 2 * shape.head * projected, attention
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ are held in bf16 instead, with the same results. NF4 (Dettmers et al. 2023, "QLo
 the scales of each block of 64 weights quantised too.
 """
 
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ from dpo.engine.pretrained import (
     load_weights,
 )
 
+log = logging.getLogger(__name__)
+
 
 def nf4_options() -> dict[str, Any]:
     """Return the arguments of `from_pretrained` that quantise the linear layers except the output to NF4.
@@ -46,6 +49,17 @@ def nf4_options() -> dict[str, Any]:
 def is_quantised(model: nn.Module) -> bool:
     """Return whether a model has weights in NF4."""
     return bool(getattr(model, "is_loaded_in_4bit", False))
+
+
+def log_experts_left_out(model: PreTrainedModel) -> None:
+    """Log that NF4 does not apply to the experts of a quantised mixture, which are no linear layers."""
+    experts = sum(weight.numel() for weight in expert_weights(model).values())
+    if experts and is_quantised(model):
+        log.warning(
+            "engine.quantization: nf4 does not apply to the experts of %s: %s parameters keep the data type of "
+            "engine.precision",
+            *(type(model).__name__, f"{experts:,}"),
+        )
 
 
 def use_one_product(model: PreTrainedModel) -> None:

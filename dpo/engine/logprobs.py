@@ -26,6 +26,7 @@ from dpo.engine.frozen import (
     ProductsInFp32,
     hold_frozen_in_bf16,
     load_in_bf16,
+    log_experts_left_out,
     multiply_in_bf16,
     nf4_options,
     use_one_product,
@@ -327,6 +328,7 @@ def load_model(
     model = load_in_bf16(path) if frozen and precision == "bf16" and not options and not is_empty else None
     model = (model or (empty_model(path) if is_empty else load_causal_lm(path, **options))).eval()
     use_one_product(model)
+    log_experts_left_out(model)
     for module in model.modules():
         rates = [name for name, value in vars(module).items() if "drop" in name and isinstance(value, float)]
         for name in ["p"] if isinstance(module, nn.Dropout) else rates:

@@ -16,21 +16,27 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from accelerate import FullyShardedDataParallelPlugin, init_empty_weights
-from huggingface_hub import snapshot_download
+from huggingface_hub import snapshot_download, split_torch_state_dict_into_shards
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers.core_model_loading import dot_natural_key, revert_weight_conversion
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from dpo.common.distributed import this_process
 from dpo.common.errors import InputError
+from dpo.common.files import write_json
 from dpo.engine.packing import pack
 from dpo.engine.pretrained import (
     ADAPTER_CONFIG,
     adapter_base,
+    has_adapter,
     load_adapter,
     load_causal_lm,
     load_config,
@@ -39,6 +45,9 @@ from dpo.engine.tokenization import TokenRow
 
 if TYPE_CHECKING:
     from dpo.engine.logprobs import LogProbModel
+
+FILE_BYTES = 5 * 10**9
+"""Maximum size of a saved file with weights. A larger weight has a file of its own."""
 
 log = logging.getLogger(__name__)
 
@@ -129,6 +138,60 @@ def apply_fsdp(model: PreTrainedModel, mesh: DeviceMesh, reshard: bool, offload:
 def release(model: PreTrainedModel) -> None:
     """Free the gathered weights of a sharded model after a pass without gradients."""
     model.get_decoder().reset_iter_state()
+
+
+@torch.no_grad()
+def save_weights(model: PreTrainedModel, folder: Path | None, *, sharded: bool) -> None:
+    """Save the configuration and the weights of a model to a folder, with an adapter only those of the adapter.
+
+    All processes of a launch call this. Only the main process has a `folder`. It gathers sharded weights one by
+    one and holds those of one file, except adapters and weights that have another name in files, such as experts.
+    """
+    if not sharded:
+        if folder:
+            model.save_pretrained(folder, max_shard_size=FILE_BYTES)
+        return
+    adapter = has_adapter(model)
+    names = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}  # tied weights only once
+    weights = {name: value for name, value in get_model_state_dict(model).items() if name in names}
+    shapes = {name: torch.empty_like(weight, device="meta") for name, weight in weights.items()}
+    in_files: dict[str, Tensor] = {} if adapter else revert_weight_conversion(model, shapes)
+    if in_files.keys() != weights.keys():
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=adapter)
+        whole = get_model_state_dict(model, options=options)
+        if folder:
+            state = {name: value for name, value in whole.items() if name in names}
+            model.save_pretrained(folder, state_dict=state, max_shard_size=FILE_BYTES)
+        return
+    if folder:
+        model.save_pretrained(folder, state_dict={})  # the configuration
+    in_order = {name: in_files[name] for name in sorted(in_files, key=dot_natural_key)}  # as in save_pretrained
+    pattern = "model{suffix}.safetensors"
+    parts = split_torch_state_dict_into_shards(in_order, filename_pattern=pattern, max_shard_size=FILE_BYTES)
+    for file, own in parts.filename_to_tensors.items():
+        _save_gathered({name: weights[name] for name in own}, folder and folder / file)
+    if folder and parts.is_sharded:
+        facts = {"total_parameters": model.num_parameters(), **parts.metadata}
+        write_json(folder / SAFE_WEIGHTS_INDEX_NAME, {"metadata": facts, "weight_map": parts.tensor_to_filename})
+
+
+def _save_gathered(weights: dict[str, Tensor], path: Path | None) -> None:
+    """Gather weights one by one, and write them to a file in the process that has its `path`."""
+    whole: dict[str, Tensor] = {}
+    for name, weight in weights.items():
+        value = _gathered(weight)
+        if path:
+            whole[name] = value.cpu().contiguous()
+    if path:
+        save_file(whole, path, {"format": "pt"})
+
+
+def _gathered(weight: Tensor) -> Tensor:
+    """Return a weight with the shards of all processes, which must all call this."""
+    if not isinstance(weight, DTensor):
+        return weight
+    whole: Tensor = weight.to(weight.device_mesh.device_type).full_tensor()
+    return whole
 
 
 @contextmanager

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list, set_seed
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import PreTrainedModel
 
 from dpo.common.distributed import share, this_process
@@ -30,7 +29,7 @@ from dpo.engine.pretrained import (
     weights_digest,
 )
 from dpo.engine.reference_cache import ReferenceLogps
-from dpo.engine.sharding import together
+from dpo.engine.sharding import save_weights, together
 from dpo.engine.token_table import TokenTable
 from dpo.engine.tokenization import TokenRow
 from dpo.training.callbacks import Callback, DivergenceAlarm
@@ -339,27 +338,22 @@ def save_checkpoint(
 ) -> None:
     """Write weights as safetensors (with LoRA, only the adapter) and the tokenizer to `folder`, atomically.
 
-    Under `torch.distributed` all processes call this. The main process gathers the weights and writes them.
+    Under `torch.distributed` all processes call this, and the main process writes the files.
     `facts` about the origin of the checkpoint go into its `provenance.json`, with the SHA-256 of the weights and,
     for an adapter, the folder of its base model. If that model is on the hub, `base` is its id and revision;
     `adapter_config.json` then names it, so that other libraries load the adapter from any folder.
     """
     model = policy.model
-    state = None
-    if policy.sharded:
-        names = {name for name, _ in model.named_parameters()}  # tied weights only once
-        adapter_only = has_adapter(model)
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=adapter_only)
-        full = get_model_state_dict(model, options=options)
-        state = {name: value for name, value in full.items() if name in names}
     if this_process().is_main_process:
         if has_adapter(model):
             facts = {**facts, "adapter_of": model.name_or_path}
         with atomic_write(folder) as tmp:
-            model.save_pretrained(tmp, state_dict=state)
+            save_weights(model, tmp, sharded=policy.sharded)
             if has_adapter(model) and base:
                 _name_base(tmp, base)
             _finish(tmp, tokenizer, facts)
+    else:
+        save_weights(model, None, sharded=policy.sharded)
     this_process().wait_for_everyone()
 
 

@@ -11,7 +11,7 @@ from dpo import planner
 from dpo.common.errors import InputError
 from dpo.config import Params, load_params
 from dpo.data.reasoning import reasoning_problems
-from dpo.engine.flops import Shape, shape_of
+from dpo.engine.flops import Shape, checked_shape
 from dpo.planner import LLAMAS, MIXTURES, Pair, Setup, Sharding
 from dpo.training.settings import LoraSettings
 from tasks.common.memory import (
@@ -19,6 +19,7 @@ from tasks.common.memory import (
     STAGES,
     Hardware,
     advice,
+    experts_note,
     sampler_note,
     stage_memory,
     trained_adapter,
@@ -57,7 +58,7 @@ def _named_shape(model: str) -> Shape:
     from dpo.engine.pretrained import load_weights
 
     try:
-        return shape_of(load_weights(AutoConfig, model))
+        return checked_shape(load_weights(AutoConfig, model))
     except (OSError, ValueError) as error:
         raise InputError(f"--model {model}: neither {', '.join(named)} nor a model: {error}") from error
 
@@ -115,7 +116,7 @@ def plan(
     shape, counted = _named_shape(model), pairs or count_pairs(params)
     train = pairs or min(counted or ASSUMED_PAIRS, params.data.max_train_pairs or counted or ASSUMED_PAIRS)
     kinds: dict[str, Sharding] = {"GiB": "none"} if gpus == 1 else {"GiB, DDP": "data", "GiB, FSDP": "full"}
-    engine, active = params.engine, shape.parameters - shape.layers * shape.inactive
+    engine, active = params.engine, shape.active_parameters
     print(
         f"{model}: {shape.parameters / 1e9:.2f} billion parameters"
         f"{f' ({active / 1e9:.2f} active)' if shape.experts else ''}; {train:,} pairs"
@@ -140,7 +141,7 @@ def plan(
         print("| " + " | ".join([stage, *map(cell, totals), hours]) + " |")
         if min(totals) > gib * 2**30:
             too_large.append(f"{stage}: {advice(stage, params, shape, pair, hardware[-1], gib * 2**30)}")
-    notes = filter(None, [*too_large, sampler_note(params, shape, gib)])
+    notes = filter(None, [*too_large, experts_note(params, shape), sampler_note(params, shape, gib)])
     print("\n" + "".join(f"{line}\n" for line in notes))
     _heading(["training", "checkpointing", *kinds, "hours"])
     rows = zip(*(candidate_setups(params, pair, gpus, kind) for kind in kinds.values()), strict=True)

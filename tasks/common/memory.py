@@ -8,7 +8,7 @@ from typing import Any
 from dpo import planner
 from dpo.common.errors import InputError
 from dpo.config import Params
-from dpo.engine.flops import Shape, shape_of
+from dpo.engine.flops import Shape, checked_shape
 from dpo.engine.settings import GPU_HEAD_CHUNK, HEAD_CHUNK
 from dpo.planner import Memory, Pair, Setup, Sharding
 from dpo.training.settings import DpoSettings, LoraSettings, OptimizerSettings, SftSettings
@@ -102,6 +102,17 @@ def stage_memory(stage: str, params: Params, shape: Shape, pair: Pair, hardware:
     return max(passes, key=lambda memory: memory.total)
 
 
+def experts_note(params: Params, shape: Shape) -> str:
+    """Return that NF4 does not apply to experts, or nothing if it is off or the model has none."""
+    if params.engine.quantization is None or not shape.experts:
+        return ""
+    share = shape.expert_parameters / shape.parameters
+    return (
+        f"engine.quantization: nf4 applies to linear layers, not to experts: {share:.0%} of the parameters are "
+        f"planned in {params.engine.precision}"
+    )
+
+
 def sampler_note(params: Params, shape: Shape, gib: float) -> str:
     """Return what a GPU of `gib` GiB needs for the server that samples, or nothing if the stages sample."""
     sampler, engine = params.evaluate.sampler, params.engine
@@ -192,7 +203,7 @@ def check_memory(stage: str, params: Params, model: Path, pair: Pair = TYPICAL) 
     if not params.run.check_memory:
         return
     try:
-        shape = shape_of(load_weights(AutoConfig, model))
+        shape = checked_shape(load_weights(AutoConfig, model))
     except InputError:
         return
     state, on_gpu = this_process(), torch.cuda.is_available()

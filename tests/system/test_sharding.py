@@ -14,6 +14,7 @@ from tests.support.models import chat_tokenizer, make_model
 from tests.support.training import LORA, dpo_params, make_reference, make_rows, trial
 
 SCRIPT, TRAINING = ROOT / "tests/support/sharded.py", ROOT / "tests/support/launched.py"
+SAVING = ROOT / "tests/support/saved.py"
 
 
 def saved_model(folder, architecture="llama", seed=0, **changes):
@@ -129,6 +130,33 @@ def test_a_model_whose_packed_stream_is_not_exact_is_scored_with_sharded_weights
     for name, logps in alone["logps"].items():
         assert shared["logps"][name] == pytest.approx(logps, abs=1e-4)
     assert len(shared["responses"]) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("architecture", "changes", "streamed"),
+    [
+        ("llama", {"tie_word_embeddings": False, "num_hidden_layers": 4}, True),
+        ("qwen2", {"tie_word_embeddings": True}, True),
+        ("gpt2", {}, True),
+        ("qwen3_moe", {}, False),
+    ],
+)
+def test_a_sharded_model_is_saved_file_by_file_as_a_whole_one(architecture, changes, streamed, tmp_path):
+    model, limit = saved_model(tmp_path / "model", architecture, **changes), 30_000
+    for count in (1, 2):
+        done = start(count, SAVING, model, tmp_path / str(count), limit, config=FSDP if count > 1 else None)
+        assert done.returncode == 0, done.stderr[-3000:]
+    facts = [json.loads((tmp_path / f"{count}.json").read_text()) for count in (1, 2)]
+    assert [each["sharded"] for each in facts] == [False, True]
+    alone, shared = ({file.name: file.read_bytes() for file in (tmp_path / count).iterdir()} for count in "12")
+    assert len([name for name in alone if name.endswith(".safetensors")]) > 2
+    assert alone == shared
+    if streamed:
+        assert 0 < facts[1]["peak"] <= max(limit, facts[1]["largest"]) < facts[1]["whole"] / 2
+    weights = load_model(tmp_path / "2").model.state_dict()
+    for name, value in load_model(model).model.state_dict().items():
+        assert torch.equal(weights[name], value)
 
 
 @pytest.mark.slow

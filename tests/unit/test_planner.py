@@ -8,7 +8,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, MixtralConfig, Qwen3MoeConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from dpo.common.errors import InputError
 from dpo.config import load_params
@@ -19,11 +19,9 @@ from dpo.engine.packing import pack
 from dpo.engine.tokenization import TokenRow
 from dpo.planner import (
     LLAMAS,
-    MIXTURES,
     Pair,
     Setup,
     activations,
-    frozen_weights,
     pair_flops,
     reference_memory,
     seconds,
@@ -34,10 +32,9 @@ from dpo.training.settings import LoraSettings
 from dpo.training.train import add_lora
 from tasks.commands.cli import app
 from tasks.common.memory import STAGES, Hardware, check_memory, stage_memory
+from tests.support.stored import PAIR, TOKENS, held_bytes, kept_bytes
 
 ROOT = Path(__file__).parents[2]
-PAIR, PAIRS = Pair(prompt=24, completion=16), 8
-TOKENS = PAIRS * PAIR.tokens
 
 
 @pytest.fixture(scope="module")
@@ -51,22 +48,6 @@ def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("planner") / "model"
     AutoModelForCausalLM.from_config(config).save_pretrained(path)
     return path
-
-
-def kept_bytes(model):
-    """Return the bytes that a forward pass keeps for its backward pass, without parameters."""
-    draw = torch.Generator().manual_seed(0)
-    lengths = (PAIR.prompt, PAIR.completion, PAIR.completion)
-    rows = []
-    for number in range(PAIRS):
-        prompt, *completions = (tuple(torch.randint(512, (n,), generator=draw).tolist()) for n in lengths)
-        rows.append(TokenRow(str(number), prompt, tuple(completions)))
-    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    tensors = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: tensors.append(t) or t, lambda t: t):
-        model(pack(rows))
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-    return sum(size for pointer, size in storages.items() if pointer not in parameters)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -90,86 +71,6 @@ def test_activations_and_weights_equal_what_the_engine_keeps(folder, quantizatio
     assert held_bytes(model) == pytest.approx(planned, rel=0.01)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("rank", [None, 8])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize(
-    ("kind", "sizes", "tolerance"),
-    [
-        ("mixtral", {"num_local_experts": 8, "intermediate_size": 160}, 0.03),
-        # Norms of queries and keys are not planned, in a model without experts neither.
-        ("qwen3_moe", {"num_experts": 8, "moe_intermediate_size": 96, "head_dim": 16}, 0.1),
-    ],
-)
-def test_activations_and_weights_of_a_mixture_equal_what_the_engine_keeps(
-    kind, sizes, tolerance, precision, rank, checkpointing, tmp_path
-):
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(
-        kind, vocab_size=512, hidden_size=64, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
-        tie_word_embeddings=True, num_experts_per_tok=3, sliding_window=None, **sizes,
-    )  # fmt: skip
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    model = load_model(tmp_path, precision).train()
-    shape, setup = shape_of(model.model.config), Setup(TOKENS, precision, rank, checkpointing)
-    assert sum(p.numel() for p in model.parameters()) == pytest.approx(shape.parameters, rel=1e-3)
-    if rank is not None:
-        add_lora(model.model, LoraSettings(rank=rank, alpha=16))
-    model.hold_frozen_weights()
-    if checkpointing:
-        model.model.gradient_checkpointing_enable({"use_reentrant": False})
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert trained_parameters(shape, rank) == pytest.approx(trained, rel=1e-3)
-    assert kept_bytes(model) == pytest.approx(activations(shape, PAIR, setup), rel=tolerance)
-    assert held_bytes(model) == pytest.approx(training_memory(shape, PAIR, setup, 0).weights, rel=0.01)
-
-
-def test_nf4_does_not_apply_to_experts(tmp_path):
-    config = AutoConfig.for_model("mixtral", hidden_size=64, intermediate_size=64, num_hidden_layers=2,
-                                  num_attention_heads=4, num_key_value_heads=2, vocab_size=512)  # fmt: skip
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    model = load_model(tmp_path, "bf16", quantization="nf4", frozen=True)
-    setup = Setup(TOKENS, "bf16", quantization="nf4")
-    assert held_bytes(model) == pytest.approx(frozen_weights(shape_of(model.model.config), setup), rel=0.01)
-
-
-@pytest.mark.parametrize(
-    ("name", "config", "billions", "active"),
-    [
-        (
-            "qwen3-30b-a3b",
-            Qwen3MoeConfig(
-                num_hidden_layers=48, hidden_size=2048, moe_intermediate_size=768, intermediate_size=6144,
-                num_attention_heads=32, num_key_value_heads=4, head_dim=128, vocab_size=151936, num_experts=128,
-                num_experts_per_tok=8,
-            ),
-            30.5,
-            3.3,
-        ),
-        ("mixtral-8x7b", MixtralConfig(), 46.7, 12.9),
-    ],
-)  # fmt: skip
-def test_parameters_of_mixtures_equal_the_published_ones(name, config, billions, active):
-    shape = shape_of(config)
-    assert shape == MIXTURES[name]
-    assert shape.parameters / 1e9 == pytest.approx(billions, rel=0.01)
-    assert (shape.parameters - shape.layers * shape.inactive) / 1e9 == pytest.approx(active, rel=0.02)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    assert shape.parameters == pytest.approx(sum(p.numel() for p in model.parameters()), rel=1e-4)
-
-
-def test_a_plan_of_a_mixture_needs_memory_for_all_experts_and_time_for_the_active_ones(capsys):
-    setup = Setup(8192, "bf16", gradient_checkpointing=True)
-    shape = MIXTURES["mixtral-8x7b"]
-    dense = replace(shape, experts=0, active=1, intermediate=2 * shape.intermediate)
-    ratio = sum(pair_flops(shape, PAIR, setup)) / sum(pair_flops(dense, PAIR, setup))
-    assert ratio == pytest.approx(1, rel=0.001), "two experts of a token cost as much as an MLP of twice the width"
-    assert training_memory(shape, PAIR, setup, 0).weights == 4 * shape.parameters
-    output = run(capsys, "--model", "qwen3-30b-a3b", "--gpus", "8")
-    assert "30.53 billion parameters (3.35 active)" in output
-
-
 def test_trained_weights_in_bf16_are_counted(folder):
     model = load_model(folder, "bf16").train()
     round_linear_layers(model.model, trained=True)
@@ -180,18 +81,6 @@ def test_trained_weights_in_bf16_are_counted(folder):
     sum(model(pack([TokenRow("1", (1, 2), ((3, 4), (5,)))]))).backward()
     gradients = sum(weight.grad.numel() * weight.grad.element_size() for weight in model.parameters())
     assert gradients == pytest.approx(planned.gradients, rel=0.01)
-
-
-def held_bytes(model):
-    """Return the bytes of all weights, with the scales of NF4."""
-    held = 0
-    for weight in model.parameters():
-        held += weight.numel() * weight.element_size()
-        state = getattr(weight, "quant_state", None)
-        if state is not None:
-            scales = [state.absmax, state.state2.absmax]
-            held += sum(scale.numel() * scale.element_size() for scale in scales)
-    return held
 
 
 @pytest.mark.parametrize(
@@ -271,13 +160,15 @@ def test_an_unsupported_model_is_an_error(capsys, tmp_path):
     with pytest.raises(InputError, match="no plan for a model of type 'gpt2'"):
         run(capsys, "--model", str(tmp_path))
     for kind, changes, named in (
-        ("qwen2_moe", {}, "shared_expert_intermediate_size"),
-        ("qwen3_moe", {"mlp_only_layers": [0]}, "mlp_only_layers"),
-        ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step"),
-        ("deepseek_v3", {}, "n_routed_experts"),
+        ("deepseek_v3", {}, "kv_lora_rank"),
+        ("llama4_text", {}, "intermediate_size_mlp"),
+        ("ernie4_5_moe", {}, "moe_num_shared_experts"),
+        ("granitemoeshared", {"shared_intermediate_size": 64}, "shared_intermediate_size"),
+        ("qwen3_next", {}, "layer_types"),
+        ("gpt_neox", {"num_hidden_layers": 2}, "parameters, but the model has "),  # its MLP has no gate
     ):
         AutoConfig.for_model(kind, **changes).save_pretrained(tmp_path)
-        with pytest.raises(InputError, match=f"no plan for a model of type '{kind}' with .*{named}"):
+        with pytest.raises(InputError, match=f"no plan for a model of type '{kind}': .*{named}"):
             run(capsys, "--model", str(tmp_path))
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match=r"neither default, .*, mixtral-8x7b nor a model"):
