@@ -10,6 +10,7 @@ counts tensors, not fragments of the allocator, buffers of NCCL or the CUDA cont
 
 import argparse
 import json
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -184,8 +185,8 @@ def packed(pair: Pair, tokens: int) -> PackedBatch:
 def table(cases: list[dict[str, Any]]) -> str:
     """Return the table of simulated and planned memory."""
     lines = [
-        "| model | GPUs | training | checkpointing | tokens | simulated, GiB | planned, GiB (ratio) |",
-        "| --- | ---: | --- | --- | ---: | ---: | ---: |",
+        "| model | GPUs | training | checkpointing | tokens | simulated, GiB | planned, GiB (ratio) | CPU s |",
+        "| --- | ---: | --- | --- | ---: | ---: | ---: | ---: |",
     ]
     for case in cases:
         setup = Setup(**case["setup"])
@@ -195,7 +196,7 @@ def table(cases: list[dict[str, Any]]) -> str:
         lines.append(
             f"| {case['model']} | {setup.gpus} | {training} | {'on' if setup.gradient_checkpointing else 'off'} | "
             f"{setup.max_tokens_per_microbatch:,} | {simulated / GIB:.1f} | "
-            f"{planned / GIB:.1f} ({planned / simulated:.2f}) |"
+            f"{planned / GIB:.1f} ({planned / simulated:.2f}) | {case['seconds']:.0f} |"
         )
     return "\n".join(lines)
 
@@ -203,7 +204,8 @@ def table(cases: list[dict[str, Any]]) -> str:
 def add(case: dict[str, Any]) -> None:
     """Write a case to the results. It replaces the case of the same model and setup."""
     cases = json.loads(RESULTS.read_text())["cases"] if RESULTS.exists() else []
-    cases = [each for each in cases if (each["model"], each["setup"]) != (case["model"], case["setup"])]
+    replaced = case["model"], Setup(**case["setup"])
+    cases = [each for each in cases if (each["model"], Setup(**each["setup"])) != replaced]
     cases = sorted([*cases, case], key=lambda case: (case["model"], str(case["setup"]["lora_rank"])))
     versions = {name: version(name) for name in ("torch", "transformers", "accelerate")}
     write_json(RESULTS, {"cases": cases, "versions": versions})
@@ -224,8 +226,10 @@ def main() -> None:
             max_tokens_per_microbatch=arguments.tokens, precision="bf16", lora_rank=arguments.lora_rank,
             gradient_checkpointing=True, sharding="full", gpus=arguments.ranks, head_chunk=GPU_HEAD_CHUNK,
         )  # fmt: skip
+        start = time.process_time()
         simulated = simulate(LLAMAS[arguments.model], setup, config=arguments.config)
-        add({"model": arguments.model, "setup": asdict(setup), "bytes": simulated})
+        seconds = time.process_time() - start
+        add({"model": arguments.model, "setup": asdict(setup), "bytes": simulated, "seconds": seconds})
     put_table(PAGE, "simulate", table(json.loads(RESULTS.read_text())["cases"]))
 
 

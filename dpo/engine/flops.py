@@ -197,7 +197,7 @@ def _is_unknown(name: str) -> bool:
 def _dense_layers(own: dict[str, Any], layers: int) -> int:
     """Return the number of layers without experts of a mixture with these settings."""
     if "mlp_layer_types" in own:
-        return layers - own["mlp_layer_types"].count("sparse")
+        return sum(kind != "sparse" for kind in own["mlp_layer_types"])
     step, dense = own.get("decoder_sparse_step", 1), set(own.get("mlp_only_layers", ()))
     dense |= set(range(own.get("first_k_dense_replace", 0)))
     return sum(layer in dense or (layer + 1) % step != 0 for layer in range(layers))

@@ -154,7 +154,7 @@ def save_weights(model: PreTrainedModel, folder: Path | None, *, sharded: bool) 
     adapter = has_adapter(model)
     names = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}  # tied weights only once
     weights = {name: value for name, value in get_model_state_dict(model).items() if name in names}
-    shapes = {name: torch.empty_like(weight, device="meta") for name, weight in weights.items()}
+    shapes = {name: torch.empty(value.shape, dtype=value.dtype, device="meta") for name, value in weights.items()}
     in_files: dict[str, Tensor] = {} if adapter else revert_weight_conversion(model, shapes)
     if in_files.keys() != weights.keys():
         options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=adapter)

@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 
+import benchmarks.simulate
 from benchmarks.simulate import PAIR, simulate
 from dpo.engine.flops import Shape
 from dpo.planner import LLAMAS, Setup, training_memory
@@ -35,6 +37,14 @@ def test_a_configuration_shards_weights_gradients_and_states_over_all_its_proces
     assert simulated["Sharded Param"] == pytest.approx(shard, rel=0.05)
     assert simulated["Sharded Grad"] == pytest.approx(shard, rel=0.05)
     assert simulated["OptState"] == pytest.approx(2 * shard, rel=0.05)
+
+
+@pytest.mark.slow
+def test_the_peak_equals_that_of_the_tracker_of_torch(monkeypatch):
+    shape, sizes = Shape(3, 256, 512, 4, 2, 64, 1024, tied=False), {"max_tokens_per_microbatch": PAIR.tokens}
+    peak = simulate(shape, replace(SETUP, **sizes, gradient_checkpointing=True))
+    monkeypatch.setattr(benchmarks.simulate, "PeakTracker", FSDPMemTracker)
+    assert peak == simulate(shape, replace(SETUP, **sizes, gradient_checkpointing=True))
 
 
 def test_there_are_configurations_for_one_two_and_eight_machines():
