@@ -53,8 +53,8 @@ class Shape:
         if not self.dense_layers:
             return [self]
         sparse = replace(self, layers=self.layers - self.dense_layers, dense_layers=0)
-        mlp = {"intermediate": self.dense_intermediate, "experts": 0, "active": 1, "shared": 0}
-        return [sparse, replace(sparse, layers=self.dense_layers, **mlp)]
+        dense = replace(sparse, layers=self.dense_layers, intermediate=self.dense_intermediate)
+        return [sparse, replace(dense, experts=0, active=1, shared=0)]
 
     @property
     def query(self) -> int:

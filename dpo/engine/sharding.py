@@ -153,7 +153,8 @@ def save_weights(model: PreTrainedModel, folder: Path | None, *, sharded: bool) 
         return
     adapter = has_adapter(model)
     names = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}  # tied weights only once
-    weights = {name: value for name, value in get_model_state_dict(model).items() if name in names}
+    shards: dict[str, Any] = get_model_state_dict(model)
+    weights: dict[str, Tensor] = {name: value for name, value in shards.items() if name in names}
     shapes = {name: torch.empty(value.shape, dtype=value.dtype, device="meta") for name, value in weights.items()}
     in_files: dict[str, Tensor] = {} if adapter else revert_weight_conversion(model, shapes)
     if in_files.keys() != weights.keys():
@@ -190,7 +191,8 @@ def _gathered(weight: Tensor) -> Tensor:
     """Return a weight with the shards of all processes, which must all call this."""
     if not isinstance(weight, DTensor):
         return weight
-    whole: Tensor = weight.to(weight.device_mesh.device_type).full_tensor()
+    moved: Any = weight.to(weight.device_mesh.device_type)  # from the host, if FSDP offloads weights
+    whole: Tensor = moved.full_tensor()
     return whole
 
 
