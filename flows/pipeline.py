@@ -22,11 +22,13 @@ from tempfile import TemporaryDirectory
 from typing import Any, NoReturn, TypeAlias
 
 import httpx
+from dvc.lock import LockError
 from dvc.repo import Repo
 from prefect import flow, get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
 from prefect.futures import PrefectFuture, wait
+from prefect.logging import get_logger
 from prefect.settings import PREFECT_API_URL
 from prefect.states import Cancelled, Completed
 from prefect.task_runners import ThreadPoolTaskRunner
@@ -39,6 +41,10 @@ from flows.distributed import machines_of_trials
 from flows.git import through_outages
 from flows.processes import Logger, StageError, command_error, execute
 from tasks.common.addresses import shown
+
+POLL_SECONDS = 5.0
+"""Time between two attempts to read stages while another DVC command runs."""
+log = get_logger("pipeline")
 
 RAN, RESTORED, UP_TO_DATE, STOPPED, FAILED = "ran", "restored", "up to date", "stopped", "failed"
 VERDICTS = {
@@ -55,8 +61,21 @@ TRANSIENT = re.compile(rf"ERROR: failed to reproduce '.*': failed to run: .*, ex
 def read_graph() -> tuple[dict[str, list[str]], set[str]]:
     """Return the stages that `dvc repro` visits, by DVC's name with the stages that each needs, and which changed.
 
-    Raises DVC's own errors if this is not a DVC project or `dvc.yaml` is invalid.
+    Waits while another DVC command of this checkout runs a stage. Raises DVC's own errors if this is not a DVC
+    project or `dvc.yaml` is invalid.
     """
+    waits = False
+    while True:
+        try:
+            return _read_graph()
+        except LockError as error:  # DVC's option to wait is for the lock of the repository, not for paths
+            if not waits:
+                log.warning("waiting for another DVC command: %s", str(error).partition("\n\n")[0])
+            waits = True
+        time.sleep(POLL_SECONDS)
+
+
+def _read_graph() -> tuple[dict[str, list[str]], set[str]]:
     with Repo(_wait_for_lock=True) as repo, repo.lock:
         graph = repo.index.graph
         stages = repo.stage.collect("dvc.yaml")

@@ -76,6 +76,24 @@ def test_the_graph_is_read_from_dvc(project):
     }
 
 
+def test_the_graph_is_read_when_another_dvc_command_has_ended(project, monkeypatch):
+    other = {"pid": os.getpid(), "cmd": "dvc repro first"}
+    lock = project / ".dvc/tmp/rwlock"
+    lock.parent.mkdir(exist_ok=True)
+    lock.write_text(json.dumps({"write": {str(project / "first.txt"): other}, "read": {}}))
+    warnings = []
+
+    def end_the_other(seconds):
+        assert len(warnings) == 1
+        lock.unlink()
+
+    monkeypatch.setattr("flows.pipeline.log.warning", lambda text, *words: warnings.append(text % words))
+    monkeypatch.setattr("flows.pipeline.time.sleep", end_the_other)
+    assert read_graph()[1] == {"first", "branch@0.1", "branch@0.5", "last"}
+    assert "waiting for another DVC command" in warnings[0]
+    assert "dvc repro first" in warnings[0]
+
+
 def test_stages_run_once_and_their_states_say_what_dvc_did(project):
     assert pipeline() == dict.fromkeys(("first", "branch@0.1", "branch@0.5", "last"), "ran")
     assert (project / "last.txt").read_text() == "done 0.1done 0.5"
