@@ -5,7 +5,7 @@ import json
 import pytest
 
 from dpo.data.contamination import RUN, SHORTEST, benchmark_runs, contaminated
-from tests.unit.data.test_validate import ROWS, check, row
+from tests.support.validation import ROWS, check, row
 
 LONG = "Natalia sold clips to 48 of her friends in April, and then she sold half as many clips in May."
 SHORT = "What is the capital of the river's largest state?"

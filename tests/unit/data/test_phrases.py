@@ -3,7 +3,7 @@
 import pytest
 
 from dpo.data.phrases import fitting_any_prompt, words
-from tests.unit.data.test_validate import check
+from tests.support.validation import check
 
 TOPICS = {
     "bread": "Mix flour, water and salt, knead the dough, let it rest and bake it until the crust is dark.",
