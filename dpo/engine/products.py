@@ -30,10 +30,10 @@ def use_onednn(model: nn.Module) -> None:
             module.forward = MethodType(_forward, module)  # type: ignore[method-assign]
 
 
-def _forward(module: nn.Linear, inputs: Tensor) -> Tensor:
-    if torch.is_grad_enabled() and _is_for_onednn(inputs, module.weight):
-        return _Linear.apply(inputs, module.weight, module.bias)
-    return linear(inputs, module.weight, module.bias)
+def _forward(module: nn.Linear, input: Tensor) -> Tensor:
+    if torch.is_grad_enabled() and _is_for_onednn(input, module.weight):
+        return _Linear.apply(input, module.weight, module.bias)
+    return linear(input, module.weight, module.bias)
 
 
 def _is_for_onednn(inputs: Tensor, weight: Tensor) -> bool:
