@@ -1,4 +1,4 @@
-"""Tiny trainings: settings, pairs, token rows and their reference log-probs."""
+"""Tiny trainings: settings, pairs, token rows, their reference log-probs, and runs."""
 
 import copy
 import dataclasses
@@ -15,9 +15,18 @@ from transformers import AutoTokenizer
 from dpo.config import load_params
 from dpo.engine.logprobs import load_model, sequence_logps
 from dpo.engine.tokenization import encode_pairs, labelled_rows
+from dpo.training.callbacks import Callback
 from dpo.training.losses import Sigmoid
 from dpo.training.losses.base import WITH_REFERENCE
-from dpo.training.settings import DpoSettings, LoraSettings, OptimizerSettings, SftSettings, Trial
+from dpo.training.sampler import StepSampler
+from dpo.training.settings import (
+    DpoSettings,
+    LoraSettings,
+    OptimizerSettings,
+    SftSettings,
+    Trial,
+)
+from dpo.training.train import train_dpo
 from tests.support.losses import EXAMPLES, LABELLED
 
 
@@ -169,3 +178,38 @@ def online_reference(model, *, lora):
             frozen.model.enable_adapters()
 
     return answer
+
+
+def run_dpo(folder, rows, reference, max_tokens_per_microbatch=10_000, **changes):
+    model = load_model(folder)
+    point = trial(**{name: changes.pop(name) for name in POINT & changes.keys()})
+    log = train_dpo(
+        model,
+        rows,
+        reference,
+        dpo_params(**changes),
+        point,
+        max_tokens_per_microbatch=max_tokens_per_microbatch,
+    )
+    return log, {name: weight.detach().clone() for name, weight in model.model.state_dict().items()}
+
+
+def steps_of(rows, seed, pairs_per_step=4, epochs=1):
+    """The rows of each optimizer step, with one micro-batch per step."""
+    sampler = StepSampler(
+        [row.tokens for row in rows],
+        rows_per_step=pairs_per_step,
+        max_tokens_per_microbatch=10**6,
+        epochs=epochs,
+        seed=seed,
+    )
+    return [[rows[i] for i in batch] for epoch in range(epochs) for (batch,) in sampler.steps(epoch)]
+
+
+class Steps(Callback):
+    def __init__(self):
+        self.steps = []
+
+    def on_log(self, entry):
+        if "loss" in entry:
+            self.steps.append(entry["step"])

@@ -5,7 +5,8 @@ import random
 import pytest
 
 from tests.support import nightly
-from tests.support.faults import FAULTS, NotSupported, make_quick
+from tests.support.faults.catalogue import FAULTS
+from tests.support.faults.projects import NotSupported, make_quick
 
 pytestmark = pytest.mark.slow
 

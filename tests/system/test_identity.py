@@ -18,8 +18,8 @@ from flows import slots
 from flows.identity import project
 from tasks.tracking import offline
 from tests.support.models import free_ports
+from tests.support.operations import Project, processes_in, wait_for
 from tests.support.project import ENV, ROOT, execute
-from tests.system.test_operations import Project, processes_in, wait_for
 
 
 def test_a_moved_checkout_keeps_its_name_and_a_copy_gets_another(tmp_path, monkeypatch):

@@ -73,7 +73,7 @@ def benchmark_tables():
             called = isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "put_table"
             if called and isinstance(node.args[1], ast.Constant):
                 yield f"benchmarks.{path.stem}", node.args[1].value
-    yield "tests.support.faults", "faults"
+    yield "tests.support.faults.__main__", "faults"
 
 
 @pytest.mark.parametrize(("module", "name"), benchmark_tables())

@@ -1,8 +1,6 @@
-"""The promotion gate and the registry of champions."""
+"""The promotion gate: its decisions, its rows and its comparisons."""
 
 import dataclasses
-import re
-import shutil
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -36,12 +34,10 @@ from tasks.commands.promote import (
 )
 from tasks.common import paths
 from tasks.common.paths import EVAL, policy_margins, policy_samples
-from tasks.report.promotion import describe
-from tasks.tracking import champions, offline, registry, runs, sweeps
+from tasks.tracking import champions, offline, registry, runs
 from tasks.tracking.provenance import weights
+from tests.support.project import TRIAL
 from tests.support.training import PARAMS
-
-TRIAL = "sigmoid-0.1-0.01-17"
 
 
 def evidence(value: float, p: float, level: float = 0.006) -> Evidence:
@@ -130,176 +126,6 @@ def test_the_error_for_a_missing_comparison_names_file_and_fix(tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match=r"metrics/comparison\.json.*dvc repro"):
         read_comparison()
-
-
-@pytest.fixture(scope="module")
-def empty_store(tmp_path_factory) -> Path:
-    """Return a new database of MLflow. To create it takes seconds, to copy it does not."""
-    path = tmp_path_factory.mktemp("store") / "mlflow.db"
-    mlflow.MlflowClient(f"sqlite:///{path}").search_experiments(max_results=1)
-    return path
-
-
-@pytest.fixture
-def models(tmp_path, monkeypatch, empty_store) -> list[str]:
-    """Return the ids of three logged models in a new database."""
-    monkeypatch.chdir(tmp_path)
-    shutil.copy(empty_store, "mlflow.db")
-    mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/mlflow.db")
-    mlflow.set_experiment(offline.EXPERIMENT)
-    made = [mlflow.initialize_logged_model(name="policy") for _ in range(3)]
-    for model in made:
-        mlflow.finalize_logged_model(model.model_id, "READY")
-    return [model.model_id for model in made]
-
-
-def aliases() -> dict[str, str]:
-    return {k: str(v) for k, v in mlflow.MlflowClient().get_registered_model(registry.REGISTERED).aliases.items()}
-
-
-def test_rollbacks_restore_each_predecessor(models):
-    assert registry.champion() is None
-    with pytest.raises(InputError, match="no champion"):
-        registry.predecessor()
-    first = registry.promote(models[0], {"git_commit": "a" * 40, "trial": TRIAL})
-    assert aliases() == {"champion": "1"}
-    with pytest.raises(InputError, match="first champion"):
-        registry.predecessor()
-    second = registry.promote(models[1], {"git_commit": "b" * 40})
-    third = registry.promote(models[2], {"git_commit": "c" * 40})
-    assert aliases() == {"champion": "3", "previous": "2"}
-    assert third.tags["predecessor"] == str(second.version)
-    assert first.tags["git_commit"] == "a" * 40
-
-    for left in ({"champion": "2", "previous": "1"}, {"champion": "1"}):
-        _, earlier = registry.predecessor()
-        registry.roll_back(earlier)
-        assert aliases() == left
-    with pytest.raises(InputError, match="first champion"):
-        registry.predecessor()
-
-
-def test_a_model_that_becomes_champion_again_gets_a_new_version(models):
-    first = registry.promote(models[0], {"git_commit": "a" * 40})
-    second = registry.promote(models[1], {"git_commit": "b" * 40})
-    again = registry.promote(models[0], {"git_commit": "c" * 40})
-    assert again.version not in (first.version, second.version)
-    assert registry.version(first.version).tags["git_commit"] == "a" * 40
-
-
-def test_the_version_of_an_interrupted_promotion_is_reused(models):
-    left = mlflow.register_model(f"models:/{models[0]}", registry.REGISTERED)
-    assert registry.promote(models[0], {"git_commit": "a" * 40}).version == left.version
-    assert len(mlflow.MlflowClient().search_model_versions(f"name = '{registry.REGISTERED}'")) == 1
-
-
-def promoted_versions(models, count=2):
-    for number in range(count):
-        registry.promote(models[number], {"git_commit": "abc"[number] * 40, "trial": TRIAL})
-    return mlflow.MlflowClient()
-
-
-def assert_refused(words):
-    for check in (registry.champion, registry.predecessor):
-        with pytest.raises(InputError, match=words):
-            check()
-
-
-def test_a_removed_alias_is_refused_and_can_be_restored(models):
-    client = promoted_versions(models)
-    client.delete_registered_model_alias(registry.REGISTERED, "champion")
-    assert_refused("has no champion, but version 2 was promoted.*`dpo promote --champion 2`")
-    registry.set_champion("2")
-    assert registry.champion().version in (2, "2")
-
-
-def test_a_moved_alias_is_refused_and_can_be_accepted(models):
-    client = promoted_versions(models)
-    client.set_registered_model_alias(registry.REGISTERED, "champion", "1")
-    assert_refused("has version 1 as champion, but version 2 was promoted.*`dpo promote --champion 2`")
-    registry.set_champion("1")
-    assert aliases() == {"champion": "1"}
-    assert str(registry.champion().version) == "1"
-
-
-def test_a_deleted_version_is_refused_with_an_earlier_champion(models):
-    client = promoted_versions(models)
-    client.delete_model_version(registry.REGISTERED, "2")
-    assert_refused("version 2 was promoted.*was deleted.*`dpo promote --champion 1`, an earlier champion")
-    with pytest.raises(InputError, match="version 2 of dpo-policy does not exist"):
-        registry.set_champion("2")
-    registry.set_champion("1")
-    assert str(registry.champion().version) == "1"
-
-
-def test_a_deleted_predecessor_is_refused(models):
-    client = promoted_versions(models, 3)
-    client.delete_model_version(registry.REGISTERED, "2")
-    assert str(registry.champion().version) == "3"
-    with pytest.raises(InputError, match="version 2 of dpo-policy does not exist"):
-        registry.predecessor()
-
-
-def test_a_champion_without_tags_is_refused(models):
-    client = promoted_versions(models)
-    client.delete_model_version_tag(registry.REGISTERED, "2", "git_commit")
-    assert_refused("version 2 of dpo-policy has no tag git_commit")
-    registry.set_champion("none")
-    assert registry.champion() is None
-    third = registry.promote(models[2], {"git_commit": "c" * 40})
-    assert (str(third.version), third.tags["predecessor"]) == ("3", "none")
-
-
-def test_a_deleted_registry_is_refused_and_can_start_over(models):
-    client = promoted_versions(models)
-    run = client.create_run(client.get_experiment_by_name(offline.EXPERIMENT).experiment_id)
-    client.set_tag(run.info.run_id, registry.DECISION, "promoted")
-    client.delete_registered_model(registry.REGISTERED)
-    with pytest.raises(InputError, match=r"dpo-policy was deleted after a promotion.*--champion none"):
-        registry.champion()
-    registry.set_champion("none")
-    assert registry.champion() is None
-
-
-def test_an_interrupted_move_of_the_alias_is_no_change_by_hand(models, monkeypatch):
-    client = promoted_versions(models)
-    _, earlier = registry.predecessor()
-    move = mlflow.MlflowClient.set_registered_model_tag
-    tags = []
-
-    def interrupt(self, name, key, value):
-        tags.append(value)
-        if len(tags) == 2:
-            raise KeyboardInterrupt
-        move(self, name, key, value)
-
-    monkeypatch.setattr(mlflow.MlflowClient, "set_registered_model_tag", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        registry.roll_back(earlier)
-    assert tags == ["2 1", "1"]
-    assert str(registry.champion().version) == "1"
-    monkeypatch.undo()
-    registry.roll_back(earlier)
-    assert client.get_registered_model(registry.REGISTERED).tags[registry.POINTER] == "1"
-
-
-def test_missing_artifacts_of_a_champion_are_refused_with_the_fix(models, tmp_path):
-    promoted_versions(models, 1)
-    with pytest.raises(
-        InputError, match=r"artifacts of models:/dpo-policy/1, the champion, are missing.*--champion"
-    ):
-        champions.download(registry.champion(), str(tmp_path / "to"))
-    with pytest.raises(InputError, match="training prompts of version 1 of dpo-policy are missing"):
-        champions.trained_prompts(registry.champion())
-
-
-def test_comparisons_are_counted_per_champion_and_a_repeated_gate_counts_once(models):
-    client = mlflow.MlflowClient()
-    experiment = client.get_experiment_by_name(offline.EXPERIMENT).experiment_id
-    made = [client.create_run(experiment).info.run_id for _ in range(3)]
-    assert [champions.comparison_number(run, "reference") for run in made] == [1, 2, 3]
-    assert [champions.comparison_number(run, "reference") for run in made[::-1]] == [3, 2, 1]
-    assert [champions.comparison_number(run, "4") for run in made[:2]] == [1, 2]
 
 
 @pytest.fixture
@@ -427,47 +253,6 @@ class Loaded:
 
     def to(self, _):
         return self
-
-
-def policy_of_a_sweep(rate: float, pairs: str) -> tuple[str, str, dict[str, str]]:
-    """Return the ids of a new sweep and of its policy, and the tags of its promotion."""
-    sweep = offline.new_run("sweep", {offline.ROLE: "sweep"})
-    policy = offline.new_run(TRIAL, {offline.ROLE: "policy", "mlflow.parentRunId": sweep})
-    for name, value in (("", rate), ("_low", rate - 0.1), ("_high", rate + 0.1)):
-        mlflow.MlflowClient().log_metric(policy, f"eval/win_rate{name}", value)
-    tags = {"git_commit": "a" * 40, "trial": TRIAL, "run": policy, registry.PAIRS: pairs}
-    return sweep, policy, tags
-
-
-def test_the_page_of_a_promotion_compares_old_and_new_figures(models, monkeypatch):
-    monkeypatch.setenv("DPO_MLFLOW_PAGES", "http://127.0.0.1:5000")
-    registry.promote(models[0], policy_of_a_sweep(0.6, "80")[2])
-    second = registry.promote(models[1], policy_of_a_sweep(0.7, "90")[2])
-    page = describe(second)
-    assert "[version 2](http://127.0.0.1:5000/#/models/dpo-policy/versions/2)" in page
-    assert f"commit: `{'a' * 40}`" in page
-    assert "training rows: 90" in page
-    assert "| figure | version 1 | version 2 |" in page
-    assert "| win rate against the reference | 0.600 [0.500, 0.700] | 0.700 [0.600, 0.800] |" in page
-
-
-def test_the_list_of_sweeps_shows_date_commit_verdict_and_which_one_serves(models):
-    made = [policy_of_a_sweep(0.6, "80") for _ in range(3)]
-    for number, (_, policy, tags) in enumerate(made):
-        if number < 2:
-            registry.promote(models[number], tags)
-        sweeps.record_decision(policy, "promoted" if number < 2 else "kept", "why")
-
-    def names() -> list[str]:
-        return [mlflow.get_run(sweep).info.run_name for sweep, _, _ in made]
-
-    assert all(re.match(r"sweep \d{4}-\d\d-\d\d \d\d:\d\d \w{4,7}: ", name) for name in names())
-    verdicts = [name.partition(": ")[2] for name in names()]
-    assert verdicts == ["promoted", "promoted, serves as version 2", "kept"]
-    registry.set_champion("1")
-    sweeps.name_sweeps()
-    verdicts = [name.partition(": ")[2] for name in names()]
-    assert verdicts == ["promoted, serves as version 1", "promoted", "kept"]
 
 
 def test_without_a_judge_labelled_rows_are_won_by_the_policy_that_has_the_sign_of_more_of_them(
