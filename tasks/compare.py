@@ -1,7 +1,6 @@
 """Stage `compare`: compare all policies, select one and write the report."""
 
 import json
-from collections.abc import Sequence
 from typing import Any
 
 import pandas as pd
@@ -15,7 +14,6 @@ from dpo.evaluation.pair_metrics import reliability, slices
 from dpo.evaluation.response_metrics import win_slices
 from dpo.evaluation.selection import compare_policies, failure_modes, select, tested_metric
 from dpo.evaluation.yardsticks import yardsticks
-from dpo.training.settings import Trial
 from tasks.common import paths
 from tasks.common.runner import check_store, run
 from tasks.report.comparison import Results, concatenate, draw_figures, selection_page, write_report
@@ -26,7 +24,7 @@ def main() -> None:
     """Select a policy, write metrics and report, and log them."""
     params = load_params()
     check_store()
-    remove_earlier(params.trials())
+    remove_earlier(params)
     results = compare(params)
     write_metrics(results)
     write_json(paths.JUDGE_REPLIES, results.replies)
@@ -44,14 +42,16 @@ def main() -> None:
     log_models(params, [paths.REFERENCE, *selected])
 
 
-def remove_earlier(trials: Sequence[Trial]) -> None:
-    """Delete results of trials that left the sweep. DVC's cache and git have those that were committed.
+def remove_earlier(params: Params) -> None:
+    """Delete results of trials and reward models that left the sweep. DVC's cache and git have committed ones.
 
     The stage depends on the folders, so a leftover file would make it stale in a clone, which does not have it.
     """
     files = (paths.policy_margins, paths.policy_samples, paths.evaluation, paths.train_log, paths.cost)
-    current = {paths.REFERENCE_SAMPLES, paths.REFERENCE_COST, *(path(trial) for trial in trials for path in files)}
-    for folder in {path.parent for path in current}:
+    current = {paths.REFERENCE_SAMPLES, paths.REFERENCE_COST}
+    current |= {path(trial) for trial in params.trials() for path in files}
+    current |= {paths.reward_metrics(seed) for seed in params.sweep.reward_models}
+    for folder in {paths.REWARD_MODELS, *(path.parent for path in current)}:
         for leftover in {*folder.glob("*.parquet"), *folder.glob("*.csv"), *folder.glob("*.json")} - current:
             leftover.unlink()
 
@@ -87,6 +87,10 @@ def compare(params: Params) -> Results:
         ],
         costs={str(paths.REFERENCE): json.loads(paths.REFERENCE_COST.read_text())}
         | {trial.name: policies[trial.name]["cost"] for trial in trials},
+        reward_models={
+            seed: json.loads(paths.reward_metrics(seed).read_text())["accuracy"]
+            for seed in params.sweep.reward_models
+        },
         yardsticks=yardsticks(responses.get("reference_score", []), responses["prompt"].tolist()),
         replies={key: reply for each in replies for key, reply in each.items()},
         train_logs=concatenate({trial.name: pd.read_csv(paths.train_log(trial)) for trial in trials}),

@@ -36,6 +36,8 @@ def show() -> None:
         print(f"accuracy of the judge on {first['judge_pairs']} held-out pairs: {accuracy}")
     for path in sorted(REWARD_MODELS.glob("*.json")):
         accuracy = json.loads(path.read_text())["accuracy"]
+        if "judge_accuracy" not in accuracy:  # all held-out rows are labelled rows
+            continue
         shown = _with_interval(accuracy, "judge_accuracy")
         print(f"accuracy of reward model {path.stem} on {accuracy['judge_pairs']} held-out pairs: {shown}")
     print("\n" + textwrap.fill(comparison["reason"], 115))

@@ -41,6 +41,7 @@ class Results:
     samples: dict[str, pd.DataFrame]
     conversations: list[Conversation]  # the turns of the prompt of each row of the samples
     costs: dict[str, dict[str, Any]]  # of the reference and the policies
+    reward_models: dict[int, dict[str, Any]]  # accuracy on held-out pairs, by seed
     yardsticks: pd.DataFrame  # points of best-of-n and of the optimum
     replies: dict[str, list[Any]]  # of paid judges
     pairs: pd.DataFrame
@@ -111,6 +112,28 @@ def compared_with(first: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return rows
 
 
+def held_out_accuracies(
+    policies: dict[str, dict[str, Any]], reward_models: dict[int, dict[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """Return `rows` and `accuracy` of reward models, policies and people, empty without a reward model.
+
+    The accuracy of people is the human ceiling, if the data has agreement. A policy prefers a completion by DPO's
+    implicit reward.
+    """
+    if not reward_models:
+        return {}
+    found = {
+        f"reward model {seed}": {"rows": row.get("judge_pairs", 0)} | _renamed(row, "judge_accuracy", "accuracy")
+        for seed, row in reward_models.items()
+    }
+    for name, row in policies.items():
+        found[name] = {"rows": row["pairs"]} | _renamed(row, "reward_accuracy", "accuracy")
+    first = next(iter(policies.values()))
+    if "human_ceiling" in first:
+        found["people"] = {"rows": first["pairs"]} | _renamed(first, "human_ceiling", "accuracy")
+    return found
+
+
 def _renamed(row: dict[str, Any], name: str, new: str) -> dict[str, Any]:
     return {new: row[name], f"{new}_ci": row[f"{name}_ci"]} if name in row else {}
 
@@ -140,6 +163,7 @@ def write_report(params: Params, results: Results, figures: list[go.Figure], fro
         },
         titles=metric_titles(params, results.policies),
         others=compared_with(next(iter(results.policies.values()))),
+        accuracies=held_out_accuracies(results.policies, results.reward_models),
         verified=verified_metrics(results.policies),
         colours={trace.name: trace.marker.color for trace in figures[0].data if trace.name in names},
         pages=run_pages(params, checkpoints) | {"frontier": frontier},

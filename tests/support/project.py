@@ -28,7 +28,8 @@ def make_project(folder: Path, model: Path) -> Path:
     shutil.copytree(model, folder / "models/own/tiny")
     shutil.copytree(ROOT / "data/benchmarks", folder / "data/benchmarks")
     (folder / "data/own").mkdir()
-    shutil.copytree(ROOT / "models/rewards", folder / "models/rewards", ignore=shutil.ignore_patterns("[0-9]*"))
+    for name in ("models/rewards", "metrics/reward_model"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("[0-9]*"))
     for name in ("data/.own", "models/.own"):
         (folder / name).symlink_to("own")
     pairs = pd.DataFrame(

@@ -1,7 +1,9 @@
 """The stages of training in rounds, with a tiny model, in DVC."""
 
 import json
+import re
 from importlib.util import find_spec
+from pathlib import Path
 
 import mlflow
 import pandas as pd
@@ -13,6 +15,14 @@ from tests.support.project import change, execute, make_project
 
 NAME, RLOO = "online-2-sigmoid-0.1-0.01-17", "rloo-2-0.1-0.01-17"
 HAS_TRL = find_spec("trl") is not None
+
+
+def accuracies(project: Path) -> dict[str, list[str]]:
+    """Return the rows of the report's table of accuracies: pairs, accuracy and its interval, by name."""
+    section = (project / "reports/index.html").read_text().partition("<h2>Accuracy of reward models</h2>")[2]
+    rows = re.findall(r"<tr>(<td.*?)</tr>", section.partition("</table>")[0], re.DOTALL)
+    cells = [[text for text in re.split(r"<[^>]+>", row) if text.strip()] for row in rows]
+    return {name: values for name, *values in cells}
 
 
 @pytest.mark.slow
@@ -74,6 +84,14 @@ def test_rounds_are_trained_evaluated_and_compared(tmp_path):
         assert trained["accuracy"]["human_ceiling"] == 0.75
         assert trained["cost"]["pairs"] == 24
         assert "accuracy of reward model 17 on 16 held-out pairs" in shown
+        assert list(accuracies(project)) == ["reward model 17", *comparison["policies"], "people"]
+        for name, metric, row in (
+            ("reward model 17", "judge_accuracy", trained["accuracy"]),
+            (offline, "reward_accuracy", comparison["policies"][offline]),
+            ("people", "human_ceiling", comparison["policies"][offline]),
+        ):
+            low, high = row[f"{metric}_ci"]
+            assert accuracies(project)[name] == ["16", f"{row[metric]:.3g}", f"{low:.3g} to {high:.3g}"]
         mlflow.set_tracking_uri(f"sqlite:///{project}/mlflow.db")
         runs = mlflow.search_runs(experiment_names=["dpo-pipeline"], output_format="list")
         (run,) = (run for run in runs if run.info.run_name == "reward model 17")

@@ -1,9 +1,9 @@
-"""The report's page: names of policies, and the order of the responses."""
+"""The report's page: names of policies, the order of the responses, and the accuracy of rewards."""
 
 import pandas as pd
 import pytest
 
-from tasks.report.comparison import with_names
+from tasks.report.comparison import held_out_accuracies, with_names
 from tasks.report.responses import EXTREMES, MAX_RESPONSES, extremes, gains, shown_responses
 
 
@@ -52,3 +52,25 @@ def test_without_scores_the_verdict_is_the_gain_and_without_a_judge_the_order_is
     plain = judged.drop(columns="win")
     assert gains(plain).isna().all()
     assert [row["response"] for row in shown_responses({"mine": plain}, turns(2))] == ["r0", "r1"]
+
+
+def accuracy(name, value):
+    return {name: value, f"{name}_ci": [value - 0.1, value + 0.1]}
+
+
+def test_accuracy_of_reward_models_is_beside_that_of_policies_and_people():
+    policies = {"mine": {"pairs": 128} | accuracy("reward_accuracy", 0.6) | accuracy("human_ceiling", 0.9)}
+    trained = {17: {"judge_pairs": 120} | accuracy("judge_accuracy", 0.7)}
+    found = held_out_accuracies(policies, trained)
+    assert found == {
+        "reward model 17": {"rows": 120} | accuracy("accuracy", 0.7),
+        "mine": {"rows": 128} | accuracy("accuracy", 0.6),
+        "people": {"rows": 128} | accuracy("accuracy", 0.9),
+    }
+    assert held_out_accuracies(policies, {}) == {}
+
+
+def test_people_are_left_out_without_agreement_and_labelled_rows_have_no_accuracy_of_a_reward_model():
+    found = held_out_accuracies({"mine": {"pairs": 4} | accuracy("reward_accuracy", 0.6)}, {17: {}, 18: {}})
+    assert found["reward model 17"] == found["reward model 18"] == {"rows": 0}
+    assert list(found) == ["reward model 17", "reward model 18", "mine"]
