@@ -54,6 +54,8 @@ VERDICTS = {
     "'{}' didn't change, skipping": UP_TO_DATE,  # a .dvc file
 }
 """What DVC did with a stage, by the line that DVC prints."""
+PULLED = "Pulling data for stage: '{}'"
+"""DVC's only line if it fetched outputs from the remote. Another line follows if the remote lacks them."""
 TRANSIENT = re.compile(rf"ERROR: failed to reproduce '.*': failed to run: .*, exited with {os.EX_TEMPFAIL}")
 """DVC's line for a stage that ended with EX_TEMPFAIL. DVC's own exit code is the same for every failure."""
 
@@ -97,7 +99,8 @@ def run_stage(stage: str, stop: threading.Event, logger: Logger, pull: bool = Fa
     if code:
         raise command_error(stage, lines, transient=any(TRANSIENT.fullmatch(line) for line in lines))
     verdicts = {line.format(stage): verdict for line, verdict in VERDICTS.items()}
-    return next((verdicts[line] for line in lines if line in verdicts), RAN)  # DVC's line is before the stage's
+    otherwise = RESTORED if PULLED.format(stage) in lines else RAN
+    return next((verdicts[line] for line in lines if line in verdicts), otherwise)  # DVC's line is the first
 
 
 def is_transient(task: object, run: object, state: State[Any]) -> bool:
@@ -147,7 +150,7 @@ def bring_up_to_date(
     if verdict == UP_TO_DATE:
         return Completed(name="UpToDate", message="nothing changed", data=verdict)
     if verdict == RESTORED:
-        return Completed(name="Restored", message="outputs restored from DVC's run cache", data=verdict)
+        return Completed(name="Restored", message="outputs restored from DVC's cache or remote", data=verdict)
     if verdict == STOPPED:
         return Cancelled(message="the flow was stopped")
     return verdict

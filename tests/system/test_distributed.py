@@ -11,7 +11,9 @@ import psutil
 import pytest
 
 import flows.git
+import flows.pipeline
 from flows.git import through_outages
+from flows.pipeline import RAN, RESTORED, UP_TO_DATE, run_stage
 from flows.processes import StageError
 from tests.support.machines import Machines, copy_flows, git, run
 
@@ -183,3 +185,21 @@ def test_an_outage_without_end_and_a_stopped_flow_raise_the_failure(answers, mon
     (stopped := threading.Event()).set()
     with pytest.raises(StageError, match="push failed"):
         through_outages(failing(1), stopped, LOGGER)
+
+
+PULLING = "Pulling data for stage: 'train@a'"
+
+
+@pytest.mark.parametrize(
+    ("lines", "verdict"),
+    [
+        ([PULLING], RESTORED),
+        ([PULLING, "Unable to pull data for stage: 'train@a'", "Running stage 'train@a':", "output"], RAN),
+        (["Stage 'train@a' is cached - skipping run, checking out outputs"], RESTORED),
+        (["Stage 'train@a' didn't change, skipping"], UP_TO_DATE),
+        (["Running stage 'train@a':", PULLING], RAN),
+    ],
+)
+def test_outputs_that_dvc_fetched_are_restored(lines, verdict, monkeypatch):
+    monkeypatch.setattr(flows.pipeline, "execute", lambda *_, **__: (0, lines))
+    assert run_stage("train@a", threading.Event(), LOGGER, pull=True) == verdict
