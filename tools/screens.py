@@ -4,10 +4,8 @@ Uses the servers of PREFECT_API_URL and MLFLOW_TRACKING_URI, else those of `make
 """
 
 import argparse
-import json
 import os
 from pathlib import Path
-from urllib.parse import quote
 
 from mlflow import MlflowClient
 from prefect.client.orchestration import SyncPrefectClient
@@ -55,14 +53,12 @@ def prefect_pages(api: str) -> dict[str, str]:
 
 
 def mlflow_pages(site: str) -> dict[str, str]:
-    """Return the address of the page that compares the policies of the latest sweep, by image name."""
+    """Return the address of the latest sweep's chart of reward against KL, by image name."""
     client = MlflowClient(site)
     experiments = [experiment.experiment_id for experiment in client.search_experiments()]
-    latest, *others = client.search_runs(experiments, f"tags.`{ROLE}` = 'policy'")
-    runs = [latest, *(run for run in others if run.data.tags[SWEEP] == latest.data.tags[SWEEP])]
-    shown = {"runs": [run.info.run_id for run in runs], "experiments": [latest.info.experiment_id]}
-    query = "&".join(f"{name}={quote(json.dumps(ids))}" for name, ids in shown.items())
-    return {"mlflow-compare": f"{site}/#/compare-runs?{query}"}
+    latest, *_ = client.search_runs(experiments, f"tags.`{ROLE}` = 'policy'")
+    view = f"runs?viewStateShareKey={latest.data.tags[SWEEP]}&compareRunsMode=CHART"
+    return {"mlflow-frontier": f"{site}/#/experiments/{latest.info.experiment_id}/{view}"}
 
 
 def main() -> None:

@@ -15,6 +15,7 @@ from tasks.tracking import runs as tracking
 from tests.support.mlflow_server import Server
 from tests.unit.tasks.test_tracking import PARAMS, make_project, trial
 from tools.browser import screenshot
+from tools.screens import mlflow_pages
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +42,7 @@ def sweep(server, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_link_opens_the_chart_of_the_sweeps_policies(sweep, tmp_path):
+def test_the_link_opens_the_chart_of_the_sweeps_policies(server, sweep, tmp_path):
     url = tracking.frontier_page(PARAMS, "reward")
     assert httpx.get(url, trust_env=False).status_code == 200
     key = re.search(r"viewStateShareKey=(\w+)", url)[1]
@@ -52,6 +53,9 @@ def test_the_link_opens_the_chart_of_the_sweeps_policies(sweep, tmp_path):
         experiment_names=[offline.EXPERIMENT], filter_string=view["searchFilter"], output_format="list"
     )
     assert sorted(run.info.run_name for run in found) == sweep
+    assert mlflow_pages(server.url) == {"mlflow-frontier": url.replace(key, "other")}, (
+        "the latest run is of another sweep"
+    )
     if shutil.which("chromium") is None:
         pytest.skip("the page itself needs Chromium")
     text = screenshot(url, tmp_path / "page.png", 1500, 1000)

@@ -23,7 +23,7 @@ from tasks.tracking.runs import RESUMED
 from tests.support.operations import DVC_YAML, Project, processes_in, wait_for
 from tests.support.project import ROOT, TRIAL, change, make_project
 from tools.browser import screenshot
-from tools.screens import mlflow_pages, prefect_pages
+from tools.screens import prefect_pages
 
 
 def command_of(process: psutil.Process) -> list[str]:
@@ -153,14 +153,7 @@ def test_artifacts_link_to_the_mlflow_server_of_the_worker(project, tmp_path, mo
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Chromium")
-def test_screenshots_of_prefect_and_mlflow(project, tmp_path):
-    mlflow = project.mlflow
-    for beta in ("0.1", "0.5"):
-        tags = [{"key": name, "value": value} for name, value in (("dpo.role", "policy"), ("dpo.sweep", "a"))]
-        body = {"experiment_id": "0", "run_name": f"beta {beta}", "tags": tags}
-        made = httpx.post(f"{mlflow}/api/2.0/mlflow/runs/create", json=body).raise_for_status().json()
-        body = {"run_id": made["run"]["info"]["run_id"], "key": "beta", "value": beta}
-        httpx.post(f"{mlflow}/api/2.0/mlflow/runs/log-parameter", json=body).raise_for_status()
+def test_screenshots_of_prefect(project, tmp_path):
     shown = {
         "prefect-run": ["pipeline", "4 Task runs", "Completed", "'validate'"],
         "prefect-stage": ["compare", "metrics/comparison.json", "No policy shows more than its reference."],
@@ -173,9 +166,8 @@ def test_screenshots_of_prefect_and_mlflow(project, tmp_path):
             "parallel",
             "strengths of the KL constraint",
         ],
-        "mlflow-compare": ["beta 0.1", "beta 0.5", "Parameters"],
     }
-    addresses = prefect_pages(f"{project.url}/api") | mlflow_pages(mlflow)
+    addresses = prefect_pages(f"{project.url}/api")
     assert set(addresses) == set(shown)
     for name, url in addresses.items():
         text = screenshot(url, tmp_path / f"{name}.png", 1280, 900)
