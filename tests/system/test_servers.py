@@ -46,10 +46,10 @@ def test_only_orphaned_processes_of_this_folder_are_stopped(tmp_path, monkeypatc
 
 def test_a_process_that_reuses_the_id_of_a_server_is_not_stopped(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    stranger = subprocess.Popen(["sleep", "60"])
+    stranger = subprocess.Popen(["sleep", "600"])
     try:
         servers.FOLDER.mkdir()
-        record = {"name": "worker", "pid": stranger.pid, "command": ["sleep", "61"], "url": ""}
+        record = {"name": "worker", "pid": stranger.pid, "command": ["sleep", "601"], "url": ""}
         (servers.FOLDER / "worker.json").write_text(json.dumps(record))
         servers.down()
         assert stranger.poll() is None
