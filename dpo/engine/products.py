@@ -4,6 +4,8 @@
 of language models.
 """
 
+import os
+from contextlib import suppress
 from types import MethodType
 from typing import Any
 
@@ -12,11 +14,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+# oneDNN keeps compiled code for each number of rows, about 2 MB each, by default 1024 of them.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+
 
 def linear(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return `F.linear(inputs, weight, bias)`, without a graph for gradients in fp32 on a CPU."""
     if _is_for_onednn(inputs, weight):
-        return torch.ops.mkldnn._linear_pointwise(inputs, weight, bias, "none", [], "")
+        with suppress(RuntimeError):  # oneDNN lacks memory for its copy of the weight, or F.linear fails too
+            return torch.ops.mkldnn._linear_pointwise(inputs, weight, bias, "none", [], "")
     return F.linear(inputs, weight, bias)
 
 

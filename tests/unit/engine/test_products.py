@@ -54,6 +54,15 @@ def test_a_row_does_not_depend_on_the_other_rows():
     assert all(torch.equal(linear(rows[:count], weight), whole[:count]) for count in (2, 3, 17, 256, 699))
 
 
+def test_without_memory_for_onednn_torch_computes_the_product(monkeypatch):
+    def fail(*args):
+        raise RuntimeError("could not create a primitive")
+
+    inputs, weight = torch.randn(4, 16), torch.randn(8, 16)
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", fail)
+    assert torch.equal(linear(inputs, weight), F.linear(inputs, weight))
+
+
 def test_other_data_types_are_left_to_torch():
     module, inputs = layer(16, 8, False), torch.randn(4, 16)
     with torch.autocast("cpu", torch.bfloat16):
