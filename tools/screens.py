@@ -22,6 +22,7 @@ from prefect.client.schemas.objects import StateType
 from prefect.client.schemas.sorting import ArtifactSort, FlowRunSort
 
 from tasks.tracking.offline import ROLE, SWEEP
+from tasks.tracking.runs import frontier_path
 from tools.browser import screenshot
 
 IMAGES = Path("docs/images")
@@ -57,8 +58,8 @@ def mlflow_pages(site: str) -> dict[str, str]:
     client = MlflowClient(site)
     experiments = [experiment.experiment_id for experiment in client.search_experiments()]
     latest, *_ = client.search_runs(experiments, f"tags.`{ROLE}` = 'policy'")
-    view = f"runs?viewStateShareKey={latest.data.tags[SWEEP]}&compareRunsMode=CHART"
-    return {"mlflow-frontier": f"{site}/#/experiments/{latest.info.experiment_id}/{view}"}
+    path = frontier_path(latest.data.tags[SWEEP])
+    return {"mlflow-frontier": f"{site}/#/experiments/{latest.info.experiment_id}/{path}"}
 
 
 def main() -> None:

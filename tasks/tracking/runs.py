@@ -243,7 +243,12 @@ def frontier_page(params: Params, reward: str) -> str | None:
     }
     experiment = client.get_experiment_by_name(offline.EXPERIMENT).experiment_id
     client.set_experiment_tag(experiment, f"mlflow.sharedViewState.{sweep}", json.dumps(view))
-    return offline.page(experiment, f"runs?viewStateShareKey={sweep}&compareRunsMode=CHART")
+    return offline.page(experiment, frontier_path(sweep))
+
+
+def frontier_path(sweep: str) -> str:
+    """Return the address of the chart of a sweep below that of its experiment."""
+    return f"runs?viewStateShareKey={sweep}&compareRunsMode=CHART"
 
 
 def _numbers(metrics: dict[str, Any], group: str) -> dict[str, float]:

@@ -15,22 +15,13 @@ from dpo.data.formats import REPEATED_PROMPT
 from dpo.data.ingest import read_file_summaries, write_raw_pairs
 from dpo.data.readers import BOM, RawRow, read_files
 from dpo.data.schema import RAW_PAIRS_SCHEMA, RawPairs, validate_schema
-from dpo.data.settings import DataSettings
 from dpo.engine.chat import read_turns
+from tests.support import data_files
 from tests.support.examples import examples
 
 
 def data_params(**changes):
-    defaults = {
-        "source": "data/own/pairs.jsonl",
-        "revision": None,
-        "pairing": "best_rest",
-        "max_train_pairs": None,
-        "max_eval_pairs": None,
-        "eval_fraction": 0.25,
-        "min_rating_gap": 1.0,
-    }
-    return DataSettings(**{**defaults, **changes})
+    return data_files.data_params(**{"pairing": "best_rest"} | changes)
 
 
 def texts(count, **fields):
