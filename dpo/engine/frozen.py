@@ -28,6 +28,7 @@ from dpo.engine.pretrained import (
     load_adapter,
     load_weights,
 )
+from dpo.engine.products import OneDnnLinear
 
 log = logging.getLogger(__name__)
 
@@ -154,7 +155,7 @@ def _linear_weights(model: PreTrainedModel) -> Iterator[Tensor]:
     """Yield weights and biases of the linear layers except the output, and the matrices of experts."""
     head = model.get_output_embeddings()
     for module in model.modules():
-        if type(module) in (nn.Linear, Conv1D) and module is not head:
+        if type(module) in (nn.Linear, OneDnnLinear, Conv1D) and module is not head:
             yield from module.parameters(recurse=False)
     yield from expert_weights(model).values()
 

@@ -6,7 +6,6 @@ of language models.
 
 import os
 from contextlib import suppress
-from types import MethodType
 from typing import Any
 
 import torch
@@ -14,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-# oneDNN keeps compiled code for each number of rows, about 2 MB each, by default 1024 of them.
-os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+# oneDNN and torch each keep what they prepared for a shape, about 2 MB, by default for 1024 shapes.
+for _cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+    os.environ.setdefault(_cache, "64")
 
 
 def linear(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -26,6 +26,16 @@ def linear(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     return F.linear(inputs, weight, bias)
 
 
+class OneDnnLinear(nn.Linear):
+    """A linear layer whose products are computed by oneDNN where `linear` does."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return the products with the weight of the layer."""
+        if torch.is_grad_enabled() and _is_for_onednn(input, self.weight):
+            return _Linear.apply(input, self.weight, self.bias)
+        return linear(input, self.weight, self.bias)
+
+
 def use_onednn(model: nn.Module) -> None:
     """Let the linear layers of a model use oneDNN in training and evaluation, except those of adapters.
 
@@ -33,13 +43,7 @@ def use_onednn(model: nn.Module) -> None:
     """
     for name, module in model.named_modules():
         if type(module) is nn.Linear and ".lora_" not in name:
-            module.forward = MethodType(_forward, module)  # type: ignore[method-assign]
-
-
-def _forward(module: nn.Linear, input: Tensor) -> Tensor:
-    if torch.is_grad_enabled() and _is_for_onednn(input, module.weight):
-        return _Linear.apply(input, module.weight, module.bias)
-    return linear(input, module.weight, module.bias)
+            module.__class__ = OneDnnLinear  # a new `forward` of the object would keep the model from being freed
 
 
 def _is_for_onednn(inputs: Tensor, weight: Tensor) -> bool:
