@@ -1,9 +1,11 @@
 """A sweep of a tiny model on two machines with an S3 server: weights equal those of a run in one checkout."""
 
+import shutil
 import time
 from pathlib import Path
 
 import pytest
+from ruamel.yaml import YAML
 
 from tests.support.machines import S3_ENV, Machines, run, s3_server
 from tests.support.project import change, execute, make_project
@@ -79,6 +81,22 @@ def wait_for_training(machines: Machines) -> str:
     raise AssertionError("no training started")
 
 
+def forget_trials(folder: Path, betas: list[float]) -> None:
+    """Remove what a checkout and its DVC cache have of these trials, so that only DVC's remote has it."""
+    yaml, names = YAML(), [trial(beta) for beta in betas]
+    lock = yaml.load(folder / "dvc.lock")
+    for stage in list(lock["stages"]):
+        if stage.partition("@")[2] in names:
+            del lock["stages"][stage]
+    yaml.dump(lock, folder / "dvc.lock")
+    for name in names:
+        shutil.rmtree(folder / "models" / name)
+        for file in [*folder.glob(f"*/{name}.*"), *folder.glob(f"metrics/*/{name}.*")]:
+            file.unlink()
+    execute(folder, "dvc", "gc", "--workspace", "--force")
+    shutil.rmtree(folder / ".dvc/cache/runs")
+
+
 @pytest.mark.slow
 def test_a_machine_that_is_lost_while_it_trains_changes_no_weights(machines, alone):
     flow = machines.begin_sweep()
@@ -102,3 +120,16 @@ def test_storage_that_is_unreachable_for_a_minute_changes_no_weights(machines, a
     s3.restore()
     machines.finish(flow)
     assert_equal_to_one_checkout(machines.head, alone, TWO)
+
+
+@pytest.mark.slow
+def test_a_second_sweep_over_the_same_trials_restores_all(machines, alone):
+    change(machines.head, {"sweep.betas": FOUR})
+    machines.sweep()
+    forget_trials(machines.head, FOUR)
+    before = trained(machines, "one", "two")
+    output = machines.sweep()
+    assert trained(machines, "one", "two") == before
+    assert "Running stage 'train@" not in output
+    assert "Running stage 'evaluate@" not in output
+    assert_equal_to_one_checkout(machines.head, alone, FOUR)
