@@ -22,7 +22,13 @@ RESULTS, PAGE = Path("benchmarks/results/distributed.json"), Path("docs/operatio
 TARGET = 0.65
 WARM_UP, SWEEPS = [0.1, 0.2], {"one": [0.11, 0.12, 0.13, 0.14], "two": [0.21, 0.22, 0.23, 0.24]}
 """Betas of the trials, by the last worker that runs them. The first sweep also prepares data and reference."""
-SETTINGS = {"dpo.epochs": 400, "dpo.pairs_per_step": 8, "evaluate.samples": 8, "evaluate.kl_samples": 8}
+SETTINGS = {
+    "sweep.learning_rates": [1e-4],
+    "dpo.epochs": 50,
+    "dpo.pairs_per_step": 8,
+    "evaluate.samples": 8,
+    "evaluate.kl_samples": 8,
+}
 SIZE = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4, "max_position_embeddings": 512}
 
 

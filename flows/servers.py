@@ -153,11 +153,13 @@ def claim_database(client: SyncPrefectClient) -> None:
         return
     known: Any = owner.value
     url: Any = get_current_settings().server.database.connection_url
-    database = Path(url.get_secret_value().rpartition(":///")[2] if url else "").absolute()
-    if known["project"] != project() and known["folder"] != here and not database.is_relative_to(here):
+    kind, _, path = (url.get_secret_value() if url else "").partition(":///")
+    inside = kind.startswith("sqlite") and Path(path).absolute().is_relative_to(here)
+    if known["project"] != project() and known["folder"] != here and not inside:
         raise InputError(
             f"Prefect's database belongs to another checkout, {known['folder']}; use that of this checkout: "
-            "`unset PREFECT_HOME PREFECT_API_DATABASE_CONNECTION_URL`, then `make up`"
+            "`unset PREFECT_HOME PREFECT_SERVER_DATABASE_CONNECTION_URL PREFECT_API_DATABASE_CONNECTION_URL`, "
+            "then `make up`"
         )
     if known != value:
         client.update_variable(VariableUpdate(name=OWNER, value=value))

@@ -6,10 +6,12 @@ import shutil
 import socket
 import subprocess
 import sys
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import psutil
 import pytest
+from prefect.settings import PREFECT_SERVER_DATABASE_CONNECTION_URL, temporary_settings
 
 from dpo.common.errors import InputError
 from flows import processes, servers, slots
@@ -27,6 +29,27 @@ def test_the_database_of_prefect_belongs_to_the_checkout(tmp_path):
         [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True
     )
     assert done.stdout.strip() == str(tmp_path / ".prefect/prefect.db"), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("address", "is_copy"),
+    [
+        ("sqlite+aiosqlite:///{here}/.prefect/prefect.db", True),
+        ("sqlite+aiosqlite:////elsewhere/prefect.db", False),
+        ("postgresql+asyncpg://user:secret@host/prefect", False),
+    ],
+)
+def test_only_a_database_that_was_copied_with_a_checkout_is_taken_over(address, is_copy, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    owner, updates = {"project": "other-1", "folder": "/other"}, []
+    client = SimpleNamespace(
+        read_variable_by_name=lambda _: SimpleNamespace(value=owner), update_variable=updates.append
+    )
+    refused = pytest.raises(InputError, match="belongs to another checkout, /other")
+    settings = temporary_settings({PREFECT_SERVER_DATABASE_CONNECTION_URL: address.format(here=tmp_path)})
+    with settings, nullcontext() if is_copy else refused:
+        servers.claim_database(client)
+    assert [update.value["folder"] for update in updates] == [str(tmp_path)] * is_copy
 
 
 def test_only_orphaned_processes_of_this_folder_are_stopped(tmp_path, monkeypatch):
