@@ -27,7 +27,7 @@ from dpo.common.errors import InputError, TransientError
 from flows.distributed import ALIVE
 from flows.git import default_remote, git, through_outages
 from flows.pipeline import run_stage
-from flows.processes import Logger, StageError
+from flows.processes import Logger, StageError, command_error, execute
 from tasks.common.git import inputs_changed
 from tasks.common.runner import run
 
@@ -64,10 +64,31 @@ def run_commit(ref: str, stages: list[str], logger: Logger) -> dict[str, str]:
     verdicts = {}
     for stage in stages:
         never = threading.Event()
+        through_outages(partial(pull_inputs, stage, logger), never, logger)
         run = partial(run_stage, stage, never, logger, pull=True)
         verdicts[stage] = through_outages(run, never, logger)
         through_outages(partial(push_outputs, stage), never, logger)
     return verdicts
+
+
+def pull_inputs(stage: str, logger: Logger) -> None:
+    """Pull the inputs of a stage from DVC's default remote, in place of those of an earlier commit.
+
+    `dvc repro --pull` only pulls missing inputs, so the stage would run with files that an earlier trial left.
+
+    Raises:
+        StageError: the remote lacks an input, or does not answer.
+    """
+    with Repo(_wait_for_lock=True) as repo, repo.lock:
+        (target,) = repo.stage.collect(stage)
+        needs = [needed.addressing for needed in repo.index.graph.successors(target)]
+    if not needs:
+        return
+    code, lines = execute(
+        ["dvc", "--wait-for-lock", "pull", "--quiet", "--force", *needs], threading.Event(), logger
+    )
+    if code:
+        raise command_error(f"{stage}: dvc pull", lines)
 
 
 def push_outputs(stage: str) -> None:

@@ -99,6 +99,16 @@ def test_trials_run_on_all_machines_and_their_results_are_restored_here(machines
 
 
 @pytest.mark.slow
+def test_trials_use_the_inputs_of_their_commit_and_not_those_of_an_earlier_one(machines):
+    (machines.place / "machines.log").unlink()
+    (machines.head / "data.py").write_text("open('data.txt', 'w').write('newer data ')")
+    machines.sweep()
+    assert set(ran_on(machines)) <= {"one", "two"}
+    assert len(ran_on(machines)) == 4
+    assert (machines.head / "judged-0.3.txt").read_text() == 'newer data 0.3{"beta": 0.3}'
+
+
+@pytest.mark.slow
 def test_a_stage_whose_machine_is_lost_runs_elsewhere(machines):
     (machines.place / "machines.log").unlink(missing_ok=True)
     hang = machines.place / "hang"
@@ -112,7 +122,7 @@ def test_a_stage_whose_machine_is_lost_runs_elsewhere(machines):
     lost = Path(psutil.Process(int(Path(f"{hang}.pid").read_text())).cwd()).name
     machines.kill_worker(lost)
     machines.finish(flow)
-    assert (machines.head / "judged-0.5.txt").read_text() == 'data 0.5{"beta": 0.5}'
+    assert (machines.head / "judged-0.5.txt").read_text() == 'newer data 0.5{"beta": 0.5}'
     assert lost not in ran_on(machines)
 
 
