@@ -28,6 +28,7 @@ SEED = 17
 POLL_SECONDS = 0.2
 LIMIT_ROWS, LIMIT_GIB = 1_000_000, 4.0
 """A check of this number of pairs must not use more memory."""
+EXTRAPOLATED_ROWS = 10_000_000
 BENCHMARK_TEXTS, BENCHMARK_SENTENCES = 1000, 3
 """Number of benchmark texts, and sentences of each. No pair contains one of them."""
 
@@ -139,6 +140,12 @@ def table(results: list[dict[str, float]]) -> str:
         )
         with_texts = f"{r['decontaminated_seconds']:.1f}" if "decontaminated_seconds" in r else "**not run**"
         lines.append(f"| {r['rows']:,} | {cells} | {with_texts} |")
+    large = [r for r in results if r["rows"] >= LIMIT_ROWS]
+    if len(large) > 1:
+        fewer, more = large[-2:]
+        slope = (more["peak_gib"] - fewer["peak_gib"]) / (more["rows"] - fewer["rows"])
+        peak = more["peak_gib"] + slope * (EXTRAPOLATED_ROWS - more["rows"])
+        lines += ["", f"A line through the last two sizes gives {peak:.1f} GiB for {EXTRAPOLATED_ROWS:,} pairs."]
     return "\n".join(lines)
 
 
