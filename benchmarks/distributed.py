@@ -3,18 +3,19 @@
 A head, two clones with a worker each, a Prefect server and an S3 server run on this machine. Every process has one
 thread. A sweep of four trials of a small random model is timed with one worker, and another of four with two.
 Writes `benchmarks/results/distributed.json` and the table of `docs/operations/distributed.md`. Needs two idle
-cores; takes ten minutes.
+cores; takes twenty minutes.
 """
 
 import os
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from benchmarks.page import put_table
 from dpo.common.files import write_json
-from tests.support.machines import S3_ENV, Machines, run, s3_server
+from tests.support.machines import S3_ENV, Machines, add_s3_remote, s3_server
 from tests.support.models import chat_tokenizer, make_model
 from tests.support.project import change, make_project
 
@@ -25,8 +26,6 @@ WARM_UP, SWEEPS = [0.1, 0.2], {"one": [0.11, 0.12, 0.13, 0.14], "two": [0.21, 0.
 SETTINGS = {
     "sweep.learning_rates": [1e-4],
     "dpo.epochs": 50,
-    "dpo.pairs_per_step": 8,
-    "evaluate.samples": 8,
     "evaluate.kl_samples": 8,
 }
 SIZE = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4, "max_position_embeddings": 512}
@@ -50,11 +49,9 @@ def make_machines(place: Path, port: int) -> Machines:
         make_project(head, make_small_model(place / "model"))
         change(head, {**SETTINGS, "sweep.betas": WARM_UP})
 
-    def add_remote(head: Path) -> None:
-        run(head, "dvc", "remote", "add", "-q", "--default", "store", "s3://results/dpo")
-        run(head, "dvc", "remote", "modify", "-q", "store", "endpointurl", f"http://127.0.0.1:{port}")
-
-    return Machines(place / "machines", fill, add_remote, OMP_NUM_THREADS="1", **S3_ENV)
+    return Machines(
+        place / "machines", fill, partial(add_s3_remote, port=port), OMP_NUM_THREADS="1", **S3_ENV
+    )  # fmt: skip
 
 
 def timed(machines: Machines, betas: list[float]) -> float:
@@ -66,7 +63,7 @@ def timed(machines: Machines, betas: list[float]) -> float:
 
 
 def measure(place: Path) -> dict[str, Any]:
-    """Return the seconds of a sweep with one worker and with two, and of each trial's training."""
+    """Return the seconds of a sweep with one worker and with two, and their ratio."""
     (place / "machines").mkdir()
     with s3_server("results") as line:
         machines = make_machines(place, line.port)

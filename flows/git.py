@@ -35,9 +35,9 @@ def git(*arguments: str, stdin: str | None = None, env: dict[str, str] | None = 
     return done.stdout.strip()
 
 
-def dvc(*arguments: str) -> list[str]:
-    """Run DVC as soon as no other DVC command holds its lock; return the output lines."""
-    return run_module("dvc", "--wait-for-lock", *arguments)
+def dvc(*arguments: str, logger: "Logger | None" = None) -> list[str]:
+    """Run DVC as soon as no other DVC command holds its lock; see `run_module`."""
+    return run_module("dvc", "--wait-for-lock", *arguments, logger=logger)
 
 
 def default_remote() -> str | None:

@@ -60,9 +60,12 @@ def search_path() -> str:
     return f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
 
 
-def run_module(*command: str) -> list[str]:
-    """Run `python -m COMMAND`, log its output and return the lines. Raise StageError if it fails."""
-    code, lines = execute(command, threading.Event(), get_run_logger())
+def run_module(*command: str, logger: "Logger | None" = None) -> list[str]:
+    """Run `python -m COMMAND`, log its output, by default to the flow run, and return the lines.
+
+    Raises StageError if it fails.
+    """
+    code, lines = execute(command, threading.Event(), logger or get_run_logger())
     if code:
         raise command_error(" ".join(command), lines, transient=code == os.EX_TEMPFAIL)
     return lines

@@ -25,9 +25,9 @@ from prefect.settings import PREFECT_API_URL
 
 from dpo.common.errors import InputError, TransientError
 from flows.distributed import ALIVE
-from flows.git import default_remote, git, through_outages
+from flows.git import default_remote, dvc, git, through_outages
 from flows.pipeline import run_stage
-from flows.processes import Logger, StageError, command_error, execute
+from flows.processes import Logger, StageError
 from tasks.common.git import inputs_changed
 from tasks.common.runner import run
 
@@ -82,13 +82,8 @@ def pull_inputs(stage: str, logger: Logger) -> None:
     with Repo(_wait_for_lock=True) as repo, repo.lock:
         (target,) = repo.stage.collect(stage)
         needs = [needed.addressing for needed in repo.index.graph.successors(target)]
-    if not needs:
-        return
-    code, lines = execute(
-        ["dvc", "--wait-for-lock", "pull", "--quiet", "--force", *needs], threading.Event(), logger
-    )
-    if code:
-        raise command_error(f"{stage}: dvc pull", lines)
+    if needs:
+        dvc("pull", "--quiet", "--force", *needs, logger=logger)
 
 
 def push_outputs(stage: str) -> None:

@@ -193,6 +193,12 @@ class Line:
             self.open.discard(each)
 
 
+def add_s3_remote(head: Path, port: int) -> None:
+    """Add the bucket `results` of the S3 server at a port as DVC's default remote."""
+    run(head, "dvc", "remote", "add", "-q", "--default", "store", "s3://results/dpo")
+    run(head, "dvc", "remote", "modify", "-q", "store", "endpointurl", f"http://127.0.0.1:{port}")
+
+
 S3_ENV = {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing", "AWS_DEFAULT_REGION": "us-east-1"}
 
 

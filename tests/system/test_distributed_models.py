@@ -2,12 +2,13 @@
 
 import shutil
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 from ruamel.yaml import YAML
 
-from tests.support.machines import S3_ENV, Machines, run, s3_server
+from tests.support.machines import S3_ENV, Machines, add_s3_remote, s3_server
 from tests.support.project import change, execute, make_project
 from tests.support.results import result_hashes
 
@@ -43,11 +44,8 @@ def machines(tmp_path_factory, tiny_model_dir: Path, s3):
         make_project(head, tiny_model_dir)
         change(head, {"sweep.betas": FOUR})
 
-    def add_remote(head: Path) -> None:
-        run(head, "dvc", "remote", "add", "-q", "--default", "store", "s3://results/dpo")
-        run(head, "dvc", "remote", "modify", "-q", "store", "endpointurl", f"http://127.0.0.1:{s3.port}")
-
-    made = Machines(tmp_path_factory.mktemp("machines"), fill, add_remote, **S3_ENV)
+    place = tmp_path_factory.mktemp("machines")
+    made = Machines(place, fill, partial(add_s3_remote, port=s3.port), **S3_ENV)
     try:
         for name in ("one", "two"):
             made.start_worker(name)
