@@ -8,13 +8,12 @@ counted and not repeated, unless `--again` is given.
 import argparse
 import sys
 import time
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
 from benchmarks.evidence import page
 from benchmarks.evidence.plan import PLAN, RESULTS, Case, is_finished, load_cases, read_results, write_result
-from benchmarks.measure import alone
+from benchmarks.evidence.schedule import run_all, seed_of
 from dpo.common.errors import InputError, Stopped, TransientError
 
 CACHE = Path(".evidence")
@@ -69,56 +68,39 @@ def state(case: Case, results: dict[str, dict[str, Any]]) -> str:
 def measure_all(cases: list[Case], results: dict[str, dict[str, Any]], options: argparse.Namespace) -> list[Case]:
     """Measure the cases without a result within the time limit, and return those that are left.
 
-    Cases with a result of another engine or of other packages come last.
+    Cases with a result of another engine or of other packages come last. Errors are those of `run_all`.
     """
     start = time.monotonic()
     left = [case for case in cases if options.again or not is_finished(case, results)]
     left.sort(key=lambda case: case.name in results)
     say(f"{len(cases) - len(left)} of {len(cases)} cases have a result")
-    while left and time.monotonic() - start + expected(left[0], results) < 60 * options.minutes:
-        case = left.pop(0)
-        facts = attempt(case, options.cache)
+
+    def may_start(case: Case, built: bool) -> bool:
+        return time.monotonic() - start + expected(case, results, built) < 60 * options.minutes
+
+    def record(case: Case, facts: dict[str, Any], built: float) -> None:
+        if "error" not in facts:
+            facts["seconds"] |= {"shared_products": built, "cases_at_once": options.jobs}
         write_result(case, facts, options.results)
-        results = read_results(options.results)
+        results.update(read_results(options.results))
         say(f"{case.name}: {describe(facts)}")
+
+    run_all(left, options.cache, options.jobs, may_start, record)
     return left
 
 
-def expected(case: Case, results: dict[str, dict[str, Any]]) -> float:
+def expected(case: Case, results: dict[str, dict[str, Any]], built: bool) -> float:
     """Return the longest time in seconds of a measured case of the same method, else of any case.
 
-    The first case of a seed also needs the time to build what its cases share.
+    If what the cases of its seed share is not built, the longest time of building it is added.
     """
     timed = [each for each in results.values() if "seconds" in each]
     same = [each for each in timed if (each["task"], each["method"]) == (case.task, case.method)]
     parts = ("training", "evaluation")
     longest = max((sum(each["seconds"][part] for part in parts) for each in same or timed), default=0)
-    if (case.task, case.seed) in {(each["task"], each["seed"]) for each in timed}:
+    if built or seed_of(case) in {(each["task"], each["seed"]) for each in timed}:
         return longest
     return longest + max((each["seconds"]["shared_products"] for each in timed), default=0)
-
-
-def attempt(case: Case, cache: Path) -> dict[str, Any]:
-    """Return the result of a case, or the error of its method.
-
-    Raises:
-        InputError: what the cases of a seed share cannot be built, for example because TRL is not installed.
-        TransientError: the data or the model cannot be downloaded.
-        Stopped: SIGTERM was received. The next run resumes the case.
-        OSError, MemoryError, BrokenProcessPool: the machine lacks disk space or memory.
-    """
-    from benchmarks.evidence.cases import measure
-    from benchmarks.evidence.products import build
-
-    built = alone(build, case, cache)
-    try:
-        facts = alone(measure, case, cache)
-    except (TransientError, Stopped, OSError, MemoryError, BrokenProcessPool):
-        raise
-    except Exception as error:  # noqa: BLE001 - a failed run is a result of the method
-        return {"error": f"{type(error).__name__}: {error}"}
-    facts["seconds"]["shared_products"] = built
-    return facts
 
 
 def describe(facts: dict[str, Any]) -> str:
@@ -127,7 +109,8 @@ def describe(facts: dict[str, Any]) -> str:
         return f"failed, {facts['error']}"
     values = {name: value for name, value in facts["metrics"].items() if name == "kl" or name.startswith("score/")}
     figures = ", ".join(f"{name} {value:.3f}" for name, value in values.items())
-    return f"{figures}, {sum(facts['seconds'].values()):.0f} s, {facts['peak_memory_gib']:.1f} GiB"
+    seconds = facts["seconds"]["training"] + facts["seconds"]["evaluation"]
+    return f"{figures}, {seconds:.0f} s, {facts['peak_memory_gib']:.1f} GiB"
 
 
 def say(line: str) -> None:
@@ -146,6 +129,7 @@ def parser() -> argparse.ArgumentParser:
     line.add_argument(
         "--minutes", type=float, default=60, help="time limit; a case starts only if it is likely to end in time"
     )
+    line.add_argument("--jobs", type=int, default=1, help="cases at once")
     line.add_argument("--again", action="store_true", help="measure also cases that have a result or have failed")
     line.add_argument("--table", action="store_true", help="do not measure; write the page")
     line.add_argument("--plan", type=Path, default=PLAN)

@@ -17,6 +17,8 @@ from scipy.special import comb
 
 from benchmarks.evidence.plan import Case, best_of
 from benchmarks.evidence.products import BENCHMARKS, Products
+from benchmarks.measure import reset_peak
+from dpo.common.distributed import this_process
 from dpo.common.files import atomic_write, link_tree
 from dpo.engine.flops import Cost, cost_of
 from dpo.engine.logprobs import load_model
@@ -46,6 +48,7 @@ class Trained:
 
 def measure(case: Case, cache: Path) -> dict[str, Any]:
     """Return the result of a case. What the seed shares is built before if it is missing."""
+    reset_peak()
     products, start = Products(case.params, cache), time.monotonic()
     if case.trial is None:
         table = best_of_n(products, best_of(case.method) or 1)
@@ -64,6 +67,7 @@ def measure(case: Case, cache: Path) -> dict[str, Any]:
         "prompts": by_prompt(table, sorted(set(products.reference_samples["prompt"]))),
         "cost": asdict(trained.cost) | {"human_pairs": len(products.train)} | trained.counts,
         "seconds": seconds | {"threads": torch.get_num_threads()},
+        "device": device(),
         "peak_memory_gib": peak,
     }
 
@@ -84,9 +88,10 @@ def train(products: Products, trial: Trial, work: Path) -> Trained:
         first.parent.mkdir(parents=True, exist_ok=True)
         link_tree(shared, first)
     outcome = rounds.run(drawn_prompts(products.train, params.online, trial.seed))
-    if not shared.is_dir():
-        with atomic_write(shared) as tmp:
-            shutil.copytree(first, tmp, ignore=shutil.ignore_patterns(ADVANTAGES))  # those depend on beta
+    with products.lock:
+        if not shared.is_dir():
+            with atomic_write(shared) as tmp:
+                shutil.copytree(first, tmp, ignore=shutil.ignore_patterns(ADVANTAGES))  # those depend on beta
     names = {"pairs": "pairs", "judged_answers": "answers"}
     counts = {name: sum(each.get(key, 0) for each in outcome.counts) for name, key in names.items()}
     cost = outcome.cost + trained_cost(outcome.log)
@@ -130,14 +135,16 @@ def evaluate(products: Products, folder: Path, name: str) -> pd.DataFrame:
     """
     params, reference = products.params, products.reference_samples
     prompts, tokenizer = products.prompts(reference), products.tokenizer
-    policy = load_model(folder, **params.engine.loading, frozen=True)
+    policy, base = (
+        load_model(each, **params.engine.loading, frozen=True).to(this_process().device)
+        for each in (folder, products.reference)
+    )
     seed = int(np.random.SeedSequence([params.seed, zlib.crc32(name.encode())]).generate_state(1)[0])
     sampling = params.sampling(products.limit) | {"seed": seed}
     table = response_table(policy, tokenizer, prompts, **sampling).assign(prompt=reference["prompt"])
     responses = table["ids"].tolist()[: params.evaluate.kl_samples]
     kl = divergence(
-        policy, load_model(products.reference, **params.engine.loading, frozen=True),
-        prompt_ids(tokenizer, prompts[: len(responses)], sampling["max_prompt_tokens"]), responses,
+        policy, base, prompt_ids(tokenizer, prompts[: len(responses)], sampling["max_prompt_tokens"]), responses,
         params.engine.max_tokens_per_microbatch,
     )  # fmt: skip
     table = table.join(kl[["kl"]])
@@ -191,6 +198,11 @@ def by_prompt(table: pd.DataFrame, prompts: list[str]) -> dict[str, Any]:
     values: dict[str, pd.Series] = {"responses": groups.size(), "kl_responses": groups["kl"].count()}
     values |= {name: groups[name].sum().round(4) for name in columns}
     return {name: each.reindex(prompts, fill_value=0).tolist() for name, each in values.items()}
+
+
+def device() -> str:
+    """Return the name of the GPU, or `CPU`."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
 
 
 def peak_gib() -> float:

@@ -151,12 +151,22 @@ def status(evidence: Evidence) -> str:
         methods = ", ".join(evidence.plan.groups[name].methods)
         rows.append([name, methods, str(len(cases)), str(done), str(failed), label])
     text = table(["group", "methods", "policies", "finished", "failed", "left"], rows)
-    versions = {
-        f"engine {each['key']['engine']}, "
-        + ", ".join(f"{k} {v}" for k, v in sorted(each["key"]["packages"].items()))
-        for each in evidence.results.values()
-    }
+    versions = {measured_with(each) for each in evidence.results.values()}
     return text + "".join(f"\n\nMeasured with {each}." for each in sorted(versions))
+
+
+def measured_with(result: Result) -> str:
+    """Return engine, packages and machine of a result. Those of a failed case have no machine."""
+    packages = ", ".join(f"{name} {version}" for name, version in sorted(result["key"]["packages"].items()))
+    text = f"engine {result['key']['engine']}, {packages}"
+    if "error" in result:
+        return text
+    return text + f", {device(result)}, {_count(result['seconds'].get('cases_at_once', 1), 'policy')} at once"
+
+
+def device(result: Result) -> str:
+    """Return the name of the GPU, or `CPU`."""
+    return str(result.get("device", "CPU"))
 
 
 def frontier(evidence: Evidence, judges: Sequence[str]) -> str:
@@ -258,7 +268,7 @@ def memory(evidence: Evidence, ppo: Path = PPO) -> str:
     for method, models in MODELS.items():
         done = evidence.finished(methods[method])
         peak = f"{max(each['peak_memory_gib'] for each in done):.1f}" if done else NOT_RUN
-        rows.append([method, ", ".join(models), str(len(models)), peak])
+        rows.append([method, ", ".join(models), str(len(models)), peak, device(done[0]) if done else ""])
     held = "policy, value model, reference, reward model"
     measured = json.loads(ppo.read_text()) if ppo.exists() else None
     label = (
@@ -266,8 +276,9 @@ def memory(evidence: Evidence, ppo: Path = PPO) -> str:
         if measured
         else "PPO"
     )
-    rows.append([label, held, "4", f"{measured['peak_memory_gib']:.1f}" if measured else NOT_RUN])
-    return table(["method", "models in memory", "number", "peak memory, GiB"], rows)
+    peak = f"{measured['peak_memory_gib']:.1f}" if measured else NOT_RUN
+    rows.append([label, held, "4", peak, device(measured) if measured else ""])
+    return table(["method", "models in memory", "number", "peak memory, GiB", "device"], rows)
 
 
 def arithmetic(evidence: Evidence) -> str:
@@ -362,4 +373,5 @@ def answer(evidence: Evidence, pairs: Sequence[tuple[str, str]]) -> list[str]:
 
 
 def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" + ("" if number == 1 else "s")
+    plural = f"{noun[:-1]}ies" if noun.endswith("y") else f"{noun}s"
+    return f"{number} {noun if number == 1 else plural}"

@@ -28,7 +28,7 @@ def measure(seed: Path) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
     from trl.experimental.ppo import PPOConfig, PPOTrainer
 
-    from benchmarks.evidence.cases import peak_gib
+    from benchmarks.evidence.cases import device, peak_gib
     from dpo.engine.chat import prompt_of
     from dpo.engine.pretrained import load_tokenizer
     from dpo.engine.tokenization import prompt_ids
@@ -58,7 +58,14 @@ def measure(seed: Path) -> dict[str, Any]:
         )  # fmt: skip
         start = time.monotonic()
         trainer.train()
-    return {"peak_memory_gib": peak_gib(), "seconds": time.monotonic() - start, "answers": len(rows), "models": 4}
+    seconds = time.monotonic() - start
+    return {
+        "peak_memory_gib": peak_gib(),
+        "device": device(),
+        "seconds": seconds,
+        "answers": len(rows),
+        "models": 4,
+    }
 
 
 def main() -> None:

@@ -5,13 +5,15 @@ Each product is built when it is first needed, in a folder whose name has the ha
 
 import hashlib
 import json
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from filelock import FileLock
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
 from benchmarks.evidence.plan import SECTIONS, Case, packages, used
@@ -58,14 +60,21 @@ class Products:
         facts = {name: used(getattr(self.params, name)) for name in SECTIONS if name not in POLICY_SECTIONS}
         return self.cache / f"seed-{self.params.seed}-{_digest(facts | {'seed': self.params.seed})}"
 
+    @property
+    def lock(self) -> FileLock:
+        """Lock of products that several processes may build at once."""
+        self.cache.mkdir(parents=True, exist_ok=True)
+        return FileLock(self.cache / "products.lock")
+
     @cached_property
     def base(self) -> Path:
         """Folder of the base model, which all seeds share."""
         folder = self.cache / f"base-{_digest({'model': used(self.params.model)})}"
-        if not folder.is_dir():
-            model, tokenizer = load_base(self.params.model)
-            with atomic_write(folder) as tmp:
-                save_base(model, tokenizer, tmp)
+        with self.lock:
+            if not folder.is_dir():
+                model, tokenizer = load_base(self.params.model)
+                with atomic_write(folder) as tmp:
+                    save_base(model, tokenizer, tmp)
         return folder
 
     @cached_property
@@ -184,7 +193,8 @@ class Products:
             assert self.params.feedback is not None
             return load_judge(self.params.feedback, "feedback")
         self.tokenizer.truncation_side = "left"
-        return self._scorer(load_weights(AutoModelForSequenceClassification, self.reward_model).eval())
+        model = load_weights(AutoModelForSequenceClassification, self.reward_model).eval()
+        return self._scorer(model.to(this_process().device))
 
     def first_round(self, trial: Trial) -> Path:
         """Return the folder of the first round, which trials share whose prompts and answers are the same."""
@@ -246,17 +256,20 @@ class Products:
         return {name: values for name, values in scores.items() if values is not None}
 
 
-def build(case: Case, cache: Path) -> float:
-    """Build what a case needs and is missing, and return the seconds that it took."""
-    import time
-
-    start, products = time.monotonic(), Products(case.params, cache)
+def build(cases: Sequence[Case], cache: Path) -> float:
+    """Build what cases of one seed need and is missing, and return the seconds that it took."""
+    start, products = time.monotonic(), Products(cases[0].params, cache)
     products.reference_samples  # noqa: B018 - building it is the purpose
-    if needs_feedback(case) and products.uses_reward_model:
+    if products.uses_reward_model and any(map(needs_feedback, cases)):
         products.reward_model  # noqa: B018
-    if case.trial and case.trial.method is None and "reference" in case.trial.loss.needs:
+    if any(map(needs_reference_logps, cases)):
         products.reference_logps  # noqa: B018
     return time.monotonic() - start
+
+
+def needs_reference_logps(case: Case) -> bool:
+    """Return whether the policy trains on the pairs of the data with a loss that has a reference."""
+    return case.trial is not None and case.trial.method is None and "reference" in case.trial.loss.needs
 
 
 def needs_feedback(case: Case) -> bool:

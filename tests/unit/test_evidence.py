@@ -2,8 +2,10 @@
 
 import dataclasses
 import json
+import time
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+from threading import Barrier, Event
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,7 +15,7 @@ from ruamel.yaml import YAML
 from transformers import GenerationConfig
 
 import benchmarks.evidence.__main__ as command
-from benchmarks.evidence import page, plan
+from benchmarks.evidence import page, plan, schedule
 from benchmarks.evidence.cases import best_of_n, by_prompt, measure
 from benchmarks.evidence.plan import PLAN, is_finished, load_cases, load_plan, read_results, used, write_result
 from benchmarks.evidence.products import Products
@@ -91,8 +93,18 @@ def options(plan, *more):
     )
 
 
-def here(function, *args):
-    return function(*args)
+def answers(measured, before=lambda name: None):
+    """Return a stand-in for `alone`, whose cases have a result and are noted in `measured`."""
+
+    def run(function, cases, cache):
+        if function.__name__ == "build":
+            measured.append(f"seed {cases[0].seed}")
+            return 0.0
+        measured.append(cases.name)
+        before(cases.name)
+        return entry(1.0, 0.5)
+
+    return run
 
 
 # The plan
@@ -232,7 +244,7 @@ def test_finished_cases_are_skipped_and_changed_settings_are_measured_again(
     def refuse(function, *args):
         raise AssertionError("a finished case must not run")
 
-    monkeypatch.setattr(command, "alone", refuse)
+    monkeypatch.setattr(schedule, "alone", refuse)
     for case in load_cases(planned)["all"]:
         write_result(case, entry(1.0, 0.5), tmp_path)
     assert command.run(options(planned, "--results", str(tmp_path))) == 0
@@ -261,9 +273,42 @@ def test_cases_without_a_result_run_before_those_of_another_engine(planned, tmp_
     for case in cases[:2]:
         write_result(case, entry(1.0, 0.5), tmp_path)
     monkeypatch.setattr(plan, "ENGINE_VERSION", -1)
-    monkeypatch.setattr(command, "attempt", lambda case, cache: measured.append(case.name) or entry(1.0, 0.5))
+    monkeypatch.setattr(schedule, "alone", answers(measured))
     assert command.run(options(planned, "--results", str(tmp_path))) == 0
-    assert measured == [case.name for case in [*cases[2:], *cases[:2]]]
+    assert measured == ["seed 3", *(case.name for case in [*cases[2:], *cases[:2]])]
+
+
+def test_cases_of_several_seeds_run_at_once_each_after_its_shared_products(tmp_path, monkeypatch):
+    plan, measured, together = tiny_plan(tmp_path, seeds=[3, 4]), [], Barrier(4)
+
+    def meet(name):
+        if name.startswith("tiny-online"):
+            together.wait(timeout=20)  # four cases, two of each seed, run at the same time
+
+    monkeypatch.setattr(schedule, "alone", answers(measured, meet))
+    folder = str(tmp_path / "results")
+    assert command.run(options(plan, "--results", folder, "--jobs", "4")) == 0
+    assert {"seed 3", "seed 4"} == set(measured[:2])
+    assert len(set(measured)) == len(measured) == 2 + 2 * len(METHODS)
+    assert {each["seconds"]["cases_at_once"] for each in read_results(Path(folder)).values()} == {4}
+
+
+def test_a_fault_of_the_machine_keeps_the_results_of_the_cases_that_run(tmp_path, monkeypatch):
+    plan, measured, failed = tiny_plan(tmp_path), [], Event()
+
+    def fail_or_wait(name):
+        if "online-1" in name:
+            failed.set()
+            raise BrokenProcessPool("killed")
+        assert failed.wait(20)
+        time.sleep(0.2)  # ends after the fault
+
+    monkeypatch.setattr(schedule, "alone", answers(measured, fail_or_wait))
+    folder = tmp_path / "results"
+    with pytest.raises(BrokenProcessPool):
+        command.run(options(plan, "--results", str(folder), "--jobs", "2"))
+    assert list(read_results(folder)) == ["tiny-online-2-sigmoid-0.1-0.01-3"]
+    assert len(measured) == 3, "no case starts after the fault"
 
 
 def test_a_failed_case_is_recorded_and_not_repeated(planned, tmp_path, monkeypatch, capsys):
@@ -272,12 +317,12 @@ def test_a_failed_case_is_recorded_and_not_repeated(planned, tmp_path, monkeypat
             return 0.0
         raise FloatingPointError("the loss is not finite")
 
-    monkeypatch.setattr(command, "alone", diverge)
+    monkeypatch.setattr(schedule, "alone", diverge)
     arguments = options(planned, "--results", str(tmp_path), "--cases", "online-1")
     assert command.run(arguments) == 0
     (result,) = read_results(tmp_path).values()
     assert result["error"] == "FloatingPointError: the loss is not finite"
-    monkeypatch.setattr(command, "alone", None)
+    monkeypatch.setattr(schedule, "alone", None)
     assert command.run(arguments) == 0
     assert command.run(options(planned, "--results", str(tmp_path), "--list")) == 0
     assert "failed   tiny-online-1-sigmoid-0.1-0.01-3\nnot run  tiny-online-2" in capsys.readouterr().out
@@ -304,7 +349,7 @@ def test_a_fault_of_the_machine_is_no_result_of_a_method(planned, tmp_path, monk
             raise fault
         return 0.0
 
-    monkeypatch.setattr(command, "alone", fail)
+    monkeypatch.setattr(schedule, "alone", fail)
     with pytest.raises(type(fault)):
         command.run(options(planned, "--results", str(tmp_path)))
     assert not read_results(tmp_path)
@@ -319,7 +364,7 @@ def test_no_case_starts_that_is_likely_to_exceed_the_time(planned, tmp_path, mon
             "seconds": {"training": 500.0, "evaluation": 100.0}, "metrics": {}, "peak_memory_gib": 1.0
         }  # fmt: skip
 
-    monkeypatch.setattr(command, "alone", record)
+    monkeypatch.setattr(schedule, "alone", record)
     assert command.run(options(planned, "--results", str(tmp_path))) == 1
     assert calls == ["build", "measure"], "the next case needs 10 minutes of 9"
 
@@ -328,9 +373,11 @@ def test_the_first_case_of_a_seed_needs_the_time_of_what_its_cases_share(planned
     first, second = load_cases(planned)["all"][:2]
     timed = entry(1.0, 0.5)
     timed["seconds"] |= {"shared_products": 300.0}
-    assert command.expected(first, {}) == 0
-    assert command.expected(second, {"a": {"task": "tiny", "seed": 3, "method": "sigmoid", **timed}}) == 90
-    assert command.expected(second, {"a": {"task": "tiny", "seed": 9, "method": "online-1", **timed}}) == 390
+    results = {name: {"a": {"task": "tiny", "seed": int(name), "method": "online-1", **timed}} for name in "39"}
+    assert command.expected(first, {}, built=False) == 0
+    assert command.expected(second, results["3"], built=False) == 90
+    assert command.expected(second, results["9"], built=False) == 390
+    assert command.expected(second, results["9"], built=True) == 90
 
 
 def test_unknown_cases_are_an_error(planned):
@@ -390,11 +437,12 @@ def test_a_seed_counts_if_all_its_policies_have_finished_or_failed():
 def test_memory_is_that_of_the_results_and_of_ppo(tmp_path):
     ppo = tmp_path / "ppo.json"
     evidence = page.Evidence(load_plan(ROOT / PLAN), load_cases(ROOT / PLAN), {})
-    assert page.memory(evidence, ppo).count("| **not run** |") == 4
-    ppo.write_text(json.dumps({"packages": {"trl": "1.12.0"}, "answers": 32, "peak_memory_gib": 7.14}))
+    assert page.memory(evidence, ppo).count("| **not run** |  |") == 4
+    measured = {"packages": {"trl": "1.12.0"}, "answers": 32, "peak_memory_gib": 7.14, "device": "a GPU"}
+    ppo.write_text(json.dumps(measured))
     last = page.memory(evidence, ppo).splitlines()[-1]
     assert last.startswith("| PPO of TRL 1.12.0, one step of 32 answers | policy, value")
-    assert last.endswith("| 4 | 7.1 |")
+    assert last.endswith("| 4 | 7.1 | a GPU |")
 
 
 def test_a_kl_that_no_policy_reaches_has_no_reward(tmp_path):
