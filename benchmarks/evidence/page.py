@@ -23,7 +23,8 @@ from benchmarks.evidence.statistics import (
 from benchmarks.page import put_table
 from dpo.evaluation.verifier_metrics import pass_at_k
 
-PAGE, PPO = Path("docs/internals/evidence.md"), Path("benchmarks/results/evidence-ppo.json")
+PAGE, LOSSES_PAGE = Path("docs/internals/evidence.md"), Path("docs/reference/losses.md")
+PPO = Path("benchmarks/results/evidence-ppo.json")
 NOT_RUN = "**not run**"
 QUESTIONS = {
     "on-policy": [("online-4", "online-1"), ("online-8", "online-1")],
@@ -32,6 +33,8 @@ QUESTIONS = {
     "demonstrations": [("sigmoid", "sft")],
 }
 """Comparisons on the sentences that answer a question of the page."""
+LOSSES = ["losses", "more-losses"]
+"""Groups of losses on the pairs of the data, at the same betas and seeds."""
 MODELS = {"sigmoid": ["policy"], "online-4": ["policy", "reward model"], "rloo-4": ["policy", "reward model"]}
 """Models in memory while a policy trains. The reference is loaded before and freed."""
 
@@ -58,14 +61,22 @@ class Evidence:
         return cls(load_plan(plan), cases, used)
 
     def methods(self, task: str) -> dict[str, list[Case]]:
-        """Return the cases of each method of a task, from the first group that has it."""
+        """Return the cases of each method of a task, from the first group that has it, without `LOSSES`."""
         methods: dict[str, list[Case]] = {}
         for name, group in self.plan.groups.items():
-            if group.task == task:
+            if group.task == task and name not in LOSSES:
                 for method in set(group.methods) - set(methods):
                     methods[method] = [case for case in self.cases[name] if case.method == method]
         order = [method for group in self.plan.groups.values() for method in group.methods]
         return dict(sorted(methods.items(), key=lambda item: order.index(item[0])))
+
+    @property
+    def losses(self) -> dict[str, list[Case]]:
+        """Cases of each loss on the pairs of the data."""
+        methods: dict[str, list[Case]] = {}
+        for case in (case for name in LOSSES for case in self.cases.get(name, [])):
+            methods.setdefault(case.method, []).append(case)
+        return methods
 
     def finished(self, cases: Sequence[Case]) -> list[Result]:
         """Return the results of cases that did not fail."""
@@ -84,26 +95,41 @@ class Evidence:
         return "no complete seed" if any(case.name in self.results for case in cases) else NOT_RUN
 
 
-def write(page: Path = PAGE) -> None:
-    """Write all figures of the page."""
-    for name, text in blocks(Evidence.read()).items():
+def write(page: Path = PAGE, losses_page: Path = LOSSES_PAGE) -> None:
+    """Write all figures of the page, and those of the losses to their page."""
+    evidence = Evidence.read()
+    for name, text in blocks(evidence).items():
         put_table(page, f"evidence-{name}", text)
+    for name, text in loss_blocks(evidence).items():
+        put_table(losses_page, f"evidence-{name}", text)
 
 
 def blocks(evidence: Evidence) -> dict[str, str]:
     """Return the parts of the page by name."""
-    sentences = [judge.name for judge in evidence.cases[evidence.plan.comparison.group][0].params.evaluate.judges]
+    sentences, methods = judges(evidence), evidence.methods("sentences")
     return {
         "status": status(evidence),
         "primary": primary(evidence, sentences),
-        "frontier": frontier(evidence, sentences),
-        **{f"equal-kl-{n}": equal_kl(evidence, judge) for n, judge in enumerate(sentences, 1)},
+        "frontier": frontier(evidence, sentences, methods),
+        **{f"equal-kl-{n}": equal_kl(evidence, judge, methods) for n, judge in enumerate(sentences, 1)},
         "compute": compute(evidence),
         "cost": cost(evidence),
         "memory": memory(evidence),
         "arithmetic": arithmetic(evidence),
         **{name: "\n".join(answer(evidence, pairs)) for name, pairs in QUESTIONS.items()},
     }
+
+
+def loss_blocks(evidence: Evidence) -> dict[str, str]:
+    """Return the parts of the page of losses by name."""
+    equal = [equal_kl(evidence, judge, evidence.losses) for judge in judges(evidence)]
+    return {"losses": "\n\n".join([*equal, frontier(evidence, judges(evidence), evidence.losses)])}
+
+
+def judges(evidence: Evidence) -> list[str]:
+    """Return the names of the judges that evaluate on the sentences."""
+    case = evidence.cases[evidence.plan.comparison.group][0]
+    return [judge.name for judge in case.params.evaluate.judges]
 
 
 # Tables
@@ -169,13 +195,13 @@ def device(result: Result) -> str:
     return str(result.get("device", "CPU"))
 
 
-def frontier(evidence: Evidence, judges: Sequence[str]) -> str:
+def frontier(evidence: Evidence, judges: Sequence[str], methods: Mapping[str, Sequence[Case]]) -> str:
     """Return KL and reward of every policy of the sentences, as means over seeds."""
     done = [each for each in evidence.results.values() if each["task"] == "sentences" and "error" not in each]
     rows, first = [], {each["seed"]: [each] for each in done}
     if first:
         rows.append(["reference", str(len(first)), "0", *means(first, [f"reference_score/{j}" for j in judges])])
-    for method, cases in evidence.methods("sentences").items():
+    for method, cases in methods.items():
         points: dict[str, dict[int, list[Result]]] = {}
         for each in evidence.finished(cases):
             label = ", ".join([method, *(f"{each[name]:g}" for name in ("beta", "learning_rate") if name in each)])
@@ -197,11 +223,11 @@ def means(runs: Mapping[int, list[Result]], names: Sequence[str]) -> list[str]:
     return [figure(value, bounds, 2) for value, bounds, _ in every]
 
 
-def equal_kl(evidence: Evidence, judge: str) -> str:
+def equal_kl(evidence: Evidence, judge: str, methods: Mapping[str, Sequence[Case]]) -> str:
     """Return the reward of each method at the KLs of the comparison."""
     kls = sorted([evidence.plan.comparison.kl, *evidence.plan.comparison.other_kls])
     rows = []
-    for method, cases in evidence.methods("sentences").items():
+    for method, cases in methods.items():
         runs, cells = evidence.runs(cases), []
         for kl in kls:
             value, bounds, seeds = (

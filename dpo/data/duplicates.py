@@ -25,6 +25,8 @@ Read = Callable[[set[int]], Mapping[int, Sequence[str]]]
 PERMUTATIONS, BAND = 64, 8
 """MinHash values per text, and per band. A near duplicate of similarity 0.9 is found with a probability of 99%."""
 SEED = 1
+COMPARED_AT_ONCE = 100_000
+"""Rows whose sketches are compared at once. In large data most rows share a band, and a comparison takes 1 kB."""
 SHORT, PROMPTS_OF_SHORT, PROMPTS, WORDS_PER_PROMPT = 3, 3, 5, 5
 """A completion is a stock phrase if it answers enough different prompts: `PROMPTS_OF_SHORT` if it has at most
 `SHORT` words, else `PROMPTS`, and one per `WORDS_PER_PROMPT` words."""
@@ -178,8 +180,10 @@ def _near(
             new = np.append(True, key[order][1:] != key[order][:-1])[: len(order)]
             leader = order[np.maximum.accumulate(np.where(new, np.arange(len(order)), 0))]
             later, leader = order[~new], leader[~new]
-            equal = (sketches[place[later]] == sketches[place[leader]]).mean(2).min(1) >= similarity
-            np.minimum.at(original, later[equal], leader[equal])
+            for part in range(0, len(later), COMPARED_AT_ONCE):
+                rows, firsts = (each[part : part + COMPARED_AT_ONCE] for each in (later, leader))
+                equal = (sketches[place[rows]] == sketches[place[firsts]]).mean(2).min(1) >= similarity
+                np.minimum.at(original, rows[equal], firsts[equal])
     for i in np.flatnonzero(original < len(prints)):
         reason = f"almost the same pair as row {prints.row[original[i]] + 1}"
         yield Violation(int(prints.row[i]), "near_duplicate_pair", reason)

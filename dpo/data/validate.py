@@ -207,7 +207,7 @@ def _check_all(
         raise InputError(f"{raw_pairs}: no rows; run the stage `ingest`")
     starts = np.cumsum([0, *sizes])[:-1].tolist()
     check = functools.partial(_check_group, raw_pairs, tokenizer, max_length, benchmarks, excluding, kind)
-    parts, prompts, count = [], dict[int, str](), 0
+    parts, prompts, names, count = [], dict[int, str](), dict[str, str](), 0
     sketches = np.empty((sum(sizes), 3, PERMUTATIONS), np.uint16)
     with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
         run: Any = pool.map if len(sizes) > MAX_SERIAL_GROUPS else map  # an unused pool starts no process
@@ -215,11 +215,12 @@ def _check_all(
         for part in progress(groups, total=len(sizes), desc="checking", unit="group", mininterval=2):
             sketches[count : count + len(part.prints)] = part.sketches
             count += len(part.prints)
-            parts.append(part._replace(prompts={}, sketches=sketches[:0]))
+            sources = [names.setdefault(name, name) for name in part.sources]  # each name is held once
+            parts.append(part._replace(prompts={}, sketches=sketches[:0], sources=sources))
             prompts = dict(sorted((prompts | part.prompts).items())[:SAMPLED_PROMPTS])
-    violations, prints, _, lengths, sources, _, marks, longest = zip(*parts, strict=True)
+    violations, prints, _, lengths, named, _, marks, longest = zip(*parts, strict=True)
     merged = list(chain(*violations)), concatenate(prints), sketches[:count], np.concatenate(lengths)
-    return CheckedRows(*merged, list(chain(*sources)), prompts, sum(marks), max(longest)), sum(sizes)
+    return CheckedRows(*merged, list(chain(*named)), prompts, sum(marks), max(longest)), sum(sizes)
 
 
 @functools.cache

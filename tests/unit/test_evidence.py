@@ -24,6 +24,7 @@ from dpo.common.errors import InputError, Stopped, TransientError
 from dpo.common.files import sha256
 from dpo.config import load_params
 from dpo.evaluation.yardsticks import best_of_n as exact_best_of_n
+from dpo.training.losses import LOSSES
 from tests.support.models import chat_tokenizer, make_model
 from tests.support.project import ROOT
 from tests.support.training import make_pairs
@@ -390,10 +391,21 @@ def test_unknown_cases_are_an_error(planned):
 
 def test_the_page_is_up_to_date_with_the_results(monkeypatch):
     monkeypatch.chdir(ROOT)
-    text = page.PAGE.read_text()
-    for name, block in page.blocks(page.Evidence.read()).items():
-        start, end = markers(f"evidence-{name}")
-        assert text.split(start)[1].split(end)[0].strip() == block, "run `python -m benchmarks.evidence --table`"
+    evidence = page.Evidence.read()
+    for file, blocks in ((page.PAGE, page.blocks(evidence)), (page.LOSSES_PAGE, page.loss_blocks(evidence))):
+        for name, block in blocks.items():
+            start, end = markers(f"evidence-{name}")
+            written = file.read_text().split(start)[1].split(end)[0].strip()
+            assert written == block, "run `python -m benchmarks.evidence --table`"
+
+
+def test_every_loss_for_pairs_is_in_the_plan_at_three_betas_and_three_seeds():
+    losses = page.Evidence.read(ROOT / PLAN).losses
+    for_pairs = {name for name, loss in LOSSES.items() if "labels" not in loss().needs}
+    assert set(losses) == for_pairs - {"custom", "sft"}  # `sft` has no beta and is a group of its own
+    for cases in losses.values():
+        assert len({case.trial.beta for case in cases}) == len({case.seed for case in cases}) == 3
+        assert len(cases) == 9
 
 
 @pytest.mark.parametrize("seeds", [4, 5])
@@ -420,18 +432,27 @@ def test_the_primary_test_waits_for_all_seeds(tmp_path, seeds):
         assert "| online-1 | 0.22 [0.21, 0.22] | 2.0 | 9 | 24 |" in page.compute(evidence)
 
 
+def equal_kl(evidence):
+    """Return the table of the primary judge."""
+    return page.equal_kl(evidence, "vader_compound", evidence.methods("sentences"))
+
+
 def test_a_seed_counts_if_all_its_policies_have_finished_or_failed():
     cases = load_cases(ROOT / PLAN)
     evidence = page.Evidence(load_plan(ROOT / PLAN), cases, {})
     first, second = evidence.methods("sentences")["online-1"][:2]
     about = {"seed": 1, "method": "online-1", "task": "sentences"}
     evidence = dataclasses.replace(evidence, results={first.name: about | entry(4.0, 0.5)})
-    assert "| online-1 | no complete seed |" in page.equal_kl(evidence, "vader_compound")
-    assert "| online-4 | **not run** |" in page.equal_kl(evidence, "vader_compound")
+    assert "| online-1 | no complete seed |" in page.equal_kl(
+        evidence, "vader_compound", evidence.methods("sentences")
+    )
+    assert "| online-4 | **not run** |" in equal_kl(evidence)
     evidence = dataclasses.replace(
         evidence, results=evidence.results | {second.name: about | {"error": "diverged"}}
     )
-    assert "| online-1 | 1 | 0.25 | 0.31 | 0.35 | 0.43 |" in page.equal_kl(evidence, "vader_compound")
+    assert "| online-1 | 1 | 0.25 | 0.31 | 0.35 | 0.43 |" in page.equal_kl(
+        evidence, "vader_compound", evidence.methods("sentences")
+    )
 
 
 def test_memory_is_that_of_the_results_and_of_ppo(tmp_path):
@@ -452,6 +473,6 @@ def test_a_kl_that_no_policy_reaches_has_no_reward(tmp_path):
     for case in load_cases(plan)["all"]:
         write_result(case, entry(0.0015, 0.3), tmp_path / "results")
     evidence = page.Evidence.read(plan, tmp_path / "results")
-    line = next(line for line in page.equal_kl(evidence, "vader_compound").splitlines() if "online-1" in line)
+    line = next(line for line in equal_kl(evidence).splitlines() if "online-1" in line)
     assert line == "| online-1 | 1 | 0.24 | not reached |"
     assert np.isnan(page.difference(evidence, ("online-2", "online-1"), "vader_compound", 1.0)[0])

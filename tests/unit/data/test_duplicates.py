@@ -1,10 +1,12 @@
 """Comparison of rows: duplicates, near duplicates, contradictions and leaks between the splits."""
 
 import dataclasses
+import tracemalloc
 
 import numpy as np
 import pytest
 
+from dpo.data import duplicates
 from dpo.data.duplicates import PERMUTATIONS, Fingerprints, compare, concatenate, fingerprint
 from dpo.data.rules import TABLE_RULES
 
@@ -112,6 +114,30 @@ def test_the_first_of_several_near_duplicates_is_kept_and_named():
     findings = list(compare(*fingerprint(pairs, range(7)), 0.9, EXCLUDING))
     assert [f.row for f in findings] == [2, 3, 4, 5, 6]
     assert {f.reason for f in findings} == {"almost the same pair as row 2"}
+
+
+def test_memory_of_the_comparison_does_not_grow_with_rows_that_share_a_band(monkeypatch):
+    """In large data most rows share a band with an earlier row. Their sketches are not copied all at once."""
+    rows, draw = 20_000, np.random.default_rng(2)
+    prints, sketch = fingerprint(pairs_of(("p", "c", "r")), [0])
+    prints = Fingerprints(*(np.repeat(column, rows, 0) for column in vars(prints).values()))
+    texts = draw.integers(2**60, size=(rows, 3)).astype(np.uint64)
+    prints = dataclasses.replace(prints, row=np.arange(rows), id=np.arange(rows, dtype=np.uint64), texts=texts)
+    sketches = np.repeat(sketch, rows, 0)  # equal completions, different prompts
+    sketches[:, 0] = draw.integers(2**16, size=(rows, PERMUTATIONS))
+    sketches[7, 0] = sketches[3, 0]
+
+    def peak(at_once):
+        monkeypatch.setattr(duplicates, "COMPARED_AT_ONCE", at_once)
+        tracemalloc.start()
+        findings = list(compare(prints, sketches, 0.9, EXCLUDING))
+        size = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return findings, size
+
+    (few, small), (all_rows, large) = peak(500), peak(rows)
+    assert few == all_rows
+    assert small < large / 3
 
 
 def test_swapped_completions_are_a_contradiction_of_both_rows():
