@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoTokenizer
 
-from benchmarks.cases import BETA, CASES, LORA, PAIRS_PER_STEP, Case, arguments, case_rows, padded_batches
+from benchmarks.cases import BETA, CASES, LORA, PAIRS_PER_STEP, TRAIN, Case, arguments, case_rows, padded_batches
 from benchmarks.flops import flop_ratio, flops
 from benchmarks.measure import Run, alone, close, now, reset_peak, resident, summary
 from benchmarks.page import put_table
@@ -249,6 +249,9 @@ def main() -> int:
         "--table", action="store_true", help="do not measure; recompute FLOP ratios and write the page"
     )
     options = parser.parse_args()
+    for path in (options.model / "config.json", TRAIN):
+        if not path.is_file():
+            sys.exit(f"{path} is missing; run `dvc repro fetch_model validate` first")
     results: list[dict[str, Any]] = []
     if options.table:
         results = update_flop_ratios(json.loads(options.output.read_text()), options.model)
