@@ -12,6 +12,7 @@ from typing import TypeVar
 
 import psutil
 from dvc.repo import Repo
+from dvc.stage.cache import RunCacheNotFoundError, RunCacheNotSupported
 from prefect import get_run_logger
 
 from dpo.common.errors import InputError
@@ -44,6 +45,30 @@ def default_remote() -> str | None:
     """Return the name of DVC's default remote."""
     with Repo() as repo:
         return repo.config["core"].get("remote")
+
+
+def lacks_outputs(stage: str) -> bool:
+    """Return whether an unchanged stage lacks an output with `cache: false`, such as a metric."""
+    with Repo(_wait_for_lock=True) as repo, repo.lock:
+        (target,) = repo.stage.collect(stage)
+        missing = any(not out.use_cache and not out.exists for out in target.outs)
+        return missing and not target.changed(allow_missing=True)
+
+
+def restore_outputs(stage: str) -> bool:
+    """Restore all outputs of a stage from the record of its run, and return whether DVC or its remote has them.
+
+    `dvc repro --pull` and `dvc pull` leave out outputs with `cache: false`.
+    """
+    with Repo(_wait_for_lock=True) as repo, repo.lock:
+        (target,) = repo.stage.collect(stage)
+        with suppress(RunCacheNotSupported):
+            repo.stage_cache.pull(None)
+        try:
+            repo.stage_cache.restore(target, pull=True)
+        except RunCacheNotFoundError:
+            return False
+    return True
 
 
 def remote_answers() -> bool:

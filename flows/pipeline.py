@@ -38,7 +38,7 @@ from dpo.common.errors import TransientError
 from dpo.common.progress import PROGRESS_FILE
 from flows.artifacts import ProgressArtifact, failure_page, publish_stage
 from flows.distributed import machines_of_trials
-from flows.git import through_outages
+from flows.git import lacks_outputs, restore_outputs, through_outages
 from flows.processes import Logger, StageError, command_error, execute
 from tasks.common.addresses import shown
 
@@ -92,6 +92,10 @@ def run_stage(stage: str, stop: threading.Event, logger: Logger, pull: bool = Fa
 
     `pull` fetches missing inputs, and results of the same run on another machine, from DVC's default remote.
     """
+    if pull and lacks_outputs(stage):
+        if restore_outputs(stage):
+            return RESTORED
+        pull = False  # with it, DVC would not notice that the outputs are missing
     command = ["dvc", "--wait-for-lock", "repro", *(["--pull"] if pull else []), "--single-item", stage]
     code, lines = execute(command, stop, logger, **options)
     if code and stop.is_set():

@@ -1,6 +1,7 @@
 """A sweep on two machines: three clones, one remote, one Prefect server, two workers, stages that copy files."""
 
 import logging
+import shutil
 import sys
 import threading
 import time
@@ -15,6 +16,7 @@ import flows.pipeline
 from flows.git import through_outages
 from flows.pipeline import RAN, RESTORED, UP_TO_DATE, run_stage
 from flows.processes import StageError
+from flows.trial import push_outputs
 from tests.support.machines import Machines, copy_flows, git, run
 
 LOGGER = logging.getLogger("test")
@@ -109,6 +111,17 @@ def test_trials_use_the_inputs_of_their_commit_and_not_those_of_an_earlier_one(m
 
 
 @pytest.mark.slow
+def test_missing_metrics_of_earlier_trials_are_restored(machines):
+    (machines.place / "machines.log").unlink(missing_ok=True)
+    shutil.rmtree(machines.head / "metrics")
+    output = machines.sweep()
+    assert "it runs in this checkout" not in output
+    assert ran_on(machines) == []
+    assert (machines.head / "metrics/0.3.json").read_text() == '{"beta": 0.3}'
+    assert "up to date" in run(machines.head, "dvc", "status")
+
+
+@pytest.mark.slow
 def test_a_stage_whose_machine_is_lost_runs_elsewhere(machines):
     (machines.place / "machines.log").unlink(missing_ok=True)
     hang = machines.place / "hang"
@@ -197,6 +210,24 @@ def test_an_outage_without_end_and_a_stopped_flow_raise_the_failure(answers, mon
         through_outages(failing(1), stopped, LOGGER)
 
 
+@pytest.mark.parametrize("recorded", [True, False])
+def test_a_missing_metric_is_restored_or_the_stage_runs_again(recorded, tmp_path, monkeypatch):
+    """DVC's own `--pull` takes the stage as up to date."""
+    fill(tmp_path)
+    env = {"MACHINES": str(tmp_path / "log")}
+    for command in (["git", "init", "-q"], ["dvc", "init", "-q"], ["dvc", "remote", "add", "-d", "s", "store"]):
+        run(tmp_path, *command)
+    run(tmp_path, "dvc", "repro", "train@0.1", **env)
+    monkeypatch.chdir(tmp_path)
+    if recorded:
+        push_outputs("train@0.1")
+        shutil.rmtree(tmp_path / ".dvc/cache")
+    (tmp_path / "metrics/0.1.json").unlink()
+    verdict = run_stage("train@0.1", threading.Event(), LOGGER, pull=True, env=env)
+    assert verdict == (RESTORED if recorded else RAN)
+    assert (tmp_path / "metrics/0.1.json").read_text() == '{"beta": 0.1}'
+
+
 PULLING = "Pulling data for stage: 'train@a'"
 
 
@@ -211,5 +242,6 @@ PULLING = "Pulling data for stage: 'train@a'"
     ],
 )
 def test_outputs_that_dvc_fetched_are_restored(lines, verdict, monkeypatch):
+    monkeypatch.setattr(flows.pipeline, "lacks_outputs", lambda stage: False)
     monkeypatch.setattr(flows.pipeline, "execute", lambda *_, **__: (0, lines))
     assert run_stage("train@a", threading.Event(), LOGGER, pull=True) == verdict
