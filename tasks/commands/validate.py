@@ -4,7 +4,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from itertools import groupby
+from itertools import groupby, islice
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -84,7 +84,8 @@ def training_sequences(table: Path, model: Path, count: int, max_length: int) ->
     from dpo.engine.tokenization import encode_pairs
 
     tokenizer = load_tokenizer(model)
-    pairs = pq.read_table(table).slice(0, count).to_pylist()
+    batches = pq.ParquetFile(table).iter_batches(batch_size=count or 1)  # the table can be larger than memory
+    pairs = list(islice((pair for batch in batches for pair in batch.to_pylist()), count))
     for pair, row in zip(pairs, encode_pairs(pairs, tokenizer, max_length), strict=True):
         lines = [f"\npair {row.id}", f"[prompt] {tokenizer.decode(row.prompt)}"]
         for number, (name, ids) in enumerate(zip(completion_fields(pair), row.completions, strict=True)):
