@@ -9,7 +9,6 @@ from http import HTTPStatus
 from typing import Any
 
 import httpx
-from dvc.repo import Repo
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.objects import FlowRun, WorkerStatus
 from prefect.deployments import run_deployment
@@ -18,7 +17,7 @@ from prefect.settings import PREFECT_API_URL
 from prefect.states import Cancelling, Crashed
 
 from dpo.common.errors import InputError
-from flows.git import default_remote, dvc, git, snapshot_commit, through_outages
+from flows.git import default_remote, dvc, git, locked_repo, snapshot_commit, through_outages
 from flows.identity import project
 from flows.processes import Logger
 from tasks.common.addresses import shown
@@ -138,7 +137,7 @@ def push_snapshot(ref: str, needs: list[str]) -> None:
     Raises:
         InputError: a file that the stages of trials read is neither in git nor in DVC.
     """
-    with Repo(_wait_for_lock=True) as repo, repo.lock:
+    with locked_repo() as repo:
         trials = [stage for stage in repo.index.stages if "@" in stage.addressing]  # others run in this checkout
         used = {dep.fs_path for stage in trials for dep in stage.deps}
         outputs = [out.fs_path for stage in repo.index.stages for out in stage.outs if not out.use_cache]

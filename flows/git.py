@@ -23,6 +23,7 @@ T = TypeVar("T")
 OUTAGE_SECONDS = 1800.0
 """How long a run waits for DVC's remote."""
 RETRY_SECONDS = 5.0
+_THREADS = threading.Lock()
 
 
 def git(*arguments: str, stdin: str | None = None, env: dict[str, str] | None = None) -> str:
@@ -47,9 +48,16 @@ def default_remote() -> str | None:
         return repo.config["core"].get("remote")
 
 
+@contextmanager
+def locked_repo() -> Iterator[Repo]:
+    """Yield the DVC repository, locked for other DVC commands and for threads, which DVC does not support."""
+    with _THREADS, Repo(_wait_for_lock=True) as repo, repo.lock:
+        yield repo
+
+
 def lacks_outputs(stage: str) -> bool:
     """Return whether an unchanged stage lacks an output with `cache: false`, such as a metric."""
-    with Repo(_wait_for_lock=True) as repo, repo.lock:
+    with locked_repo() as repo:
         (target,) = repo.stage.collect(stage)
         missing = any(not out.use_cache and not out.exists for out in target.outs)
         return missing and not target.changed(allow_missing=True)
@@ -60,7 +68,7 @@ def restore_outputs(stage: str) -> bool:
 
     `dvc repro --pull` and `dvc pull` leave out outputs with `cache: false`.
     """
-    with Repo(_wait_for_lock=True) as repo, repo.lock:
+    with locked_repo() as repo:
         (target,) = repo.stage.collect(stage)
         with suppress(RunCacheNotSupported):
             repo.stage_cache.pull(None)

@@ -16,7 +16,6 @@ from contextlib import contextmanager
 from functools import partial
 
 import httpx
-from dvc.repo import Repo
 from dvc.stage.cache import _get_stage_hash
 from prefect import flow, get_run_logger
 from prefect.client.orchestration import SyncPrefectClient
@@ -25,7 +24,7 @@ from prefect.settings import PREFECT_API_URL
 
 from dpo.common.errors import InputError, TransientError
 from flows.distributed import ALIVE
-from flows.git import default_remote, dvc, git, through_outages
+from flows.git import default_remote, dvc, git, locked_repo, through_outages
 from flows.pipeline import run_stage
 from flows.processes import Logger, StageError
 from tasks.common.git import inputs_changed
@@ -79,7 +78,7 @@ def pull_inputs(stage: str, logger: Logger) -> None:
     Raises:
         StageError: the remote lacks an input, or does not answer.
     """
-    with Repo(_wait_for_lock=True) as repo, repo.lock:
+    with locked_repo() as repo:
         (target,) = repo.stage.collect(stage)
         needs = [needed.addressing for needed in repo.index.graph.successors(target)]
     if needs:
@@ -95,7 +94,7 @@ def push_outputs(stage: str) -> None:
     Raises:
         TransientError: the remote lacks the record or an output afterwards.
     """
-    with Repo(_wait_for_lock=True) as repo, repo.lock:
+    with locked_repo() as repo:
         (target,) = repo.stage.collect(stage)
         repo.stage_cache.save(target)
         key = _get_stage_hash(target)
