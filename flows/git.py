@@ -200,7 +200,7 @@ def check_out_data(*, allow_missing: bool) -> None:
 
 
 def _not_in_cache() -> list[str]:
-    with Repo(_wait_for_lock=True) as repo, repo.lock:
+    with locked_repo() as repo:
         outs = [out for out in repo.index.outs if out.use_cache and out.hash_info]
         return [os.path.relpath(out.fs_path) for out in outs if out.changed_cache()]
 

@@ -23,7 +23,6 @@ from typing import Any, NoReturn, TypeAlias
 
 import httpx
 from dvc.lock import LockError
-from dvc.repo import Repo
 from prefect import flow, get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
@@ -38,7 +37,7 @@ from dpo.common.errors import TransientError
 from dpo.common.progress import PROGRESS_FILE
 from flows.artifacts import ProgressArtifact, failure_page, publish_stage
 from flows.distributed import machines_of_trials
-from flows.git import lacks_outputs, restore_outputs, through_outages
+from flows.git import lacks_outputs, locked_repo, restore_outputs, through_outages
 from flows.processes import Logger, StageError, command_error, execute
 from tasks.common.addresses import shown
 
@@ -78,7 +77,7 @@ def read_graph() -> tuple[dict[str, list[str]], set[str]]:
 
 
 def _read_graph() -> tuple[dict[str, list[str]], set[str]]:
-    with Repo(_wait_for_lock=True) as repo, repo.lock:
+    with locked_repo() as repo:
         graph = repo.index.graph
         stages = repo.stage.collect("dvc.yaml")
         for stage in stages:  # the loop appends needed stages from outside this dvc.yaml
