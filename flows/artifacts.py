@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import httpx
-from dvc.repo import Repo
 from prefect.artifacts import create_markdown_artifact, create_progress_artifact, update_progress_artifact
 from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
 from dpo.common.errors import InputError, TransientError
 from dpo.common.files import PROVENANCE
+from flows.git import open_repo
 from flows.identity import project
 from flows.processes import StageError
 from tasks.common.addresses import mlflow_site, shown, without_credentials
@@ -99,7 +99,7 @@ def publish_stage(stage: str, verdict: str, seconds: float, complete: bool) -> N
     outs, ended = {}, verdict
     if complete:
         ended = f"{verdict} in {seconds:.0f} s"
-        with Repo() as repo:
+        with open_repo() as repo:
             found = [out for single in repo.stage.collect(stage) for out in single.outs]
             outs = {Path(os.path.relpath(out.fs_path)): out for out in found}
     parts = [f"## `{stage}`: {ended}"]

@@ -44,14 +44,21 @@ def dvc(*arguments: str, logger: "Logger | None" = None) -> list[str]:
 
 def default_remote() -> str | None:
     """Return the name of DVC's default remote."""
-    with Repo() as repo:
+    with open_repo() as repo:
         return repo.config["core"].get("remote")
 
 
 @contextmanager
+def open_repo() -> Iterator[Repo]:
+    """Yield the DVC repository to one thread at a time. DVC's checks of its files fail in several threads."""
+    with _THREADS, Repo(_wait_for_lock=True) as repo:
+        yield repo
+
+
+@contextmanager
 def locked_repo() -> Iterator[Repo]:
-    """Yield the DVC repository, locked for other DVC commands and for threads, which DVC does not support."""
-    with _THREADS, Repo(_wait_for_lock=True) as repo, repo.lock:
+    """Yield the DVC repository as `open_repo` does, locked for other DVC commands."""
+    with open_repo() as repo, repo.lock:
         yield repo
 
 
@@ -81,12 +88,12 @@ def restore_outputs(stage: str) -> bool:
 
 def remote_answers() -> bool:
     """Return whether DVC's default remote answers. A refusal, such as that of credentials, is an answer."""
-    with Repo() as repo:
-        try:
+    try:
+        with open_repo() as repo:
             remote = repo.cloud.get_remote_odb(None, "push")
-            remote.fs.exists(remote.path)
-        except Exception as error:  # noqa: BLE001 - each kind of storage has errors of its own
-            return not _is_connection_fault(error)
+        remote.fs.exists(remote.path)  # it can take long, and other threads use the repository meanwhile
+    except Exception as error:  # noqa: BLE001 - each kind of storage has errors of its own
+        return not _is_connection_fault(error)
     return True
 
 

@@ -186,6 +186,9 @@ def test_a_failure_while_the_remote_answers_is_raised_at_once(answers):
 )
 def test_only_faults_of_the_connection_are_outages(fault, answer, monkeypatch):
     class Repo:
+        def __init__(self, **options):
+            pass
+
         def __enter__(self):
             return self
 
