@@ -1,4 +1,4 @@
-"""The evidence: its plan, cases of every method with a tiny model, results that are kept, and the page."""
+"""The evidence: its plan, cases of every method with a tiny model, and results that are kept."""
 
 import dataclasses
 import json
@@ -8,10 +8,8 @@ from pathlib import Path
 from threading import Barrier, Event
 from types import SimpleNamespace
 
-import numpy as np
 import pandas as pd
 import pytest
-from ruamel.yaml import YAML
 from transformers import GenerationConfig
 
 import benchmarks.evidence.__main__ as command
@@ -19,49 +17,14 @@ from benchmarks.evidence import page, plan, schedule
 from benchmarks.evidence.cases import best_of_n, by_prompt, measure
 from benchmarks.evidence.plan import PLAN, is_finished, load_cases, load_plan, read_results, used, write_result
 from benchmarks.evidence.products import Products
-from benchmarks.page import markers
 from dpo.common.errors import InputError, Stopped, TransientError
 from dpo.common.files import sha256
 from dpo.config import load_params
 from dpo.evaluation.yardsticks import best_of_n as exact_best_of_n
-from dpo.training.losses import LOSSES
+from tests.support.evidence import METHODS, entry, tiny_plan
 from tests.support.models import chat_tokenizer, make_model
 from tests.support.project import ROOT
 from tests.support.training import make_pairs
-
-METHODS = ["online-1", "online-2", "rloo-2", "best-of-2", "sigmoid", "sft"]
-TEXT_RULES = ("mojibake", "control_characters", "special_tokens", "rendered_text")
-
-
-def read(path):
-    return YAML(typ="safe").load(path.read_text())
-
-
-def tiny_plan(folder, **changes):
-    """Write a plan of every method for a tiny model, and return its path."""
-    group = {"task": "tiny", "methods": METHODS, "betas": [0.1], "learning_rates": [0.01], "seeds": [3], **changes}
-    comparison = {"group": "all", "better": "online-2", "worse": "online-1", "judge": "vader_compound"}
-    comparison |= {"kl": 0.001, "other_kls": [0.002]}
-    task = read(ROOT / "benchmarks/evidence/sentences.yaml") | {
-        "model": {"base": "models/own/tiny"},
-        "data": {"source": "data/own/pairs.jsonl", "eval_fraction": 0.3},
-        "validate": {"max_quarantined": 1.0, "rules": dict.fromkeys(TEXT_RULES, "warn")},
-        "sft": {"completions": "chosen", "max_pairs": 4, "epochs": 1, "pairs_per_step": 2, "learning_rate": 1e-3},
-        "dpo": {"epochs": 1, "pairs_per_step": 4},
-        "reward_model": {"pairs_per_step": 8, "learning_rate": 1e-3},
-        "online": {"prompts": 8, "answers": 3},
-    }
-    task["sweep"] |= {"betas": [0.1], "learning_rates": [0.01], "seeds": [3, 4], "rounds": [1, 2], "rloo": [2],
-                      "reward_models": [3, 4]}  # fmt: skip
-    task["evaluate"] |= {
-        "samples": 12,
-        "kl_samples": 6,
-        "max_new_tokens": 40,
-        "judges": task["evaluate"]["judges"][:1],
-    }
-    for name, values in {"plan": {"comparison": comparison, "groups": {"all": group}}, "tiny": task}.items():
-        YAML().dump(values, folder / f"{name}.yaml")
-    return folder / "plan.yaml"
 
 
 @pytest.fixture(scope="module")
@@ -229,16 +192,6 @@ def test_best_of_n_is_the_exact_expectation_of_its_own_judge():
 # Results
 
 
-def entry(kl, score):
-    """A result of four prompts with two responses each."""
-    twice = [2.0] * 4
-    prompts = {"responses": twice, "kl_responses": twice, "kl": [2 * kl] * 4}
-    prompts |= {"score/vader_compound": [2 * score] * 4, "reference_score/vader_compound": [0.0] * 4}
-    cost = {"flops": 2e12, "human_pairs": 9, "judged_answers": 24, "sampled_tokens": 1000}
-    seconds = {"training": 60.0, "evaluation": 30.0}
-    return {"metrics": {"kl": kl}, "prompts": prompts, "cost": cost, "seconds": seconds, "peak_memory_gib": 1.0}
-
-
 def test_finished_cases_are_skipped_and_changed_settings_are_measured_again(
     planned, tmp_path, monkeypatch, capsys
 ):
@@ -384,95 +337,3 @@ def test_the_first_case_of_a_seed_needs_the_time_of_what_its_cases_share(planned
 def test_unknown_cases_are_an_error(planned):
     with pytest.raises(InputError, match="--cases: no group, method or case rlo-2; groups are all"):
         command.run(options(planned, "--cases", "rlo-2"))
-
-
-# The page
-
-
-def test_the_page_is_up_to_date_with_the_results(monkeypatch):
-    monkeypatch.chdir(ROOT)
-    evidence = page.Evidence.read()
-    for file, blocks in ((page.PAGE, page.blocks(evidence)), (page.LOSSES_PAGE, page.loss_blocks(evidence))):
-        for name, block in blocks.items():
-            start, end = markers(f"evidence-{name}")
-            written = file.read_text().split(start)[1].split(end)[0].strip()
-            assert written == block, "run `python -m benchmarks.evidence --table`"
-
-
-def test_every_loss_for_pairs_is_in_the_plan_at_three_betas_and_three_seeds():
-    losses = page.Evidence.read(ROOT / PLAN).losses
-    for_pairs = {name for name, loss in LOSSES.items() if "labels" not in loss().needs}
-    assert set(losses) == for_pairs - {"custom", "sft"}  # `sft` has no beta and is a group of its own
-    for cases in losses.values():
-        assert len({case.trial.beta for case in cases}) == len({case.seed for case in cases}) == 3
-        assert len(cases) == 9
-
-
-@pytest.mark.parametrize("seeds", [4, 5])
-def test_the_primary_test_waits_for_all_seeds(tmp_path, seeds):
-    plan = tiny_plan(tmp_path, methods=["online-1", "online-2"], seeds=[1, 2, 3, 4, 5])
-    task = read(tmp_path / "tiny.yaml")
-    task["sweep"] |= {"seeds": [1, 2, 3, 4, 5], "reward_models": [1, 2, 3, 4, 5]}
-    YAML().dump(task, tmp_path / "tiny.yaml")
-    (tmp_path / "tiny.yaml").rename(tmp_path / "sentences.yaml")
-    plan.write_text(plan.read_text().replace("task: tiny", "task: sentences"))
-    for case in load_cases(plan)["all"]:
-        if case.seed <= seeds:
-            score = 0.8 + case.seed / 100 if case.method == "online-2" else 0.4 + case.seed / 100
-            write_result(case, entry(0.004, score), tmp_path / "results")
-    evidence = page.Evidence.read(plan, tmp_path / "results")
-    text = page.primary(evidence, ["vader_compound"])
-    assert "difference +0.200 [+0.200, +0.200]" in text  # half of 0.4 at a quarter of the KL
-    if seeds == 5:
-        assert f"p = {2 / 252:.3f} by permutation" in text
-    else:
-        assert "4 seeds of 5; the test is **not run** until all seeds are complete" in text
-    assert page.answer(evidence, [("online-2", "rloo-2")]) == ["- online-2 minus rloo-2: **not run**"]
-    if seeds == 5:
-        assert "| online-1 | 0.22 [0.21, 0.22] | 2.0 | 9 | 24 |" in page.compute(evidence)
-
-
-def equal_kl(evidence):
-    """Return the table of the primary judge."""
-    return page.equal_kl(evidence, "vader_compound", evidence.methods("sentences"))
-
-
-def test_a_seed_counts_if_all_its_policies_have_finished_or_failed():
-    cases = load_cases(ROOT / PLAN)
-    evidence = page.Evidence(load_plan(ROOT / PLAN), cases, {})
-    first, second = evidence.methods("sentences")["online-1"][:2]
-    about = {"seed": 1, "method": "online-1", "task": "sentences"}
-    evidence = dataclasses.replace(evidence, results={first.name: about | entry(4.0, 0.5)})
-    assert "| online-1 | no complete seed |" in page.equal_kl(
-        evidence, "vader_compound", evidence.methods("sentences")
-    )
-    assert "| online-4 | **not run** |" in equal_kl(evidence)
-    evidence = dataclasses.replace(
-        evidence, results=evidence.results | {second.name: about | {"error": "diverged"}}
-    )
-    assert "| online-1 | 1 | 0.25 | 0.31 | 0.35 | 0.43 |" in page.equal_kl(
-        evidence, "vader_compound", evidence.methods("sentences")
-    )
-
-
-def test_memory_is_that_of_the_results_and_of_ppo(tmp_path):
-    ppo = tmp_path / "ppo.json"
-    evidence = page.Evidence(load_plan(ROOT / PLAN), load_cases(ROOT / PLAN), {})
-    assert page.memory(evidence, ppo).count("| **not run** |  |") == 4
-    measured = {"packages": {"trl": "1.12.0"}, "answers": 32, "peak_memory_gib": 7.14, "device": "a GPU"}
-    ppo.write_text(json.dumps(measured))
-    last = page.memory(evidence, ppo).splitlines()[-1]
-    assert last.startswith("| PPO of TRL 1.12.0, one step of 32 answers | policy, value")
-    assert last.endswith("| 4 | 7.1 | a GPU |")
-
-
-def test_a_kl_that_no_policy_reaches_has_no_reward(tmp_path):
-    plan = tiny_plan(tmp_path)
-    (tmp_path / "tiny.yaml").rename(tmp_path / "sentences.yaml")
-    plan.write_text(plan.read_text().replace("task: tiny", "task: sentences"))
-    for case in load_cases(plan)["all"]:
-        write_result(case, entry(0.0015, 0.3), tmp_path / "results")
-    evidence = page.Evidence.read(plan, tmp_path / "results")
-    line = next(line for line in equal_kl(evidence).splitlines() if "online-1" in line)
-    assert line == "| online-1 | 1 | 0.24 | not reached |"
-    assert np.isnan(page.difference(evidence, ("online-2", "online-1"), "vader_compound", 1.0)[0])

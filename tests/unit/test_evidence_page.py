@@ -1,0 +1,100 @@
+"""The figures of the evidence's page, from results."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from ruamel.yaml import YAML
+
+from benchmarks.evidence import page
+from benchmarks.evidence.plan import PLAN, load_cases, load_plan, write_result
+from benchmarks.page import markers
+from dpo.training.losses import LOSSES
+from tests.support.evidence import entry, read, tiny_plan
+from tests.support.project import ROOT
+
+
+def test_the_page_is_up_to_date_with_the_results(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    evidence = page.Evidence.read()
+    for file, blocks in ((page.PAGE, page.blocks(evidence)), (page.LOSSES_PAGE, page.loss_blocks(evidence))):
+        for name, block in blocks.items():
+            start, end = markers(f"evidence-{name}")
+            written = file.read_text().split(start)[1].split(end)[0].strip()
+            assert written == block, "run `python -m benchmarks.evidence --table`"
+
+
+def test_every_loss_for_pairs_is_in_the_plan_at_three_betas_and_three_seeds():
+    losses = page.Evidence.read(ROOT / PLAN).losses
+    for_pairs = {name for name, loss in LOSSES.items() if "labels" not in loss().needs}
+    assert set(losses) == for_pairs - {"custom", "sft"}  # `sft` has no beta and is a group of its own
+    for cases in losses.values():
+        assert len({case.trial.beta for case in cases}) == len({case.seed for case in cases}) == 3
+        assert len(cases) == 9
+
+
+@pytest.mark.parametrize("seeds", [4, 5])
+def test_the_primary_test_waits_for_all_seeds(tmp_path, seeds):
+    plan = tiny_plan(tmp_path, methods=["online-1", "online-2"], seeds=[1, 2, 3, 4, 5])
+    task = read(tmp_path / "tiny.yaml")
+    task["sweep"] |= {"seeds": [1, 2, 3, 4, 5], "reward_models": [1, 2, 3, 4, 5]}
+    YAML().dump(task, tmp_path / "tiny.yaml")
+    (tmp_path / "tiny.yaml").rename(tmp_path / "sentences.yaml")
+    plan.write_text(plan.read_text().replace("task: tiny", "task: sentences"))
+    for case in load_cases(plan)["all"]:
+        if case.seed <= seeds:
+            score = 0.8 + case.seed / 100 if case.method == "online-2" else 0.4 + case.seed / 100
+            write_result(case, entry(0.004, score), tmp_path / "results")
+    evidence = page.Evidence.read(plan, tmp_path / "results")
+    text = page.primary(evidence, ["vader_compound"])
+    assert "difference +0.200 [+0.200, +0.200]" in text  # half of 0.4 at a quarter of the KL
+    if seeds == 5:
+        assert f"p = {2 / 252:.3f} by permutation" in text
+    else:
+        assert "4 seeds of 5; the test is **not run** until all seeds are complete" in text
+    assert page.answer(evidence, [("online-2", "rloo-2")]) == ["- online-2 minus rloo-2: **not run**"]
+    if seeds == 5:
+        assert "| online-1 | 0.22 [0.21, 0.22] | 2.0 | 9 | 24 |" in page.compute(evidence)
+
+
+def equal_kl(evidence):
+    """Return the table of the primary judge."""
+    return page.equal_kl(evidence, "vader_compound", evidence.methods("sentences"))
+
+
+def test_a_seed_counts_if_all_its_policies_have_finished_or_failed():
+    cases = load_cases(ROOT / PLAN)
+    evidence = page.Evidence(load_plan(ROOT / PLAN), cases, {})
+    first, second = evidence.methods("sentences")["online-1"][:2]
+    about = {"seed": 1, "method": "online-1", "task": "sentences"}
+    evidence = dataclasses.replace(evidence, results={first.name: about | entry(4.0, 0.5)})
+    assert "| online-1 | no complete seed |" in equal_kl(evidence)
+    assert "| online-4 | **not run** |" in equal_kl(evidence)
+    evidence = dataclasses.replace(
+        evidence, results=evidence.results | {second.name: about | {"error": "diverged"}}
+    )
+    assert "| online-1 | 1 | 0.25 | 0.31 | 0.35 | 0.43 |" in equal_kl(evidence)
+
+
+def test_memory_is_that_of_the_results_and_of_ppo(tmp_path):
+    ppo = tmp_path / "ppo.json"
+    evidence = page.Evidence(load_plan(ROOT / PLAN), load_cases(ROOT / PLAN), {})
+    assert page.memory(evidence, ppo).count("| **not run** |  |") == 4
+    measured = {"packages": {"trl": "1.12.0"}, "answers": 32, "peak_memory_gib": 7.14, "device": "a GPU"}
+    ppo.write_text(json.dumps(measured))
+    last = page.memory(evidence, ppo).splitlines()[-1]
+    assert last.startswith("| PPO of TRL 1.12.0, one step of 32 answers | policy, value")
+    assert last.endswith("| 4 | 7.1 | a GPU |")
+
+
+def test_a_kl_that_no_policy_reaches_has_no_reward(tmp_path):
+    plan = tiny_plan(tmp_path)
+    (tmp_path / "tiny.yaml").rename(tmp_path / "sentences.yaml")
+    plan.write_text(plan.read_text().replace("task: tiny", "task: sentences"))
+    for case in load_cases(plan)["all"]:
+        write_result(case, entry(0.0015, 0.3), tmp_path / "results")
+    evidence = page.Evidence.read(plan, tmp_path / "results")
+    line = next(line for line in equal_kl(evidence).splitlines() if "online-1" in line)
+    assert line == "| online-1 | 1 | 0.24 | not reached |"
+    assert np.isnan(page.difference(evidence, ("online-2", "online-1"), "vader_compound", 1.0)[0])
