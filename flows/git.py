@@ -1,5 +1,7 @@
 """Git and DVC commands that change files."""
 
+import json
+import logging
 import os
 import subprocess
 import threading
@@ -11,7 +13,9 @@ from tempfile import TemporaryDirectory
 from typing import TypeVar
 
 import psutil
+from dvc.lock import make_lock
 from dvc.repo import Repo
+from dvc.rwlock import RWLOCK_FILE, RWLOCK_LOCK
 from dvc.stage.cache import RunCacheNotFoundError, RunCacheNotSupported
 from prefect import get_run_logger
 
@@ -20,6 +24,7 @@ from flows.processes import Logger, StageError, run_module
 from tasks.common.addresses import without_credentials
 
 T = TypeVar("T")
+log = logging.getLogger(__name__)
 OUTAGE_SECONDS = 1800.0
 """How long a run waits for DVC's remote."""
 RETRY_SECONDS = 5.0
@@ -52,7 +57,30 @@ def default_remote() -> str | None:
 def open_repo() -> Iterator[Repo]:
     """Yield the DVC repository to one thread at a time. DVC's checks of its files fail in several threads."""
     with _THREADS, Repo(_wait_for_lock=True) as repo:
+        _delete_damaged_lock(repo)
         yield repo
+
+
+def _delete_damaged_lock(repo: Repo) -> None:
+    """Delete DVC's list of the files in use if a killed command wrote a part of it; with it, all commands fail."""
+    file, guard = Path(repo.tmp_dir, RWLOCK_FILE), Path(repo.tmp_dir, RWLOCK_LOCK)
+    if _is_json(file):
+        return
+    hardlink = repo.config["core"].get("hardlink_lock", False)
+    with make_lock(str(guard), tmp_dir=repo.tmp_dir, hardlink_lock=hardlink):
+        if not _is_json(file):  # and no command is writing it
+            file.unlink()
+            log.warning("%s: deleted; a DVC command was killed while it wrote the file", file)
+
+
+def _is_json(file: Path) -> bool:
+    try:
+        json.loads(file.read_bytes())
+    except FileNotFoundError:
+        return True
+    except ValueError:
+        return False
+    return True
 
 
 @contextmanager

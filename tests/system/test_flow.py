@@ -94,6 +94,15 @@ def test_the_graph_is_read_when_another_dvc_command_has_ended(project, monkeypat
     assert "dvc repro first" in warnings[0]
 
 
+@pytest.mark.parametrize("content", ["", '{"write": {"fir'])
+def test_the_graph_is_read_after_a_kill_of_dvc_while_it_wrote_its_lock(project, content, caplog):
+    lock = project / ".dvc/tmp/rwlock"
+    lock.parent.mkdir(exist_ok=True)
+    lock.write_text(content)
+    assert read_graph()[1] == {"first", "branch@0.1", "branch@0.5", "last"}
+    assert "a DVC command was killed while it wrote the file" in caplog.text
+
+
 def test_stages_run_once_and_their_states_say_what_dvc_did(project):
     assert pipeline() == dict.fromkeys(("first", "branch@0.1", "branch@0.5", "last"), "ran")
     assert (project / "last.txt").read_text() == "done 0.1done 0.5"

@@ -1,6 +1,7 @@
 """Faults of the machine: kills, full and read-only disks, too little memory, a wrong clock."""
 
 import itertools
+import json
 import os
 import random
 import re
@@ -34,7 +35,10 @@ KILLS_PER_RUN = 10
 
 
 def kills_of_repro(projects: Projects, folder: Path, draw: random.Random) -> None:
-    """Send SIGKILL to `dvc repro` and its stages at random times of every stage; the next run completes."""
+    """Send SIGKILL to `dvc repro` and its stages at random times of every stage; the next run completes.
+
+    If DVC is killed while it writes its lock, the file is deleted as docs/operations/faults.md says.
+    """
     shutil.copytree(projects.raw, folder, dirs_exist_ok=True)
     names = list(projects.seconds)
     plan = [*names, *draw.choices(names, k=KILLS_PER_RUN - len(names))]
@@ -45,11 +49,22 @@ def kills_of_repro(projects: Projects, folder: Path, draw: random.Random) -> Non
                 time.sleep(draw.uniform(0, 1.02) * projects.seconds[name])
                 run.kill()
                 killed = True
+                delete_damaged_lock(folder)
                 break
         assert killed or run.process.wait() == 0, "".join(run.lines)[-3000:]
     Repro(folder).wait()
     assert_same(folder, projects)
     assert "up to date" in dvc(folder, "status")[1]
+
+
+def delete_damaged_lock(folder: Path) -> None:
+    """Delete DVC's file of locks if a kill left a part of it."""
+    lock = folder / ".dvc/tmp/rwlock"
+    try:
+        json.loads(lock.read_text() if lock.exists() else "{}")
+    except ValueError:
+        print(f"killed while DVC wrote {lock.name}")
+        lock.unlink()
 
 
 def kills_of_a_training(projects: Projects, folder: Path, draw: random.Random) -> None:
