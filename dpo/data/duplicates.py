@@ -1,6 +1,6 @@
 """Comparison of rows with each other: duplicates, near duplicates, contradictions and leaks between the splits.
 
-Texts are compared by hashes of their normalized forms, so a pair takes about 860 bytes of memory. Near duplicates
+Texts are compared by hashes of their normalized forms, so a pair takes about 470 bytes of memory. Near duplicates
 are found by MinHash over pairs of neighbouring words (Broder 1997; `rensa`) with banding: two rows that share all
 values of a band are near duplicates if the share of equal values is large enough for the prompt and for each
 completion.
