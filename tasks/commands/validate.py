@@ -50,7 +50,7 @@ def check_files(params: Params, files: list[str], model: Path | None, output: Pa
     caps: dict[str, int | None] = {"train": None, "eval": None}
     with nullcontext(tokenizer) if model is None else fixed_tokenizer(model, params.model) as folder:
         result = validate_and_report(params, raw_pairs, origin, folder, caps, outputs)
-        if folder is not None and not result.errors:
+        if show and folder is not None and not result.errors:
             for text in training_sequences(outputs["train"], folder, show, params.engine.max_length):
                 print(text)
     raise_errors(result)
@@ -84,7 +84,7 @@ def training_sequences(table: Path, model: Path, count: int, max_length: int) ->
     from dpo.engine.tokenization import encode_pairs
 
     tokenizer = load_tokenizer(model)
-    batches = pq.ParquetFile(table).iter_batches(batch_size=count or 1)  # the table can be larger than memory
+    batches = pq.ParquetFile(table).iter_batches(batch_size=count)  # the table can be larger than memory
     pairs = list(islice((pair for batch in batches for pair in batch.to_pylist()), count))
     for pair, row in zip(pairs, encode_pairs(pairs, tokenizer, max_length), strict=True):
         lines = [f"\npair {row.id}", f"[prompt] {tokenizer.decode(row.prompt)}"]
