@@ -13,7 +13,7 @@ def read(path):
 
 
 def tiny_plan(folder, **changes):
-    """Write a plan of every method for a tiny model, and return its path."""
+    """Write a plan of every method for a tiny model, and return its path. `changes` are settings of its group."""
     group = {"task": "tiny", "methods": METHODS, "betas": [0.1], "learning_rates": [0.01], "seeds": [3], **changes}
     comparison = {"group": "all", "better": "online-2", "worse": "online-1", "judge": "vader_compound"}
     comparison |= {"kl": 0.001, "other_kls": [0.002]}
@@ -34,7 +34,8 @@ def tiny_plan(folder, **changes):
         "max_new_tokens": 40,
         "judges": task["evaluate"]["judges"][:1],
     }
-    for name, values in {"plan": {"comparison": comparison, "groups": {"all": group}}, "tiny": task}.items():
+    plan = {"comparison": comparison, "groups": {"all": group}}
+    for name, values in {"plan": plan, group["task"]: task}.items():
         YAML().dump(values, folder / f"{name}.yaml")
     return folder / "plan.yaml"
 

@@ -36,12 +36,10 @@ def test_every_loss_for_pairs_is_in_the_plan_at_three_betas_and_three_seeds():
 
 @pytest.mark.parametrize("seeds", [4, 5])
 def test_the_primary_test_waits_for_all_seeds(tmp_path, seeds):
-    plan = tiny_plan(tmp_path, methods=["online-1", "online-2"], seeds=[1, 2, 3, 4, 5])
-    task = read(tmp_path / "tiny.yaml")
+    plan = tiny_plan(tmp_path, task="sentences", methods=["online-1", "online-2"], seeds=[1, 2, 3, 4, 5])
+    task = read(tmp_path / "sentences.yaml")
     task["sweep"] |= {"seeds": [1, 2, 3, 4, 5], "reward_models": [1, 2, 3, 4, 5]}
-    YAML().dump(task, tmp_path / "tiny.yaml")
-    (tmp_path / "tiny.yaml").rename(tmp_path / "sentences.yaml")
-    plan.write_text(plan.read_text().replace("task: tiny", "task: sentences"))
+    YAML().dump(task, tmp_path / "sentences.yaml")
     for case in load_cases(plan)["all"]:
         if case.seed <= seeds:
             score = 0.8 + case.seed / 100 if case.method == "online-2" else 0.4 + case.seed / 100
@@ -89,9 +87,7 @@ def test_memory_is_that_of_the_results_and_of_ppo(tmp_path):
 
 
 def test_a_kl_that_no_policy_reaches_has_no_reward(tmp_path):
-    plan = tiny_plan(tmp_path)
-    (tmp_path / "tiny.yaml").rename(tmp_path / "sentences.yaml")
-    plan.write_text(plan.read_text().replace("task: tiny", "task: sentences"))
+    plan = tiny_plan(tmp_path, task="sentences")
     for case in load_cases(plan)["all"]:
         write_result(case, entry(0.0015, 0.3), tmp_path / "results")
     evidence = page.Evidence.read(plan, tmp_path / "results")
