@@ -184,8 +184,10 @@ def test_a_failure_while_the_remote_answers_is_raised_at_once(answers):
         (ValueError("no credentials"), True),
     ],
 )
-def test_only_faults_of_the_connection_are_outages(fault, answer, monkeypatch):
+def test_only_faults_of_the_connection_are_outages(fault, answer, tmp_path, monkeypatch):
     class Repo:
+        tmp_dir = str(tmp_path)
+
         def __init__(self, **options):
             pass
 
