@@ -272,8 +272,9 @@ def test_a_silent_worker_is_restarted(project):
 
 @pytest.mark.slow
 def test_a_second_up_starts_nothing_and_down_stops_everything(project):
-    (project.folder / "pause.txt").write_text("300")
     project.pause()
+    wait_for(lambda: all(run["state_type"] not in ("PENDING", "RUNNING") for run in project.runs("pipeline")))
+    (project.folder / "pause.txt").write_text("300")  # only now: a scheduled run would keep the slot
     added = f"deployments/{project.deployment('sweep')['id']}/schedules"
     httpx.post(f"{project.url}/api/{added}", json=[{"schedule": {"cron": "0 3 * * *"}}]).raise_for_status()
     before = roots_in(project.folder)
