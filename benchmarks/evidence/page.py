@@ -2,22 +2,24 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks.evidence.plan import PLAN, RESULTS, Case, Plan, load_cases, load_plan, read_results
+from benchmarks.evidence.plan import Case
+from benchmarks.evidence.results import NOT_RUN, Evidence
 from benchmarks.evidence.statistics import (
+    Bounds,
     Numbers,
     Result,
+    Statistic,
     curve,
-    interval,
+    over_prompts,
+    over_seeds,
     permutation_p,
     reward_at,
-    two_level,
     weighted_mean,
 )
 from benchmarks.page import put_table
@@ -25,7 +27,6 @@ from dpo.evaluation.verifier_metrics import pass_at_k
 
 PAGE, LOSSES_PAGE = Path("docs/internals/evidence.md"), Path("docs/reference/losses.md")
 PPO = Path("benchmarks/results/evidence-ppo.json")
-NOT_RUN = "**not run**"
 QUESTIONS = {
     "on-policy": [("online-4", "online-1"), ("online-8", "online-1")],
     "rlhf": [("online-4", "rloo-4"), ("online-8", "rloo-8"), ("sigmoid", "rloo-4")],
@@ -33,66 +34,8 @@ QUESTIONS = {
     "demonstrations": [("sigmoid", "sft")],
 }
 """Comparisons on the sentences that answer a question of the page."""
-LOSSES = ["losses", "more-losses"]
-"""Groups of losses on the pairs of the data, at the same betas and seeds."""
 MODELS = {"sigmoid": ["policy"], "online-4": ["policy", "reward model"], "rloo-4": ["policy", "reward model"]}
 """Models in memory while a policy trains. The reference is loaded before and freed."""
-
-
-@dataclass(frozen=True)
-class Evidence:
-    """The plan with its results."""
-
-    plan: Plan
-    cases: Mapping[str, Sequence[Case]]
-    results: Mapping[str, Result]
-    """Of cases of the plan with the planned settings, failed ones included."""
-
-    @classmethod
-    def read(cls, plan: Path = PLAN, folder: Path = RESULTS) -> "Evidence":
-        """Read the plan and the results of its cases. Results of other settings are left out."""
-        cases, results = load_cases(plan), read_results(folder)
-        planned = {case.name: case.settings for group in cases.values() for case in group}
-        used = {
-            name: each
-            for name, each in results.items()
-            if name in planned and each["key"]["settings"] == planned[name]
-        }
-        return cls(load_plan(plan), cases, used)
-
-    def methods(self, task: str) -> dict[str, list[Case]]:
-        """Return the cases of each method of a task, from the first group that has it, without `LOSSES`."""
-        methods: dict[str, list[Case]] = {}
-        for name, group in self.plan.groups.items():
-            if group.task == task and name not in LOSSES:
-                for method in set(group.methods) - set(methods):
-                    methods[method] = [case for case in self.cases[name] if case.method == method]
-        order = [method for group in self.plan.groups.values() for method in group.methods]
-        return dict(sorted(methods.items(), key=lambda item: order.index(item[0])))
-
-    @property
-    def losses(self) -> dict[str, list[Case]]:
-        """Cases of each loss on the pairs of the data."""
-        methods: dict[str, list[Case]] = {}
-        for case in (case for name in LOSSES for case in self.cases.get(name, [])):
-            methods.setdefault(case.method, []).append(case)
-        return methods
-
-    def finished(self, cases: Sequence[Case]) -> list[Result]:
-        """Return the results of cases that did not fail."""
-        return [
-            self.results[c.name] for c in cases if c.name in self.results and "error" not in self.results[c.name]
-        ]
-
-    def runs(self, cases: Sequence[Case]) -> dict[int, list[Result]]:
-        """Return the results by seed, of the seeds of which every case has finished or failed."""
-        seeds = {case.seed: [each for each in cases if each.seed == case.seed] for case in cases}
-        complete = {seed: each for seed, each in seeds.items() if all(case.name in self.results for case in each)}
-        return {seed: runs for seed, each in complete.items() if (runs := self.finished(each))}
-
-    def missing(self, cases: Sequence[Case]) -> str:
-        """Return why a method has no complete seed."""
-        return "no complete seed" if any(case.name in self.results for case in cases) else NOT_RUN
 
 
 def write(page: Path = PAGE, losses_page: Path = LOSSES_PAGE) -> None:
@@ -122,8 +65,12 @@ def blocks(evidence: Evidence) -> dict[str, str]:
 
 def loss_blocks(evidence: Evidence) -> dict[str, str]:
     """Return the parts of the page of losses by name."""
-    equal = [equal_kl(evidence, judge, evidence.losses) for judge in judges(evidence)]
-    return {"losses": "\n\n".join([*equal, frontier(evidence, judges(evidence), evidence.losses)])}
+    names = judges(evidence)
+    equal = [equal_kl(evidence, judge, evidence.losses) for judge in names]
+    return {
+        "losses": "\n\n".join([*equal, frontier(evidence, names, evidence.losses)]),
+        "losses-sigmoid": beside_sigmoid(evidence, names),
+    }
 
 
 def judges(evidence: Evidence) -> list[str]:
@@ -141,7 +88,7 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([*head, *("| " + " | ".join(row) + " |" for row in rows)])
 
 
-def figure(value: float, bounds: tuple[float, float] | None, digits: int = 3, *, signed: bool = False) -> str:
+def figure(value: float, bounds: Bounds | None, digits: int = 3, *, signed: bool = False) -> str:
     """Return a value with its interval, if it has one."""
     sign = "+" if signed else ""
     text = f"{value:{sign}.{digits}f}"
@@ -150,15 +97,15 @@ def figure(value: float, bounds: tuple[float, float] | None, digits: int = 3, *,
 
 def mean_over_seeds(
     runs: Mapping[int, list[Result]], statistic: Callable[[list[Result], Numbers], Numbers]
-) -> tuple[float, tuple[float, float] | None, int]:
+) -> tuple[float, Bounds | None, int]:
     """Return mean, 95% interval and number of seeds of a statistic, leaving out seeds of which it is NaN."""
     prompts = {seed: len(each[0]["prompts"]["responses"]) for seed, each in runs.items()}
     values = {seed: float(statistic(each, np.ones((1, prompts[seed])))[0]) for seed, each in runs.items()}
     known = {seed: prompts[seed] for seed, value in values.items() if not np.isnan(value)}
     if not known:
         return float("nan"), None, 0
-    resampled = two_level(lambda seed, weights: statistic(runs[seed], weights), known)
-    return float(np.mean([values[seed] for seed in known])), interval(resampled, len(known)), len(known)
+    bounds = over_seeds(lambda seed, weights: statistic(runs[seed], weights), known)
+    return float(np.mean([values[seed] for seed in known])), bounds, len(known)
 
 
 def reward(runs: list[Result], weights: Numbers, *, judge: str, kl: float) -> Numbers:
@@ -338,45 +285,48 @@ def passes(runs: list[Result], weights: Numbers, *, name: str, k: int) -> Number
 
 
 def difference(
-    evidence: Evidence, methods: tuple[str, str], judge: str, kl: float
-) -> tuple[float, tuple[float, float] | None, list[int], dict[str, list[float]]]:
-    """Return difference, interval and seeds at a KL, and the rewards of each method, for complete seeds."""
-    cases = evidence.methods("sentences")
-    runs = [evidence.runs(cases.get(method, [])) for method in methods]
-    both = {seed: [*runs[0][seed], *runs[1][seed]] for seed in runs[0] if seed in runs[1]}
-    sizes = {seed: len(runs[0][seed]) for seed in both}
+    evidence: Evidence,
+    sides: tuple[Sequence[Case], Sequence[Case]],
+    judge: str,
+    kl: float,
+    *,
+    bounds: Callable[[Statistic, Mapping[int, int]], Bounds | None] = over_seeds,
+) -> tuple[float, Bounds | None, list[int], tuple[list[float], list[float]]]:
+    """Return difference, interval and seeds at a KL, and the rewards of both sides, for complete seeds."""
+    first, second = (evidence.runs(cases) for cases in sides)
+    both = {seed: (first[seed], second[seed]) for seed in first if seed in second}
 
-    def sides(seed: int, weights: Numbers) -> tuple[Numbers, Numbers]:
-        split = sizes[seed]
-        return reward(both[seed][:split], weights, judge=judge, kl=kl), reward(
-            both[seed][split:], weights, judge=judge, kl=kl
-        )
+    def rewards(seed: int, weights: Numbers) -> tuple[Numbers, Numbers]:
+        one, other = (reward(runs, weights, judge=judge, kl=kl) for runs in both[seed])
+        return one, other
 
-    prompts = {seed: len(each[0]["prompts"]["responses"]) for seed, each in both.items()}
-    points = {seed: [float(side[0]) for side in sides(seed, np.ones((1, prompts[seed])))] for seed in both}
+    prompts = {seed: len(one[0]["prompts"]["responses"]) for seed, (one, _) in both.items()}
+    points = {seed: [float(side[0]) for side in rewards(seed, np.ones((1, prompts[seed])))] for seed in both}
     known = {seed: prompts[seed] for seed, point in points.items() if not np.isnan(point).any()}
-    rewards = {method: [points[seed][place] for seed in known] for place, method in enumerate(methods)}
+    one, other = ([points[seed][place] for seed in known] for place in range(2))
     if not known:
-        return float("nan"), None, [], rewards
-    resampled = two_level(lambda seed, weights: np.subtract(*sides(seed, weights)), known)
-    value = float(np.mean(rewards[methods[0]]) - np.mean(rewards[methods[1]]))
-    return value, interval(resampled, len(known)), list(known), rewards
+        return float("nan"), None, [], (one, other)
+    around = bounds(lambda seed, weights: np.subtract(*rewards(seed, weights)), known)
+    return float(np.mean(one) - np.mean(other)), around, list(known), (one, other)
 
 
 def primary(evidence: Evidence, judges: Sequence[str]) -> str:
     """Return the primary comparison. The test is made if every seed of the plan is complete, and not before."""
     plan = evidence.plan.comparison
     methods, planned = (plan.better, plan.worse), evidence.plan.groups[plan.group].seeds
+    cases = evidence.methods("sentences")
     lines = []
     for judge in (plan.judge, *(each for each in judges if each != plan.judge)):
-        value, bounds, seeds, rewards = difference(evidence, methods, judge, plan.kl)
+        value, bounds, seeds, rewards = difference(
+            evidence, (cases[plan.better], cases[plan.worse]), judge, plan.kl
+        )
         if not seeds:
             lines.append(f"- {judge}: {NOT_RUN}")
             continue
-        means = " and ".join(f"{np.mean(rewards[method]):.3f} ({method})" for method in methods)
+        means = " and ".join(f"{np.mean(side):.3f} ({name})" for name, side in zip(methods, rewards, strict=True))
         text = f"- {judge}: {means}; difference {figure(value, bounds, signed=True)}, {_count(len(seeds), 'seed')}"
         if judge == plan.judge and len(seeds) == len(planned):
-            text += f", p = {permutation_p(rewards[methods[0]], rewards[methods[1]]):.3f} by permutation of runs"
+            text += f", p = {permutation_p(*rewards):.3f} by permutation of runs"
         elif judge == plan.judge:
             text += f" of {len(planned)}; the test is {NOT_RUN} until all seeds are complete"
         lines.append(text)
@@ -386,16 +336,40 @@ def primary(evidence: Evidence, judges: Sequence[str]) -> str:
 def answer(evidence: Evidence, pairs: Sequence[tuple[str, str]]) -> list[str]:
     """Return a line for each comparison of two methods at the KL of the primary one, without a test."""
     plan, lines = evidence.plan.comparison, []
+    cases = evidence.methods("sentences")
     for methods in pairs:
-        value, bounds, seeds, _ = difference(evidence, methods, plan.judge, plan.kl)
+        sides = cases.get(methods[0], []), cases.get(methods[1], [])
+        value, bounds, seeds, _ = difference(evidence, sides, plan.judge, plan.kl)
         name = f"{methods[0]} minus {methods[1]}"
         if seeds:
             text = f"{figure(value, bounds, signed=True)} ({_count(len(seeds), 'seed')})"
             lines.append(f"- {name} at {plan.kl:g} nats, {plan.judge}: {text}")
         else:
-            reached = all(evidence.runs(evidence.methods("sentences").get(method, [])) for method in methods)
+            reached = all(evidence.runs(side) for side in sides)
             lines.append(f"- {name}: " + (f"{plan.kl:g} nats not reached by both" if reached else NOT_RUN))
     return lines
+
+
+def beside_sigmoid(evidence: Evidence, judges: Sequence[str]) -> str:
+    """Return the reward of each loss minus that of `sigmoid` at the KL of the comparison, in the same seeds.
+
+    Fewer than three seeds have an interval over prompts alone.
+    """
+
+    def bounds(statistic: Statistic, prompts: Mapping[int, int]) -> Bounds | None:
+        return over_seeds(statistic, prompts) or over_prompts(statistic, prompts)
+
+    losses, kl, rows = evidence.losses, evidence.plan.comparison.kl, []
+    sigmoid = losses.pop("sigmoid")
+    for loss, cases in losses.items():
+        found = [difference(evidence, (cases, sigmoid), judge, kl, bounds=bounds) for judge in judges]
+        seeds = len(found[0][2])
+        if seeds:
+            cells = [figure(value, around, 2, signed=True) for value, around, *_ in found]
+        else:
+            cells = ["not reached" if evidence.runs(cases) else "", *[""] * (len(judges) - 1)]
+        rows.append([loss, str(seeds) if evidence.runs(cases) else evidence.missing(cases), *cells])
+    return table([f"loss minus sigmoid, at {kl:g} nats", "seeds", *judges], rows)
 
 
 def _count(number: int, noun: str) -> str:

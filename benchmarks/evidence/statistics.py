@@ -14,6 +14,8 @@ from scipy.special import ndtr, stdtrit
 Numbers = NDArray[np.float64]
 Result = Mapping[str, Any]
 """A result file of a case that did not fail."""
+Statistic = Callable[[int, Numbers], Numbers]
+Bounds = tuple[float, float]
 RESAMPLES = 2000
 MIN_SEEDS = 3
 """Seeds below which no interval is given: two cannot tell how much seeds differ."""
@@ -49,9 +51,18 @@ def reward_at(kl: Numbers, reward: Numbers, target: float) -> Numbers:
     return np.where((x[0] <= at) & (at <= x[-1]), np.fromiter(columns, float, x.shape[1]), np.nan)
 
 
-def two_level(
-    statistic: Callable[[int, Numbers], Numbers], prompts: Mapping[int, int], *, resamples: int = RESAMPLES
-) -> Numbers:
+def over_seeds(statistic: Statistic, prompts: Mapping[int, int]) -> Bounds | None:
+    """Return the interval of `two_level`. None for fewer than three seeds, or if no resample has a value."""
+    return interval(two_level(statistic, prompts), len(prompts)) if len(prompts) >= MIN_SEEDS else None
+
+
+def over_prompts(statistic: Statistic, prompts: Mapping[int, int]) -> Bounds | None:
+    """Return an interval for these seeds, in which only prompts are drawn. It says nothing about other seeds."""
+    drawn = np.tile(np.arange(len(prompts)), (RESAMPLES, 1))
+    return interval(_resampled_means(statistic, prompts, drawn, np.random.default_rng(0)), min(prompts.values()))
+
+
+def two_level(statistic: Statistic, prompts: Mapping[int, int], *, resamples: int = RESAMPLES) -> Numbers:
     """Return resampled means over seeds [resamples]: seeds are drawn with replacement, then prompts within each.
 
     Args:
@@ -59,27 +70,31 @@ def two_level(
         prompts: P of each seed.
         resamples: number of resamples.
     """
-    rng, seeds = np.random.default_rng(0), list(prompts)
-    drawn = rng.integers(len(seeds), size=(resamples, len(seeds)))
+    rng = np.random.default_rng(0)
+    drawn = rng.integers(len(prompts), size=(resamples, len(prompts)))
+    return _resampled_means(statistic, prompts, drawn, rng)
+
+
+def _resampled_means(
+    statistic: Statistic, prompts: Mapping[int, int], drawn: NDArray[np.int64], rng: np.random.Generator
+) -> Numbers:
     values = np.full(drawn.shape, np.nan)
-    for place, seed in enumerate(seeds):
+    for place, (seed, count) in enumerate(prompts.items()):
         rows, slots = np.nonzero(drawn == place)
-        count = prompts[seed]
-        values[rows, slots] = statistic(
-            seed, rng.multinomial(count, np.full(count, 1 / count), len(rows)).astype(float)
-        )
+        weights = rng.multinomial(count, np.full(count, 1 / count), len(rows)).astype(float)
+        values[rows, slots] = statistic(seed, weights)
     known = ~np.isnan(values)
-    return np.divide(np.nansum(values, 1), known.sum(1), out=np.full(resamples, np.nan), where=known.any(1))
+    return np.divide(np.nansum(values, 1), known.sum(1), out=np.full(len(drawn), np.nan), where=known.any(1))
 
 
-def interval(resampled: Numbers, seeds: int) -> tuple[float, float] | None:
-    """Return the 95% percentile interval, with levels widened for few seeds as in `dpo.evaluation.bootstrap`.
+def interval(resampled: Numbers, units: int) -> Bounds | None:
+    """Return the 95% percentile interval, with levels widened for few units as in `dpo.evaluation.bootstrap`.
 
-    None for fewer than three seeds.
+    None for one unit, or if no resample has a value.
     """
-    if seeds < MIN_SEEDS or np.isnan(resampled).all():
+    if units < 2 or np.isnan(resampled).all():
         return None
-    tail = ndtr(-np.sqrt(seeds / (seeds - 1)) * stdtrit(seeds - 1, 0.975))
+    tail = ndtr(-np.sqrt(units / (units - 1)) * stdtrit(units - 1, 0.975))
     low, high = np.nanquantile(resampled, [tail, 1 - tail])
     return float(low), float(high)
 

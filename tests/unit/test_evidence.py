@@ -17,6 +17,7 @@ from benchmarks.evidence import page, plan, schedule
 from benchmarks.evidence.cases import best_of_n, by_prompt, measure
 from benchmarks.evidence.plan import PLAN, is_finished, load_cases, load_plan, read_results, used, write_result
 from benchmarks.evidence.products import Products
+from benchmarks.evidence.results import Evidence
 from dpo.common.errors import InputError, Stopped, TransientError
 from dpo.common.files import sha256
 from dpo.config import load_params
@@ -280,7 +281,7 @@ def test_a_failed_case_is_recorded_and_not_repeated(planned, tmp_path, monkeypat
     assert command.run(arguments) == 0
     assert command.run(options(planned, "--results", str(tmp_path), "--list")) == 0
     assert "failed   tiny-online-1-sigmoid-0.1-0.01-3\nnot run  tiny-online-2" in capsys.readouterr().out
-    evidence = page.Evidence.read(planned, tmp_path)
+    evidence = Evidence.read(planned, tmp_path)
     assert (
         "| all | online-1, online-2, rloo-2, best-of-2, sigmoid, sft | 6 | 0 | 1 | 5 **not run** |"
         in page.status(evidence)

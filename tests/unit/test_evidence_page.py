@@ -9,6 +9,7 @@ from ruamel.yaml import YAML
 
 from benchmarks.evidence import page
 from benchmarks.evidence.plan import PLAN, load_cases, load_plan, write_result
+from benchmarks.evidence.results import Evidence
 from benchmarks.page import markers
 from dpo.training.losses import LOSSES
 from tests.support.evidence import entry, read, tiny_plan
@@ -17,7 +18,7 @@ from tests.support.project import ROOT
 
 def test_the_page_is_up_to_date_with_the_results(monkeypatch):
     monkeypatch.chdir(ROOT)
-    evidence = page.Evidence.read()
+    evidence = Evidence.read()
     for file, blocks in ((page.PAGE, page.blocks(evidence)), (page.LOSSES_PAGE, page.loss_blocks(evidence))):
         for name, block in blocks.items():
             start, end = markers(f"evidence-{name}")
@@ -26,7 +27,7 @@ def test_the_page_is_up_to_date_with_the_results(monkeypatch):
 
 
 def test_every_loss_for_pairs_is_in_the_plan_at_three_betas_and_three_seeds():
-    losses = page.Evidence.read(ROOT / PLAN).losses
+    losses = Evidence.read(ROOT / PLAN).losses
     for_pairs = {name for name, loss in LOSSES.items() if "labels" not in loss().needs}
     assert set(losses) == for_pairs - {"custom", "sft"}  # `sft` has no beta and is a group of its own
     for cases in losses.values():
@@ -44,7 +45,7 @@ def test_the_primary_test_waits_for_all_seeds(tmp_path, seeds):
         if case.seed <= seeds:
             score = 0.8 + case.seed / 100 if case.method == "online-2" else 0.4 + case.seed / 100
             write_result(case, entry(0.004, score), tmp_path / "results")
-    evidence = page.Evidence.read(plan, tmp_path / "results")
+    evidence = Evidence.read(plan, tmp_path / "results")
     text = page.primary(evidence, ["vader_compound"])
     assert "difference +0.200 [+0.200, +0.200]" in text  # half of 0.4 at a quarter of the KL
     if seeds == 5:
@@ -63,7 +64,7 @@ def equal_kl(evidence):
 
 def test_a_seed_counts_if_all_its_policies_have_finished_or_failed():
     cases = load_cases(ROOT / PLAN)
-    evidence = page.Evidence(load_plan(ROOT / PLAN), cases, {})
+    evidence = Evidence(load_plan(ROOT / PLAN), cases, {})
     first, second = evidence.methods("sentences")["online-1"][:2]
     about = {"seed": 1, "method": "online-1", "task": "sentences"}
     evidence = dataclasses.replace(evidence, results={first.name: about | entry(4.0, 0.5)})
@@ -77,7 +78,7 @@ def test_a_seed_counts_if_all_its_policies_have_finished_or_failed():
 
 def test_memory_is_that_of_the_results_and_of_ppo(tmp_path):
     ppo = tmp_path / "ppo.json"
-    evidence = page.Evidence(load_plan(ROOT / PLAN), load_cases(ROOT / PLAN), {})
+    evidence = Evidence(load_plan(ROOT / PLAN), load_cases(ROOT / PLAN), {})
     assert page.memory(evidence, ppo).count("| **not run** |  |") == 4
     measured = {"packages": {"trl": "1.12.0"}, "answers": 32, "peak_memory_gib": 7.14, "device": "a GPU"}
     ppo.write_text(json.dumps(measured))
@@ -90,7 +91,24 @@ def test_a_kl_that_no_policy_reaches_has_no_reward(tmp_path):
     plan = tiny_plan(tmp_path, task="sentences")
     for case in load_cases(plan)["all"]:
         write_result(case, entry(0.0015, 0.3), tmp_path / "results")
-    evidence = page.Evidence.read(plan, tmp_path / "results")
+    evidence = Evidence.read(plan, tmp_path / "results")
     line = next(line for line in equal_kl(evidence).splitlines() if "online-1" in line)
     assert line == "| online-1 | 1 | 0.24 | not reached |"
-    assert np.isnan(page.difference(evidence, ("online-2", "online-1"), "vader_compound", 1.0)[0])
+    sides = [evidence.methods("sentences")[method] for method in ("online-2", "online-1")]
+    assert np.isnan(page.difference(evidence, sides, "vader_compound", 1.0)[0])
+
+
+def test_losses_are_compared_with_sigmoid_in_the_same_seeds():
+    cases = load_cases(ROOT / PLAN)
+    evidence = Evidence(load_plan(ROOT / PLAN), cases, {})
+    scores, results = {"sigmoid": (0.5, 0.5), "ipo": (0.7, 0.6), "hinge": (0.5,)}, {}
+    for loss, of_seeds in scores.items():
+        for seed, score in enumerate(of_seeds, 1):
+            for case in (case for case in evidence.losses[loss] if case.seed == seed):
+                about = {"seed": seed, "method": loss, "task": "sentences"}
+                results[case.name] = about | entry(1.0 if loss == "hinge" else 1.5, score)
+    text = page.beside_sigmoid(dataclasses.replace(evidence, results=results), ["vader_compound"])
+    assert "| ipo | 2 | +0.15 [+0.15, +0.15] |" in text  # seeds are not drawn if there are two
+    assert "| hinge | 0 | not reached |" in text
+    assert "| robust | **not run** |  |" in text
+    assert "| sigmoid |" not in text

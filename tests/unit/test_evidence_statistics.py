@@ -4,7 +4,16 @@ import numpy as np
 import pytest
 from scipy.stats import permutation_test
 
-from benchmarks.evidence.statistics import curve, interval, permutation_p, reward_at, two_level, weighted_mean
+from benchmarks.evidence.statistics import (
+    curve,
+    interval,
+    over_prompts,
+    over_seeds,
+    permutation_p,
+    reward_at,
+    two_level,
+    weighted_mean,
+)
 
 
 def result(kl, score, reference=0.0, responses=(2.0, 2.0)):
@@ -62,11 +71,28 @@ def test_undefined_values_of_a_seed_are_left_out_of_the_mean():
     assert np.isnan(resampled).any()  # both draws were the other seed
 
 
-def test_fewer_than_three_seeds_have_no_interval():
+def test_fewer_than_three_seeds_have_no_interval_over_seeds():
+    def statistic(seed, weights):
+        return np.full(len(weights), float(seed))
+
+    assert over_seeds(statistic, {0: 3, 1: 3}) is None
+    assert over_seeds(statistic, {0: 3, 1: 3, 2: 3}) == (0.0, 2.0)
+    assert over_prompts(statistic, {0: 3, 1: 3}) == (0.5, 0.5)  # seeds are not drawn
+
+
+def test_the_interval_over_prompts_is_that_of_the_t_distribution():
+    """The mean of two seeds with P prompts each: Var = mean(within) / 2, with population variances."""
+    values = np.random.default_rng(1).normal(0, 1, (2, 200))
+    low, high = over_prompts(lambda seed, weights: weights @ values[seed] / 200, {0: 200, 1: 200})
+    half = 1.96 * np.sqrt(values.var(1).mean() / 200 / 2)
+    assert (low, high) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.1 * half)
+
+
+def test_the_levels_of_an_interval_are_wider_for_few_units():
     values = np.linspace(0, 1, 1001)
-    assert interval(values, 2) is None
-    low, high = interval(values, 5)
-    assert (low, high) == pytest.approx((0.001, 0.999), abs=1e-3)
+    assert interval(values, 5) == pytest.approx((0.001, 0.999), abs=1e-3)
+    assert interval(values, 10_000) == pytest.approx((0.025, 0.975), abs=1e-3)
+    assert interval(values, 1) is None
     assert interval(np.full(9, np.nan), 5) is None
 
 
