@@ -16,10 +16,10 @@ from benchmarks.evidence.statistics import (
     Result,
     Statistic,
     curve,
-    over_prompts,
     over_seeds,
     permutation_p,
     reward_at,
+    seeds_or_prompts,
     weighted_mean,
 )
 from benchmarks.page import put_table
@@ -180,8 +180,8 @@ def equal_kl(evidence: Evidence, judge: str, methods: Mapping[str, Sequence[Case
             value, bounds, seeds = (
                 mean_over_seeds(runs, partial(reward, judge=judge, kl=kl)) if runs else (0, None, 0)
             )
-            short = f" ({seeds} of {len(runs)} seeds)" if 0 < seeds < len(runs) else ""
-            cells.append(figure(value, bounds, 2) + short if seeds else "not reached" if runs else "")
+            text = figure(value, bounds, 2) + _of_seeds(seeds, len(runs)) if seeds else "not reached"
+            cells.append(text if runs else "")
         rows.append([method, str(len(runs)) if runs else evidence.missing(cases), *cells])
     return table([judge, "seeds", *(f"at {kl:g} nats" for kl in kls)], rows)
 
@@ -351,25 +351,28 @@ def answer(evidence: Evidence, pairs: Sequence[tuple[str, str]]) -> list[str]:
 
 
 def beside_sigmoid(evidence: Evidence, judges: Sequence[str]) -> str:
-    """Return the reward of each loss minus that of `sigmoid` at the KL of the comparison, in the same seeds.
+    """Return the reward of each loss minus that of `sigmoid` in the same seeds, at two KLs of the comparison.
 
-    Fewer than three seeds have an interval over prompts alone.
+    These are the KL of the primary comparison and the largest of the others. Fewer than three seeds have an
+    interval over prompts alone.
     """
-
-    def bounds(statistic: Statistic, prompts: Mapping[int, int]) -> Bounds | None:
-        return over_seeds(statistic, prompts) or over_prompts(statistic, prompts)
-
-    losses, kl, rows = evidence.losses, evidence.plan.comparison.kl, []
+    comparison, losses, rows = evidence.plan.comparison, evidence.losses, []
     sigmoid = losses.pop("sigmoid")
+    columns = [(judge, kl) for kl in (comparison.kl, max(comparison.other_kls)) for judge in judges]
     for loss, cases in losses.items():
-        found = [difference(evidence, (cases, sigmoid), judge, kl, bounds=bounds) for judge in judges]
-        seeds = len(found[0][2])
-        if seeds:
-            cells = [figure(value, around, 2, signed=True) for value, around, *_ in found]
-        else:
-            cells = ["not reached" if evidence.runs(cases) else "", *[""] * (len(judges) - 1)]
-        rows.append([loss, str(seeds) if evidence.runs(cases) else evidence.missing(cases), *cells])
-    return table([f"loss minus sigmoid, at {kl:g} nats", "seeds", *judges], rows)
+        seeds, cells = evidence.runs(cases).keys() & evidence.runs(sigmoid), []
+        for judge, kl in columns if seeds else []:
+            value, bounds, reached, _ = difference(evidence, (cases, sigmoid), judge, kl, bounds=seeds_or_prompts)
+            text = figure(value, bounds, 2, signed=True) if reached else "not reached"
+            cells.append(text + _of_seeds(len(reached), len(seeds)))
+        rows.append(
+            [loss, str(len(seeds)), *cells] if seeds else [loss, evidence.missing(cases), *[""] * len(columns)]
+        )
+    return table(["loss minus sigmoid", "seeds", *(f"{judge} at {kl:g} nats" for judge, kl in columns)], rows)
+
+
+def _of_seeds(reached: int, seeds: int) -> str:
+    return f" ({reached} of {seeds} seeds)" if 0 < reached < seeds else ""
 
 
 def _count(number: int, noun: str) -> str:

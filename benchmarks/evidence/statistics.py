@@ -62,6 +62,11 @@ def over_prompts(statistic: Statistic, prompts: Mapping[int, int]) -> Bounds | N
     return interval(_resampled_means(statistic, prompts, drawn, np.random.default_rng(0)), min(prompts.values()))
 
 
+def seeds_or_prompts(statistic: Statistic, prompts: Mapping[int, int]) -> Bounds | None:
+    """Return the interval over seeds, or that over prompts for fewer than three seeds."""
+    return over_seeds(statistic, prompts) if len(prompts) >= MIN_SEEDS else over_prompts(statistic, prompts)
+
+
 def two_level(statistic: Statistic, prompts: Mapping[int, int], *, resamples: int = RESAMPLES) -> Numbers:
     """Return resampled means over seeds [resamples]: seeds are drawn with replacement, then prompts within each.
 

@@ -73,7 +73,7 @@ def test_a_seed_counts_if_all_its_policies_have_finished_or_failed():
     evidence = dataclasses.replace(
         evidence, results=evidence.results | {second.name: about | {"error": "diverged"}}
     )
-    assert "| online-1 | 1 | 0.25 | 0.31 | 0.35 | 0.43 |" in equal_kl(evidence)
+    assert "| online-1 | 1 | 0.25 | 0.31 | 0.35 | 0.43 | 0.50 |" in equal_kl(evidence)
 
 
 def test_memory_is_that_of_the_results_and_of_ppo(tmp_path):
@@ -108,7 +108,7 @@ def test_losses_are_compared_with_sigmoid_in_the_same_seeds():
                 about = {"seed": seed, "method": loss, "task": "sentences"}
                 results[case.name] = about | entry(1.0 if loss == "hinge" else 1.5, score)
     text = page.beside_sigmoid(dataclasses.replace(evidence, results=results), ["vader_compound"])
-    assert "| ipo | 2 | +0.15 [+0.15, +0.15] |" in text  # seeds are not drawn if there are two
-    assert "| hinge | 0 | not reached |" in text
-    assert "| robust | **not run** |  |" in text
+    assert "| ipo | 2 | +0.15 [+0.15, +0.15] | not reached |" in text  # seeds are not drawn if there are two
+    assert "| hinge | 1 | not reached | not reached |" in text
+    assert "| robust | **not run** |  |  |" in text
     assert "| sigmoid |" not in text
