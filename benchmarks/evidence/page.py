@@ -262,15 +262,24 @@ def arithmetic(evidence: Evidence) -> str:
             done = evidence.finished([case for case in cases if case.trial and case.trial.beta == beta])
             runs = {each["seed"]: [each] for each in done}
             if not runs:
-                rows.append([f"{method}, {beta}", NOT_RUN, "", "", "", ""])
+                rows.append([f"{method}, {beta}", NOT_RUN, *[""] * 5])
                 continue
             sides = [("score/verifier", 1), ("reference_score/verifier", 1), ("score/verifier", 8)]
             passed = [mean_over_seeds(runs, partial(passes, name=name, k=k)) for name, k in sides]
             cells = [*means(runs, ["kl"]), *(figure(value, bounds, 2) for value, bounds, _ in passed)]
-            rows.append([f"{method}, {beta}", str(len(runs)), *cells])
-    return table(
-        ["policy: method, beta", "seeds", "KL, nats", "pass@1", "pass@1 of the reference", "pass@8"], rows
+            value, bounds, _ = mean_over_seeds(runs, gain)
+            rows.append([f"{method}, {beta}", str(len(runs)), *cells, figure(value, bounds, 2, signed=True)])
+    columns = ["policy: method, beta", "seeds", "KL, nats", "pass@1", "of the reference", "pass@8",
+               "pass@1 minus that of the reference"]  # fmt: skip
+    return table(columns, rows)
+
+
+def gain(runs: list[Result], weights: Numbers) -> Numbers:
+    """Return pass@1 [B] minus that of the reference, on the same problems."""
+    policy, reference = (
+        passes(runs, weights, name=f"{side}/verifier", k=1) for side in ("score", "reference_score")
     )
+    return policy - reference
 
 
 def passes(runs: list[Result], weights: Numbers, *, name: str, k: int) -> Numbers:

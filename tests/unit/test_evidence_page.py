@@ -112,3 +112,15 @@ def test_losses_are_compared_with_sigmoid_in_the_same_seeds():
     assert "| hinge | 1 | not reached | not reached |" in text
     assert "| robust | **not run** |  |  |" in text
     assert "| sigmoid |" not in text
+
+
+def test_arithmetic_has_the_gain_over_the_reference_on_the_same_problems():
+    cases = load_cases(ROOT / PLAN)
+    evidence = Evidence(load_plan(ROOT / PLAN), cases, {})
+    case = evidence.methods("arithmetic")["sigmoid"][0]
+    counts = {"responses": [8.0] * 4, "kl_responses": [8.0] * 4, "kl": [1.6] * 4}
+    solved = {"score/verifier": [8.0, 8.0, 8.0, 0.0], "reference_score/verifier": [4.0] * 4}
+    result = {"seed": 1, "task": "arithmetic", "method": "sigmoid", "prompts": counts | solved}
+    text = page.arithmetic(dataclasses.replace(evidence, results={case.name: result}))
+    assert "| sigmoid, 0.05 | 1 | 0.20 | 0.75 | 0.50 | 0.75 | +0.25 |" in text
+    assert "| sigmoid, 0.1 | **not run** |  |  |  |  |  |" in text
