@@ -229,10 +229,11 @@ def cost(evidence: Evidence) -> str:
             ]
             seconds = [f"{_mean(done, f'seconds/{part}') / 60:.1f}" for part in ("training", "evaluation")]
             peak = f"{max(each['peak_memory_gib'] for each in done):.1f}"
-            rows.append([f"{task}, {method}", *tokens, *seconds, peak])
+            devices = ", ".join(sorted({device(each) for each in done}))
+            rows.append([f"{task}, {method}", *tokens, *seconds, peak, devices])
     columns = ["method", "thousand tokens sampled", "scored", "trained", "minutes of training", "of evaluation",
-               "peak memory of training, GiB"]  # fmt: skip
-    return table(columns, rows or [[NOT_RUN, *[""] * 6]])
+               "peak memory of training, GiB", "device"]  # fmt: skip
+    return table(columns, rows or [[NOT_RUN, *[""] * 7]])
 
 
 def memory(evidence: Evidence, ppo: Path = PPO) -> str:

@@ -55,6 +55,7 @@ def test_the_primary_test_waits_for_all_seeds(tmp_path, seeds):
     assert page.answer(evidence, [("online-2", "rloo-2")]) == ["- online-2 minus rloo-2: **not run**"]
     if seeds == 5:
         assert "| online-1 | 0.22 [0.21, 0.22] | 2.0 | 9 | 24 |" in page.compute(evidence)
+        assert "| sentences, online-1 | 1.0 | 0.0 | 0.0 | 1.0 | 0.5 | 1.0 | CPU |" in page.cost(evidence)
 
 
 def equal_kl(evidence):
