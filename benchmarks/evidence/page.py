@@ -177,13 +177,18 @@ def equal_kl(evidence: Evidence, judge: str, methods: Mapping[str, Sequence[Case
     for method, cases in methods.items():
         runs, cells = evidence.runs(cases), []
         for kl in kls:
-            value, bounds, seeds = (
-                mean_over_seeds(runs, partial(reward, judge=judge, kl=kl)) if runs else (0, None, 0)
-            )
-            text = figure(value, bounds, 2) + _of_seeds(seeds, len(runs)) if seeds else "not reached"
-            cells.append(text if runs else "")
+            value, bounds, reached = mean_over_seeds(runs, partial(reward, judge=judge, kl=kl))
+            cells.append(at_kl(value, bounds, reached, len(runs)))
         rows.append([method, str(len(runs)) if runs else evidence.missing(cases), *cells])
     return table([judge, "seeds", *(f"at {kl:g} nats" for kl in kls)], rows)
+
+
+def at_kl(value: float, bounds: Bounds | None, reached: int, seeds: int, *, signed: bool = False) -> str:
+    """Return a figure at a KL that some of the complete seeds reach. It is empty if there are no such seeds."""
+    if not reached:
+        return "not reached" if seeds else ""
+    short = f" ({reached} of {seeds} seeds)" if reached < seeds else ""
+    return figure(value, bounds, 2, signed=signed) + short
 
 
 def _mean(results: Sequence[Result], path: str) -> float:
@@ -371,18 +376,11 @@ def beside_sigmoid(evidence: Evidence, judges: Sequence[str]) -> str:
     columns = [(judge, kl) for kl in (comparison.kl, max(comparison.other_kls)) for judge in judges]
     for loss, cases in losses.items():
         seeds, cells = evidence.runs(cases).keys() & evidence.runs(sigmoid), []
-        for judge, kl in columns if seeds else []:
+        for judge, kl in columns:
             value, bounds, reached, _ = difference(evidence, (cases, sigmoid), judge, kl, bounds=seeds_or_prompts)
-            text = figure(value, bounds, 2, signed=True) if reached else "not reached"
-            cells.append(text + _of_seeds(len(reached), len(seeds)))
-        rows.append(
-            [loss, str(len(seeds)), *cells] if seeds else [loss, evidence.missing(cases), *[""] * len(columns)]
-        )
+            cells.append(at_kl(value, bounds, len(reached), len(seeds), signed=True))
+        rows.append([loss, str(len(seeds)) if seeds else evidence.missing(cases), *cells])
     return table(["loss minus sigmoid", "seeds", *(f"{judge} at {kl:g} nats" for judge, kl in columns)], rows)
-
-
-def _of_seeds(reached: int, seeds: int) -> str:
-    return f" ({reached} of {seeds} seeds)" if 0 < reached < seeds else ""
 
 
 def _count(number: int, noun: str) -> str:

@@ -64,7 +64,7 @@ def over_prompts(statistic: Statistic, prompts: Mapping[int, int]) -> Bounds | N
 
 def seeds_or_prompts(statistic: Statistic, prompts: Mapping[int, int]) -> Bounds | None:
     """Return the interval over seeds, or that over prompts for fewer than three seeds."""
-    return over_seeds(statistic, prompts) if len(prompts) >= MIN_SEEDS else over_prompts(statistic, prompts)
+    return over_seeds(statistic, prompts) or over_prompts(statistic, prompts)
 
 
 def two_level(statistic: Statistic, prompts: Mapping[int, int], *, resamples: int = RESAMPLES) -> Numbers:

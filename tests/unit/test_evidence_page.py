@@ -8,7 +8,7 @@ import pytest
 from ruamel.yaml import YAML
 
 from benchmarks.evidence import page
-from benchmarks.evidence.plan import PLAN, load_cases, load_plan, write_result
+from benchmarks.evidence.plan import PLAN, load_cases, write_result
 from benchmarks.evidence.results import Evidence
 from benchmarks.page import markers
 from dpo.training.losses import LOSSES
@@ -63,9 +63,8 @@ def equal_kl(evidence):
     return page.equal_kl(evidence, "vader_compound", evidence.methods("sentences"))
 
 
-def test_a_seed_counts_if_all_its_policies_have_finished_or_failed():
-    cases = load_cases(ROOT / PLAN)
-    evidence = Evidence(load_plan(ROOT / PLAN), cases, {})
+def test_a_seed_counts_if_all_its_policies_have_finished_or_failed(tmp_path):
+    evidence = Evidence.read(ROOT / PLAN, tmp_path)
     first, second = evidence.methods("sentences")["online-1"][:2]
     about = {"seed": 1, "method": "online-1", "task": "sentences"}
     evidence = dataclasses.replace(evidence, results={first.name: about | entry(4.0, 0.5)})
@@ -79,7 +78,7 @@ def test_a_seed_counts_if_all_its_policies_have_finished_or_failed():
 
 def test_memory_is_that_of_the_results_and_of_ppo(tmp_path):
     ppo = tmp_path / "ppo.json"
-    evidence = Evidence(load_plan(ROOT / PLAN), load_cases(ROOT / PLAN), {})
+    evidence = Evidence.read(ROOT / PLAN, tmp_path)
     assert page.memory(evidence, ppo).count("| **not run** |  |") == 4
     measured = {"packages": {"trl": "1.12.0"}, "answers": 32, "peak_memory_gib": 7.14, "device": "a GPU"}
     ppo.write_text(json.dumps(measured))
@@ -99,9 +98,8 @@ def test_a_kl_that_no_policy_reaches_has_no_reward(tmp_path):
     assert np.isnan(page.difference(evidence, sides, "vader_compound", 1.0)[0])
 
 
-def test_losses_are_compared_with_sigmoid_in_the_same_seeds():
-    cases = load_cases(ROOT / PLAN)
-    evidence = Evidence(load_plan(ROOT / PLAN), cases, {})
+def test_losses_are_compared_with_sigmoid_in_the_same_seeds(tmp_path):
+    evidence = Evidence.read(ROOT / PLAN, tmp_path)
     scores, results = {"sigmoid": (0.5, 0.5), "ipo": (0.7, 0.6), "hinge": (0.5,)}, {}
     for loss, of_seeds in scores.items():
         for seed, score in enumerate(of_seeds, 1):
@@ -115,9 +113,8 @@ def test_losses_are_compared_with_sigmoid_in_the_same_seeds():
     assert "| sigmoid |" not in text
 
 
-def test_arithmetic_has_the_gain_over_the_reference_on_the_same_problems():
-    cases = load_cases(ROOT / PLAN)
-    evidence = Evidence(load_plan(ROOT / PLAN), cases, {})
+def test_arithmetic_has_the_gain_over_the_reference_on_the_same_problems(tmp_path):
+    evidence = Evidence.read(ROOT / PLAN, tmp_path)
     case = evidence.methods("arithmetic")["sigmoid"][0]
     counts = {"responses": [8.0] * 4, "kl_responses": [8.0] * 4, "kl": [1.6] * 4}
     solved = {"score/verifier": [8.0, 8.0, 8.0, 0.0], "reference_score/verifier": [4.0] * 4}
