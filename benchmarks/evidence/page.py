@@ -143,9 +143,8 @@ def device(result: Result) -> str:
 
 
 def frontier(evidence: Evidence, judges: Sequence[str], methods: Mapping[str, Sequence[Case]]) -> str:
-    """Return KL and reward of every policy of the sentences, as means over seeds."""
-    done = [each for each in evidence.results.values() if each["task"] == "sentences" and "error" not in each]
-    rows, first = [], {each["seed"]: [each] for each in done}
+    """Return KL and reward of the policies of these methods and of their references, as means over seeds."""
+    rows, first = [], {each["seed"]: [each] for cases in methods.values() for each in evidence.finished(cases)}
     if first:
         rows.append(["reference", str(len(first)), "0", *means(first, [f"reference_score/{j}" for j in judges])])
     for method, cases in methods.items():
